@@ -1,0 +1,34 @@
+"""Losses and mining on the similarity matrix that is never stored.
+
+    import gssf_kernels as gk
+
+    metric = gk.StructuredSimilarity(dim=1024)
+    a, b = metric.factors(images, captions)
+    loss = gk.triplet_loss(a, b, margin=0.2, x_ids=picture, y_ids=picture)
+
+Every public function has a plain PyTorch twin in ``gk.reference`` that defines it. What runs on this
+machine: ``gk.backends()`` or ``python -m gssf_kernels``.
+"""
+
+from gssf_kernels import reference
+from gssf_kernels._library import backends
+from gssf_kernels.losses import TripletLoss, triplet_loss
+from gssf_kernels.project import project
+from gssf_kernels.reference import HardestNegatives
+from gssf_kernels.similarity import StructuredSimilarity, similarity
+from gssf_kernels.statistics import hardest_negatives, pair_scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HardestNegatives",
+    "StructuredSimilarity",
+    "TripletLoss",
+    "backends",
+    "hardest_negatives",
+    "pair_scores",
+    "project",
+    "reference",
+    "similarity",
+    "triplet_loss",
+]

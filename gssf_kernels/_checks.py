@@ -1,0 +1,157 @@
+"""All user-facing validation. Each check names the argument, what was expected and what came.
+
+Public functions call these before any work; ops and kernels below them trust their inputs' shapes.
+"""
+
+import math
+import numbers
+
+import torch
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_FLOAT_NAMES = "float32, float64, bfloat16 or float16"
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple:
+    """The tensors as the surrounding ``torch.autocast`` region wants them (unchanged outside one).
+
+    fp32, fp16 and bf16 tensors take the region's dtype; fp64 is left alone, as PyTorch does.
+    """
+    return tuple(_autocast_one(t) for t in tensors)
+
+
+def _autocast_one(t):
+    if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    if not torch.is_autocast_enabled(t.device.type):
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def floating(t, name: str, shape: str) -> None:
+    """``t`` is a dense floating tensor whose rank is that of ``shape``, written as in ``"[N, D]"``."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(t).__name__}")
+    if t.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {t.layout}")
+    rank = shape.count(",") + 1
+    if t.dim() != rank:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(t.shape)}")
+
+
+def alike(t: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> None:
+    """``t`` has the dtype and device of ``other``."""
+    if t.dtype != other.dtype:
+        raise TypeError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {t.dtype}")
+    if t.device != other.device:
+        raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {t.device}")
+
+
+def sides(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
+    """``a [N, D]`` and ``b [M, D]`` can be multiplied; with ``paired``, every row of a has its row of b."""
+    floating(a, a_name, "[N, D]")
+    floating(b, b_name, "[M, D]")
+    alike(b, b_name, a, a_name)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"{b_name}: expected {a.shape[1]} columns to match {a_name} {list(a.shape)}, got {list(b.shape)}"
+        )
+    if a.shape[1] == 0:
+        raise ValueError(f"{a_name}: expected at least one column, got {list(a.shape)}")
+    if paired and b.shape[0] < a.shape[0]:
+        raise ValueError(
+            f"{b_name}: expected at least the {a.shape[0]} rows of {a_name} (row i pairs with row i), "
+            f"got {list(b.shape)}"
+        )
+
+
+def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str) -> tuple:
+    """The ids of both sides, or ``(None, None)``. One side's alone serve both where lengths agree."""
+    if a_ids is None and b_ids is None:
+        return None, None
+    rows, cols = a.shape[0], b.shape[0]
+    for given, absent, name in ((a_ids, b_ids, b_name), (b_ids, a_ids, a_name)):
+        if absent is None and rows != cols:
+            raise ValueError(
+                f"{name}: expected ids too, because the sides have {rows} and {cols} rows "
+                "(one side's ids serve both only where these are equal), got None"
+            )
+    a_ids = b_ids if a_ids is None else a_ids
+    b_ids = a_ids if b_ids is None else b_ids
+    for value, name, count, side in ((a_ids, a_name, rows, a), (b_ids, b_name, cols, b)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
+        if value.dtype != torch.int64:
+            raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
+        if value.dim() != 1 or value.shape[0] != count:
+            raise ValueError(f"{name}: expected shape [{count}], got {list(value.shape)}")
+        if value.device != side.device:
+            raise ValueError(f"{name}: expected device {side.device}, got {value.device}")
+    return a_ids, b_ids
+
+
+def index(value, name: str, count: int, device: torch.device) -> None:
+    """``value`` is an int64 vector of ``count`` row numbers on ``device``."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
+    if value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != count:
+        raise ValueError(f"{name}: expected shape [{count}], got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def metric_weights(x, diag, blocks, permutation, x_name: str = "x") -> None:
+    """``diag [D]``, ``blocks [G, b, b]`` with G b = D, ``permutation [D]`` fit ``x [..., D]``."""
+    dim = x.shape[-1]
+    if diag is not None:
+        floating(diag, "diag", "[D]")
+        alike(diag, "diag", x, x_name)
+        if diag.shape[0] != dim:
+            raise ValueError(f"diag: expected shape [{dim}] to match {x_name} {list(x.shape)}, got {list(diag.shape)}")
+    if blocks is not None:
+        floating(blocks, "blocks", "[G, b, b]")
+        alike(blocks, "blocks", x, x_name)
+        groups, rows, cols = blocks.shape
+        if rows != cols or rows == 0 or groups * rows != dim:
+            raise ValueError(
+                f"blocks: expected shape [G, b, b] with G*b = {dim} to match {x_name} {list(x.shape)}, "
+                f"got {list(blocks.shape)}"
+            )
+    if permutation is not None:
+        if blocks is None:
+            raise ValueError("permutation: expected blocks too (it only regroups their channels), got blocks=None")
+        index(permutation, "permutation", dim, x.device)
+
+
+def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> None:
+    """``permutation`` holds each of 0..D-1 once. Reads the values, so on a GPU it synchronises."""
+    expected = torch.arange(permutation.shape[0], device=permutation.device)
+    if not torch.equal(permutation.sort().values, expected):
+        raise ValueError(f"{name}: expected each of 0..{permutation.shape[0] - 1} exactly once")
+
+
+def non_negative(value, name: str) -> float:
+    """``value`` as a finite float >= 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)
+
+
+def choice(value, name: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positive_int(value, name: str) -> None:
+    """``value`` is a whole number >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number >= 1, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a whole number >= 1, got {value}")

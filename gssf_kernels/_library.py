@@ -1,0 +1,82 @@
+"""Where every op is registered: schema, reference, fake and backends, in one call.
+
+An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks what runs:
+
+    CPU                 C++ (``csrc/``), if the extension was built
+    CUDA                Triton (``gssf_kernels/kernels``), if Triton is installed
+    anything else       the reference, in plain PyTorch
+
+There is no switch of our own. Ops are forward computations only; differentiation is added on top
+by a ``torch.autograd.Function`` in the file that defines the op.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("gssf", "FRAGMENT")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_OPS: list[str] = []
+
+try:
+    from gssf_kernels import _C  # noqa: F401  (loading it registers the CPU kernels)
+
+    EXTENSION_ERROR = None
+except ImportError as error:
+    # Not built (a supported way to install), or built against another PyTorch: `backends()` and
+    # `python -m gssf_kernels` report which, and everything works on the reference.
+    EXTENSION_ERROR = str(error)
+
+
+def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None) -> None:
+    """Register ``gssf::<schema>``.
+
+    Args:
+        schema: the op in PyTorch's schema language, ``name(Tensor a, ...) -> Tensor``.
+        reference: plain PyTorch with the schema's signature; what every backend must equal.
+        fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
+        triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
+    if triton is not None and _HAS_TRITON:
+        _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
+    _OPS.append(name)
+
+
+def _lazy(target: str, reference: Callable) -> Callable:
+    """The Triton launcher named by ``target``; fp64 goes to the reference (no matrix unit gains there)."""
+    module_name, _, function_name = target.rpartition(".")
+
+    def call(first: torch.Tensor, *rest):
+        if first.dtype == torch.float64:
+            return reference(first, *rest)
+        module = importlib.import_module(f"gssf_kernels.kernels.{module_name}")
+        return getattr(module, function_name)(first, *rest)
+
+    return call
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What will really run: ``{op: {"cpu": "cpp" | "reference", "cuda": "triton" | "reference" | "unavailable"}}``.
+
+    ``"unavailable"`` means that PyTorch sees no CUDA device on this machine. fp64 on CUDA always
+    takes the reference.
+    """
+    has_cuda = torch.cuda.is_available()
+    table = {}
+    for name in _OPS:
+        op = f"gssf::{name}"
+        cpu = "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU") else "reference"
+        cuda = "triton" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "reference"
+        table[name] = {"cpu": cpu, "cuda": cuda if has_cuda else "unavailable"}
+    return table
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums for inputs of ``dtype``: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,125 @@
+"""Structured projection: ``p = x W``, ``W = diag(w) + blockdiag(B)``, the learnable half of GSSF.
+
+    W = diag(w) + Pᵀ blockdiag(B_1, …, B_G) P,      p = x̂ W,      x̂ = x / max(‖x‖₂, 1e-12) or x
+
+Since W is shared by all pairs, ``s = x W yᵀ = p yᵀ``: one O(N·D·b) pass here replaces a structured
+product per pair. Source: the structural sparse form of GSSF, arXiv 2410.15266 (IEEE TIP 2024): Diag
+is the paper's; the block layout, the sum of both and the channel permutation P are ours.
+
+Backward, with g = dL/dp: ``dw = Σ_n x̂∘g``, ``dB_g = x̂_gᵀ g_g``, ``dx̂ = g∘w + g_g B_gᵀ`` and, through the
+norm, ``dx = (dx̂ − x̂ ⟨x̂, dx̂⟩) / ‖x‖``.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gssf_kernels import _checks, reference
+from gssf_kernels._library import define
+
+
+def project(
+    x: Tensor,
+    diag: Tensor | None = None,
+    blocks: Tensor | None = None,
+    *,
+    permutation: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """``p = x̂ (diag(w) + blockdiag(B))``: one side of the structured similarity.
+
+    Channel ``g·b + c`` of the grouped order becomes ``Σ_k x̂[g·b + k] · blocks[g, k, c]``, to which
+    ``x̂ ∘ diag`` is added. Without ``diag`` only the block term is left, without ``blocks`` only the
+    diagonal one, without both ``p = x̂``.
+
+    Args:
+        x: [..., D] float, embeddings. Any leading dimensions; they share the weights.
+        diag: [D] of x's dtype, the weight w of each channel.
+        blocks: [G, b, b] of x's dtype with G·b = D, one matrix for each group of b channels.
+        permutation: [D] int64, the channel standing at each place of the grouped order (identity when
+            absent); holds each channel once. Its values are checked on the CPU only, since reading
+            them on a GPU would wait for it.
+        normalize: divide each row by its L2 norm first, as ``torch.nn.functional.normalize`` does.
+
+    Returns:
+        [..., D] in x's dtype; sums are taken in fp32 (fp64 for fp64). Inside ``torch.autocast`` all
+        inputs take the region's dtype. Differentiable once in x, diag and blocks, deterministically.
+
+    Raises:
+        TypeError: an argument is not a floating tensor, or differs from x in dtype.
+        ValueError: a shape or device does not fit x, D is not G·b, or permutation is not one.
+
+    Source: GSSF, arXiv 2410.15266; see this file's head for what is ours.
+    """
+    x, diag, blocks = _checks.autocast(x, diag, blocks)
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise (ValueError if isinstance(x, Tensor) else TypeError)(f"x: expected a tensor [..., D], got {got}")
+    _checks.floating(x, "x", ",".join("[...]" for _ in range(x.dim())))
+    if x.shape[-1] == 0:
+        raise ValueError(f"x: expected at least one channel, got shape {list(x.shape)}")
+    _checks.metric_weights(x, diag, blocks, permutation)
+    if permutation is not None and permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+        _checks.true_permutation(permutation)
+    if diag is None and blocks is None and not normalize:
+        return x
+    p = _Project.apply(x.reshape(-1, x.shape[-1]), diag, blocks, permutation, normalize)
+    return p.view(x.shape)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(x, diag, blocks, permutation, normalize):
+        return torch.ops.gssf.project(x, diag, blocks, permutation, normalize)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, diag, blocks, permutation, ctx.normalize = inputs
+        ctx.save_for_backward(x, diag, blocks, permutation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, diag, blocks, permutation = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.gssf.project_backward(grad, x, diag, blocks, permutation, ctx.normalize, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+
+
+def _reference(x, diag, blocks, permutation, normalize):
+    return reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
+
+
+def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
+    given = [t is not None and need for t, need in zip((x, diag, blocks), needs, strict=True)]
+    leaves = [None if t is None else t.detach().requires_grad_(g) for t, g in zip((x, diag, blocks), given, strict=True)]
+    with torch.enable_grad():
+        p = reference.project(*leaves, permutation=permutation, normalize=normalize)
+        grads = iter(torch.autograd.grad(p, [t for t, g in zip(leaves, given, strict=True) if g], grad))
+    return tuple(next(grads).clone() if g else x.new_empty(0) for g in given)
+
+
+def _fake(x, diag, blocks, permutation, normalize):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_backward(grad, x, diag, blocks, permutation, normalize, needs):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
+        for t, need in zip((x, diag, blocks), needs, strict=True)
+    )
+
+
+define(
+    "project(Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    triton="project.project",
+)
+define(
+    "project_backward(Tensor grad, Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    triton="project.project_backward",
+)

@@ -1,0 +1,122 @@
+"""Structured similarity: ``s = x̂ (diag(w) + blockdiag(B)) ŷᵀ``.
+
+Source: the structural sparse form of GSSF, arXiv 2410.15266 (IEEE TIP 2024), whose general form is
+``xᵀ (W ∘ U) y`` with a 0/1 adjacency U between channels; here U joins each channel with itself and with
+the others of its block. The initialisation (w = 1, B = 0: training starts at cosine) is ours.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gssf_kernels import _checks
+from gssf_kernels.project import project
+
+
+def similarity(
+    x: Tensor,
+    y: Tensor,
+    diag: Tensor | None = None,
+    blocks: Tensor | None = None,
+    *,
+    permutation: Tensor | None = None,
+    normalize: bool = False,
+) -> Tensor:
+    """All structured similarities ``s = x̂ W ŷᵀ`` as a matrix, for small problems and for looking at.
+
+    Args:
+        x: [N, D] float.
+        y: [M, D] of x's dtype and device; any M.
+        diag, blocks, permutation, normalize: as in :func:`~gssf_kernels.project`. ``normalize`` divides
+            the rows of both sides by their L2 norms; the weights act on x alone (once is enough).
+
+    Returns:
+        [N, M] in x's dtype, differentiable.
+
+    Raises:
+        TypeError, ValueError: the argument that is wrong, what was expected and what came.
+    """
+    x, y = _checks.autocast(x, y)
+    _checks.sides(x, y, "x", "y", paired=False)
+    return project(x, diag, blocks, permutation=permutation, normalize=normalize) @ project(y, normalize=normalize).mT
+
+
+class StructuredSimilarity(nn.Module):
+    """Learnable ``s = x̂ (diag(w) + blockdiag(B)) ŷᵀ`` with ``dim·(1 + block_size)`` weights.
+
+    Args:
+        dim: D, channels of the embeddings.
+        block_size: b, channels of a block; divides dim. None leaves the block term out.
+        diagonal: learn the weight w of each channel. Without it and without blocks, W = 1 (cosine).
+        normalize: L2-normalise both sides.
+        permutation: [D] int64, the channel at each place of the grouped order (strided or learned
+            groupings); kept as a buffer.
+        device, dtype: of the parameters.
+
+    Starts at cosine similarity: w = 1, B = 0. Without ``diagonal``, B starts at the identity for the
+    same reason.
+
+    Attributes:
+        diag: [D] parameter or None.
+        blocks: [dim / block_size, block_size, block_size] parameter or None.
+
+    Raises:
+        TypeError, ValueError: dim or block_size is not a positive whole number, block_size does not
+            divide dim, or permutation is not one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        block_size: int | None = 16,
+        diagonal: bool = True,
+        normalize: bool = True,
+        *,
+        permutation: Tensor | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _checks.positive_int(dim, "dim")
+        self.dim, self.block_size, self.normalize = dim, block_size, bool(normalize)
+        self.diag = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if diagonal else None
+        self.blocks = None
+        if block_size is not None:
+            _checks.positive_int(block_size, "block_size")
+            if dim % block_size:
+                raise ValueError(f"block_size: expected a divisor of dim={dim}, got {block_size}")
+            shape = (dim // block_size, block_size, block_size)
+            self.blocks = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if permutation is not None:
+            if block_size is None:
+                raise ValueError("permutation: expected a block_size too, got block_size=None")
+            _checks.index(permutation, "permutation", dim, permutation.device)
+            _checks.true_permutation(permutation)
+            permutation = permutation.to(device) if device is not None else permutation
+        self.register_buffer("permutation", permutation)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to cosine similarity."""
+        with torch.no_grad():
+            if self.diag is not None:
+                self.diag.fill_(1)
+            if self.blocks is not None:
+                self.blocks.zero_()
+                if self.diag is None:
+                    self.blocks.diagonal(dim1=1, dim2=2).fill_(1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """``x̂ W``, [..., D]: the weighted factor, :func:`gssf_kernels.project` with these weights."""
+        return project(x, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
+
+    def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a, b)`` with ``a bᵀ`` = ``self(x, y)``: what losses and retrieval take in place of the matrix."""
+        return self.project(x), project(y, normalize=self.normalize)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return similarity(x, y, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
+
+    def extra_repr(self) -> str:
+        parts = [f"dim={self.dim}", f"block_size={self.block_size}", f"diagonal={self.diag is not None}"]
+        parts.append(f"normalize={self.normalize}")
+        return ", ".join(parts + (["permutation=True"] if self.permutation is not None else []))

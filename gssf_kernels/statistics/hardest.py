@@ -1,0 +1,96 @@
+"""Hardest negatives of every row and column of ``s = a bᵀ``, in one sweep that stores no score.
+
+    row_score_i = max_{j ∉ pos(i)} s_ij,   col_score_j = max_{i ∉ pos(j)} s_ij,   pair_score_i = s_ii
+
+pos(i) holds j = i and every j of equal id. The sweep passes the diagonal anyway, so the positives'
+scores come free. Only 2N + M scores carry gradient; the backward gathers exactly those
+(:mod:`gssf_kernels.statistics.pairs`). Source of the statistic: VSE++, arXiv 1707.05612.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gssf_kernels import _checks, reference
+from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels.reference import HardestNegatives
+
+
+def hardest_negatives(
+    a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
+) -> HardestNegatives:
+    """Row and column maximum of ``s = a bᵀ`` over negatives, with their places, without storing s.
+
+    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index.
+    NaN propagates: a NaN score wins, the first one if several. Where nothing scores above -inf (no
+    valid negative, say) the score is -inf and the index -1.
+
+    Args:
+        a: [N, D] float.
+        b: [M, D] of a's dtype and device, M >= N; rows past N are negatives only (a memory bank).
+        a_ids: [N] int64. Ids of one side alone serve both when N = M.
+        b_ids: [M] int64.
+
+    Returns:
+        named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``; scores in fp32
+        (fp64 for fp64) and differentiable once, indices int64.
+
+    Raises:
+        TypeError, ValueError: the argument that is wrong, what was expected and what came.
+
+    Time: one N x M x D product; extra memory O(N + M).
+    """
+    return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
+
+
+def paired_hardest_negatives(a, b, a_ids, b_ids, *, names) -> tuple[Tensor, HardestNegatives]:
+    """``(pair_score [N], hardest negatives)``: what every triplet loss is a formula of."""
+    a, b = _checks.autocast(a, b)
+    _checks.sides(a, b, *names[:2])
+    a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, *names[2:])
+    pair_score, *rest = _PairedHardestNegatives.apply(a, b, a_ids, b_ids)
+    return pair_score, HardestNegatives(*rest)
+
+
+class _PairedHardestNegatives(torch.autograd.Function):
+    @staticmethod
+    def forward(a, b, a_ids, b_ids):
+        return torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, _, _ = inputs
+        _, _, row_index, _, col_index = output
+        ctx.mark_non_differentiable(row_index, col_index)
+        ctx.save_for_backward(a, b, row_index, col_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
+        a, b, row_index, col_index = ctx.saved_tensors
+        i = torch.arange(a.shape[0], device=a.device)
+        j = torch.arange(b.shape[0], device=a.device)
+        grad = torch.cat((dpair, drow, dcol))
+        rows = torch.cat((i, i, col_index))
+        cols = torch.cat((i, row_index, j))
+        return (*torch.ops.gssf.pair_scores_backward(grad, rows, cols, a, b), None, None)
+
+
+def _reference(a, b, a_ids, b_ids):
+    found = reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
+    return (reference.pair_scores(a, b), *found)
+
+
+def _fake(a, b, a_ids, b_ids):
+    score, index = accumulation_dtype(a.dtype), torch.int64
+    n, m = a.shape[0], b.shape[0]
+    return tuple(a.new_empty(size, dtype=dtype) for size, dtype in
+                 ((n, score), (n, score), (n, index), (m, score), (m, index)))  # fmt: skip
+
+
+define(
+    "hardest_negatives(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference,
+    fake=_fake,
+    triton="hardest.hardest_negatives",
+)

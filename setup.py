@@ -1,0 +1,60 @@
+"""Builds the optional compiled part of gssf_kernels; everything else stands in pyproject.toml.
+
+Environment: GSSF_SKIP_NATIVE=1 builds none; FORCE_CUDA=1 / 0 forces csrc/cuda on or off (default: on where
+nvcc and a CUDA PyTorch are found); MAX_JOBS and TORCH_CUDA_ARCH_LIST are PyTorch's own.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+CPU_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wall", "-Wno-unknown-pragmas"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+
+
+def native_build() -> dict:
+    """setup() arguments for the extension, or none with one line saying why and what to do."""
+    if os.environ.get("GSSF_SKIP_NATIVE", "0") not in ("", "0"):
+        return without("GSSF_SKIP_NATIVE is set")
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        return without(
+            "PyTorch is not visible to this build (pip isolates builds); for the compiled CPU kernels install "
+            "torch first, then run: pip install --no-build-isolation ."
+        )
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"])):
+        return without("no C++ compiler was found; install g++ and run: pip install --no-build-isolation .")
+
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    forced = os.environ.get("FORCE_CUDA")
+    found = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    with_cuda = bool(cuda_sources) and (found if forced is None else forced not in ("", "0"))
+    kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    extension = kind(
+        "gssf_kernels._C",
+        sources + (cuda_sources if with_cuda else []),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": CPU_FLAGS, "nvcc": NVCC_FLAGS} if with_cuda else {"cxx": CPU_FLAGS},
+        extra_link_args=["-fopenmp"],
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def without(reason: str) -> dict:
+    print(f"gssf_kernels: building without compiled kernels: {reason}", file=sys.stderr)
+    return {}
+
+
+setup(**native_build())
