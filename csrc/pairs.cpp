@@ -8,87 +8,25 @@
 #include <tuple>
 #include <vector>
 
-#include "simd.h"
+#define GSSF_KERNELS "vector_pairs.h"
+#include "isa.h"
 
 namespace gssf {
-namespace {
 
 using at::Tensor;
 
-template <class T, class A>
-GSSF_INLINE void pair_scores_range(
-    const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out, int64_t dim, int64_t begin, int64_t end) {
-  std::vector<A> wide(2 * dim);
-  for (int64_t e = begin; e < end; ++e) {
-    if (rows[e] < 0 || cols[e] < 0) {
-      out[e] = -std::numeric_limits<A>::infinity();
-      continue;
-    }
-    const T *x = a + rows[e] * dim, *y = b + cols[e] * dim;
-    if constexpr (std::is_same_v<T, A>) {
-      out[e] = dot<A>(x, y, dim);
-    } else {
-      convert(wide.data(), x, dim);
-      convert(wide.data() + dim, y, dim);
-      out[e] = dot<A>(wide.data(), wide.data() + dim, dim);
-    }
-  }
+Groups::Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations)
+    : first(destinations + 1, 0), edge(edges) {
+  const auto kept = [&](int64_t e) { return destination[e] >= 0 && source[e] >= 0; };
+  for (int64_t e = 0; e < edges; ++e)
+    if (kept(e)) ++first[destination[e] + 1];
+  for (int64_t d = 0; d < destinations; ++d) first[d + 1] += first[d];
+  std::vector<int64_t> place(first.begin(), first.end() - 1);
+  for (int64_t e = 0; e < edges; ++e)
+    if (kept(e)) edge[place[destination[e]]++] = e;
 }
 
-// Edges grouped by destination, in their own order inside a group: edge[first[d]:first[d + 1]].
-struct Groups {
-  std::vector<int64_t> first, edge;
-  Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations)
-      : first(destinations + 1, 0), edge(edges) {
-    for (int64_t e = 0; e < edges; ++e)
-      if (destination[e] >= 0 && source[e] >= 0) ++first[destination[e] + 1];
-    for (int64_t d = 0; d < destinations; ++d) first[d + 1] += first[d];
-    std::vector<int64_t> place(first.begin(), first.end() - 1);
-    for (int64_t e = 0; e < edges; ++e)
-      if (destination[e] >= 0 && source[e] >= 0) edge[place[destination[e]]++] = e;
-  }
-};
-
-// out[d] = sum of grad[e] * x[source[e]] over the edges e of destination d; zero gradients add nothing.
-template <class T, class A>
-GSSF_INLINE void gather_range(
-    const T* x, const int64_t* source, const A* grad, const Groups& groups, T* out, int64_t dim, int64_t begin,
-    int64_t end) {
-  std::vector<A> sum(dim), wide(dim);
-  for (int64_t d = begin; d < end; ++d) {
-    std::fill(sum.begin(), sum.end(), A(0));
-    for (int64_t g = groups.first[d]; g < groups.first[d + 1]; ++g) {
-      const int64_t e = groups.edge[g];
-      if (grad[e] == 0) continue;
-      const A weight = grad[e];
-      A* total = sum.data();
-      if constexpr (std::is_same_v<T, A>) {
-        const A* row = x + source[e] * dim;
-        for (int64_t k = 0; k < dim; ++k) total[k] += weight * row[k];
-      } else {
-        convert(wide.data(), x + source[e] * dim, dim);
-        const A* row = wide.data();
-        for (int64_t k = 0; k < dim; ++k) total[k] += weight * row[k];
-      }
-    }
-    convert(out + d * dim, sum.data(), dim);
-  }
-}
-
-#define GSSF_PAIR_CLONES(T, A)                                                                                   \
-  GSSF_CLONES void pair_scores_run(const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out,      \
-                                   int64_t dim, int64_t begin, int64_t end) {                                     \
-    pair_scores_range<T, A>(a, b, rows, cols, out, dim, begin, end);                                              \
-  }                                                                                                               \
-  GSSF_CLONES void gather_run(const T* x, const int64_t* source, const A* grad, const Groups& groups, T* out,     \
-                              int64_t dim, int64_t begin, int64_t end) {                                          \
-    gather_range<T, A>(x, source, grad, groups, out, dim, begin, end);                                            \
-  }
-GSSF_PAIR_CLONES(float, float)
-GSSF_PAIR_CLONES(double, double)
-GSSF_PAIR_CLONES(c10::BFloat16, float)
-GSSF_PAIR_CLONES(c10::Half, float)
-#undef GSSF_PAIR_CLONES
+namespace {
 
 void check_edges(const Tensor& rows, const Tensor& cols, int64_t n, int64_t m) {
   TORCH_CHECK_VALUE(rows.dim() == 1 && rows.sizes() == cols.sizes() && rows.scalar_type() == at::kLong &&
@@ -112,7 +50,7 @@ Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in
     using A = Accumulate<scalar_t>;
     out = at::empty({rows.numel()}, a.options().dtype(c10::CppTypeToScalarType<A>::value));
     at::parallel_for(0, rows.numel(), grain(a.size(1)), [&](int64_t begin, int64_t end) {
-      pair_scores_run(a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(), rows.const_data_ptr<int64_t>(),
+      GSSF_VECTORIZED(pair_scores_run, a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(), rows.const_data_ptr<int64_t>(),
                       cols.const_data_ptr<int64_t>(), out.mutable_data_ptr<A>(), a.size(1), begin, end);
     });
   });
@@ -132,7 +70,7 @@ std::tuple<Tensor, Tensor> pair_scores_backward(
     auto one_side = [&](const Tensor& destination, const Tensor& source, const Tensor& x, Tensor& out) {
       const Groups groups(destination.const_data_ptr<int64_t>(), source.const_data_ptr<int64_t>(), rows.numel(), out.size(0));
       at::parallel_for(0, out.size(0), grain(out.size(1)), [&](int64_t begin, int64_t end) {
-        gather_run(x.const_data_ptr<scalar_t>(), source.const_data_ptr<int64_t>(), grad.const_data_ptr<A>(), groups,
+        GSSF_VECTORIZED(gather_run, x.const_data_ptr<scalar_t>(), source.const_data_ptr<int64_t>(), grad.const_data_ptr<A>(), groups,
                    out.mutable_data_ptr<scalar_t>(), out.size(1), begin, end);
       });
     };

@@ -3,8 +3,8 @@
 //
 // An epilogue is a class with
 //   void tile(Scalar* s, int64_t i0, int64_t n, int64_t j0, int64_t m)
-// where s [n, m], rows kTile.ld apart, holds the scores of rows i0.. and columns j0.. and is the
-// epilogue's to overwrite; the ld - m places behind each row belong to it too. Tiles come in any
+// where s [n, m], rows kTileMost apart, holds the scores of rows i0.. and columns j0.. and is the
+// epilogue's to overwrite; the kTileMost - m places behind each row belong to it too. Tiles come in any
 // order and from several threads at once, so an epilogue's merge must give the same bits in any order
 // (see Locks), which also makes results independent of the thread count.
 #pragma once
@@ -18,22 +18,15 @@
 #include <memory>
 #include <mutex>
 
+#include "types.h"
+
 namespace gssf {
-
-// The one table of CPU tile sizes: 256 x 512 fp32 scores are 512 KiB, a quarter of a 2 MiB L2.
-struct TileSize {
-  int64_t n = 256;
-  int64_t m = 512;
-};
-inline constexpr TileSize kTile;
-
-inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // One dimension cut into blocks of nearly equal size, multiples of 16 but for the last.
 struct Blocks {
   int64_t total, size, count;
-  Blocks(int64_t total, int64_t most) : total(total) {
-    size = ceil_div(ceil_div(total, ceil_div(total, most)), 16) * 16;
+  explicit Blocks(int64_t total) : total(total) {
+    size = ceil_div(ceil_div(total, ceil_div(total, tile_size(total))), 16) * 16;
     count = ceil_div(total, size);
   }
   int64_t begin(int64_t block) const { return block * size; }
@@ -58,7 +51,7 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
   std::atomic<int64_t> next{0};
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
-    const at::Tensor s = at::empty({rows.size, kTile.m}, a.options());
+    const at::Tensor s = at::empty({rows.size, kTileMost}, a.options());
     for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
       const int64_t i0 = rows.begin(t / cols.count), n = rows.length(t / cols.count);
       const int64_t j0 = cols.begin(t % cols.count), m = cols.length(t % cols.count);

@@ -1,0 +1,88 @@
+// Types shared by all instruction sets: vectors and the structs that vector kernels take.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace gssf {
+
+// The dtype of scores and sums for inputs of type T.
+template <class T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// 64-byte vectors of GCC and Clang: one AVX-512 register, two of AVX2, four of SSE2 or NEON.
+template <class A>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  using Vector = float __attribute__((vector_size(64)));
+  using Index = int32_t __attribute__((vector_size(64)));  // as wide as a comparison's result
+  using Lane = int32_t;
+  static constexpr int64_t lanes = 16;
+};
+
+template <>
+struct Simd<double> {
+  using Vector = double __attribute__((vector_size(64)));
+  using Index = int64_t __attribute__((vector_size(64)));
+  using Lane = int64_t;
+  static constexpr int64_t lanes = 8;
+};
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// The one table of CPU tile sizes. A tile of 512 x 512 fp32 scores fills half of a 2 MiB L2; smaller
+// problems take smaller tiles, so that there are some 16 to share among threads. Depends on the problem
+// alone, never on the thread count, which therefore cannot change a bit of the result.
+constexpr int64_t kTileMost = 512;   // also the distance of a tile's rows
+constexpr int64_t kTileLeast = 128;
+
+inline int64_t tile_size(int64_t total) { return std::clamp(total / 4, kTileLeast, kTileMost); }
+
+// Maxima of one tile over its rows and its columns, with their places inside the tile.
+template <class A>
+struct TileMaxima {
+  std::vector<A> row_score, col_score;
+  std::vector<typename Simd<A>::Lane> row_index, col_index;
+  TileMaxima() : row_score(kTileMost), col_score(kTileMost), row_index(kTileMost), col_index(kTileMost) {}
+};
+
+// Edges grouped by destination, in their own order inside a group: edge[first[d]:first[d + 1]].
+struct Groups {
+  std::vector<int64_t> first, edge;
+  Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations);
+};
+
+constexpr int64_t kChunkRows = 64;  // rows of x that project keeps in flight per thread
+constexpr double kEps = 1e-12;      // smallest norm divided by, as in torch.nn.functional.normalize
+
+// The metric's weights in A; blocks padded so that a whole vector may be read anywhere, and transposed too.
+template <class A>
+struct Weights {
+  int64_t dim = 0, groups = 0, width = 0, ld = 0;
+  bool normalize = false;
+  std::vector<A> diag, blocks, transposed;
+  std::vector<int64_t> permutation;
+};
+
+// Scratch for one chunk of rows, in A; rows lie apart by a little more than dim to avoid cache aliasing.
+template <class A>
+struct Chunk {
+  int64_t ld;
+  std::vector<A> rows;
+  explicit Chunk(int64_t dim) : ld((dim / 16 + 2) * 16), rows(kChunkRows * ld) {}
+  A* row(int64_t r) { return rows.data() + r * ld; }
+};
+
+template <class A>
+struct Scratch {
+  Chunk<A> x, g, out, x_grouped, g_grouped, out_grouped;
+  std::vector<A> norm;
+  explicit Scratch(int64_t dim)
+      : x(dim), g(dim), out(dim), x_grouped(dim), g_grouped(dim), out_grouped(dim), norm(kChunkRows) {}
+};
+
+}  // namespace gssf
