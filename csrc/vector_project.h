@@ -120,11 +120,16 @@ GSSF_INLINE void backward_chunk(
   load_rows(x, weights, scratch, count);
   for (int64_t r = 0; r < count; ++r) convert(scratch.g.row(r), grad + r * dim, dim);
   Chunk<A>& g = weights.groups > 0 ? group(weights, scratch.g, scratch.g_grouped, count) : scratch.g;
-  if (ddiag)
+  if (ddiag) {
+    // By way of a sum of this chunk alone: short sums of sums round less than one long sum.
+    A* sum = scratch.out.row(0);
+    std::fill_n(sum, dim, A(0));
     for (int64_t r = 0; r < count; ++r) {
       const A *xhat = scratch.x.row(r), *row = scratch.g.row(r);
-      for (int64_t k = 0; k < dim; ++k) ddiag[k] += xhat[k] * row[k];
+      for (int64_t k = 0; k < dim; ++k) sum[k] += xhat[k] * row[k];
     }
+    for (int64_t k = 0; k < dim; ++k) ddiag[k] += sum[k];
+  }
   if (dblocks) {
     Chunk<A>& xhat = group(weights, scratch.x, scratch.x_grouped, count);
     for (int64_t first = 0; first < dim; first += width)

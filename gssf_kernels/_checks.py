@@ -23,9 +23,10 @@ def autocast(*tensors: torch.Tensor | None) -> tuple:
 def _autocast_one(t):
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    if not torch.is_autocast_enabled(t.device.type):
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return t
-    return t.to(torch.get_autocast_dtype(t.device.type))
+    return t.to(torch.get_autocast_dtype(device))
 
 
 def floating(t, name: str, shape: str) -> None:
@@ -138,7 +139,7 @@ def non_negative(value, name: str) -> float:
     """``value`` as a finite float >= 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value < math.inf:  # false for NaN too; also traceable with a symbolic value
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return float(value)
 

@@ -1,0 +1,68 @@
+"""``python -m gssf_kernels``: what this installation is and what will run. For bug reports."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+import gssf_kernels as gk
+from gssf_kernels import _library
+
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "sve")
+
+
+def cpu_description() -> str:
+    """Model and the features that matter here, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    features = [name for name in _CPU_FEATURES if name in flags]
+    return f"{fields.get('model name', platform.machine())}; {', '.join(features) or 'no vector features known'}"
+
+
+def gpu_description() -> str:
+    if not torch.cuda.is_available():
+        return f"none (PyTorch built for CUDA: {torch.version.cuda or 'no'})"
+    names = []
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        names.append(f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})")
+    return f"{', '.join(names)}; CUDA {torch.version.cuda}"
+
+
+def triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+def report() -> str:
+    """The environment report, as text."""
+    extension = "loaded" if _library.EXTENSION_ERROR is None else f"not loaded ({_library.EXTENSION_ERROR})"
+    lines = [
+        f"gssf_kernels {gk.__version__}",
+        f"python       {platform.python_version()} on {platform.platform()}",
+        f"torch        {torch.__version__}",
+        f"triton       {triton_version()}",
+        f"cpu          {cpu_description()}",
+        f"threads      {torch.get_num_threads()}",
+        f"gpu          {gpu_description()}",
+        f"extension    {extension}",
+        "",
+        f"{'op':24}{'cpu':12}cuda",
+    ]
+    for op, active in gk.backends().items():
+        lines.append(f"{op:24}{active['cpu']:12}{active['cuda']}")
+    if _library.EXTENSION_ERROR is not None:
+        lines += ["", "Without the extension everything works, on the slower reference. To build it (needs a C++"]
+        lines += ["compiler): pip install --no-build-isolation --force-reinstall --no-deps gssf_kernels"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,161 @@
+"""The one table of tests: ops × sample inputs × truth.
+
+A `Case` names a public function and builds its inputs; `ours` runs it, `reference` is the plain twin
+that truth (fp64) and tolerance (the twin in the same dtype) come from. Adding an op adds entries here;
+`test_values`, `test_autograd`, `test_contracts` and the fuzzing go through the table.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+import gssf_kernels as gk
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Errors below this share of the truth's norm are the rounding of the result itself: an ulp. The truth is
+# fp64 too, so for fp64 the floor is what sums of a thousand terms in another order may differ by.
+FLOOR = {torch.float32: 1.2e-7, torch.float64: 1e-14, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@dataclass
+class Case:
+    """One public function on one set of inputs; `tensors` are differentiable, `options` are not."""
+
+    name: str
+    function: str
+    make: Callable[[torch.Generator], tuple[dict[str, torch.Tensor], dict]]
+    tags: frozenset = field(default_factory=frozenset)
+
+    def inputs(self, dtype: torch.dtype, seed: int = 0):
+        """(tensors in dtype, options); the values are those of fp64 rounded to dtype."""
+        tensors, options = self.make(torch.Generator().manual_seed(seed))
+        return {k: t.to(dtype) for k, t in tensors.items()}, options
+
+    def ours(self, tensors, options):
+        return outputs(getattr(gk, self.function)(**tensors, **options))
+
+    def reference(self, tensors, options):
+        return outputs(getattr(gk.reference, self.function)(**tensors, **options))
+
+    def __str__(self):
+        return self.name
+
+
+def outputs(result) -> list[torch.Tensor]:
+    """Floating outputs of a function, as a list."""
+    result = result if isinstance(result, tuple) else (result,)
+    return [t for t in result if t.is_floating_point()]
+
+
+def weighted(results) -> torch.Tensor:
+    """A scalar through which every finite output gets a gradient of its own."""
+    total = 0.0
+    for place, t in enumerate(results):
+        weights = torch.cos(torch.arange(t.numel(), dtype=torch.float64) + place).view(t.shape).to(t.dtype)
+        total = total + (torch.where(t.isfinite(), t, 0) * weights).sum()
+    return total
+
+
+def randn(g, *shape):
+    return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+
+def _sides(n, m, d, layout="plain"):
+    def make(g):
+        if layout == "plain":
+            return randn(g, n, d), randn(g, m, d)
+        if layout == "transposed":
+            return randn(g, d, n).t(), randn(g, d, m).t()
+        if layout == "sliced":
+            return randn(g, 2 * n, d + 3)[::2, 1 : d + 1], randn(g, m, 2 * d)[:, ::2]
+        if layout == "expanded":
+            return randn(g, 1, d).expand(n, d), randn(g, m, d)
+        return randn(g, n, d)[torch.zeros(n, dtype=torch.long)], randn(g, m, d)  # "repeated"
+
+    return make
+
+
+IDS = {
+    "none": lambda g, n, m: (None, None),
+    "unique": lambda g, n, m: (torch.arange(n), torch.arange(m)),
+    "equal": lambda g, n, m: (torch.zeros(n, dtype=torch.long), torch.zeros(m, dtype=torch.long)),
+    "five": lambda g, n, m: (torch.arange(n) // 5, torch.arange(m) // 5),
+    "random": lambda g, n, m: (
+        torch.randint(0, max(n // 3, 1), (n,), generator=g),
+        torch.randint(0, max(n // 3, 1), (m,), generator=g),
+    ),
+    # extremes of int64, and values that agree in their low 32 bits without being equal
+    "wide": lambda g, n, m: (
+        torch.tensor([-(2**63), 2**63 - 1, 7, 7 + 2**32, -1, 0])[torch.randint(0, 6, (n,), generator=g)],
+        torch.tensor([-(2**63), 2**63 - 1, 7, 7 + 2**32, -1, 0])[torch.randint(0, 6, (m,), generator=g)],
+    ),
+    "disjoint": lambda g, n, m: (torch.arange(n), torch.arange(m) + 10_000),
+}
+
+
+def _metric(n, d, b, *, diag=True, permuted=False, normalize=True, lead=(), rows="plain"):
+    def make(g):
+        x = randn(g, *lead, n, d)
+        if rows == "zero":
+            x[0] = 0
+        if rows == "scaled":
+            x = x * torch.logspace(-6, 4, n, dtype=torch.float64)[:, None]
+        tensors = {"x": x}
+        if diag:
+            tensors["diag"] = 1 + 0.5 * randn(g, d)
+        if b is not None:
+            tensors["blocks"] = randn(g, d // b, b, b) / b**0.5
+        options = {"normalize": normalize}
+        if permuted:
+            options["permutation"] = torch.randperm(d, generator=g)
+        return tensors, options
+
+    return make
+
+
+def _scored(n, m, d, ids="none", layout="plain", names=("a", "b", "a_ids", "b_ids"), **options):
+    def make(g):
+        a, b = _sides(n, m, d, layout)(g)
+        a_ids, b_ids = IDS[ids](g, n, m)
+        return {names[0]: a, names[1]: b}, {names[2]: a_ids, names[3]: b_ids, **options}
+
+    return make
+
+
+_XY = ("x", "y", "x_ids", "y_ids")
+
+# N, M, D on and around the edges of vectors (8, 16), tiles (128, 512) and of what a batch can be
+SHAPES = [(1, 1, 1), (1, 2, 3), (2, 2, 17), (3, 130, 8), (16, 16, 16), (17, 31, 33), (128, 128, 64), (129, 257, 40)]
+SHAPES += [(513, 513, 24), (511, 1030, 100)]
+LAYOUTS = ("transposed", "sliced", "expanded", "repeated")
+
+CASES = [
+    *(Case(f"project-b{b}-perm{int(p)}-norm{int(z)}", "project", _metric(70, 192, b, permuted=p, normalize=z))
+      for b in (1, 3, 16, 32, 96) for p in (False, True) for z in (False, True)),
+    *(Case(f"project-n{n}-d{d}-b{b}", "project", _metric(n, d, b))
+      for n, d, b in ((1, 2, 1), (2, 7, 7), (65, 40, 8), (513, 48, 24), (600, 130, 65))),
+    Case("project-n1-d1", "project", _metric(1, 1, 1, normalize=False)),
+    Case("project-diag", "project", _metric(33, 50, None)),
+    Case("project-blocks", "project", _metric(33, 48, 12, diag=False)),
+    Case("project-normalize", "project", _metric(33, 50, None, diag=False)),
+    Case("project-batched", "project", _metric(9, 32, 8, lead=(2, 3))),
+    Case("project-scaled", "project", _metric(40, 32, 8, rows="scaled"), frozenset({"wide"})),
+    Case("similarity", "similarity", lambda g: ({**_metric(20, 32, 8)(g)[0], "y": randn(g, 27, 32)}, {"normalize": True}), frozenset({"cast"})),
+    *(Case(f"hardest-{n}x{m}x{d}-{ids}", "hardest_negatives", _scored(n, m, d, ids))
+      for n, m, d in SHAPES for ids in ("none", "random")),
+    *(Case(f"hardest-ids-{ids}", "hardest_negatives", _scored(37, 61, 16, ids)) for ids in IDS),
+    *(Case(f"hardest-{layout}", "hardest_negatives", _scored(40, 70, 24, "five", layout)) for layout in LAYOUTS),
+    Case("pairs", "pair_scores", lambda g: (dict(zip("ab", _sides(40, 30, 24)(g), strict=True)), {"index": torch.randint(-1, 30, (40,), generator=g)})),
+    Case("pairs-diagonal", "pair_scores", lambda g: (dict(zip("ab", _sides(40, 45, 24)(g), strict=True)), {})),
+    Case("pairs-hub", "pair_scores", lambda g: (dict(zip("ab", _sides(300, 5, 24)(g), strict=True)), {"index": torch.full((300,), 3)})),
+    *(Case(f"triplet-{n}x{m}x{d}-{ids}", "triplet_loss", _scored(n, m, d, ids, names=_XY))
+      for n, m, d in SHAPES for ids in ("none", "five")),
+    *(Case(f"triplet-{layout}", "triplet_loss", _scored(40, 70, 24, "random", layout, _XY)) for layout in LAYOUTS),
+    *(Case(f"triplet-{how}", "triplet_loss", _scored(50, 80, 24, "five", names=_XY, reduction=how, margin=1.5))
+      for how in ("sum", "mean", "none")),
+    *(Case(f"triplet-{which}-{ids}", "triplet_loss", _scored(30, 40, 24, ids, names=_XY, negatives=which), frozenset({"plain"}))
+      for which in ("all", "semihard") for ids in ("none", "five")),
+]  # fmt: skip

@@ -1,0 +1,133 @@
+// Runs the vector kernels of every instruction set this processor has on the same inputs and compares
+// them with the plain build: maxima to the bit (they only compare), sums to rounding. Prints one line per
+// set and exits 1 on the first difference. Built and run by tests/test_isa.py.
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#define GSSF_KERNELS "all_kernels.h"
+#include "isa.h"
+
+using namespace gssf;
+
+static std::mt19937 generator(7);
+
+template <class A>
+static std::vector<A> normal(size_t count) {
+  std::normal_distribution<double> draw;
+  std::vector<A> out(count);
+  for (auto& v : out) v = static_cast<A>(draw(generator));
+  return out;
+}
+
+static void check(bool ok, const char* what) {
+  if (ok) return;
+  std::printf("differs from the plain build: %s\n", what);
+  std::exit(1);
+}
+
+template <class A>
+static void check_close(const std::vector<A>& got, const std::vector<A>& expected, const char* what) {
+  double scale = 0, distance = 0;
+  for (size_t k = 0; k < got.size(); ++k) {
+    scale += double(expected[k]) * double(expected[k]);
+    distance += (double(got[k]) - double(expected[k])) * (double(got[k]) - double(expected[k]));
+  }
+  check(std::sqrt(distance / scale) < (sizeof(A) == 8 ? 1e-14 : 1e-6), what);
+}
+
+template <class A, class Plain, class Level>
+static void maxima(Plain plain, Level level) {
+  using Lane = typename Simd<A>::Lane;
+  for (const int64_t m : {1, 15, 16, 17, 130, 512})
+    for (const bool ids : {false, true}) {
+      const int64_t n = 37;
+      std::vector<A> s(n * kTileMost, -std::numeric_limits<A>::infinity());
+      std::uniform_int_distribution<int> few(-3, 3), kind(0, 400);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < m; ++j) {
+          const int k = kind(generator);
+          s[i * kTileMost + j] = k == 0   ? std::numeric_limits<A>::quiet_NaN()
+                                 : k == 1 ? std::numeric_limits<A>::infinity()
+                                          : A(few(generator));
+        }
+      std::vector<Lane> row_id(n), col_id(m + 64, -1);
+      for (auto& id : row_id) id = few(generator);
+      for (int64_t j = 0; j < m; ++j) col_id[j] = few(generator);
+      TileMaxima<A> x, y;
+      plain(s.data(), n, m, ids ? row_id.data() : nullptr, ids ? col_id.data() : nullptr, x);
+      level(s.data(), n, m, ids ? row_id.data() : nullptr, ids ? col_id.data() : nullptr, y);
+      for (int64_t i = 0; i < n; ++i) check(x.row_index[i] == y.row_index[i], "row index");
+      for (int64_t j = 0; j < m; ++j) check(x.col_index[j] == y.col_index[j], "column index");
+      check(!std::memcmp(x.row_score.data(), y.row_score.data(), n * sizeof(A)), "row score");
+      check(!std::memcmp(x.col_score.data(), y.col_score.data(), m * sizeof(A)), "column score");
+    }
+}
+
+template <class A, class Forward, class Backward>
+static std::vector<A> projected(Forward forward, Backward backward, int64_t width, bool permuted) {
+  generator.seed(3);
+  const int64_t dim = width * 3, rows = 13;
+  Weights<A> weights;
+  weights.dim = dim, weights.groups = 3, weights.width = width, weights.normalize = true;
+  weights.ld = (width / Simd<A>::lanes + 2) * Simd<A>::lanes;
+  weights.diag = normal<A>(dim);
+  weights.blocks = normal<A>(dim * weights.ld), weights.transposed = normal<A>(dim * weights.ld);
+  for (int64_t c = 0; permuted && c < dim; ++c) weights.permutation.push_back((c * 5 + 1) % dim);
+  const auto x = normal<A>(rows * dim), grad = normal<A>(rows * dim);
+  std::vector<A> out(2 * rows * dim + dim + dim * width, A(0));
+  Scratch<A> scratch(dim);
+  forward(x.data(), weights, scratch, out.data(), rows);
+  A* rest = out.data() + rows * dim;
+  backward(grad.data(), x.data(), weights, scratch, rest, rest + rows * dim, rest + rows * dim + dim, rows);
+  return out;
+}
+
+template <class A, class Scores, class Gather>
+static std::vector<A> paired(Scores scores, Gather gather) {
+  generator.seed(4);
+  const int64_t n = 9, dim = 83, edges = 40;
+  const auto a = normal<A>(n * dim), b = normal<A>(n * dim), grad = normal<A>(edges);
+  std::vector<int64_t> rows(edges), cols(edges);
+  for (auto& i : rows) i = generator() % n;
+  for (auto& j : cols) j = generator() % n;
+  Groups groups(rows.data(), cols.data(), 0, n);
+  for (int64_t d = 0; d < n; ++d) {
+    for (int64_t e = 0; e < edges; ++e)
+      if (rows[e] == d) groups.edge.push_back(e);
+    groups.first[d + 1] = groups.edge.size();
+  }
+  std::vector<A> out(edges + n * dim);
+  scores(a.data(), b.data(), rows.data(), cols.data(), out.data(), dim, 0, edges);
+  gather(b.data(), cols.data(), grad.data(), groups, out.data() + edges, dim, 0, n);
+  return out;
+}
+
+// Normally part of pairs.cpp; here only the layout is needed.
+Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinations)
+    : first(destinations + 1, 0), edge(edges) {}
+
+#define CALL(level, f) [](auto&&... v) { level::f(v...); }
+#define COMPARE(level, A)                                                                                          \
+  maxima<A>(CALL(plain, tile_maxima_of), CALL(level, tile_maxima_of));                                             \
+  for (const int64_t width : {1, 7, 16, 33})                                                                       \
+    for (const bool permuted : {false, true})                                                                      \
+      check_close(projected<A>(CALL(level, project_run), CALL(level, backward_run), width, permuted),              \
+                  projected<A>(CALL(plain, project_run), CALL(plain, backward_run), width, permuted), "project");  \
+  check_close(paired<A>(CALL(level, pair_scores_run), CALL(level, gather_run)),                                    \
+              paired<A>(CALL(plain, pair_scores_run), CALL(plain, gather_run)), "pairs");
+
+int main() {
+#ifdef GSSF_X86_LEVELS
+  if (__builtin_cpu_supports("x86-64-v3")) {
+    COMPARE(v3, float) COMPARE(v3, double)
+    std::printf("x86-64-v3 agrees\n");
+  }
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    COMPARE(v4, float) COMPARE(v4, double)
+    std::printf("x86-64-v4 agrees\n");
+  }
+#endif
+  std::printf("plain ran\n");
+}

@@ -1,0 +1,172 @@
+"""Derivatives and transforms: gradcheck, opcheck, torch.compile, torch.func, autocast."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, outputs, randn
+
+import gssf_kernels as gk
+from gssf_kernels import _library
+
+SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
+ONE_EACH = {case.function: case for case in SMALL}
+
+
+@pytest.mark.parametrize("which", ["ours", "reference"])
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_gradcheck(case, which):
+    tensors, options = case.inputs(torch.float64, seed=1)
+    names = list(tensors)
+
+    def run(*values):
+        results = getattr(case, which)(dict(zip(names, values, strict=True)), options)
+        return tuple(torch.where(t.isfinite(), t, 0) for t in results)
+
+    # the step is far below the gaps between candidates of these seeded inputs, so no argmax moves
+    leaves = tuple(t.clone().requires_grad_() for t in tensors.values())
+    assert torch.autograd.gradcheck(run, leaves, eps=1e-7, atol=1e-6, rtol=1e-6, nondet_tol=0.0)
+
+
+def _op_samples():
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x, diag, blocks = (t.to(dtype) for t in (randn(g, 20, 12), randn(g, 12), randn(g, 3, 4, 4)))
+        a, b = randn(g, 9, 12).to(dtype), randn(g, 14, 12).to(dtype)
+        order = torch.randperm(12, generator=g)
+        ids = (torch.arange(9) // 2, torch.arange(14) // 2)
+        rows, cols = torch.randint(-1, 9, (30,), generator=g), torch.randint(-1, 14, (30,), generator=g)
+        yield "project", (x, diag, blocks, order, True)
+        yield "project", (x, None, None, None, True)
+        yield "project_backward", (x.flip(0), x, diag, blocks, order, True, [True, True, True])
+        yield "project_backward", (x.flip(0), x, None, blocks, None, False, [True, True, False])
+        yield "hardest_negatives", (a, b, None, None)
+        yield "hardest_negatives", (a, b, *ids)
+        yield "pair_scores", (a, b, rows, cols)
+        yield "pair_scores_backward", (torch.randn(30, dtype=_library.accumulation_dtype(dtype)), rows, cols, a, b)
+
+
+@pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck(op, arguments):
+    torch.library.opcheck(getattr(torch.ops.gssf, op).default, arguments)
+
+
+def test_opcheck_covers_every_op():
+    assert {op for op, _ in _op_samples()} == set(gk.backends())
+
+
+@pytest.mark.parametrize("case", ONE_EACH.values(), ids=str)
+def test_compile_whole_graph(case):
+    tensors, options = case.inputs(torch.float32)
+    eager = case.ours(tensors, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda values: outputs(getattr(gk, case.function)(**values, **options)), fullgraph=True)
+    leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    plain = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+    for got, expected in zip(compiled(leaves), eager, strict=True):
+        torch.testing.assert_close(got, expected)
+
+    def total(results):
+        return sum(torch.where(t.isfinite(), t, 0).sum() for t in results)
+
+    total(compiled(leaves)).backward()
+    total(case.ours(plain, options)).backward()
+    for name in leaves:
+        torch.testing.assert_close(leaves[name].grad, plain[name].grad)
+
+
+def test_compile_dynamic_shapes():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: gk.triplet_loss(x, y), fullgraph=True, dynamic=True)
+    for n, m in ((8, 8), (13, 20), (50, 51)):
+        x, y = torch.randn(n, 16), torch.randn(m, 16)
+        torch.testing.assert_close(compiled(x, y), gk.reference.triplet_loss(x, y))
+
+
+def test_func_grad():
+    x, y = torch.randn(12, 8, dtype=torch.float64), torch.randn(15, 8, dtype=torch.float64)
+    diag, blocks = torch.randn(8, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+
+    def loss(module, x, y, diag, blocks):
+        return module.triplet_loss(module.project(x, diag, blocks, normalize=True), y)
+
+    ours = torch.func.grad(lambda *t: loss(gk, *t), argnums=(0, 1, 2, 3))(x, y, diag, blocks)
+    plain = torch.func.grad(lambda *t: loss(gk.reference, *t), argnums=(0, 1, 2, 3))(x, y, diag, blocks)
+    for got, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_second_derivatives_are_refused():
+    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+    (grad,) = torch.autograd.grad(gk.triplet_loss(x, y).square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_only_where_asked():
+    x, y = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    gk.triplet_loss(x, y, margin=5.0).backward()
+    assert y.grad is None
+    for wanted in range(3):
+        leaves = [torch.randn(*shape) for shape in ((5, 8), (8,), (2, 4, 4))]
+        leaves[wanted].requires_grad_()
+        gk.project(*leaves, normalize=True).square().sum().backward()
+        reference = leaves[wanted].detach().clone().requires_grad_()
+        twins = [reference if k == wanted else t for k, t in enumerate(leaves)]
+        gk.reference.project(*twins, normalize=True).square().sum().backward()
+        torch.testing.assert_close(leaves[wanted].grad, reference.grad)
+        assert [t.grad is None for t in leaves] == [k != wanted for k in range(3)]
+
+
+def test_indices_carry_no_gradient():
+    found = gk.hardest_negatives(torch.randn(4, 8, requires_grad=True), torch.randn(6, 8))
+    assert found.row_score.requires_grad
+    assert found.col_score.requires_grad
+    assert not found.row_index.requires_grad
+    assert not found.col_index.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_scores_in_its_dtype_and_sums_in_fp32(dtype):
+    x, y = torch.randn(40, 32, requires_grad=True), torch.randn(50, 32)
+    metric = gk.StructuredSimilarity(32, 8)
+    with torch.autocast("cpu", dtype):
+        a, b = metric.factors(x, y)
+        assert a.dtype == b.dtype == dtype
+        inside = gk.triplet_loss(x, y)
+        assert metric(x, y).dtype == dtype
+    assert inside.dtype == torch.float32
+    rounded = gk.reference.triplet_loss(x.to(dtype).double(), y.to(dtype).double())
+    torch.testing.assert_close(inside.double(), rounded, rtol=1e-5, atol=1e-5)
+    inside.backward()
+    assert x.grad.dtype == torch.float32
+    x64 = x.detach().to(dtype).double().requires_grad_()
+    gk.reference.triplet_loss(x64, y.to(dtype).double()).backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_leaves_fp64_alone():
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gk.triplet_loss(x, x).dtype == torch.float64
+
+
+def test_modules_train_and_print_their_settings():
+    loss = gk.TripletLoss(margin=0.3, reduction="mean", metric=gk.StructuredSimilarity(16, 4))
+    assert "margin=0.3" in repr(loss)
+    assert "block_size=4" in repr(loss)
+    assert sorted(dict(loss.named_parameters())) == ["metric.blocks", "metric.diag"]
+    x, y = torch.randn(64, 16), torch.randn(64, 16)
+    x, y = F.normalize(x), F.normalize(x + 0.3 * y)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.5)
+    values = []
+    for _ in range(30):
+        value = loss(x, y)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.8 * values[0]
+    state = loss.state_dict()
+    other = gk.TripletLoss(margin=0.3, reduction="mean", metric=gk.StructuredSimilarity(16, 4))
+    other.load_state_dict(state)
+    assert float(other(x, y)) == float(loss(x, y))

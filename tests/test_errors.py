@@ -1,0 +1,186 @@
+"""Bad input: which error, which argument it names, what it says came."""
+
+import math
+
+import pytest
+import torch
+
+import gssf_kernels as gk
+
+X, Y = torch.randn(4, 8), torch.randn(6, 8)
+IDS4, IDS6 = torch.arange(4), torch.arange(6)
+
+SIDES = [
+    (torch.randn(4), Y, ValueError, r"\[N, D\].*got \[4\]", 0),
+    (torch.randn(2, 4, 8), Y, ValueError, r"\[N, D\].*\[2, 4, 8\]", 0),
+    (X, torch.randn(6, 9), ValueError, r"8 columns.*\[6, 9\]", 1),
+    (X, torch.randn(3, 8), ValueError, r"at least the 4 rows.*\[3, 8\]", 1),
+    (torch.randn(4, 0), torch.randn(4, 0), ValueError, r"at least one column.*\[4, 0\]", 0),
+    (X, Y.double(), TypeError, r"torch.float32.*torch.float64", 1),
+    (X.long(), Y.long(), TypeError, r"float32.*torch.int64", 0),
+    (X.bool(), Y, TypeError, r"torch.bool", 0),
+    (X.cfloat(), Y.cfloat(), TypeError, r"torch.complex64", 0),
+    (X.to(torch.float8_e4m3fn), Y, TypeError, r"float8", 0),
+    (X.to_sparse(), Y, TypeError, r"dense.*sparse", 0),
+    (X.to("meta"), Y, ValueError, r"device", 1),
+    (X.tolist(), Y, TypeError, r"tensor.*list", 0),
+    (None, Y, TypeError, r"NoneType", 0),
+]
+CALLS = [
+    (lambda a, b: gk.triplet_loss(a, b), "xy"),
+    (lambda a, b: gk.triplet_loss(a, b, negatives="all"), "xy"),
+    (lambda a, b: gk.TripletLoss()(a, b), "xy"),
+    (lambda a, b: gk.hardest_negatives(a, b), "ab"),
+    (lambda a, b: gk.pair_scores(a, b), "ab"),
+]
+
+
+@pytest.mark.parametrize(("call", "names"), CALLS, ids=["triplet", "triplet-all", "module", "hardest", "pairs"])
+@pytest.mark.parametrize(("a", "b", "kind", "message", "culprit"), SIDES)
+def test_sides(call, names, a, b, kind, message, culprit):
+    with pytest.raises(kind, match=rf"^{names[culprit]}: .*{message}"):
+        call(a, b)
+
+
+BAD_IDS = [
+    ({"x_ids": IDS4}, ValueError, "y_ids: .*4 and 6 rows"),
+    ({"y_ids": IDS6}, ValueError, "x_ids: .*4 and 6 rows"),
+    ({"x_ids": IDS6, "y_ids": IDS6}, ValueError, r"x_ids: expected shape \[4\], got \[6\]"),
+    ({"x_ids": IDS4, "y_ids": IDS4}, ValueError, r"y_ids: expected shape \[6\], got \[4\]"),
+    ({"x_ids": IDS4[:, None], "y_ids": IDS6}, ValueError, r"x_ids: .*got \[4, 1\]"),
+    ({"x_ids": IDS4.int(), "y_ids": IDS6}, TypeError, "x_ids: .*torch.int64, got torch.int32"),
+    ({"x_ids": IDS4.float(), "y_ids": IDS6}, TypeError, "x_ids: .*got torch.float32"),
+    ({"x_ids": IDS4, "y_ids": IDS6.to("meta")}, ValueError, "y_ids: expected device cpu, got meta"),
+    ({"x_ids": [0, 1, 2, 3], "y_ids": IDS6}, TypeError, "x_ids: .*got list"),
+]
+
+
+@pytest.mark.parametrize(("ids", "kind", "message"), BAD_IDS)
+def test_ids(ids, kind, message):
+    for which in ("hardest", "all", "semihard"):
+        with pytest.raises(kind, match=f"^{message}"):
+            gk.triplet_loss(X, Y, negatives=which, **ids)
+    with pytest.raises(kind, match=f"^{message}".replace("x_ids", "a_ids").replace("y_ids", "b_ids")):
+        gk.hardest_negatives(X, Y, **{k.replace("x_", "a_").replace("y_", "b_"): v for k, v in ids.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"margin": -0.1}, ValueError, "margin: .*>= 0, got -0.1"),
+        ({"margin": math.nan}, ValueError, "margin: .*got nan"),
+        ({"margin": math.inf}, ValueError, "margin: .*got inf"),
+        ({"margin": "0.2"}, TypeError, "margin: .*got str"),
+        ({"margin": True}, TypeError, "margin: .*got bool"),
+        ({"negatives": "hard"}, ValueError, "negatives: .*'hardest', 'all', 'semihard', got 'hard'"),
+        ({"reduction": "avg"}, ValueError, "reduction: .*'sum', 'mean', 'none', got 'avg'"),
+    ],
+)
+def test_options(options, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.triplet_loss(X, Y, **options)
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.TripletLoss(**options)
+
+
+D, B = torch.ones(8), torch.zeros(2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((torch.tensor(1.0),), ValueError, r"x: .*\[\.\.\., D\].*got shape \[\]"),
+        ((X.int(), D.int()), TypeError, "x: .*torch.int32"),
+        ((torch.randn(4, 0),), ValueError, "x: .*at least one channel"),
+        (("x",), TypeError, "x: .*str"),
+        ((X, torch.ones(7)), ValueError, r"diag: expected shape \[8\].*got \[7\]"),
+        ((X, D.double()), TypeError, "diag: .*float32, got torch.float64"),
+        ((X, torch.ones(8, 1)), ValueError, r"diag: .*\[8, 1\]"),
+        ((X, D.to("meta")), ValueError, "diag: .*device cpu, got meta"),
+        ((X, D, torch.zeros(2, 3, 3)), ValueError, r"blocks: .*G\*b = 8.*\[2, 3, 3\]"),
+        ((X, D, torch.zeros(2, 4, 5)), ValueError, r"blocks: .*\[2, 4, 5\]"),
+        ((X, D, torch.zeros(8, 8)), ValueError, r"blocks: .*\[8, 8\]"),
+        ((X, D, B.half()), TypeError, "blocks: .*float16"),
+    ],
+)
+def test_projection(arguments, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.project(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("permutation", "kind", "message"),
+    [
+        (torch.arange(7), ValueError, r"expected shape \[8\], got \[7\]"),
+        (torch.arange(8).int(), TypeError, "torch.int64"),
+        (torch.zeros(8, dtype=torch.long), ValueError, "exactly once"),
+        (torch.arange(8) + 1, ValueError, "exactly once"),
+        (list(range(8)), TypeError, "list"),
+    ],
+)
+def test_permutation(permutation, kind, message):
+    with pytest.raises(kind, match=f"^permutation: .*{message}"):
+        gk.project(X, D, B, permutation=permutation)
+    if isinstance(permutation, torch.Tensor):
+        with pytest.raises(kind, match=f"^permutation: .*{message}"):
+            gk.StructuredSimilarity(8, 4, permutation=permutation)
+
+
+def test_permutation_needs_blocks():
+    with pytest.raises(ValueError, match=r"^permutation: .*blocks"):
+        gk.project(X, D, permutation=torch.arange(8))
+    with pytest.raises(ValueError, match=r"^permutation: .*block_size"):
+        gk.StructuredSimilarity(8, None, permutation=torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim: .*got 0"),
+        ({"dim": 8.0}, TypeError, "dim: .*float"),
+        ({"dim": 8, "block_size": 3}, ValueError, "block_size: .*divisor of dim=8, got 3"),
+        ({"dim": 8, "block_size": 0}, ValueError, "block_size: .*got 0"),
+        ({"dim": 8, "block_size": 16}, ValueError, "block_size: .*got 16"),
+    ],
+)
+def test_metric(options, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.StructuredSimilarity(**options)
+
+
+def test_metric_of_a_loss_must_be_one():
+    with pytest.raises(TypeError, match="^metric: .*Linear"):
+        gk.TripletLoss(metric=torch.nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("index", "kind", "message"),
+    [
+        (torch.tensor([0, 1, 2, 6]), ValueError, r"-1\.\.5, got 0\.\.6"),
+        (torch.tensor([0, 1, 2, -2]), ValueError, r"-1\.\.5, got -2\.\.2"),
+        (torch.tensor([0, 1, 2]), ValueError, r"shape \[4\], got \[3\]"),
+        (torch.tensor([0.0, 1, 2, 3]), TypeError, "float32"),
+    ],
+)
+def test_pair_index(index, kind, message):
+    with pytest.raises(kind, match=f"^index: .*{message}"):
+        gk.pair_scores(X, Y, index)
+
+
+def test_ops_called_directly_refuse_what_would_corrupt():
+    """The ops trust their callers in most things, but never read or write outside a tensor."""
+    if gk.backends()["pair_scores"]["cpu"] != "cpp":
+        pytest.skip("the C++ extension is not built")
+    out = torch.tensor([0, 9])
+    with pytest.raises(ValueError, match="rows, cols"):
+        torch.ops.gssf.pair_scores(X, Y, out, out)
+    with pytest.raises(ValueError, match="rows, cols"):
+        torch.ops.gssf.pair_scores_backward(torch.ones(2), out, out, X, Y)
+    with pytest.raises(ValueError, match="hardest_negatives"):
+        torch.ops.gssf.hardest_negatives(Y, X, None, None)
+    with pytest.raises(ValueError, match="a_ids"):
+        torch.ops.gssf.hardest_negatives(X, Y, IDS4, IDS4)
+    with pytest.raises(ValueError, match="diag"):
+        torch.ops.gssf.project(X, torch.ones(7), None, None, False)
+    with pytest.raises(ValueError, match="permutation"):
+        torch.ops.gssf.project(X, None, B, torch.arange(8) + 1, False)
