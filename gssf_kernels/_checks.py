@@ -4,7 +4,6 @@ Public functions call these before any work; ops and kernels below them trust th
 """
 
 import math
-import numbers
 
 import torch
 
@@ -73,12 +72,11 @@ def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str
     if a_ids is None and b_ids is None:
         return None, None
     rows, cols = a.shape[0], b.shape[0]
-    for given, absent, name in ((a_ids, b_ids, b_name), (b_ids, a_ids, a_name)):
-        if absent is None and rows != cols:
-            raise ValueError(
-                f"{name}: expected ids too, because the sides have {rows} and {cols} rows "
-                "(one side's ids serve both only where these are equal), got None"
-            )
+    if rows != cols and (a_ids is None or b_ids is None):
+        raise ValueError(
+            f"{a_name if a_ids is None else b_name}: expected ids too, because the sides have {rows} and {cols} rows "
+            "(one side's ids serve both only where these are equal), got None"
+        )
     a_ids = b_ids if a_ids is None else a_ids
     b_ids = a_ids if b_ids is None else b_ids
     for value, name, count, side in ((a_ids, a_name, rows, a), (b_ids, b_name, cols, b)):
@@ -137,7 +135,7 @@ def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> No
 
 def non_negative(value, name: str) -> float:
     """``value`` as a finite float >= 0."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
     if not 0 <= value < math.inf:  # false for NaN too; also traceable with a symbolic value
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

@@ -21,8 +21,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPS: list[str] = []
 
 try:
-    from gssf_kernels import _C  # noqa: F401  (loading it registers the CPU kernels)
-
+    importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
     EXTENSION_ERROR = None
 except ImportError as error:
     # Not built (a supported way to install), or built against another PyTorch: `backends()` and

@@ -91,12 +91,14 @@ def _reference(x, diag, blocks, permutation, normalize):
 
 
 def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
-    given = [t is not None and need for t, need in zip((x, diag, blocks), needs, strict=True)]
-    leaves = [None if t is None else t.detach().requires_grad_(g) for t, g in zip((x, diag, blocks), given, strict=True)]
+    inputs = (x, diag, blocks)
+    given = [t is not None and need for t, need in zip(inputs, needs, strict=True)]
+    x, diag, blocks = (t if t is None else t.detach().requires_grad_(g) for t, g in zip(inputs, given, strict=True))
     with torch.enable_grad():
-        p = reference.project(*leaves, permutation=permutation, normalize=normalize)
-        grads = iter(torch.autograd.grad(p, [t for t, g in zip(leaves, given, strict=True) if g], grad))
-    return tuple(next(grads).clone() if g else x.new_empty(0) for g in given)
+        p = reference.project(x, diag, blocks, permutation=permutation, normalize=normalize)
+    wanted = [t for t, g in zip((x, diag, blocks), given, strict=True) if g]
+    grads = iter(torch.autograd.grad(p, wanted, grad) if wanted else ())
+    return tuple(next(grads).clone() if g else grad.new_empty(0) for g in given)
 
 
 def _fake(x, diag, blocks, permutation, normalize):

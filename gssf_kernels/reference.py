@@ -73,11 +73,8 @@ def scores(a: Tensor, b: Tensor) -> Tensor:
 def positives(a: Tensor, b: Tensor, a_ids: Tensor | None = None, b_ids: Tensor | None = None) -> Tensor:
     """``[N, M]`` bool: the pairs (i, i) and those of equal ids, which are never negatives."""
     same = torch.eye(a.shape[0], b.shape[0], dtype=torch.bool, device=a.device)
-    if a_ids is not None or b_ids is not None:
-        a_ids = b_ids if a_ids is None else a_ids
-        b_ids = a_ids if b_ids is None else b_ids
-        same = same | (a_ids[:, None] == b_ids[None, :])
-    return same
+    rows, cols = (b_ids if a_ids is None else a_ids), (a_ids if b_ids is None else b_ids)
+    return same if rows is None or cols is None else same | (rows[:, None] == cols[None, :])
 
 
 def _best(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ class StructuredSimilarity(nn.Module):
             _checks.index(permutation, "permutation", dim, permutation.device)
             _checks.true_permutation(permutation)
             permutation = permutation.to(device) if device is not None else permutation
+        self.permutation: Tensor | None
         self.register_buffer("permutation", permutation)
         self.reset_parameters()
 

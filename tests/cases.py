@@ -5,9 +5,8 @@ that truth (fp64) and tolerance (the twin in the same dtype) come from. Adding a
 `test_values`, `test_autograd`, `test_contracts` and the fuzzing go through the table.
 """
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -27,7 +26,6 @@ class Case:
     name: str
     function: str
     make: Callable[[torch.Generator], tuple[dict[str, torch.Tensor], dict]]
-    tags: frozenset = field(default_factory=frozenset)
 
     def inputs(self, dtype: torch.dtype, seed: int = 0):
         """(tensors in dtype, options); the values are those of fp64 rounded to dtype."""
@@ -132,30 +130,70 @@ SHAPES = [(1, 1, 1), (1, 2, 3), (2, 2, 17), (3, 130, 8), (16, 16, 16), (17, 31, 
 SHAPES += [(513, 513, 24), (511, 1030, 100)]
 LAYOUTS = ("transposed", "sliced", "expanded", "repeated")
 
-CASES = [
-    *(Case(f"project-b{b}-perm{int(p)}-norm{int(z)}", "project", _metric(70, 192, b, permuted=p, normalize=z))
-      for b in (1, 3, 16, 32, 96) for p in (False, True) for z in (False, True)),
-    *(Case(f"project-n{n}-d{d}-b{b}", "project", _metric(n, d, b))
-      for n, d, b in ((1, 2, 1), (2, 7, 7), (65, 40, 8), (513, 48, 24), (600, 130, 65))),
-    Case("project-n1-d1", "project", _metric(1, 1, 1, normalize=False)),
-    Case("project-diag", "project", _metric(33, 50, None)),
-    Case("project-blocks", "project", _metric(33, 48, 12, diag=False)),
-    Case("project-normalize", "project", _metric(33, 50, None, diag=False)),
-    Case("project-batched", "project", _metric(9, 32, 8, lead=(2, 3))),
-    Case("project-scaled", "project", _metric(40, 32, 8, rows="scaled"), frozenset({"wide"})),
-    Case("similarity", "similarity", lambda g: ({**_metric(20, 32, 8)(g)[0], "y": randn(g, 27, 32)}, {"normalize": True}), frozenset({"cast"})),
-    *(Case(f"hardest-{n}x{m}x{d}-{ids}", "hardest_negatives", _scored(n, m, d, ids))
-      for n, m, d in SHAPES for ids in ("none", "random")),
-    *(Case(f"hardest-ids-{ids}", "hardest_negatives", _scored(37, 61, 16, ids)) for ids in IDS),
-    *(Case(f"hardest-{layout}", "hardest_negatives", _scored(40, 70, 24, "five", layout)) for layout in LAYOUTS),
-    Case("pairs", "pair_scores", lambda g: (dict(zip("ab", _sides(40, 30, 24)(g), strict=True)), {"index": torch.randint(-1, 30, (40,), generator=g)})),
-    Case("pairs-diagonal", "pair_scores", lambda g: (dict(zip("ab", _sides(40, 45, 24)(g), strict=True)), {})),
-    Case("pairs-hub", "pair_scores", lambda g: (dict(zip("ab", _sides(300, 5, 24)(g), strict=True)), {"index": torch.full((300,), 3)})),
-    *(Case(f"triplet-{n}x{m}x{d}-{ids}", "triplet_loss", _scored(n, m, d, ids, names=_XY))
-      for n, m, d in SHAPES for ids in ("none", "five")),
-    *(Case(f"triplet-{layout}", "triplet_loss", _scored(40, 70, 24, "random", layout, _XY)) for layout in LAYOUTS),
-    *(Case(f"triplet-{how}", "triplet_loss", _scored(50, 80, 24, "five", names=_XY, reduction=how, margin=1.5))
-      for how in ("sum", "mean", "none")),
-    *(Case(f"triplet-{which}-{ids}", "triplet_loss", _scored(30, 40, 24, ids, names=_XY, negatives=which), frozenset({"plain"}))
-      for which in ("all", "semihard") for ids in ("none", "five")),
-]  # fmt: skip
+
+def _pairs(n, m, d, index=None):
+    def make(g):
+        a, b = _sides(n, m, d)(g)
+        return {"a": a, "b": b}, {} if index is None else {"index": index(g)}
+
+    return make
+
+
+def _similarity(n, m, d, b):
+    def make(g):
+        tensors, options = _metric(n, d, b)(g)
+        return {**tensors, "y": randn(g, m, d)}, options
+
+    return make
+
+
+def _project_cases():
+    for b in (1, 3, 16, 32, 96):
+        for permuted in (False, True):
+            for normalize in (False, True):
+                name = f"project-b{b}" + "-permuted" * permuted + "-normalized" * normalize
+                yield Case(name, "project", _metric(70, 192, b, permuted=permuted, normalize=normalize))
+    for n, d, b in ((1, 2, 1), (2, 7, 7), (65, 40, 8), (513, 48, 24), (600, 130, 65)):
+        yield Case(f"project-n{n}-d{d}-b{b}", "project", _metric(n, d, b))
+    yield Case("project-n1-d1", "project", _metric(1, 1, 1, normalize=False))
+    yield Case("project-diag", "project", _metric(33, 50, None))
+    yield Case("project-blocks", "project", _metric(33, 48, 12, diag=False))
+    yield Case("project-normalize", "project", _metric(33, 50, None, diag=False))
+    yield Case("project-batched", "project", _metric(9, 32, 8, lead=(2, 3)))
+    yield Case("project-scaled", "project", _metric(40, 32, 8, rows="scaled"))
+    yield Case("similarity", "similarity", _similarity(20, 27, 32, 8))
+
+
+def _hardest_cases():
+    for n, m, d in SHAPES:
+        for ids in ("none", "random"):
+            yield Case(f"hardest-{n}x{m}x{d}-{ids}", "hardest_negatives", _scored(n, m, d, ids))
+    for ids in IDS:
+        yield Case(f"hardest-ids-{ids}", "hardest_negatives", _scored(37, 61, 16, ids))
+    for layout in LAYOUTS:
+        yield Case(f"hardest-{layout}", "hardest_negatives", _scored(40, 70, 24, "five", layout))
+
+
+def _pair_cases():
+    yield Case("pairs", "pair_scores", _pairs(40, 30, 24, lambda g: torch.randint(-1, 30, (40,), generator=g)))
+    yield Case("pairs-diagonal", "pair_scores", _pairs(40, 45, 24))
+    yield Case("pairs-hub", "pair_scores", _pairs(300, 5, 24, lambda g: torch.full((300,), 3)))
+
+
+def _triplet_cases():
+    def case(name, *arguments, **options):
+        return Case(f"triplet-{name}", "triplet_loss", _scored(*arguments, names=_XY, **options))
+
+    for n, m, d in SHAPES:
+        for ids in ("none", "five"):
+            yield case(f"{n}x{m}x{d}-{ids}", n, m, d, ids)
+    for layout in LAYOUTS:
+        yield case(layout, 40, 70, 24, "random", layout)
+    for how in ("sum", "mean", "none"):
+        yield case(how, 50, 80, 24, "five", reduction=how, margin=1.5)
+    for which in ("all", "semihard"):
+        for ids in ("none", "five"):
+            yield case(f"{which}-{ids}", 30, 40, 24, ids, negatives=which)
+
+
+CASES = [*_project_cases(), *_hardest_cases(), *_pair_cases(), *_triplet_cases()]

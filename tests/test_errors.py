@@ -149,7 +149,7 @@ def test_metric(options, kind, message):
 
 
 def test_metric_of_a_loss_must_be_one():
-    with pytest.raises(TypeError, match="^metric: .*Linear"):
+    with pytest.raises(TypeError, match=r"^metric: .*Linear"):
         gk.TripletLoss(metric=torch.nn.Linear(3, 3))
 
 

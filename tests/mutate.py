@@ -1,0 +1,162 @@
+"""Plants one fault at a time in a copy of the sources and sees that a test catches it.
+
+    make mutate        (python tests/mutate.py [NAME ...], about ten minutes: most faults need a rebuild)
+
+A fault is a file, a piece of its text, what takes its place, and the test files that must fail. A fault
+that survives, or whose text is no longer there, makes the run fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Fault:
+    name: str
+    file: str
+    text: str
+    instead: str
+    tests: str = "tests/test_definition.py tests/test_values.py tests/test_contracts.py"
+
+
+FAULTS = [
+    Fault(
+        "sign: the margin is subtracted",
+        "gssf_kernels/losses/triplet.py",
+        "margin + hardest.row_score - positive",
+        "-margin + hardest.row_score - positive",
+    ),
+    Fault(
+        "direction: columns past N give terms",
+        "gssf_kernels/losses/triplet.py",
+        "hardest.col_score[:count]",
+        "hardest.col_score[-count:]",
+    ),
+    Fault(
+        "mask: the diagonal stays a negative",
+        "csrc/epilogues.h",
+        "pair_score_[i] = score;\n      score = kNone;",
+        "pair_score_[i] = score;",
+    ),
+    Fault(
+        "mask: ids are compared with the wrong row",
+        "csrc/epilogues.h",
+        "has_ids ? row_id_.data() + i0 : nullptr",
+        "has_ids ? row_id_.data() : nullptr",
+    ),
+    Fault("tie: the later index wins in a tile", "csrc/vector_maxima.h", "(v > m) |", "(v >= m) |"),
+    Fault("tie: the later tile wins", "csrc/epilogues.h", "candidate < index[k]", "candidate > index[k]"),
+    Fault("NaN: not sticky", "csrc/vector_maxima.h", "((v != v) & (m == m))", "((v != v) & (m != m))"),
+    Fault("edge: the last column of a tile is dropped", "csrc/sweep.h", "narrow(1, 0, m);", "narrow(1, 0, m - 1);"),
+    Fault(
+        "edge: padding behind a tile is not cleared",
+        "csrc/epilogues.h",
+        "i < n && m % Simd<A>::lanes; ++i",
+        "i < 0 && m % Simd<A>::lanes; ++i",
+    ),
+    Fault(
+        "stride: the tile's rows are read too close",
+        "csrc/vector_maxima.h",
+        "s + i * kTileMost + j",
+        "s + i * (kTileMost - 1) + j",
+    ),
+    Fault(
+        "offset: column maxima carry the tile's own row numbers",
+        "csrc/epilogues.h",
+        "merge(found.col_score.data(), found.col_index.data(), m, i0,",
+        "merge(found.col_score.data(), found.col_index.data(), m, 0,",
+    ),
+    Fault(
+        "scale: dx is not divided by the norm",
+        "csrc/vector_project.h",
+        "(row[k] - xhat[k] * along) / divisor",
+        "(row[k] - xhat[k] * along)",
+    ),
+    Fault(
+        "transpose: dx goes through B instead of its transpose",
+        "csrc/vector_project.h",
+        "weights.transposed, g, scratch.out",
+        "weights.blocks, g, scratch.out",
+    ),
+    Fault(
+        "chunk: rows past the first chunk use its offset",
+        "csrc/project.cpp",
+        "p.mutable_data_ptr<scalar_t>() + first * dim",
+        "p.mutable_data_ptr<scalar_t>()",
+    ),
+    Fault(
+        "backward: a destination's last edge is dropped",
+        "csrc/vector_pairs.h",
+        "g < groups.first[d + 1]; ++g",
+        "g + 1 < groups.first[d + 1]; ++g",
+    ),
+    Fault(
+        "backward: grad_output is ignored",
+        "gssf_kernels/statistics/hardest.py",
+        "torch.cat((dpair, drow, dcol))",
+        "torch.cat((dpair, drow, dcol)).sign()",
+    ),
+]
+
+
+def run(command, folder, **environment):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+    )
+
+
+def build(folder: Path) -> None:
+    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], folder)
+    if done.returncode:
+        raise SystemExit(f"the copy does not build:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def caught(fault: Fault, folder: Path) -> tuple[bool, str]:
+    """(whether a test failed, the first that did)."""
+    path = folder / fault.file
+    original = path.read_text()
+    if original.count(fault.text) == 0:
+        return False, f"its text is no longer in {fault.file}"
+    try:
+        path.write_text(original.replace(fault.text, fault.instead))
+        if fault.file.startswith("csrc/"):
+            build(folder)
+        done = run([sys.executable, "-m", "pytest", "-x", "-q", *fault.tests.split()], folder)
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        # a crash (negative return code) is a catch too: no green run
+        return done.returncode != 0, failed[0][7:110] if failed else f"pytest exited with {done.returncode}"
+    finally:
+        path.write_text(original)
+
+
+def main(names):
+    faults = [f for f in FAULTS if not names or any(name in f.name for name in names)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "examples", "*.so", "build"))
+        build(folder)
+        clean = run([sys.executable, "-m", "pytest", "-x", "-q", *FAULTS[0].tests.split()], folder)
+        if clean.returncode:
+            raise SystemExit(f"the unchanged copy fails its tests:\n{clean.stdout[-3000:]}")
+        for fault in faults:
+            found, how = caught(fault, folder)
+            survivors += not found
+            print(f"{'caught  ' if found else 'SURVIVED'}  {fault.name}: {how}", flush=True)
+    print(f"{len(faults) - survivors} of {len(faults)} faults caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
