@@ -41,6 +41,7 @@ def native_build() -> dict:
         "gssf_kernels._C",
         sources + (cuda_sources if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
+        depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
         extra_compile_args={"cxx": CPU_FLAGS, "nvcc": NVCC_FLAGS} if with_cuda else {"cxx": CPU_FLAGS},
         extra_link_args=["-fopenmp"],
         py_limited_api=True,

@@ -22,7 +22,7 @@ constexpr int64_t kSplitRows = 512;  // rows summed into one partial ddiag, dblo
 
 template <class A>
 Weights<A> make_weights(int64_t dim, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
-                        const std::optional<Tensor>& permutation, bool normalize) {
+                        const std::optional<Tensor>& permutation, bool normalize, bool backward) {
   const auto dtype = c10::CppTypeToScalarType<A>::value;
   Weights<A> out;
   out.dim = dim, out.normalize = normalize;
@@ -39,8 +39,8 @@ Weights<A> make_weights(int64_t dim, const std::optional<Tensor>& diag, const st
         std::copy_n(wide.const_data_ptr<A>() + k * out.width, out.width, rows.data() + k * out.ld);
       return rows;
     };
-    out.blocks = padded(blocks->to(dtype).contiguous());
-    out.transposed = padded(blocks->transpose(1, 2).to(dtype).contiguous());
+    if (backward) out.transposed = padded(blocks->transpose(1, 2).to(dtype).contiguous());
+    else out.blocks = padded(blocks->to(dtype).contiguous());
   }
   if (permutation) {
     const Tensor order = permutation->contiguous();
@@ -69,9 +69,9 @@ Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std:
   const int64_t rows = x.size(0), dim = x.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project", [&] {
     using A = Accumulate<scalar_t>;
-    const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize);
+    const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, false);
     at::parallel_for(0, (rows + kChunkRows - 1) / kChunkRows, 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(dim);
+      Scratch<A> scratch(weights, false);
       for (int64_t first = begin * kChunkRows; first < std::min(rows, end * kChunkRows); first += kChunkRows)
         GSSF_VECTORIZED(project_run, x.const_data_ptr<scalar_t>() + first * dim, weights, scratch,
                     p.mutable_data_ptr<scalar_t>() + first * dim, std::min(kChunkRows, rows - first));
@@ -94,11 +94,11 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(
   Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options()), ddiag, dblocks;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project_backward", [&] {
     using A = Accumulate<scalar_t>;
-    const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize);
+    const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, true);
     const auto wide = x.options().dtype(c10::CppTypeToScalarType<A>::value);
     const Tensor partial = at::zeros({splits, partial_size}, wide);
     at::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(dim);
+      Scratch<A> scratch(weights, true);
       for (int64_t split = begin; split < end; ++split) {
         A* sums = partial.mutable_data_ptr<A>() + split * partial_size;
         for (int64_t first = split * kSplitRows; first < std::min(rows, (split + 1) * kSplitRows); first += kChunkRows)

@@ -59,7 +59,8 @@ struct Groups {
 constexpr int64_t kChunkRows = 64;  // rows of x that project keeps in flight per thread
 constexpr double kEps = 1e-12;      // smallest norm divided by, as in torch.nn.functional.normalize
 
-// The metric's weights in A; blocks padded so that a whole vector may be read anywhere, and transposed too.
+// The metric's weights in A; blocks (the forward's) or their transposes (the backward's)
+// padded so that a whole vector may be read anywhere.
 template <class A>
 struct Weights {
   int64_t dim = 0, groups = 0, width = 0, ld = 0;
@@ -73,7 +74,7 @@ template <class A>
 struct Chunk {
   int64_t ld;
   std::vector<A> rows;
-  explicit Chunk(int64_t dim) : ld((dim / 16 + 2) * 16), rows(kChunkRows * ld) {}
+  Chunk(int64_t dim, bool used) : ld((dim / 16 + 2) * 16), rows(used ? kChunkRows * ld : 0) {}
   A* row(int64_t r) { return rows.data() + r * ld; }
 };
 
@@ -81,8 +82,13 @@ template <class A>
 struct Scratch {
   Chunk<A> x, g, out, x_grouped, g_grouped, out_grouped;
   std::vector<A> norm;
-  explicit Scratch(int64_t dim)
-      : x(dim), g(dim), out(dim), x_grouped(dim), g_grouped(dim), out_grouped(dim), norm(kChunkRows) {}
+  Scratch(const Weights<A>& weights, bool backward)
+      : Scratch(weights.dim, backward, !weights.permutation.empty()) {}
+
+ private:
+  Scratch(int64_t dim, bool backward, bool permuted)
+      : x(dim, true), g(dim, backward), out(dim, true), x_grouped(dim, permuted), g_grouped(dim, permuted && backward),
+        out_grouped(dim, permuted), norm(kChunkRows) {}
 };
 
 }  // namespace gssf

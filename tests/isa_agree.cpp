@@ -77,7 +77,7 @@ static std::vector<A> projected(Forward forward, Backward backward, int64_t widt
   for (int64_t c = 0; permuted && c < dim; ++c) weights.permutation.push_back((c * 5 + 1) % dim);
   const auto x = normal<A>(rows * dim), grad = normal<A>(rows * dim);
   std::vector<A> out(2 * rows * dim + dim + dim * width, A(0));
-  Scratch<A> scratch(dim);
+  Scratch<A> scratch(weights, true);
   forward(x.data(), weights, scratch, out.data(), rows);
   A* rest = out.data() + rows * dim;
   backward(grad.data(), x.data(), weights, scratch, rest, rest + rows * dim, rest + rows * dim + dim, rows);
