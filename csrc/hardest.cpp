@@ -37,7 +37,7 @@ void run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
          Tensor& pair_score, Tensor& row_score, Tensor& row_index, Tensor& col_score, Tensor& col_index) {
   std::pair<std::vector<typename Simd<A>::Lane>, std::vector<typename Simd<A>::Lane>> ids;
   if (a_ids) ids = dense_ids<typename Simd<A>::Lane>(a_ids->contiguous(), b_ids->contiguous());
-  const Blocks rows(a.size(0)), cols(b.size(0));
+  const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
   HardestNegatives<A> epilogue(
       rows, cols, ids.first, ids.second, pair_score.mutable_data_ptr<A>(), row_score.mutable_data_ptr<A>(),
       row_index.mutable_data_ptr<int64_t>(), col_score.mutable_data_ptr<A>(), col_index.mutable_data_ptr<int64_t>());

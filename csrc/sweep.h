@@ -20,13 +20,31 @@
 
 #include "types.h"
 
+// MKL's, where PyTorch brings it; a weak reference, null elsewhere.
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+
 namespace gssf {
+
+// Tells the library that this thread's products are its own. Otherwise MKL, even inside a parallel region,
+// sums in an order that depends on how many threads there are.
+class ProductOnOneThread {
+ public:
+  ProductOnOneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~ProductOnOneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  ProductOnOneThread(const ProductOnOneThread&) = delete;
+  ProductOnOneThread& operator=(const ProductOnOneThread&) = delete;
+
+ private:
+  int before_;
+};
 
 // One dimension cut into blocks of nearly equal size, multiples of 16 but for the last.
 struct Blocks {
   int64_t total, size, count;
-  explicit Blocks(int64_t total) : total(total) {
-    size = ceil_div(ceil_div(total, ceil_div(total, tile_size(total))), 16) * 16;
+  Blocks(int64_t total, int64_t most) : total(total) {
+    size = ceil_div(ceil_div(total, ceil_div(total, most)), 16) * 16;
     count = ceil_div(total, size);
   }
   int64_t begin(int64_t block) const { return block * size; }
@@ -50,7 +68,8 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
   const int64_t workers = std::min<int64_t>(at::get_num_threads(), tiles);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
+    const ProductOnOneThread one_thread;
     const at::Tensor s = at::empty({rows.size, kTileMost}, a.options());
     for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
       const int64_t i0 = rows.begin(t / cols.count), n = rows.length(t / cols.count);

@@ -34,13 +34,11 @@ struct Simd<double> {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// The one table of CPU tile sizes. A tile of 512 x 512 fp32 scores fills half of a 2 MiB L2; smaller
-// problems take smaller tiles, so that there are some 16 to share among threads. Depends on the problem
-// alone, never on the thread count, which therefore cannot change a bit of the result.
-constexpr int64_t kTileMost = 512;   // also the distance of a tile's rows
-constexpr int64_t kTileLeast = 128;
-
-inline int64_t tile_size(int64_t total) { return std::clamp(total / 4, kTileLeast, kTileMost); }
+// The one table of CPU tile sizes. 512 x 512 fp32 scores fill half of a 2 MiB L2; for small problems the
+// tiles get narrower (tall tiles suit the library's product better), so that threads have some to share.
+// Depends on the problem alone, never on the thread count, which therefore cannot change a bit of the result.
+constexpr int64_t kTileMost = 512;  // rows, and columns; also the distance of a tile's rows
+inline int64_t tile_cols(int64_t total) { return std::clamp<int64_t>(total / 4, 64, kTileMost); }
 
 // Maxima of one tile over its rows and its columns, with their places inside the tile.
 template <class A>

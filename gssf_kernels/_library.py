@@ -18,7 +18,7 @@ import torch
 
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_OPS: list[str] = []
+_OPS: dict[str, str | None] = {}  # name: Triton launcher
 
 try:
     importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
@@ -44,7 +44,7 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
     torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
     if triton is not None and _HAS_TRITON:
         _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
-    _OPS.append(name)
+    _OPS[name] = triton
 
 
 def _lazy(target: str, reference: Callable) -> Callable:

@@ -169,11 +169,38 @@ def test_the_thread_count_changes_no_bit():
         assert all(torch.equal(t, u) for t, u in zip(_step(threads), first, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "d"), [(5, 1024), (64, 1024), (100, 777), (128, 1024), (300, 333)])
+def test_the_thread_count_changes_no_bit_of_small_sweeps(n, d, dtype):
+    """One tile or a few: the library must not spread a product over threads by itself."""
+    a, b = torch.randn(n, d, dtype=dtype), torch.randn(n + 20, d, dtype=dtype)
+    torch.set_num_threads(1)
+    first = gk.hardest_negatives(a, b)
+    for threads in (2, 4, 7):
+        torch.set_num_threads(threads)
+        assert all(torch.equal(t, u) for t, u in zip(gk.hardest_negatives(a, b), first, strict=True))
+
+
 def test_gradient_scales_with_grad_output():
     x, y = torch.randn(20, 8, dtype=torch.float64, requires_grad=True), torch.randn(20, 8, dtype=torch.float64)
     (one,) = torch.autograd.grad(gk.triplet_loss(x, y), x)
     (scaled,) = torch.autograd.grad(-2.5 * gk.triplet_loss(x, y), x)
     torch.testing.assert_close(scaled, -2.5 * one)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_fp32_products_follow_pytorchs_precision(precision):
+    a, b = torch.randn(300, 256), torch.randn(400, 256)
+    truth = gk.reference.hardest_negatives(a.double(), b.double())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        ours, plain = gk.hardest_negatives(a, b), gk.reference.hardest_negatives(a, b)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for got, twin, exact in ((ours[k], plain[k], truth[k]) for k in (0, 2)):
+        allowed = 2 * float((twin - exact).norm()) + 1e-6
+        assert float((got - exact).norm()) <= allowed
 
 
 def test_zero_gradient_edges_add_nothing_even_to_infinite_rows():

@@ -1,6 +1,9 @@
 """How the package installs and reports itself: without the extension, without torch, without a compiler."""
 
+import importlib
+import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +27,10 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def run(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}
-    )
+def run(code, folder=ROOT, **environment):
+    """Run code in folder; a variable given as None is unset."""
+    merged = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=merged)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -39,6 +42,21 @@ def test_backends_name_every_op():
     for active in table.values():
         assert active["cpu"] == ("cpp" if built else "reference")
         assert active["cuda"] in cuda
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_every_op_has_a_triton_launcher_of_its_own_signature(op):
+    pytest.importorskip("triton")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{op}", "CUDA")
+    module, _, function = _library._OPS[op].rpartition(".")
+    launcher = getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)
+    schema = getattr(torch.ops.gssf, op).default._schema
+    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+
+
+def test_fp64_on_cuda_would_take_the_reference():
+    call = _library._lazy("hardest.hardest_negatives", lambda *arguments: "reference")
+    assert call(torch.ones(2, 3, dtype=torch.float64)) == "reference"
 
 
 def test_everything_works_on_the_reference_without_the_extension():
@@ -104,25 +122,27 @@ assert not seen, seen
     assert expected in lines[0]
 
 
-@pytest.mark.parametrize(("force", "kind"), [("1", "CUDAExtension"), ("0", "CppExtension"), (None, "CppExtension")])
-def test_setup_chooses_cuda(force, kind, tmp_path):
-    """FORCE_CUDA decides, and only where there are CUDA sources; nothing is compiled here."""
-    code = """
-import sys, runpy, setuptools
+@pytest.mark.parametrize("with_sources", [True, False])
+@pytest.mark.parametrize("force", ["1", "0", None])
+@pytest.mark.parametrize("cuda_torch", [True, False])
+def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
+    """csrc/cuda is built where FORCE_CUDA or a CUDA PyTorch with nvcc says so; nothing is compiled here."""
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu.cpp").touch()
+    if with_sources:
+        (tmp_path / "csrc" / "cuda" / "gpu.cu").touch()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = f"""
+import runpy, setuptools, torch
 from torch.utils import cpp_extension
-chosen = []
-cpp_extension.CUDAExtension = lambda *a, **k: chosen.append(("CUDAExtension", a, k))
-cpp_extension.CppExtension = lambda *a, **k: chosen.append(("CppExtension", a, k))
+torch.version.cuda = "13.0" if {cuda_torch} else None
+cpp_extension.CUDA_HOME = "/somewhere" if {cuda_torch} else None
+cpp_extension.CUDAExtension = lambda name, sources, **options: print("cuda", *sources)
+cpp_extension.CppExtension = lambda name, sources, **options: print("cpu", *sources)
 setuptools.setup = lambda **arguments: None
 runpy.run_path("setup.py", run_name="__main__")
-(name, (module, sources), options), = chosen
-assert module == "gssf_kernels._C"
-print(name, any(s.endswith(".cu") for s in sources))
 """
-    environment = {} if force is None else {"FORCE_CUDA": force}
-    status, out, err = run(code, **environment)
+    status, out, err = run(code, tmp_path, FORCE_CUDA=force)
     assert status == 0, err
-    name, has_cuda_sources = out.split()
-    if list((ROOT / "csrc" / "cuda").glob("*.cu")) and not (force is None and torch.version.cuda):
-        assert name == kind
-    assert has_cuda_sources == str(name == "CUDAExtension")
+    wanted = with_sources and (cuda_torch if force is None else force == "1")
+    assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])

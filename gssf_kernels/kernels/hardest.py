@@ -1,0 +1,152 @@
+"""row_score[i] = max_j s_ij, col_score[j] = max_i s_ij over negatives: j ≠ i and a_ids[i] ≠ b_ids[j]; s = a bᵀ.
+
+With them where they lie, and the pairs' own s_ii, in one sweep. Ties go to the lowest index, NaN wins over all
+scores and stays, and a row or column whose negatives all score -inf (or has none) gives -inf and -1.
+
+Extra memory: one slab's partial results, 6 bytes for each of `tiles.SLAB_ENTRIES`, or at most 300 bytes per row of b
+where that is more (16 row blocks); and a copy of a and b where their rows are not aligned.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels.kernels import operands
+from gssf_kernels.kernels.sweep import Sweep
+
+
+@triton.jit
+def larger(x, y):
+    """max(x, y), NaN above all."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def best(s, position, axis: tl.constexpr):
+    """The largest score along axis and the lowest position that holds it."""
+    score = tl.reduce(s, axis, larger)
+    top = tl.expand_dims(score, axis)
+    hit = tl.where(top != top, s != s, s == top)  # in this form nothing is kept for the other axis: no spills
+    return score, tl.min(tl.where(hit, position, 0x7FFFFFFF), axis)
+
+
+@triton.jit
+def only_negatives(s, i0, j0, N, M, a_ids, b_ids, pair_score, BN: tl.constexpr, BM: tl.constexpr):
+    """s [BN, BM] with -inf at all that is no negative; each mask costs only the tiles that meet it."""
+    i = i0 + tl.arange(0, BN)
+    j = j0 + tl.arange(0, BM)
+    if (i0 < j0 + BM) & (j0 < i0 + BN):
+        pair = i[:, None] == j[None, :]
+        tl.store(pair_score + i, tl.sum(tl.where(pair, s, 0.0), 1), mask=(i >= j0) & (i < j0 + BM) & (i < N))
+        s = tl.where(pair, float("-inf"), s)
+    if (i0 + BN > N) | (j0 + BM > M):
+        s = tl.where((i < N)[:, None] & (j < M)[None, :], s, float("-inf"))
+    if a_ids is not None:
+        x = tl.load(a_ids + tl.minimum(i, N - 1))
+        y = tl.load(b_ids + tl.minimum(j, M - 1))
+        if (tl.min(x, 0) <= tl.max(y, 0)) & (tl.min(y, 0) <= tl.max(x, 0)):  # else the two ranges are disjoint
+            s = tl.where(x[:, None] == y[None, :], float("-inf"), s)
+    return s
+
+
+@triton.jit
+def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """The tile's best negative of each row and column, by its position in the tile."""
+    a_ids, b_ids, pair_score, row_score, row_place, col_score, col_place = state
+    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, pair_score, BN, BM)
+
+    score, place = best(s, tl.arange(0, BM)[None, :], 1)  # [BN]
+    at = tile_j.to(tl.int64) * blocks * BN + tile_i * BN + tl.arange(0, BN)  # [column block, row of the slab]
+    tl.store(row_score + at, score)
+    tl.store(row_place + at, place.to(tl.int16))
+
+    score, place = best(s, tl.arange(0, BN)[:, None], 0)  # [BM]
+    j = tile_j * BM + tl.arange(0, BM)
+    at = tile_i.to(tl.int64) * M + j  # [row block, column]
+    tl.store(col_score + at, score, mask=j < M)
+    tl.store(col_place + at, place.to(tl.int16), mask=j < M)
+
+
+@triton.jit
+def fold(score, index, scores, places, lane, length, parts, start, WIDTH: tl.constexpr, BP: tl.constexpr):
+    """(score, index) [BL] merged with the partial results scores, places [parts, length] at the given lanes.
+
+    Part p covers positions start + p WIDTH onwards, all past those merged before it: an equal score never replaces.
+    """
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
+        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        s = tl.load(scores + at, mask=inside, other=float("-inf"))
+        position = start + p[:, None] * WIDTH + tl.load(places + at, mask=inside, other=0)
+        new_score, new_index = best(s, position, 0)  # [BL]
+        better = (new_score > score) | ((new_score != new_score) & (score == score))
+        index = tl.where(better, new_index, index)
+        score = tl.where(better, new_score, score)
+    return score, index
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def merge_kernel(
+    partial, row_score, row_index, col_score, col_index, N, M, first, blocks,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Finish the slab's rows, and merge its columns into those of the slabs before."""
+    row_scores, row_places, col_scores, col_places = partial
+    slab_rows = blocks * BN
+    row_programs = tl.cdiv(slab_rows, BL)
+    if tl.program_id(0) < row_programs:
+        lane = tl.program_id(0) * BL + tl.arange(0, BL)
+        score = tl.full([BL], float("-inf"), tl.float32)
+        index = tl.full([BL], -1, tl.int32)
+        score, index = fold(score, index, row_scores, row_places, lane, slab_rows, tl.cdiv(M, BM), 0, BM, BP)
+        i = first * BN + lane
+        inside = (lane < slab_rows) & (i < N)
+        tl.store(row_score + i, score, mask=inside)
+        tl.store(row_index + i, index.to(tl.int64), mask=inside)
+    else:
+        j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+        before = (j < M) & (first > 0)
+        score = tl.load(col_score + j, mask=before, other=float("-inf"))
+        index = tl.load(col_index + j, mask=before, other=-1).to(tl.int32)
+        score, index = fold(score, index, col_scores, col_places, j, M, blocks, first * BN, BN, BP)
+        tl.store(col_score + j, score, mask=j < M)
+        tl.store(col_index + j, index.to(tl.int64), mask=j < M)
+
+
+def hardest_negatives(
+    a: torch.Tensor, b: torch.Tensor, a_ids: torch.Tensor | None, b_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (pair_score [N], row_score [N], row_index [N], col_score [M], col_index [M]).
+
+    a: [N, D] fp32, bf16 or fp16
+    b: [M, D] as a, M ≥ N
+    a_ids, b_ids: [N], [M] int64, or both None
+
+    Scores are fp32, indices int64. Raises TypeError for other dtypes.
+    """
+    operands.check_dtype("hardest_negatives", a, b)
+    N, M = len(a), len(b)
+    pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
+    col_score = a.new_empty(M, dtype=torch.float32)
+    row_index, col_index = a.new_empty(N, dtype=torch.int64), a.new_empty(M, dtype=torch.int64)
+    if a_ids is not None and b_ids is not None:
+        a_ids, b_ids = a_ids.contiguous(), b_ids.contiguous()
+
+    with torch.cuda.device_of(a):
+        sweep = Sweep(a, b)
+        BN, BM = sweep.tile.BN, sweep.tile.BM
+        row_parts, col_parts = sweep.slab_blocks * BN * sweep.column_blocks, sweep.slab_blocks * M
+        scores = a.new_empty(row_parts + col_parts, dtype=torch.float32)
+        places = a.new_empty(row_parts + col_parts, dtype=torch.int16)
+        partial = (scores[:row_parts], places[:row_parts], scores[row_parts:], places[row_parts:])
+        BP, BL = 32, 64
+        for first, blocks in sweep.slabs():
+            sweep.run(hardest_tile, (a_ids, b_ids, pair_score, *partial), first, blocks)
+            merge_kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(M, BL),)](
+                partial, row_score, row_index, col_score, col_index, N, M, first, blocks,
+                BN=BN, BM=BM, BP=BP, BL=BL, num_warps=4, num_stages=2,
+            )  # fmt: skip
+    return pair_score, row_score, row_index, col_score, col_index

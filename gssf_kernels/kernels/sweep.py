@@ -1,0 +1,97 @@
+"""s = a bᵀ, tile by tile and never stored: the one reducing loop, its epilogue pluggable.
+
+    for each tile [BN, BM]:  s = Σ_k a[rows, k] b[columns, k];  epilogue(s, …)
+
+An epilogue is a `@triton.jit` function that reduces a tile to partial results:
+
+    epilogue(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
+
+    s: [BN, BM] fp32, the tile's scores; those past N or M are arbitrary
+    tile_i, tile_j: its row block within the slab and its column block
+    first, blocks: the slab's first row block and how many it has
+    state: the tuple of pointers given to `Sweep.run`
+
+Partial results belong to one tile each, so they need no initialisation and no atomics; a second small kernel
+merges them. Row blocks go through in slabs, which bounds the memory of the partial results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gssf_kernels.kernels import operands, tiles
+
+
+@triton.jit
+def load_tile(x, stride, row, k, R, D, B: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
+    """x[row : row + B, k : k + BK]; channels past D are 0, rows past R arbitrary."""
+    if TMA:
+        return x.load([row, k])
+    else:
+        i = tl.minimum(row + tl.arange(0, B), R - 1).to(tl.int64)
+        c = k + tl.arange(0, BK)
+        return tl.load(x + i[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def sweep_kernel(
+    a, b, a_stride, b_stride, N, M, D, first, blocks, state,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    # GROUP row blocks at a time walk along the columns together, so that both operands stay in L2.
+    group = tl.program_id(0) // (GROUP * tl.cdiv(M, BM))
+    within = tl.program_id(0) % (GROUP * tl.cdiv(M, BM))
+    height = tl.minimum(blocks - group * GROUP, GROUP)
+    tile_i = group * GROUP + within % height
+    tile_j = within // height
+
+    s = tl.zeros([BN, BM], tl.float32)
+    for k in range(0, D, BK):
+        x = load_tile(a, a_stride, (first + tile_i) * BN, k, N, D, BN, BK, TMA)  # [BN, BK]
+        y = load_tile(b, b_stride, tile_j * BM, k, M, D, BM, BK, TMA)  # [BM, BK]
+        s = tl.dot(x, y.T, s, input_precision=PRECISION)
+    EPILOGUE(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
+
+
+class Sweep:
+    """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
+
+    N and M stay below 2³¹; addresses are 64-bit.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        self.N, self.M = len(a), len(b)
+        self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1])
+        self.precision = "ieee" if tiles.kind(a.dtype) == "ieee" else "tf32"
+        multiple = 16 // a.element_size() if tile.tma else 16
+        self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
+        self.row_blocks, self.column_blocks = triton.cdiv(self.N, tile.BN), triton.cdiv(self.M, tile.BM)
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Yield (first row block, row blocks) so that one slab's partial results stay O(N + M)."""
+        for first in range(0, self.row_blocks, self.slab_blocks):
+            yield first, min(self.slab_blocks, self.row_blocks - first)
+
+    @property
+    def slab_blocks(self) -> int:
+        """Row blocks in a slab, for one partial result per row and column block, and per column and row block."""
+        entries = self.M + self.tile.BN * self.column_blocks
+        return min(self.row_blocks, max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries))
+
+    def run(self, epilogue: Any, state: tuple[torch.Tensor | None, ...], first: int, blocks: int) -> None:
+        """Launch one slab."""
+        a, b, tile = self.a, self.b, self.tile
+        sweep_kernel[(blocks * self.column_blocks,)](
+            TensorDescriptor.from_tensor(a, [tile.BN, tile.BK]) if tile.tma else a,
+            TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
+            a.stride(0), b.stride(0), self.N, self.M, a.shape[1], first, blocks, state,
+            EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=8,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,0 +1,89 @@
+"""The one table of tile sizes: static, so that every run and every rank does the same arithmetic.
+
+Chosen from ahead-of-time compilation (registers, spills, shared memory) and not yet timed on a GPU.
+`tests/test_lowering.py` compiles every line for its architecture.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Sweep(NamedTuple):
+    """A tile of the sweep: scores [BN, BM], summed over BK channels at a time."""
+
+    BN: int
+    BM: int
+    BK: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False  # operands come as tensor descriptors (sm_90), else by pointers
+
+
+class Project(NamedTuple):
+    """A tile of the projection: BN rows of BC channels."""
+
+    BN: int
+    BC: int
+    num_warps: int
+    num_stages: int
+
+
+# kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
+# size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest.
+# The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+SWEEP = {
+    (80, "half", "small"): Sweep(64, 64, 64, 4, 3),
+    (80, "half", "narrow"): Sweep(128, 128, 32, 8, 3),
+    (80, "half", "wide"): Sweep(128, 128, 64, 8, 3),
+    (80, "tf32", "small"): Sweep(64, 64, 32, 4, 3),
+    (80, "tf32", "narrow"): Sweep(128, 128, 32, 8, 3),
+    (80, "tf32", "wide"): Sweep(128, 128, 32, 8, 3),
+    (80, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
+    (80, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
+    (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
+    (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
+    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True),  # two to a processor: one sums, one reduces
+    (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
+    (90, "tf32", "small"): Sweep(64, 64, 32, 4, 4, tma=True),
+    (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True),
+    (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True),
+    (90, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
+    (90, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
+    (90, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
+}
+
+PROJECT = {
+    "half": Project(32, 64, 8, 2),
+    "tf32": Project(32, 32, 8, 2),
+    "ieee": Project(32, 32, 8, 2),
+}
+
+SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
+MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
+TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The product that dtype gets: "half", or for fp32 what `torch.get_float32_matmul_precision()` allows."""
+    if dtype != torch.float32:
+        return "half"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def architecture(device: torch.device) -> int:
+    """The part of the table for device: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
+    return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
+
+
+def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> Sweep:
+    """The tile for a sweep over [N, M] scores of D channels."""
+    size = "small" if N * M <= 1 << 20 else "narrow" if D < 512 else "wide"
+    return SWEEP[architecture(device), kind(dtype), size]
+
+
+def project_tile(dtype: torch.dtype) -> Project:
+    """The tile for a projection of x in dtype."""
+    return PROJECT[kind(dtype)]
