@@ -1,0 +1,49 @@
+"""Two towers into one space: a small CNN for 32x32 pictures, a bag of n-grams and an MLP for captions."""
+
+from itertools import pairwise
+
+from data import BUCKETS, Bags
+from torch import Tensor, nn
+
+
+class PictureTower(nn.Module):
+    """pictures [B, 3, 32, 32] in [0, 1] -> [B, dim]."""
+
+    def __init__(self, dim: int, width: int = 32):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 8 * width]
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                    nn.MaxPool2d(2),
+                )
+                for before, after in pairwise(widths)
+            )
+        )
+        # Emojis are centred and drawn alike: where a part sits tells what it is, so 2x2 is kept.
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * widths[-1], dim))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.head(self.stages((pictures - 0.7) / 0.3))
+
+
+class CaptionTower(nn.Module):
+    """K bags of n-grams -> [K, dim]."""
+
+    def __init__(self, dim: int, width: int = 256):
+        super().__init__()
+        self.table = nn.EmbeddingBag(BUCKETS, width, mode="sum", include_last_offset=True)
+        nn.init.normal_(self.table.weight, std=0.1)
+        self.head = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Dropout(0.2),
+            nn.Linear(width, 2 * width),
+            nn.ReLU(),
+            nn.Linear(2 * width, dim),
+        )
+
+    def forward(self, bags: Bags) -> Tensor:
+        return self.head(self.table(bags.grams, bags.starts, per_sample_weights=bags.weights))

@@ -1,0 +1,83 @@
+"""What is watched while training: loss, active anchors, validation recall, the fused loss itself."""
+
+import sys
+import time
+
+import torch
+from check import agree
+from losses import MARGIN
+from recall import KS, WAYS, recall
+from torch import Tensor
+from tqdm import tqdm
+
+import gssf_kernels as gk
+
+CHECK_EVERY, VALIDATE_EVERY, LOG_EVERY = 50, 20, 5  # steps
+
+
+class Monitor:
+    """A progress bar on a terminal, plain lines elsewhere (a bar that redraws itself is noise in a log file).
+
+    log: for the curves. checks: comparisons of the fused loss with its definition, and the largest errors.
+    """
+
+    def __init__(self, steps: int | None):
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=steps, disable=not self.terminal, unit="step", dynamic_ncols=True)
+        self.begun = time.perf_counter()
+        self.log = {"step": [], "loss": [], "active": [], "negatives": [], "val_step": []}
+        self.log |= {f"val_{way}_r{k}": [] for way in WAYS for k in KS}
+        self.checks = {"checks": 0, "loss_error": 0.0, "gradient_error": 0.0}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+    def step(self, step: int, progress: float, loss: Tensor, negatives: str, batch, model, val) -> None:
+        """batch: the factors a [B, D], b [N, D] of this step and owner [N], the row of a of each caption."""
+        last = progress >= 1
+        self.bar.update()
+        if step % CHECK_EVERY == 1 or last:
+            loss_error, gradient_error = agree(*batch)
+            self.checks["checks"] += 1
+            self.checks["loss_error"] = max(self.checks["loss_error"], loss_error)
+            self.checks["gradient_error"] = max(self.checks["gradient_error"], gradient_error)
+        if step % LOG_EVERY == 1 or last:
+            row = {
+                "step": step,
+                "loss": float(loss.detach()),
+                "active": active(*batch),
+                "negatives": negatives,
+            }
+            for name, value in row.items():
+                self.log[name].append(value)
+        if step % VALIDATE_EVERY == 0 or last:
+            self.validate(step, progress, model, val)
+        if last:
+            self.bar.close()
+
+    def validate(self, step: int, progress: float, model, val) -> None:
+        a, b = model.embed(val)
+        scores = recall(a @ b.T, val.owner)
+        self.log["val_step"].append(step)
+        for name, value in scores.items():
+            self.log[f"val_{name}"].append(value)
+        both = " / ".join(f"{scores[f'{way}_r1']:.1f}" for way in WAYS)
+        loss, active, negatives = (self.log[name][-1] for name in ("loss", "active", "negatives"))
+        self.bar.set_postfix_str(f"loss {loss:.3f}, val R@1 {both} %")
+        if not self.terminal:
+            print(
+                f"step {step:4} {100 * progress:4.0f} % {self.seconds:5.0f} s   loss {loss:.3f}   "
+                f"{negatives:8}   active {active:3.0f} %   val R@1 {both} %",
+                flush=True,
+            )
+
+
+def active(a: Tensor, b: Tensor, owner: Tensor) -> float:
+    """Per cent of anchors, both ways, whose hardest negative is inside the margin."""
+    with torch.no_grad():
+        rows = a[owner]
+        positive = (rows * b).sum(1)
+        hardest = gk.hardest_negatives(rows, b, a_ids=owner, b_ids=owner)
+        inside = torch.cat([hardest.row_score, hardest.col_score]) + MARGIN > torch.cat([positive, positive])
+    return 100 * float(inside.float().mean())
