@@ -3,7 +3,8 @@
     python -m bench.memory --sizes 4096,8192,16384,32768,65536 --dim 256 [--out FILE.json]
 
 Each measurement runs in a fresh child process: resident-set high-water after the step less that before
-it, with inputs already there and the code warmed up on a small problem. The naive variant is left out
+it, with inputs already there and the code warmed up on a small problem; the gradients of the inputs, which
+every variant returns, are part of it (their own size stands in the header). The naive variant is left out
 (and said so) where its matrices would not fit.
 """
 
@@ -29,11 +30,11 @@ def high_water_mib() -> float:
 
 def child(name: str, n: int, dim: int, block: int) -> None:
     variant = {"fused": fused, "naive": naive}[name]
-    tensors = inputs(n, dim, block, torch.float32)
+    problem = inputs(n, dim, block, torch.float32)
     variant(*inputs(256, dim, block, torch.float32)).backward()
     before = high_water_mib()
     start = time.perf_counter()
-    variant(*tensors).backward()
+    variant(*problem).backward()
     print(json.dumps({"peak_mib": high_water_mib() - before, "time_s": time.perf_counter() - start}))
 
 
@@ -64,7 +65,11 @@ def main():
     if arguments.child:
         return child(arguments.child, sizes[0], arguments.dim, arguments.block)
     rows = []
-    print(f"D = {arguments.dim}, b = {arguments.block}, fp32, forward + backward")
+    gradients_kib = 2 * arguments.dim * 4 / 1024
+    print(
+        f"D = {arguments.dim}, b = {arguments.block}, fp32, forward + backward; "
+        f"the gradients themselves are {gradients_kib:.0f} KiB per pair"
+    )
     print(f"{'N':>6}  {'variant':8} {'peak extra MiB':>14} {'KiB per pair':>13} {'time s':>8}")
     for n in sizes:
         for name in arguments.variants.split(","):

@@ -8,6 +8,7 @@ error is reported as wrong and not timed.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import statistics
@@ -16,25 +17,24 @@ from pathlib import Path
 
 import torch
 
-from bench.variants import inputs, machine, naive, variants
+from bench.variants import inputs, leaves, machine, naive, variants
 
 
-def step(variant, tensors):
-    """(forward ms, backward ms, loss); gradients are left in the tensors."""
-    for t in tensors:
+def step(variant, problem):
+    """(forward ms, backward ms, loss); gradients are left in the leaves."""
+    for t in leaves(*problem):
         t.grad = None
     start = time.perf_counter()
-    loss = variant(*tensors)
+    loss = variant(*problem)
     middle = time.perf_counter()
     loss.backward()
     return (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3, loss.detach()
 
 
-def errors(variant, tensors, truth):
-    """Relative errors of the loss and of each gradient."""
-    loss = step(variant, tensors)[2]
-    got = [loss, *(t.grad for t in tensors)]
-    return [float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True)]
+def results(variant, problem):
+    """The loss and every gradient."""
+    loss = step(variant, problem)[2]
+    return [loss, *(t.grad for t in leaves(*problem))]
 
 
 def wrong(found: dict[str, list[float]]) -> dict[str, str]:
@@ -47,12 +47,15 @@ def wrong(found: dict[str, list[float]]) -> dict[str, str]:
 
 
 def check(candidates, dim, block, dtype):
-    """Errors against fp64, on a small problem of the same D and b."""
-    tensors = inputs(1000, dim, block, dtype)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    loss = step(naive, exact)[2]
-    truth = [loss, *(t.grad for t in exact)]
-    return {name: errors(variant, tensors, truth) for name, variant in candidates.items()}
+    """Relative errors of the loss and of each gradient against fp64, on a small problem of the same D and b."""
+    x, y, metric = problem = inputs(1000, dim, block, dtype)
+    exact = (x.detach().double().requires_grad_(), y.detach().double().requires_grad_(), copy.deepcopy(metric).double())
+    truth = results(naive, exact)
+    found = {}
+    for name, variant in candidates.items():
+        got = results(variant, problem)
+        found[name] = [float((g.double() - t).norm() / t.norm()) for g, t in zip(got, truth, strict=True)]
+    return found
 
 
 def measure(n, dim, block, repeats, dtype):
@@ -63,9 +66,9 @@ def measure(n, dim, block, repeats, dtype):
         print(f"{name}: WRONG, not timed: {why}")
     times = {name: [] for name in candidates if name not in bad}
     for turn in range(repeats + 1):  # the first turn warms up
-        tensors = inputs(n, dim, block, dtype, seed=turn)
+        problem = inputs(n, dim, block, dtype, seed=turn)
         for name in times:
-            forward, backward, _ = step(candidates[name], tensors)
+            forward, backward, _ = step(candidates[name], problem)
             if turn:
                 times[name].append((forward, backward))
                 print(f"turn {turn}/{repeats} {name}: {forward:.1f} + {backward:.1f} ms", flush=True)

@@ -1,6 +1,6 @@
 """One training step's loss, the ways to compute it: what a user would write, and ours.
 
-Each variant takes ``x [N, D]``, ``y [N, D]``, ``diag [D]``, ``blocks [G, b, b]`` and returns the scalar
+Each variant takes ``x [N, D]``, ``y [N, D]`` and a StructuredSimilarity, and returns the scalar
 hardest-negative triplet loss (margin 0.2, summed, L2-normalised inputs, structured similarity).
 """
 
@@ -12,12 +12,12 @@ import gssf_kernels as gk
 MARGIN = 0.2
 
 
-def naive(x, y, diag, blocks):
+def naive(x, y, metric):
     """As in VSE++'s public code: the matrix, both cost matrices, two masks, two maxima."""
     x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    groups, width, _ = blocks.shape
-    mixed = torch.bmm(x.view(-1, groups, width).transpose(0, 1), blocks).transpose(0, 1).reshape(x.shape)
-    scores = (x * diag + mixed) @ y.t()
+    groups, width, _ = metric.blocks.shape
+    mixed = torch.bmm(x.view(-1, groups, width).transpose(0, 1), metric.blocks).transpose(0, 1).reshape(x.shape)
+    scores = (x * metric.diag + mixed) @ y.t()
     diagonal = scores.diag().view(-1, 1)
     cost_y = (MARGIN + scores - diagonal.expand_as(scores)).clamp(min=0)
     cost_x = (MARGIN + scores - diagonal.t().expand_as(scores)).clamp(min=0)
@@ -27,10 +27,8 @@ def naive(x, y, diag, blocks):
     return cost_y.max(1)[0].sum() + cost_x.max(0)[0].sum()
 
 
-def fused(x, y, diag, blocks):
-    a = gk.project(x, diag, blocks, normalize=True)
-    b = gk.project(y, normalize=True)
-    return gk.triplet_loss(a, b, margin=MARGIN)
+def fused(x, y, metric):
+    return gk.triplet_loss(x, y, margin=MARGIN, metric=metric)
 
 
 def variants() -> dict:
@@ -38,12 +36,19 @@ def variants() -> dict:
 
 
 def inputs(n: int, d: int, block: int, dtype: torch.dtype, seed: int = 0):
-    """Random embeddings and a metric a little off its start, all needing gradients."""
+    """Random embeddings needing gradients, and a metric a little off its start."""
     g = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(n, d, generator=g) for _ in range(2))
-    diag = 1 + 0.1 * torch.randn(d, generator=g)
-    blocks = 0.1 * torch.randn(d // block, block, block, generator=g)
-    return [t.to(dtype).requires_grad_() for t in (x, y, diag, blocks)]
+    x, y = (torch.randn(n, d, generator=g).to(dtype).requires_grad_() for _ in range(2))
+    metric = gk.StructuredSimilarity(d, block, dtype=dtype)
+    with torch.no_grad():
+        metric.diag += 0.1 * torch.randn(d, generator=g)
+        metric.blocks += 0.1 * torch.randn(metric.blocks.shape, generator=g)
+    return x, y, metric
+
+
+def leaves(x, y, metric) -> list[torch.Tensor]:
+    """What gets gradients."""
+    return [x, y, metric.diag, metric.blocks]
 
 
 def machine() -> dict:

@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "edges.h"
+
 #define GSSF_KERNELS "vector_pairs.h"
 #include "isa.h"
 
@@ -15,28 +17,7 @@ namespace gssf {
 
 using at::Tensor;
 
-Groups::Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations)
-    : first(destinations + 1, 0), edge(edges) {
-  const auto kept = [&](int64_t e) { return destination[e] >= 0 && source[e] >= 0; };
-  for (int64_t e = 0; e < edges; ++e)
-    if (kept(e)) ++first[destination[e] + 1];
-  for (int64_t d = 0; d < destinations; ++d) first[d + 1] += first[d];
-  std::vector<int64_t> place(first.begin(), first.end() - 1);
-  for (int64_t e = 0; e < edges; ++e)
-    if (kept(e)) edge[place[destination[e]]++] = e;
-}
-
 namespace {
-
-void check_edges(const Tensor& rows, const Tensor& cols, int64_t n, int64_t m) {
-  TORCH_CHECK_VALUE(rows.dim() == 1 && rows.sizes() == cols.sizes() && rows.scalar_type() == at::kLong &&
-                  cols.scalar_type() == at::kLong,
-              "rows, cols: expected two int64 vectors of one length, got ", rows.sizes(), " and ", cols.sizes());
-  const int64_t *i = rows.const_data_ptr<int64_t>(), *j = cols.const_data_ptr<int64_t>();
-  for (int64_t e = 0; e < rows.numel(); ++e)
-    TORCH_CHECK_VALUE(i[e] >= -1 && i[e] < n && j[e] >= -1 && j[e] < m, "rows, cols: expected pairs inside [", n, ", ", m,
-                "], got (", i[e], ", ", j[e], ") at place ", e);
-}
 
 // Rows of work per thread at least, so that small problems do not pay for threads.
 int64_t grain(int64_t dim) { return std::max<int64_t>(1, 32768 / dim); }

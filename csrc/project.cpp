@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "edges.h"
+
 #define GSSF_KERNELS "vector_project.h"
 #include "isa.h"
 
@@ -18,7 +20,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kSplitRows = 512;  // rows summed into one partial ddiag, dblocks: fixed, so deterministic
+
+// Rows summed into one partial ddiag and dblocks: some 32 partial sums, fixed by the number of rows alone, so
+// that neither threads nor chance can change a bit of their total.
+int64_t split_rows(int64_t rows) { return std::max<int64_t>(1, ceil_div(ceil_div(rows, 32), kChunkRows)) * kChunkRows; }
 
 template <class A>
 Weights<A> make_weights(int64_t dim, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
@@ -70,7 +75,7 @@ Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std:
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project", [&] {
     using A = Accumulate<scalar_t>;
     const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, false);
-    at::parallel_for(0, (rows + kChunkRows - 1) / kChunkRows, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, ceil_div(rows, kChunkRows), 1, [&](int64_t begin, int64_t end) {
       Scratch<A> scratch(weights, false);
       for (int64_t first = begin * kChunkRows; first < std::min(rows, end * kChunkRows); first += kChunkRows)
         GSSF_VECTORIZED(project_run, x.const_data_ptr<scalar_t>() + first * dim, weights, scratch,
@@ -80,47 +85,79 @@ Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std:
   return p;
 }
 
+// (dx, ddiag, dblocks) for the gradient `upstream` of the projection's rows.
+template <class T, class A>
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Upstream<T, A>& upstream, const Tensor& x, const std::optional<Tensor>& diag,
+    const std::optional<Tensor>& blocks, const std::optional<Tensor>& permutation, bool normalize,
+    const c10::List<bool>& needs) {
+  const bool need_diag = diag && needs[1], need_blocks = blocks && needs[2];
+  const int64_t rows = x.size(0), dim = x.size(1);
+  const int64_t diag_size = need_diag ? dim : 0, blocks_size = need_blocks ? blocks->numel() : 0;
+  const int64_t split_size = split_rows(rows), splits = ceil_div(rows, split_size);
+  const int64_t partial_size = diag_size + blocks_size;
+  const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, true);
+  const Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
+  T* const dx_rows = needs[0] ? dx.mutable_data_ptr<T>() : nullptr;
+  const auto wide = x.options().dtype(c10::CppTypeToScalarType<A>::value);
+  const Tensor partial = at::zeros({splits, partial_size}, wide), total = at::zeros({partial_size}, wide);
+  A *const partials = partial.mutable_data_ptr<A>(), *const sum = total.mutable_data_ptr<A>();
+  at::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
+    Scratch<A> scratch(weights, true);
+    for (int64_t split = begin; split < end; ++split) {
+      A* const terms = partials + split * partial_size;
+      const int64_t stop = std::min(rows, (split + 1) * split_size);
+      for (int64_t first = split * split_size; first < stop; first += kChunkRows)
+        GSSF_VECTORIZED(backward_run, upstream, x.const_data_ptr<T>(), weights, scratch, dx_rows,
+                        need_diag ? terms : nullptr, need_blocks ? terms + diag_size : nullptr, first,
+                        std::min(kChunkRows, stop - first));
+    }
+  });
+  at::parallel_for(0, partial_size, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t split = 0; split < splits; ++split)
+      for (int64_t k = begin; k < end; ++k) sum[k] += partials[split * partial_size + k];
+  });
+  const auto part = [&](int64_t first, int64_t size, const std::optional<Tensor>& like) {
+    const Tensor out = total.narrow(0, first, size).to(like ? like->scalar_type() : x.scalar_type(), false, true);
+    return size > 0 ? out.view(like->sizes()) : out;
+  };
+  return {dx, part(0, diag_size, diag), part(diag_size, blocks_size, blocks)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> project_backward(
     const Tensor& grad_in, const Tensor& x_in, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
     const std::optional<Tensor>& permutation, bool normalize, c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && needs.size() == 3,
-              "grad: expected shape ", x.sizes(), " and x's dtype, got ", grad.sizes());
-  const bool need_diag = diag && needs[1], need_blocks = blocks && needs[2];
-  const int64_t rows = x.size(0), dim = x.size(1);
-  const int64_t diag_size = need_diag ? dim : 0, blocks_size = need_blocks ? blocks->numel() : 0;
-  const int64_t splits = (rows + kSplitRows - 1) / kSplitRows, partial_size = diag_size + blocks_size;
-  Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options()), ddiag, dblocks;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project_backward", [&] {
-    using A = Accumulate<scalar_t>;
-    const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, true);
-    const auto wide = x.options().dtype(c10::CppTypeToScalarType<A>::value);
-    const Tensor partial = at::zeros({splits, partial_size}, wide);
-    at::parallel_for(0, splits, 1, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(weights, true);
-      for (int64_t split = begin; split < end; ++split) {
-        A* sums = partial.mutable_data_ptr<A>() + split * partial_size;
-        for (int64_t first = split * kSplitRows; first < std::min(rows, (split + 1) * kSplitRows); first += kChunkRows)
-          GSSF_VECTORIZED(backward_run, grad.const_data_ptr<scalar_t>() + first * dim, x.const_data_ptr<scalar_t>() + first * dim, weights,
-                       scratch, needs[0] ? dx.mutable_data_ptr<scalar_t>() + first * dim : nullptr,
-                       need_diag ? sums : nullptr, need_blocks ? sums + diag_size : nullptr,
-                       std::min(kChunkRows, rows - first));
-      }
-    });
-    const Tensor total = at::zeros({partial_size}, wide);
-    A* sum = total.mutable_data_ptr<A>();
-    at::parallel_for(0, partial_size, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t split = 0; split < splits; ++split) {
-        const A* terms = partial.const_data_ptr<A>() + split * partial_size;
-        for (int64_t k = begin; k < end; ++k) sum[k] += terms[k];
-      }
-    });
-    ddiag = total.narrow(0, 0, diag_size).to(diag ? diag->scalar_type() : x.scalar_type(), false, true);
-    dblocks = total.narrow(0, diag_size, blocks_size).to(blocks ? blocks->scalar_type() : x.scalar_type(), false, true);
-    if (need_blocks) dblocks = dblocks.view(blocks->sizes());
+                    "grad: expected shape ", x.sizes(), " and x's dtype, got ", grad.sizes());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project_backward", [&] {
+    Upstream<scalar_t, Accumulate<scalar_t>> upstream;
+    upstream.dense = grad.const_data_ptr<scalar_t>();
+    return backward(upstream, x, diag, blocks, permutation, normalize, needs);
   });
-  return {dx, ddiag, dblocks};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(
+    const Tensor& grad_in, const Tensor& rows_in, const Tensor& cols_in, const Tensor& x_in, const Tensor& y_in,
+    const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks, const std::optional<Tensor>& permutation,
+    bool normalize, c10::List<bool> needs) {
+  check_weights(x_in, diag, blocks, permutation);
+  const Tensor x = x_in.contiguous(), y = y_in.contiguous();
+  const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(1) == x.size(1) && y.scalar_type() == x.scalar_type() && needs.size() == 3,
+                    "y: expected shape [M, ", x.size(1), "] and x's dtype, got ", y.sizes());
+  check_edges(rows, cols, x.size(0), y.size(0));
+  TORCH_CHECK_VALUE(grad_in.sizes() == rows.sizes(), "grad: expected shape ", rows.sizes(), ", got ", grad_in.sizes());
+  const Groups groups(
+      rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), rows.numel(), x.size(0));
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "pairs_project_backward", [&] {
+    using A = Accumulate<scalar_t>;
+    const Tensor grad = grad_in.to(c10::CppTypeToScalarType<A>::value).contiguous();
+    const Upstream<scalar_t, A> upstream{
+        nullptr, y.const_data_ptr<scalar_t>(), cols.const_data_ptr<int64_t>(), grad.const_data_ptr<A>(), &groups};
+    return backward(upstream, x, diag, blocks, permutation, normalize, needs);
+  });
 }
 
 }  // namespace
@@ -128,6 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
   library.impl("project", project);
   library.impl("project_backward", project_backward);
+  library.impl("pairs_project_backward", pairs_project_backward);
 }
 
 }  // namespace gssf

@@ -54,6 +54,16 @@ struct Groups {
   Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations);
 };
 
+// The gradient that reaches the rows of a projection: dense, or that of listed pairs, gathered on the way.
+template <class T, class A>
+struct Upstream {
+  const T* dense = nullptr;  // [N, D]; null: row d is the sum over edges e of d of grad[e] * other[source[e]]
+  const T* other = nullptr;
+  const int64_t* source = nullptr;
+  const A* grad = nullptr;
+  const Groups* groups = nullptr;
+};
+
 constexpr int64_t kChunkRows = 64;  // rows of x that project keeps in flight per thread
 constexpr double kEps = 1e-12;      // smallest norm divided by, as in torch.nn.functional.normalize
 

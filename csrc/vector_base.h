@@ -45,3 +45,31 @@ GSSF_INLINE A dot(const A* x, const A* y, int64_t n) {
   for (; k < n; ++k) total += x[k] * y[k];
   return total;
 }
+
+// max(‖row‖₂, eps): what a row is divided by; NaN stays NaN.
+template <class A>
+GSSF_INLINE A norm_divisor(A norm) {
+  return norm < A(kEps) ? A(kEps) : norm;
+}
+
+// sum [dim] = the sum of grad[e] * x[source[e]] over the edges e of destination d, in their order, the rows of
+// x normalised first if asked. A zero gradient adds nothing. wide [dim] is scratch.
+template <class T, class A>
+GSSF_INLINE void gather_row(
+    const T* x, const int64_t* source, const A* grad, const Groups& groups, int64_t d, int64_t dim, bool normalize,
+    A* wide, A* sum) {
+  std::fill_n(sum, dim, A(0));
+  for (int64_t g = groups.first[d]; g < groups.first[d + 1]; ++g) {
+    const int64_t e = groups.edge[g];
+    if (grad[e] == 0) continue;
+    const A* row;
+    if constexpr (std::is_same_v<T, A>) {
+      row = x + source[e] * dim;
+    } else {
+      convert(wide, x + source[e] * dim, dim);
+      row = wide;
+    }
+    const A weight = normalize ? grad[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : grad[e];
+    for (int64_t k = 0; k < dim; ++k) sum[k] += weight * row[k];
+  }
+}

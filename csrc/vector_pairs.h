@@ -20,33 +20,19 @@ GSSF_INLINE void pair_scores_range(
   }
 }
 
-// out[d] = sum of grad[e] * x[source[e]] over the edges e of destination d; zero gradients add nothing.
+// out[begin:end] of the gathered gradient, see gather_row.
 template <class T, class A>
 GSSF_INLINE void gather_range(
     const T* x, const int64_t* source, const A* grad, const Groups& groups, T* out, int64_t dim, int64_t begin,
     int64_t end) {
   std::vector<A> sum(dim), wide(dim);
   for (int64_t d = begin; d < end; ++d) {
-    std::fill(sum.begin(), sum.end(), A(0));
-    for (int64_t g = groups.first[d]; g < groups.first[d + 1]; ++g) {
-      const int64_t e = groups.edge[g];
-      if (grad[e] == 0) continue;
-      const A weight = grad[e];
-      A* total = sum.data();
-      if constexpr (std::is_same_v<T, A>) {
-        const A* row = x + source[e] * dim;
-        for (int64_t k = 0; k < dim; ++k) total[k] += weight * row[k];
-      } else {
-        convert(wide.data(), x + source[e] * dim, dim);
-        const A* row = wide.data();
-        for (int64_t k = 0; k < dim; ++k) total[k] += weight * row[k];
-      }
-    }
+    gather_row(x, source, grad, groups, d, dim, false, wide.data(), sum.data());
     convert(out + d * dim, sum.data(), dim);
   }
 }
 
-#define GSSF_PAIR_CLONES(T, A)                                                                                   \
+#define GSSF_PAIR_KERNELS(T, A)                                                                                   \
   static void pair_scores_run(const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out,      \
                                    int64_t dim, int64_t begin, int64_t end) {                                     \
     pair_scores_range<T, A>(a, b, rows, cols, out, dim, begin, end);                                              \
@@ -55,8 +41,8 @@ GSSF_INLINE void gather_range(
                               int64_t dim, int64_t begin, int64_t end) {                                          \
     gather_range<T, A>(x, source, grad, groups, out, dim, begin, end);                                            \
   }
-GSSF_PAIR_CLONES(float, float)
-GSSF_PAIR_CLONES(double, double)
-GSSF_PAIR_CLONES(c10::BFloat16, float)
-GSSF_PAIR_CLONES(c10::Half, float)
-#undef GSSF_PAIR_CLONES
+GSSF_PAIR_KERNELS(float, float)
+GSSF_PAIR_KERNELS(double, double)
+GSSF_PAIR_KERNELS(c10::BFloat16, float)
+GSSF_PAIR_KERNELS(c10::Half, float)
+#undef GSSF_PAIR_KERNELS

@@ -81,7 +81,7 @@ GSSF_INLINE void load_rows(const T* x, const Weights<A>& weights, Scratch<A>& sc
     scratch.norm[r] = 1;
     if (!weights.normalize) continue;
     scratch.norm[r] = std::sqrt(dot<A>(row, row, weights.dim));
-    const A divisor = scratch.norm[r] < A(kEps) ? A(kEps) : scratch.norm[r];  // NaN stays NaN
+    const A divisor = norm_divisor(scratch.norm[r]);
     for (int64_t k = 0; k < weights.dim; ++k) row[k] /= divisor;
   }
 }
@@ -112,13 +112,22 @@ GSSF_INLINE void project_chunk(const T* x, const Weights<A>& weights, Scratch<A>
   for (int64_t r = 0; r < count; ++r) convert(p + r * weights.dim, scratch.out.row(r), weights.dim);
 }
 
-// dx of `count` rows (unless null), and their terms added to ddiag [D] and dblocks [G, b, b] (unless null).
+// dx of rows first .. first + count (unless null), and their terms added to ddiag [D] and dblocks [G, b, b]
+// (unless null).
 template <class T, class A>
 GSSF_INLINE void backward_chunk(
-    const T* grad, const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* dx, A* ddiag, A* dblocks, int64_t count) {
+    const Upstream<T, A>& upstream, const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* dx, A* ddiag,
+    A* dblocks, int64_t first, int64_t count) {
   const int64_t dim = weights.dim, width = weights.width;
-  load_rows(x, weights, scratch, count);
-  for (int64_t r = 0; r < count; ++r) convert(scratch.g.row(r), grad + r * dim, dim);
+  for (int64_t r = 0; r < count; ++r) {
+    if (upstream.dense) {
+      convert(scratch.g.row(r), upstream.dense + (first + r) * dim, dim);
+    } else {
+      gather_row(upstream.other, upstream.source, upstream.grad, *upstream.groups, first + r, dim, weights.normalize,
+                 scratch.out.row(0), scratch.g.row(r));
+    }
+  }
+  load_rows(x + first * dim, weights, scratch, count);
   Chunk<A>& g = weights.groups > 0 ? group(weights, scratch.g, scratch.g_grouped, count) : scratch.g;
   if (ddiag) {
     // By way of a sum of this chunk alone: short sums of sums round less than one long sum.
@@ -132,9 +141,8 @@ GSSF_INLINE void backward_chunk(
   }
   if (dblocks) {
     Chunk<A>& xhat = group(weights, scratch.x, scratch.x_grouped, count);
-    for (int64_t first = 0; first < dim; first += width)
-      add_product<A>(dblocks + first * width, width, xhat.row(0) + first, 1, xhat.ld, g.row(0) + first, g.ld, width,
-                     count, width);
+    for (int64_t k = 0; k < dim; k += width)
+      add_product<A>(dblocks + k * width, width, xhat.row(0) + k, 1, xhat.ld, g.row(0) + k, g.ld, width, count, width);
   }
   if (!dx) return;
   start_with_diagonal(weights, scratch.g, scratch.out, count);
@@ -147,20 +155,20 @@ GSSF_INLINE void backward_chunk(
       const A along = clamped ? A(0) : dot<A>(xhat, row, dim), divisor = clamped ? A(kEps) : norm;
       for (int64_t k = 0; k < dim; ++k) row[k] = (row[k] - xhat[k] * along) / divisor;
     }
-    convert(dx + r * dim, row, dim);
+    convert(dx + (first + r) * dim, row, dim);
   }
 }
 
-#define GSSF_PROJECT_CLONES(T, A)                                                                                       \
+#define GSSF_PROJECT_KERNELS(T, A)                                                                                       \
   static void project_run(const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* p, int64_t count) {      \
     project_chunk<T, A>(x, weights, scratch, p, count);                                                                 \
   }                                                                                                                     \
-  static void backward_run(const T* grad, const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* dx,      \
-                                A* ddiag, A* dblocks, int64_t count) {                                                  \
-    backward_chunk<T, A>(grad, x, weights, scratch, dx, ddiag, dblocks, count);                                         \
+  static void backward_run(const Upstream<T, A>& upstream, const T* x, const Weights<A>& weights, Scratch<A>& scratch, \
+                           T* dx, A* ddiag, A* dblocks, int64_t first, int64_t count) {                                 \
+    backward_chunk<T, A>(upstream, x, weights, scratch, dx, ddiag, dblocks, first, count);                              \
   }
-GSSF_PROJECT_CLONES(float, float)
-GSSF_PROJECT_CLONES(double, double)
-GSSF_PROJECT_CLONES(c10::BFloat16, float)
-GSSF_PROJECT_CLONES(c10::Half, float)
-#undef GSSF_PROJECT_CLONES
+GSSF_PROJECT_KERNELS(float, float)
+GSSF_PROJECT_KERNELS(double, double)
+GSSF_PROJECT_KERNELS(c10::BFloat16, float)
+GSSF_PROJECT_KERNELS(c10::Half, float)
+#undef GSSF_PROJECT_KERNELS

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import define
+from gssf_kernels._library import accumulation_dtype, define
 
 
 def project(
@@ -101,8 +101,23 @@ def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
     return tuple(next(grads).clone() if g else grad.new_empty(0) for g in given)
 
 
+def _reference_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
+    keep = (rows >= 0) & (cols >= 0) & (grad != 0)
+    dtype = accumulation_dtype(x.dtype)
+    other = reference.project(y.to(dtype), normalize=normalize)
+    upstream = torch.zeros_like(x, dtype=dtype)
+    upstream = upstream.index_add(0, rows[keep], grad[keep, None].to(dtype) * other[cols[keep]])
+    wide_x, wide_diag, wide_blocks = (None if t is None else t.to(dtype) for t in (x, diag, blocks))
+    found = _reference_backward(upstream, wide_x, wide_diag, wide_blocks, permutation, normalize, needs)
+    return tuple(g if t is None else g.to(t.dtype) for g, t in zip(found, (x, diag, blocks), strict=True))
+
+
 def _fake(x, diag, blocks, permutation, normalize):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
+    return _fake_backward(x, x, diag, blocks, permutation, normalize, needs)
 
 
 def _fake_backward(grad, x, diag, blocks, permutation, normalize, needs):
@@ -124,4 +139,13 @@ define(
     reference=_reference_backward,
     fake=_fake_backward,
     triton="project.project_backward",
+)
+# The backward of a projection whose rows meet only in listed pairs: dp_i = Σ_{e: rows_e = i} g_e ŷ[cols_e] is gathered
+# row by row on its way through, so that no [N, D] is stored but the result.
+define(
+    "pairs_project_backward(Tensor grad, Tensor rows, Tensor cols, Tensor x, Tensor y, Tensor? diag, Tensor? blocks, "
+    "Tensor? permutation, bool normalize, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    reference=_reference_pairs_backward,
+    fake=_fake_pairs_backward,
+    triton="project.pairs_project_backward",
 )

@@ -110,8 +110,12 @@ def triplet_loss(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     reduction: str = "sum",
+    metric=None,
 ) -> Tensor:
     """Triplet loss over rows and columns; see :func:`gssf_kernels.triplet_loss`."""
+    if metric is not None:
+        x = project(x, metric.diag, metric.blocks, permutation=metric.permutation, normalize=metric.normalize)
+        y = project(y, normalize=metric.normalize)
     count = x.shape[0]
     s = scores(x, y)  # [N, M]
     same = positives(x, y, x_ids, y_ids)  # [N, M]

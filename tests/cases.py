@@ -33,13 +33,36 @@ class Case:
         return {k: t.to(dtype) for k, t in tensors.items()}, options
 
     def ours(self, tensors, options):
-        return outputs(getattr(gk, self.function)(**tensors, **options))
+        return outputs(self.run(gk, tensors, options))
 
     def reference(self, tensors, options):
-        return outputs(getattr(gk.reference, self.function)(**tensors, **options))
+        return outputs(self.run(gk.reference, tensors, options))
+
+    def run(self, module, tensors, options):
+        if self.function == "triplet_loss" and "metric" in options:
+            return _with_metric(module, tensors, options)
+        return getattr(module, self.function)(**tensors, **options)
 
     def __str__(self):
         return self.name
+
+
+class _Criterion(torch.nn.Module):
+    """``module.triplet_loss`` with a metric whose weights `functional_call` can put in place of its own."""
+
+    def __init__(self, module, metric):
+        super().__init__()
+        self.module, self.metric = module, metric
+
+    def forward(self, x, y, **options):
+        return self.module.triplet_loss(x, y, metric=self.metric, **options)
+
+
+def _with_metric(module, tensors, options):
+    options = dict(options)
+    weights = {f"metric.{k}": t for k, t in tensors.items() if k in ("diag", "blocks")}
+    criterion = _Criterion(module, options.pop("metric"))
+    return torch.func.functional_call(criterion, weights, (tensors["x"], tensors["y"]), options)
 
 
 def outputs(result) -> list[torch.Tensor]:
@@ -110,6 +133,21 @@ def _metric(n, d, b, *, diag=True, permuted=False, normalize=True, lead=(), rows
         if permuted:
             options["permutation"] = torch.randperm(d, generator=g)
         return tensors, options
+
+    return make
+
+
+def _metric_triplet(n, m, d, b, ids="none", *, diagonal=True, permuted=False, normalize=True, margin=0.5):
+    def make(g):
+        order = torch.randperm(d, generator=g) if permuted else None
+        metric = gk.StructuredSimilarity(d, b, diagonal, normalize, permutation=order)
+        tensors = {"x": randn(g, n, d), "y": randn(g, m, d)}
+        if diagonal:
+            tensors["diag"] = 1 + 0.5 * randn(g, d)
+        if b is not None:
+            tensors["blocks"] = randn(g, d // b, b, b) / b**0.5
+        x_ids, y_ids = IDS[ids](g, n, m)
+        return tensors, {"metric": metric, "margin": margin, "x_ids": x_ids, "y_ids": y_ids}
 
     return make
 
@@ -196,4 +234,19 @@ def _triplet_cases():
             yield case(f"{which}-{ids}", 30, 40, 24, ids, negatives=which)
 
 
-CASES = [*_project_cases(), *_hardest_cases(), *_pair_cases(), *_triplet_cases()]
+def _metric_cases():
+    def case(name, *arguments, **options):
+        return Case(f"metric-{name}", "triplet_loss", _metric_triplet(*arguments, **options))
+
+    for n, m, d, b in ((1, 1, 4, 2), (2, 5, 6, 3), (17, 31, 24, 8), (130, 200, 64, 16), (600, 601, 48, 12)):
+        yield case(f"{n}x{m}x{d}-b{b}", n, m, d, b, "five")
+    yield case("plain", 20, 25, 24, 8)
+    yield case("permuted", 20, 25, 24, 8, "random", permuted=True)
+    yield case("permuted-plain-norm", 20, 25, 24, 8, permuted=True, normalize=False)
+    yield case("diag", 20, 25, 24, None, "five")
+    yield case("blocks", 20, 25, 24, 8, diagonal=False)
+    yield case("cosine", 20, 25, 24, None, diagonal=False)
+    yield case("product", 20, 25, 24, None, diagonal=False, normalize=False)
+
+
+CASES = [*_project_cases(), *_hardest_cases(), *_pair_cases(), *_triplet_cases(), *_metric_cases()]

@@ -80,7 +80,9 @@ static std::vector<A> projected(Forward forward, Backward backward, int64_t widt
   Scratch<A> scratch(weights, true);
   forward(x.data(), weights, scratch, out.data(), rows);
   A* rest = out.data() + rows * dim;
-  backward(grad.data(), x.data(), weights, scratch, rest, rest + rows * dim, rest + rows * dim + dim, rows);
+  Upstream<A, A> upstream;
+  upstream.dense = grad.data();
+  backward(upstream, x.data(), weights, scratch, rest, rest + rows * dim, rest + rows * dim + dim, 0, rows);
   return out;
 }
 

@@ -93,7 +93,7 @@ FAULTS = [
     ),
     Fault(
         "backward: a destination's last edge is dropped",
-        "csrc/vector_pairs.h",
+        "csrc/vector_base.h",
         "g < groups.first[d + 1]; ++g",
         "g + 1 < groups.first[d + 1]; ++g",
     ),
@@ -102,6 +102,18 @@ FAULTS = [
         "gssf_kernels/statistics/hardest.py",
         "torch.cat((dpair, drow, dcol))",
         "torch.cat((dpair, drow, dcol)).sign()",
+    ),
+    Fault(
+        "transpose: y's gradient goes through Wᵀ too",
+        "gssf_kernels/statistics/hardest.py",
+        "None if blocks is None else blocks.mT",
+        "blocks",
+    ),
+    Fault(
+        "scale: gathered rows are not normalised",
+        "csrc/vector_base.h",
+        "const A weight = normalize ? grad[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : grad[e];",
+        "const A weight = grad[e];",
     ),
 ]
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, outputs, randn
+from cases import CASES, randn
 
 import gssf_kernels as gk
 from gssf_kernels import _library
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
-ONE_EACH = {case.function: case for case in SMALL}
+ONE_EACH = {case.name.partition("-")[0]: case for case in SMALL}
 
 
 @pytest.mark.parametrize("which", ["ours", "reference"])
@@ -39,10 +39,13 @@ def _op_samples():
         yield "project", (x, None, None, None, True)
         yield "project_backward", (x.flip(0), x, diag, blocks, order, True, [True, True, True])
         yield "project_backward", (x.flip(0), x, None, blocks, None, False, [True, True, False])
+        pairs = (torch.randn(30, dtype=_library.accumulation_dtype(dtype)), rows, cols)
+        yield "pairs_project_backward", (*pairs, a, b, diag, blocks, order, True, [True, True, True])
+        yield "pairs_project_backward", (*pairs, a, b, None, None, None, False, [True, False, False])
         yield "hardest_negatives", (a, b, None, None)
         yield "hardest_negatives", (a, b, *ids)
         yield "pair_scores", (a, b, rows, cols)
-        yield "pair_scores_backward", (torch.randn(30, dtype=_library.accumulation_dtype(dtype)), rows, cols, a, b)
+        yield "pair_scores_backward", (*pairs, a, b)
 
 
 @pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")
@@ -59,7 +62,7 @@ def test_compile_whole_graph(case):
     tensors, options = case.inputs(torch.float32)
     eager = case.ours(tensors, options)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda values: outputs(getattr(gk, case.function)(**values, **options)), fullgraph=True)
+    compiled = torch.compile(lambda values: case.ours(values, options), fullgraph=True)
     leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     plain = {k: t.clone().requires_grad_() for k, t in tensors.items()}
     for got, expected in zip(compiled(leaves), eager, strict=True):

@@ -211,6 +211,26 @@ def test_zero_gradient_edges_add_nothing_even_to_infinite_rows():
     assert not db.any()
 
 
+def test_a_metric_gives_what_its_factors_give():
+    """Two routes to one thing: keyword or module, or the factors taken first."""
+    x, y = torch.randn(90, 32, dtype=torch.float64), torch.randn(120, 32, dtype=torch.float64)
+    metric = gk.StructuredSimilarity(32, 8, dtype=torch.float64)
+    with torch.no_grad():
+        metric.blocks.normal_()
+    for which in ("hardest", "all", "semihard"):
+        leaves = x.requires_grad_(), y.requires_grad_(), metric.diag, metric.blocks
+        results = []
+        for loss in (
+            gk.triplet_loss(x, y, metric=metric, negatives=which),
+            gk.TripletLoss(metric=metric, negatives=which)(x, y),
+            gk.triplet_loss(*metric.factors(x, y), negatives=which),
+        ):
+            results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        for other in results[1:]:
+            for got, expected in zip(other, results[0], strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
 _PEAK = """
 import resource, sys, torch, gssf_kernels as gk
 torch.set_num_threads(2)

@@ -151,6 +151,12 @@ def test_metric(options, kind, message):
 def test_metric_of_a_loss_must_be_one():
     with pytest.raises(TypeError, match=r"^metric: .*Linear"):
         gk.TripletLoss(metric=torch.nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"^metric: .*Linear"):
+        gk.triplet_loss(X, Y, metric=torch.nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"^diag: .*\[8\].*got \[16\]"):
+        gk.triplet_loss(X, Y, metric=gk.StructuredSimilarity(16, 4))
+    with pytest.raises(TypeError, match=r"^diag: .*torch.float64, got torch.float32"):
+        gk.triplet_loss(X.double(), Y.double(), metric=gk.StructuredSimilarity(8, 4))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,14 @@ import gssf_kernels as gk
 from gssf_kernels import _library
 
 ROOT = Path(__file__).parents[1]
-OPS = {"project", "project_backward", "hardest_negatives", "pair_scores", "pair_scores_backward"}
+OPS = {
+    "project",
+    "project_backward",
+    "pairs_project_backward",
+    "hardest_negatives",
+    "pair_scores",
+    "pair_scores_backward",
+}
 
 _HIDE = """
 import sys
@@ -146,3 +153,14 @@ runpy.run_path("setup.py", run_name="__main__")
     assert status == 0, err
     wanted = with_sources and (cuda_torch if force is None else force == "1")
     assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])
+
+
+def test_every_planted_fault_still_has_its_text():
+    """`make mutate` takes too long for every run; that its faults can be planted is checked here."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        faults = importlib.import_module("mutate").FAULTS
+    finally:
+        sys.path.pop(0)
+    for fault in faults:
+        assert fault.text in (ROOT / fault.file).read_text(), fault.name

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
 from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
-from gssf_kernels.kernels.project import project, project_backward  # noqa: E402
+from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -146,6 +146,11 @@ def test_project(compiled, dtype, precision, block_size, permuted, tmp_path, mon
     check(compiled(project, x, diag, blocks, permutation, True), compiled.arch, {"project_kernel"}, tmp_path)
     backward = compiled(project_backward, x, x, diag, blocks, permutation, True, [True] * 3)
     check(backward, compiled.arch, {"project_kernel", "parameter_kernel"}, tmp_path)
+    if dtype != torch.float32:  # there the gathered gradient is of another dtype than x
+        index = torch.zeros(80, dtype=torch.int64)
+        weights = (diag, blocks, permutation)
+        backward = compiled(pairs_project_backward, torch.zeros(80), index, index, x, x, *weights, True, [True] * 3)
+        check(backward, compiled.arch, {"segment_sum_kernel", "project_kernel", "parameter_kernel"}, tmp_path)
 
 
 def cuda_sources():

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
 from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
-from gssf_kernels.kernels.project import project, project_backward  # noqa: E402
+from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -367,6 +367,42 @@ def test_project_backward_gives_only_what_is_needed():
         some = project_backward(grad, x, diag, blocks, None, True, [k == one for k in range(3)])
         assert [t.numel() for t in some] == [everything[k].numel() * (k == one) for k in range(3)]
         assert torch.equal(some[one], everything[one])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_pairs_project_backward(permuted, dtype, normalize):
+    """The gradient of Σ_e g_e ⟨p of x, ŷ⟩ over listed pairs, by autograd in fp64."""
+    D, N, M, E = 24, 19, 30, 70
+    x, y = torch.randn(N, D).to(dtype), torch.randn(M, D).to(dtype)
+    diag, blocks = torch.randn(D).to(dtype), torch.randn(3, 8, 8).to(dtype)
+    permutation = torch.randperm(D) if permuted else None
+    grad, rows, cols = torch.randn(E), torch.randint(-1, N, (E,)), torch.randint(-1, M, (E,))
+    rows[:25] = 4  # a hub
+    grad[::6] = 0
+
+    def differentiate(dtype):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (x, diag, blocks)]
+        p = plain_project(*leaves, permutation, normalize)
+        other = F.normalize(y.to(dtype), dim=1) if normalize else y.to(dtype)
+        real = (rows >= 0) & (cols >= 0)
+        (grad[real].to(dtype) * (p[rows[real]] * other[cols[real]]).sum(1)).sum().backward()
+        return [t.grad for t in leaves]
+
+    on = [t.to(DEVICE) if t is not None else None for t in (grad, rows, cols, x, y, diag, blocks, permutation)]
+    found = pairs_project_backward(*on, normalize, [True] * 3)
+    for ours, plain, truth in zip(found, differentiate(dtype), differentiate(torch.float64), strict=True):
+        assert ours.dtype == dtype
+        assert_as_good(ours, plain, truth)
+
+
+def test_pairs_project_backward_of_a_zero_gradient_adds_nothing_even_from_nan_rows():
+    x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
+    on = [t.to(DEVICE) for t in (torch.zeros(3), index, index, x, y, torch.randn(8))]
+    dx, ddiag, _ = pairs_project_backward(*on, None, None, True, [True, True, False])
+    assert not dx.any()
+    assert not ddiag.any()
 
 
 def test_fp64_is_refused():

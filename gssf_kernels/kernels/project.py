@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.kernels.pairs import segment_sum
 
 EPS = 1e-12
 
@@ -254,3 +255,32 @@ def project_backward(
             x, grad, permutation, normalize, diag if needs[1] else None, blocks if needs[2] else None
         )
     return dx, ddiag, dblocks
+
+
+def pairs_project_backward(
+    grad: torch.Tensor,
+    rows: torch.Tensor,
+    cols: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    diag: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`project_backward` of x for the gradient dp[i] = Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]], gathered in fp32.
+
+    grad: [E] fp32; rows, cols: [E] int64, -1 for no edge
+    y: [M, D] as x; ŷ as x̂, by normalize
+
+    Raises TypeError for other dtypes.
+    """
+    operands.check_dtype("pairs_project_backward", grad, x, y)
+    rows, cols, y = rows.contiguous(), cols.contiguous(), operands.rows(y)
+    with torch.cuda.device_of(x):
+        if normalize and len(y):
+            norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).clamp_min_(EPS)
+            grad = torch.where(grad == 0, 0.0, grad / norm[cols.clamp_min(0)])  # a zero edge stays one
+        upstream = segment_sum(grad.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
+    return project_backward(upstream, x, diag, blocks, permutation, normalize, needs)

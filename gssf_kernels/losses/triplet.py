@@ -27,13 +27,14 @@ def triplet_loss(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     reduction: str = "sum",
+    metric: StructuredSimilarity | None = None,
 ) -> Tensor:
     """Triplet loss of paired embeddings, ``Σ [m + negative − positive]₊`` over rows and columns.
 
     Row i of x pairs with row i of y. Equal ids are positives too: they are never negatives. An anchor
     without any valid negative contributes 0. Rows of y past N are extra negatives: they have no
-    positive and add no term of their own. Scores are the plain products ``x yᵀ``: normalise first, or
-    project with a :class:`~gssf_kernels.StructuredSimilarity`.
+    positive and add no term of their own. Scores are the plain products ``x yᵀ`` (normalise first), or
+    with ``metric`` its structured similarity.
 
     Args:
         x: [N, D] float, anchors.
@@ -44,6 +45,9 @@ def triplet_loss(
         x_ids: [N] int64. Ids of one side alone serve both when N = M.
         y_ids: [M] int64.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is that of
+            ``metric.factors(x, y)`` in place of x and y; but the "hardest" sweep then holds nothing of N x D
+            between forward and backward.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf
@@ -58,18 +62,26 @@ def triplet_loss(
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
     _checks.choice(reduction, "reduction", REDUCTIONS)
+    _check_metric(metric)
     if negatives != "hardest":
+        if metric is not None:
+            x, y = metric.factors(x, y)
         x, y = _checks.autocast(x, y)
         _checks.sides(x, y, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *_NAMES[2:])
         return reference.triplet_loss(
             x, y, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
         )
-    positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+    positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
     count = positive.shape[0]
     rows = (margin + hardest.row_score - positive).clamp(min=0)  # [N]
     cols = (margin + hardest.col_score[:count] - positive).clamp(min=0)  # [N]
     return reference.reduce(rows + cols, reduction)
+
+
+def _check_metric(metric) -> None:
+    if metric is not None and not isinstance(metric, StructuredSimilarity):
+        raise TypeError(f"metric: expected a StructuredSimilarity or None, got {type(metric).__name__}")
 
 
 class TripletLoss(nn.Module):
@@ -77,8 +89,8 @@ class TripletLoss(nn.Module):
 
     Args:
         margin, negatives, reduction: as in :func:`triplet_loss`.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` whose two factors are compared (its
-            parameters become this module's); absent, x and y are compared as they come.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
+            module's); absent, x and y are compared as they come.
     """
 
     def __init__(
@@ -92,15 +104,19 @@ class TripletLoss(nn.Module):
         self.margin = _checks.non_negative(margin, "margin")
         _checks.choice(negatives, "negatives", NEGATIVES)
         _checks.choice(reduction, "reduction", REDUCTIONS)
-        if metric is not None and not isinstance(metric, StructuredSimilarity):
-            raise TypeError(f"metric: expected a StructuredSimilarity or None, got {type(metric).__name__}")
+        _check_metric(metric)
         self.negatives, self.reduction, self.metric = negatives, reduction, metric
 
     def forward(self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
-        if self.metric is not None:
-            x, y = self.metric.factors(x, y)
         return triplet_loss(
-            x, y, margin=self.margin, negatives=self.negatives, x_ids=x_ids, y_ids=y_ids, reduction=self.reduction
+            x,
+            y,
+            margin=self.margin,
+            negatives=self.negatives,
+            x_ids=x_ids,
+            y_ids=y_ids,
+            reduction=self.reduction,
+            metric=self.metric,
         )
 
     def extra_repr(self) -> str:

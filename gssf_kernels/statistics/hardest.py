@@ -43,13 +43,26 @@ def hardest_negatives(
     return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
 
 
-def paired_hardest_negatives(a, b, a_ids, b_ids, *, names) -> tuple[Tensor, HardestNegatives]:
-    """``(pair_score [N], hardest negatives)``: what every triplet loss is a formula of."""
-    a, b = _checks.autocast(a, b)
-    _checks.sides(a, b, *names[:2])
-    a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, *names[2:])
-    pair_score, *rest = _PairedHardestNegatives.apply(a, b, a_ids, b_ids)
+def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple[Tensor, HardestNegatives]:
+    """``(pair_score [N], hardest negatives)`` of ``x yᵀ`` or of ``metric``: what every triplet loss is a formula of."""
+    x, y = _checks.autocast(x, y)
+    _checks.sides(x, y, *names[:2])
+    x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
+    if metric is None:
+        pair_score, *rest = _PairedHardestNegatives.apply(x, y, x_ids, y_ids)
+    else:
+        diag, blocks = _checks.autocast(metric.diag, metric.blocks)
+        _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
+        weights = (diag, blocks, metric.permutation, metric.normalize)
+        pair_score, *rest = _StructuredHardestNegatives.apply(x, y, *weights, x_ids, y_ids)
     return pair_score, HardestNegatives(*rest)
+
+
+def _edges(row_index: Tensor, col_index: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, cols) of the 2N + M scores that carry gradient: pairs, hardest of each row, hardest of each column."""
+    i = torch.arange(row_index.shape[0], device=row_index.device)
+    j = torch.arange(col_index.shape[0], device=row_index.device)
+    return torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
 
 
 class _PairedHardestNegatives(torch.autograd.Function):
@@ -68,12 +81,46 @@ class _PairedHardestNegatives(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
         a, b, row_index, col_index = ctx.saved_tensors
-        i = torch.arange(a.shape[0], device=a.device)
-        j = torch.arange(b.shape[0], device=a.device)
         grad = torch.cat((dpair, drow, dcol))
-        rows = torch.cat((i, i, col_index))
-        cols = torch.cat((i, row_index, j))
-        return (*torch.ops.gssf.pair_scores_backward(grad, rows, cols, a, b), None, None)
+        return (*torch.ops.gssf.pair_scores_backward(grad, *_edges(row_index, col_index), a, b), None, None)
+
+
+class _StructuredHardestNegatives(torch.autograd.Function):
+    """The same on ``s = x̂ W ŷᵀ``, keeping neither factor: since s is linear in each, what reaches a row of x is a
+    sum of few rows of ŷ through Wᵀ, and what reaches a row of y a sum of few rows of x̂ through W. Both are gathered
+    from the inputs themselves, so nothing of N x D is held between forward and backward, or made but the result."""
+
+    @staticmethod
+    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids):
+        a = torch.ops.gssf.project(x, diag, blocks, permutation, normalize)
+        b = torch.ops.gssf.project(y, None, None, None, True) if normalize else y
+        return torch.ops.gssf.hardest_negatives(a, b, x_ids, y_ids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, diag, blocks, permutation, ctx.normalize, _, _ = inputs
+        _, _, row_index, _, col_index = output
+        ctx.mark_non_differentiable(row_index, col_index)
+        ctx.save_for_backward(x, y, diag, blocks, permutation, row_index, col_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
+        x, y, diag, blocks, permutation, row_index, col_index = ctx.saved_tensors
+        grad = torch.cat((dpair, drow, dcol))
+        rows, cols = _edges(row_index, col_index)
+        backward = torch.ops.gssf.pairs_project_backward
+        dx = ddiag = dblocks = dy = None
+        needs = list(ctx.needs_input_grad[:4])
+        if needs[0] or needs[2] or needs[3]:
+            wanted = [needs[0], needs[2], needs[3]]
+            found = backward(grad, rows, cols, x, y, diag, blocks, permutation, ctx.normalize, wanted)
+            dx, ddiag, dblocks = (g if need else None for g, need in zip(found, wanted, strict=True))
+        if needs[1]:  # y's rows go through W where x's go through its transpose
+            transposed = None if blocks is None else blocks.mT
+            only = [True, False, False]
+            dy, _, _ = backward(grad, cols, rows, y, x, diag, transposed, permutation, ctx.normalize, only)
+        return dx, dy, ddiag, dblocks, None, None, None, None
 
 
 def _reference(a, b, a_ids, b_ids):
