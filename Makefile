@@ -4,12 +4,13 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.cpp)
 
 .PHONY: help demo test lint format bench mutate clean
 help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time and memory against plain PyTorch, into bench/results/"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"
 	@echo "make clean   remove the virtual environment and everything built"
@@ -20,7 +21,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel ninja
 	@echo "== set-up 2/3: PyTorch and tools"
-	$(PY) -m pip install --quiet --progress-bar on -c constraints.txt torch
+	$(PY) -m pip install --quiet --progress-bar on -c constraints.txt torch numpy
 	@echo "== set-up 3/3: gssf_kernels, compiling its CPU kernels (about a minute)"
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[triton,test,demo,lint]"
 	$(PY) -m gssf_kernels
@@ -36,10 +37,12 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(READY)
 	$(PY) -m bench.triplet --out bench/results/cpu-triplet-8192.json

@@ -9,15 +9,13 @@ namespace gssf {
 
 // Raises unless rows and cols are int64 vectors of one length with values in -1..n-1 and -1..m-1.
 inline void check_edges(const at::Tensor& rows, const at::Tensor& cols, int64_t n, int64_t m) {
-  TORCH_CHECK_VALUE(
-      rows.dim() == 1 && rows.sizes() == cols.sizes() && rows.scalar_type() == at::kLong &&
-          cols.scalar_type() == at::kLong,
-      "rows, cols: expected two int64 vectors of one length, got ", rows.sizes(), " and ", cols.sizes());
+  TORCH_CHECK_VALUE(rows.dim() == 1 && rows.sizes() == cols.sizes() && rows.scalar_type() == at::kLong &&
+                        cols.scalar_type() == at::kLong,
+                    "rows, cols: expected two int64 vectors of one length, got ", rows.sizes(), " and ", cols.sizes());
   const int64_t *i = rows.const_data_ptr<int64_t>(), *j = cols.const_data_ptr<int64_t>();
   for (int64_t e = 0; e < rows.numel(); ++e)
-    TORCH_CHECK_VALUE(
-        i[e] >= -1 && i[e] < n && j[e] >= -1 && j[e] < m, "rows, cols: expected pairs inside [", n, ", ", m, "], got (",
-        i[e], ", ", j[e], ") at place ", e);
+    TORCH_CHECK_VALUE(i[e] >= -1 && i[e] < n && j[e] >= -1 && j[e] < m, "rows, cols: expected pairs inside [", n, ", ",
+                      m, "], got (", i[e], ", ", j[e], ") at place ", e);
 }
 
 inline Groups::Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations)

@@ -23,11 +23,19 @@ class HardestNegatives {
   static constexpr A kNone = -std::numeric_limits<A>::infinity();
 
  public:
-  HardestNegatives(
-      const Blocks& rows, const Blocks& cols, const std::vector<Lane>& row_id, const std::vector<Lane>& col_id,
-      A* pair_score, A* row_score, int64_t* row_index, A* col_score, int64_t* col_index)
-      : rows_(rows), cols_(cols), row_id_(row_id), col_id_(col_id), row_locks_(rows.count), col_locks_(cols.count),
-        pair_score_(pair_score), row_score_(row_score), row_index_(row_index), col_score_(col_score),
+  HardestNegatives(const Blocks& rows, const Blocks& cols, const std::vector<Lane>& row_id,
+                   const std::vector<Lane>& col_id, A* pair_score, A* row_score, int64_t* row_index, A* col_score,
+                   int64_t* col_index)
+      : rows_(rows),
+        cols_(cols),
+        row_id_(row_id),
+        col_id_(col_id),
+        row_locks_(rows.count),
+        col_locks_(cols.count),
+        pair_score_(pair_score),
+        row_score_(row_score),
+        row_index_(row_index),
+        col_score_(col_score),
         col_index_(col_index) {
     std::fill_n(row_score, rows.total, kNone);
     std::fill_n(row_index, rows.total, -1);

@@ -38,23 +38,27 @@ void run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   std::pair<std::vector<typename Simd<A>::Lane>, std::vector<typename Simd<A>::Lane>> ids;
   if (a_ids) ids = dense_ids<typename Simd<A>::Lane>(a_ids->contiguous(), b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  HardestNegatives<A> epilogue(
-      rows, cols, ids.first, ids.second, pair_score.mutable_data_ptr<A>(), row_score.mutable_data_ptr<A>(),
-      row_index.mutable_data_ptr<int64_t>(), col_score.mutable_data_ptr<A>(), col_index.mutable_data_ptr<int64_t>());
+  HardestNegatives<A> epilogue(rows, cols, ids.first, ids.second, pair_score.mutable_data_ptr<A>(),
+                               row_score.mutable_data_ptr<A>(), row_index.mutable_data_ptr<int64_t>(),
+                               col_score.mutable_data_ptr<A>(), col_index.mutable_data_ptr<int64_t>());
   sweep<A>(a, b, rows, cols, epilogue);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
-    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
+                                                                     const std::optional<Tensor>& a_ids,
+                                                                     const std::optional<Tensor>& b_ids) {
   const int64_t n = a.size(0), m = b.size(0);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n && a.scalar_type() == b.scalar_type(),
-              "gssf::hardest_negatives: expected a [N, D] and b [M, D] of one dtype with M >= N, got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK_VALUE(
+      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n && a.scalar_type() == b.scalar_type(),
+      "gssf::hardest_negatives: expected a [N, D] and b [M, D] of one dtype with M >= N, got ", a.sizes(), " and ",
+      b.sizes());
   TORCH_CHECK_VALUE(a_ids.has_value() == b_ids.has_value() && (!a_ids || (a_ids->numel() == n && b_ids->numel() == m)),
-              "gssf::hardest_negatives: expected a_ids [N] and b_ids [M], or neither");
+                    "gssf::hardest_negatives: expected a_ids [N] and b_ids [M], or neither");
   const auto dtype = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto score = a.options().dtype(dtype), index = a.options().dtype(at::kLong);
   Tensor pair_score = at::empty({n}, score), row_score = at::empty({n}, score), row_index = at::empty({n}, index);
-  Tensor col_score = at::full({m}, -std::numeric_limits<double>::infinity(), score), col_index = at::full({m}, -1, index);
+  Tensor col_score = at::full({m}, -std::numeric_limits<double>::infinity(), score),
+         col_index = at::full({m}, -1, index);
   if (n > 0 && dtype == at::kDouble) {
     run<double>(a, b, a_ids, b_ids, pair_score, row_score, row_index, col_score, col_index);
   } else if (n > 0) {

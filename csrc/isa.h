@@ -25,7 +25,7 @@
 namespace gssf::plain {
 #include "vector_base.h"
 #include GSSF_KERNELS
-}
+}  // namespace gssf::plain
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define GSSF_X86_LEVELS 1
@@ -34,14 +34,14 @@ namespace gssf::plain {
 namespace gssf::v3 {
 #include "vector_base.h"
 #include GSSF_KERNELS
-}
+}  // namespace gssf::v3
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
 namespace gssf::v4 {
 #include "vector_base.h"
 #include GSSF_KERNELS
-}
+}  // namespace gssf::v4
 #pragma GCC pop_options
 #endif
 
@@ -64,7 +64,7 @@ inline Isa isa() {
 
 // GSSF_VECTORIZED(f, args...) calls f of the best instruction set this processor has.
 #ifdef GSSF_X86_LEVELS
-#define GSSF_VECTORIZED(f, ...)                                \
+#define GSSF_VECTORIZED(f, ...)                                    \
   (::gssf::isa() == ::gssf::Isa::v4   ? ::gssf::v4::f(__VA_ARGS__) \
    : ::gssf::isa() == ::gssf::Isa::v3 ? ::gssf::v3::f(__VA_ARGS__) \
                                       : ::gssf::plain::f(__VA_ARGS__))

@@ -31,15 +31,16 @@ Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in
     using A = Accumulate<scalar_t>;
     out = at::empty({rows.numel()}, a.options().dtype(c10::CppTypeToScalarType<A>::value));
     at::parallel_for(0, rows.numel(), grain(a.size(1)), [&](int64_t begin, int64_t end) {
-      GSSF_VECTORIZED(pair_scores_run, a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(), rows.const_data_ptr<int64_t>(),
-                      cols.const_data_ptr<int64_t>(), out.mutable_data_ptr<A>(), a.size(1), begin, end);
+      GSSF_VECTORIZED(pair_scores_run, a.const_data_ptr<scalar_t>(), b.const_data_ptr<scalar_t>(),
+                      rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), out.mutable_data_ptr<A>(),
+                      a.size(1), begin, end);
     });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> pair_scores_backward(
-    const Tensor& grad_in, const Tensor& rows_in, const Tensor& cols_in, const Tensor& a_in, const Tensor& b_in) {
+std::tuple<Tensor, Tensor> pair_scores_backward(const Tensor& grad_in, const Tensor& rows_in, const Tensor& cols_in,
+                                                const Tensor& a_in, const Tensor& b_in) {
   const Tensor a = a_in.contiguous(), b = b_in.contiguous();
   const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
   check_edges(rows, cols, a.size(0), b.size(0));
@@ -49,10 +50,11 @@ std::tuple<Tensor, Tensor> pair_scores_backward(
     using A = Accumulate<scalar_t>;
     const Tensor grad = grad_in.to(c10::CppTypeToScalarType<A>::value).contiguous();
     auto one_side = [&](const Tensor& destination, const Tensor& source, const Tensor& x, Tensor& out) {
-      const Groups groups(destination.const_data_ptr<int64_t>(), source.const_data_ptr<int64_t>(), rows.numel(), out.size(0));
+      const Groups groups(destination.const_data_ptr<int64_t>(), source.const_data_ptr<int64_t>(), rows.numel(),
+                          out.size(0));
       at::parallel_for(0, out.size(0), grain(out.size(1)), [&](int64_t begin, int64_t end) {
-        GSSF_VECTORIZED(gather_run, x.const_data_ptr<scalar_t>(), source.const_data_ptr<int64_t>(), grad.const_data_ptr<A>(), groups,
-                   out.mutable_data_ptr<scalar_t>(), out.size(1), begin, end);
+        GSSF_VECTORIZED(gather_run, x.const_data_ptr<scalar_t>(), source.const_data_ptr<int64_t>(),
+                        grad.const_data_ptr<A>(), groups, out.mutable_data_ptr<scalar_t>(), out.size(1), begin, end);
       });
     };
     one_side(rows, cols, b, da);

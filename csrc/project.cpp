@@ -20,7 +20,6 @@ namespace {
 
 using at::Tensor;
 
-
 // Rows summed into one partial ddiag and dblocks: some 32 partial sums, fixed by the number of rows alone, so
 // that neither threads nor chance can change a bit of their total.
 int64_t split_rows(int64_t rows) { return std::max<int64_t>(1, ceil_div(ceil_div(rows, 32), kChunkRows)) * kChunkRows; }
@@ -51,7 +50,8 @@ Weights<A> make_weights(int64_t dim, const std::optional<Tensor>& diag, const st
     const Tensor order = permutation->contiguous();
     out.permutation.assign(order.const_data_ptr<int64_t>(), order.const_data_ptr<int64_t>() + dim);
     for (const int64_t channel : out.permutation)
-      TORCH_CHECK_VALUE(channel >= 0 && channel < dim, "permutation: expected channels 0..", dim - 1, ", got ", channel);
+      TORCH_CHECK_VALUE(channel >= 0 && channel < dim, "permutation: expected channels 0..", dim - 1, ", got ",
+                        channel);
   }
   return out;
 }
@@ -61,8 +61,9 @@ void check_weights(const Tensor& x, const std::optional<Tensor>& diag, const std
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected shape [N, D], got ", x.sizes());
   const int64_t dim = x.size(1);
   TORCH_CHECK_VALUE(!diag || diag->numel() == dim, "diag: expected shape [", dim, "]");
-  TORCH_CHECK_VALUE(!blocks || (blocks->dim() == 3 && blocks->size(1) == blocks->size(2) && blocks->size(0) * blocks->size(1) == dim),
-              "blocks: expected shape [G, b, b] with G*b = ", dim);
+  TORCH_CHECK_VALUE(
+      !blocks || (blocks->dim() == 3 && blocks->size(1) == blocks->size(2) && blocks->size(0) * blocks->size(1) == dim),
+      "blocks: expected shape [G, b, b] with G*b = ", dim);
   TORCH_CHECK_VALUE(!permutation || permutation->numel() == dim, "permutation: expected shape [", dim, "]");
 }
 
@@ -79,7 +80,7 @@ Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std:
       Scratch<A> scratch(weights, false);
       for (int64_t first = begin * kChunkRows; first < std::min(rows, end * kChunkRows); first += kChunkRows)
         GSSF_VECTORIZED(project_run, x.const_data_ptr<scalar_t>() + first * dim, weights, scratch,
-                    p.mutable_data_ptr<scalar_t>() + first * dim, std::min(kChunkRows, rows - first));
+                        p.mutable_data_ptr<scalar_t>() + first * dim, std::min(kChunkRows, rows - first));
     });
   });
   return p;
@@ -87,10 +88,10 @@ Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std:
 
 // (dx, ddiag, dblocks) for the gradient `upstream` of the projection's rows.
 template <class T, class A>
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Upstream<T, A>& upstream, const Tensor& x, const std::optional<Tensor>& diag,
-    const std::optional<Tensor>& blocks, const std::optional<Tensor>& permutation, bool normalize,
-    const c10::List<bool>& needs) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Upstream<T, A>& upstream, const Tensor& x,
+                                            const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
+                                            const std::optional<Tensor>& permutation, bool normalize,
+                                            const c10::List<bool>& needs) {
   const bool need_diag = diag && needs[1], need_blocks = blocks && needs[2];
   const int64_t rows = x.size(0), dim = x.size(1);
   const int64_t diag_size = need_diag ? dim : 0, blocks_size = need_blocks ? blocks->numel() : 0;
@@ -124,9 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {dx, part(0, diag_size, diag), part(diag_size, blocks_size, blocks)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_backward(
-    const Tensor& grad_in, const Tensor& x_in, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
-    const std::optional<Tensor>& permutation, bool normalize, c10::List<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                    const std::optional<Tensor>& diag,
+                                                    const std::optional<Tensor>& blocks,
+                                                    const std::optional<Tensor>& permutation, bool normalize,
+                                                    c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && needs.size() == 3,
@@ -138,10 +141,12 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(
-    const Tensor& grad_in, const Tensor& rows_in, const Tensor& cols_in, const Tensor& x_in, const Tensor& y_in,
-    const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks, const std::optional<Tensor>& permutation,
-    bool normalize, c10::List<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in, const Tensor& rows_in,
+                                                          const Tensor& cols_in, const Tensor& x_in, const Tensor& y_in,
+                                                          const std::optional<Tensor>& diag,
+                                                          const std::optional<Tensor>& blocks,
+                                                          const std::optional<Tensor>& permutation, bool normalize,
+                                                          c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), y = y_in.contiguous();
   const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
@@ -149,13 +154,12 @@ std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(
                     "y: expected shape [M, ", x.size(1), "] and x's dtype, got ", y.sizes());
   check_edges(rows, cols, x.size(0), y.size(0));
   TORCH_CHECK_VALUE(grad_in.sizes() == rows.sizes(), "grad: expected shape ", rows.sizes(), ", got ", grad_in.sizes());
-  const Groups groups(
-      rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), rows.numel(), x.size(0));
+  const Groups groups(rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), rows.numel(), x.size(0));
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "pairs_project_backward", [&] {
     using A = Accumulate<scalar_t>;
     const Tensor grad = grad_in.to(c10::CppTypeToScalarType<A>::value).contiguous();
-    const Upstream<scalar_t, A> upstream{
-        nullptr, y.const_data_ptr<scalar_t>(), cols.const_data_ptr<int64_t>(), grad.const_data_ptr<A>(), &groups};
+    const Upstream<scalar_t, A> upstream{nullptr, y.const_data_ptr<scalar_t>(), cols.const_data_ptr<int64_t>(),
+                                         grad.const_data_ptr<A>(), &groups};
     return backward(upstream, x, diag, blocks, permutation, normalize, needs);
   });
 }

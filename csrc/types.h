@@ -90,13 +90,17 @@ template <class A>
 struct Scratch {
   Chunk<A> x, g, out, x_grouped, g_grouped, out_grouped;
   std::vector<A> norm;
-  Scratch(const Weights<A>& weights, bool backward)
-      : Scratch(weights.dim, backward, !weights.permutation.empty()) {}
+  Scratch(const Weights<A>& weights, bool backward) : Scratch(weights.dim, backward, !weights.permutation.empty()) {}
 
  private:
   Scratch(int64_t dim, bool backward, bool permuted)
-      : x(dim, true), g(dim, backward), out(dim, true), x_grouped(dim, permuted), g_grouped(dim, permuted && backward),
-        out_grouped(dim, permuted), norm(kChunkRows) {}
+      : x(dim, true),
+        g(dim, backward),
+        out(dim, true),
+        x_grouped(dim, permuted),
+        g_grouped(dim, permuted && backward),
+        out_grouped(dim, permuted),
+        norm(kChunkRows) {}
 };
 
 }  // namespace gssf

@@ -55,9 +55,8 @@ GSSF_INLINE A norm_divisor(A norm) {
 // sum [dim] = the sum of grad[e] * x[source[e]] over the edges e of destination d, in their order, the rows of
 // x normalised first if asked. A zero gradient adds nothing. wide [dim] is scratch.
 template <class T, class A>
-GSSF_INLINE void gather_row(
-    const T* x, const int64_t* source, const A* grad, const Groups& groups, int64_t d, int64_t dim, bool normalize,
-    A* wide, A* sum) {
+GSSF_INLINE void gather_row(const T* x, const int64_t* source, const A* grad, const Groups& groups, int64_t d,
+                            int64_t dim, bool normalize, A* wide, A* sum) {
   std::fill_n(sum, dim, A(0));
   for (int64_t g = groups.first[d]; g < groups.first[d + 1]; ++g) {
     const int64_t e = groups.edge[g];

@@ -9,9 +9,8 @@ GSSF_INLINE auto displaces(const T& v, const T& m) {
 // Row and column maxima of s [n, m], places of equal row_id and col_id left out where ids are given.
 // The padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
 template <class A>
-GSSF_INLINE void tile_maxima(
-    const A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id, const typename Simd<A>::Lane* col_id,
-    TileMaxima<A>& out) {
+GSSF_INLINE void tile_maxima(const A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
+                             const typename Simd<A>::Lane* col_id, TileMaxima<A>& out) {
   using V = typename Simd<A>::Vector;
   using I = typename Simd<A>::Index;
   using Lane = typename Simd<A>::Lane;
@@ -50,12 +49,12 @@ GSSF_INLINE void tile_maxima(
   }
 }
 
-static void tile_maxima_of(
-    const float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id, TileMaxima<float>& out) {
+static void tile_maxima_of(const float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id,
+                           TileMaxima<float>& out) {
   tile_maxima<float>(s, n, m, row_id, col_id, out);
 }
 
-static void tile_maxima_of(
-    const double* s, int64_t n, int64_t m, const int64_t* row_id, const int64_t* col_id, TileMaxima<double>& out) {
+static void tile_maxima_of(const double* s, int64_t n, int64_t m, const int64_t* row_id, const int64_t* col_id,
+                           TileMaxima<double>& out) {
   tile_maxima<double>(s, n, m, row_id, col_id, out);
 }

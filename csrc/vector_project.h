@@ -2,8 +2,8 @@
 
 // c [R, NV vectors] += a [R, depth] b [depth, NV vectors]; of the last vector only `last` lanes are stored.
 template <class A, int R, int NV>
-GSSF_INLINE void product_tile(
-    A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb, int64_t depth, int64_t last) {
+GSSF_INLINE void product_tile(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb,
+                              int64_t depth, int64_t last) {
   using V = typename Simd<A>::Vector;
   constexpr int64_t L = Simd<A>::lanes;
   V sum[R][NV] = {};
@@ -26,9 +26,8 @@ GSSF_INLINE void product_tile(
 
 // c [m, n] += a [m, depth] b [depth, n], a by strides. Reads of b run up to a vector past its rows' ends.
 template <class A>
-GSSF_INLINE void add_product(
-    A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb, int64_t m, int64_t depth,
-    int64_t n) {
+GSSF_INLINE void add_product(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb,
+                             int64_t m, int64_t depth, int64_t n) {
   constexpr int64_t L = Simd<A>::lanes;
   for (int64_t j = 0; j < n;) {
     const bool pair = n - j > L;
@@ -48,8 +47,8 @@ GSSF_INLINE void add_product(
 
 // out += in · blocks (each row in the grouped order of channels, back to their own order after).
 template <class A>
-GSSF_INLINE void add_blocks(
-    const Weights<A>& weights, const std::vector<A>& blocks, Chunk<A>& in, Chunk<A>& out, Chunk<A>& grouped_out, int64_t count) {
+GSSF_INLINE void add_blocks(const Weights<A>& weights, const std::vector<A>& blocks, Chunk<A>& in, Chunk<A>& out,
+                            Chunk<A>& grouped_out, int64_t count) {
   const bool permuted = !weights.permutation.empty();
   Chunk<A>& target = permuted ? grouped_out : out;
   if (permuted) std::fill(target.rows.begin(), target.rows.end(), A(0));
@@ -115,9 +114,8 @@ GSSF_INLINE void project_chunk(const T* x, const Weights<A>& weights, Scratch<A>
 // dx of rows first .. first + count (unless null), and their terms added to ddiag [D] and dblocks [G, b, b]
 // (unless null).
 template <class T, class A>
-GSSF_INLINE void backward_chunk(
-    const Upstream<T, A>& upstream, const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* dx, A* ddiag,
-    A* dblocks, int64_t first, int64_t count) {
+GSSF_INLINE void backward_chunk(const Upstream<T, A>& upstream, const T* x, const Weights<A>& weights,
+                                Scratch<A>& scratch, T* dx, A* ddiag, A* dblocks, int64_t first, int64_t count) {
   const int64_t dim = weights.dim, width = weights.width;
   for (int64_t r = 0; r < count; ++r) {
     if (upstream.dense) {
@@ -159,13 +157,13 @@ GSSF_INLINE void backward_chunk(
   }
 }
 
-#define GSSF_PROJECT_KERNELS(T, A)                                                                                       \
-  static void project_run(const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* p, int64_t count) {      \
-    project_chunk<T, A>(x, weights, scratch, p, count);                                                                 \
-  }                                                                                                                     \
+#define GSSF_PROJECT_KERNELS(T, A)                                                                                     \
+  static void project_run(const T* x, const Weights<A>& weights, Scratch<A>& scratch, T* p, int64_t count) {           \
+    project_chunk<T, A>(x, weights, scratch, p, count);                                                                \
+  }                                                                                                                    \
   static void backward_run(const Upstream<T, A>& upstream, const T* x, const Weights<A>& weights, Scratch<A>& scratch, \
-                           T* dx, A* ddiag, A* dblocks, int64_t first, int64_t count) {                                 \
-    backward_chunk<T, A>(upstream, x, weights, scratch, dx, ddiag, dblocks, first, count);                              \
+                           T* dx, A* ddiag, A* dblocks, int64_t first, int64_t count) {                                \
+    backward_chunk<T, A>(upstream, x, weights, scratch, dx, ddiag, dblocks, first, count);                             \
   }
 GSSF_PROJECT_KERNELS(float, float)
 GSSF_PROJECT_KERNELS(double, double)

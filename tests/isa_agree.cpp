@@ -111,24 +111,22 @@ Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinatio
     : first(destinations + 1, 0), edge(edges) {}
 
 #define CALL(level, f) [](auto&&... v) { level::f(v...); }
-#define COMPARE(level, A)                                                                                          \
-  maxima<A>(CALL(plain, tile_maxima_of), CALL(level, tile_maxima_of));                                             \
-  for (const int64_t width : {1, 7, 16, 33})                                                                       \
-    for (const bool permuted : {false, true})                                                                      \
-      check_close(projected<A>(CALL(level, project_run), CALL(level, backward_run), width, permuted),              \
-                  projected<A>(CALL(plain, project_run), CALL(plain, backward_run), width, permuted), "project");  \
-  check_close(paired<A>(CALL(level, pair_scores_run), CALL(level, gather_run)),                                    \
+#define COMPARE(level, A)                                                                                         \
+  maxima<A>(CALL(plain, tile_maxima_of), CALL(level, tile_maxima_of));                                            \
+  for (const int64_t width : {1, 7, 16, 33})                                                                      \
+    for (const bool permuted : {false, true})                                                                     \
+      check_close(projected<A>(CALL(level, project_run), CALL(level, backward_run), width, permuted),             \
+                  projected<A>(CALL(plain, project_run), CALL(plain, backward_run), width, permuted), "project"); \
+  check_close(paired<A>(CALL(level, pair_scores_run), CALL(level, gather_run)),                                   \
               paired<A>(CALL(plain, pair_scores_run), CALL(plain, gather_run)), "pairs");
 
 int main() {
 #ifdef GSSF_X86_LEVELS
   if (__builtin_cpu_supports("x86-64-v3")) {
-    COMPARE(v3, float) COMPARE(v3, double)
-    std::printf("x86-64-v3 agrees\n");
+    COMPARE(v3, float) COMPARE(v3, double) std::printf("x86-64-v3 agrees\n");
   }
   if (__builtin_cpu_supports("x86-64-v4")) {
-    COMPARE(v4, float) COMPARE(v4, double)
-    std::printf("x86-64-v4 agrees\n");
+    COMPARE(v4, float) COMPARE(v4, double) std::printf("x86-64-v4 agrees\n");
   }
 #endif
   std::printf("plain ran\n");
