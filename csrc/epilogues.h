@@ -10,7 +10,8 @@
 
 namespace gssf {
 
-// Whether candidate v displaces m: it is greater, or it is the first NaN. NaN is sticky.
+// Whether candidate v displaces m: it is greater, or it is the first NaN. NaN is sticky. (The vectors' twin
+// stands in vector_maxima.h, compiled once per instruction set.)
 template <class A>
 bool displaces(A v, A m) {
   return v > m || (v != v && m == m);

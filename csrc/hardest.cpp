@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tenso
                                                                      const std::optional<Tensor>& a_ids,
                                                                      const std::optional<Tensor>& b_ids) {
   const int64_t n = a.size(0), m = b.size(0);
-  TORCH_CHECK_VALUE(
-      a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n && a.scalar_type() == b.scalar_type(),
-      "gssf::hardest_negatives: expected a [N, D] and b [M, D] of one dtype with M >= N, got ", a.sizes(), " and ",
-      b.sizes());
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n &&
+                        a.scalar_type() == b.scalar_type() && at::isFloatingType(a.scalar_type()),
+                    "gssf::hardest_negatives: expected a [N, D] and b [M, D] of one floating dtype with M >= N, got ",
+                    a.sizes(), " and ", b.sizes());
   TORCH_CHECK_VALUE(a_ids.has_value() == b_ids.has_value() && (!a_ids || (a_ids->numel() == n && b_ids->numel() == m)),
                     "gssf::hardest_negatives: expected a_ids [N] and b_ids [M], or neither");
   const auto dtype = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

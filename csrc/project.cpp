@@ -20,9 +20,12 @@ namespace {
 
 using at::Tensor;
 
-// Rows summed into one partial ddiag and dblocks: some 32 partial sums, fixed by the number of rows alone, so
-// that neither threads nor chance can change a bit of their total.
-int64_t split_rows(int64_t rows) { return std::max<int64_t>(1, ceil_div(ceil_div(rows, 32), kChunkRows)) * kChunkRows; }
+// Rows summed into one partial ddiag and dblocks: some 32 partial sums, fewer where they would be larger than
+// x; fixed by the shapes alone, so that neither threads nor chance can change a bit of their total.
+int64_t split_rows(int64_t rows, int64_t width) {
+  const int64_t splits = std::clamp<int64_t>(rows / std::max<int64_t>(width, 1), 2, 32);
+  return std::max<int64_t>(1, ceil_div(ceil_div(rows, splits), kChunkRows)) * kChunkRows;
+}
 
 template <class A>
 Weights<A> make_weights(int64_t dim, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
@@ -92,13 +95,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Upstream<T, A>& upstream, cons
                                             const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
                                             const std::optional<Tensor>& permutation, bool normalize,
                                             const c10::List<bool>& needs) {
+  TORCH_CHECK_VALUE(needs.size() == 3, "needs: expected 3 flags, got ", needs.size());
   const bool need_diag = diag && needs[1], need_blocks = blocks && needs[2];
   const int64_t rows = x.size(0), dim = x.size(1);
   const int64_t diag_size = need_diag ? dim : 0, blocks_size = need_blocks ? blocks->numel() : 0;
-  const int64_t split_size = split_rows(rows), splits = ceil_div(rows, split_size);
-  const int64_t partial_size = diag_size + blocks_size;
   const Weights<A> weights = make_weights<A>(dim, diag, blocks, permutation, normalize, true);
-  const Tensor dx = at::empty(needs[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
+  const int64_t split_size = split_rows(rows, weights.width), splits = ceil_div(rows, split_size);
+  const int64_t partial_size = diag_size + blocks_size;
+  const Tensor dx = needs[0] ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   T* const dx_rows = needs[0] ? dx.mutable_data_ptr<T>() : nullptr;
   const auto wide = x.options().dtype(c10::CppTypeToScalarType<A>::value);
   const Tensor partial = at::zeros({splits, partial_size}, wide), total = at::zeros({partial_size}, wide);
@@ -132,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad_in, const
                                                     c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
-  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() && needs.size() == 3,
-                    "grad: expected shape ", x.sizes(), " and x's dtype, got ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "grad: expected shape ",
+                    x.sizes(), " and x's dtype, got ", grad.sizes());
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project_backward", [&] {
     Upstream<scalar_t, Accumulate<scalar_t>> upstream;
     upstream.dense = grad.const_data_ptr<scalar_t>();
@@ -150,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in,
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), y = y_in.contiguous();
   const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
-  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(1) == x.size(1) && y.scalar_type() == x.scalar_type() && needs.size() == 3,
+  TORCH_CHECK_VALUE(y.dim() == 2 && y.size(1) == x.size(1) && y.scalar_type() == x.scalar_type(),
                     "y: expected shape [M, ", x.size(1), "] and x's dtype, got ", y.sizes());
   check_edges(rows, cols, x.size(0), y.size(0));
   TORCH_CHECK_VALUE(grad_in.sizes() == rows.sizes(), "grad: expected shape ", rows.sizes(), ", got ", grad_in.sizes());

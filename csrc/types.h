@@ -51,6 +51,7 @@ struct TileMaxima {
 // Edges grouped by destination, in their own order inside a group: edge[first[d]:first[d + 1]].
 struct Groups {
   std::vector<int64_t> first, edge;
+  // Pairs with a -1 at either end belong nowhere. Defined in edges.h.
   Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations);
 };
 

@@ -3,7 +3,8 @@
 Public functions call these before any work; ops and kernels below them trust their inputs' shapes.
 """
 
-import math
+import numbers
+import sys
 
 import torch
 
@@ -91,15 +92,15 @@ def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str
     return a_ids, b_ids
 
 
-def index(value, name: str, count: int, device: torch.device) -> None:
-    """``value`` is an int64 vector of ``count`` row numbers on ``device``."""
+def index(value, name: str, count: int, device: torch.device | None = None) -> None:
+    """``value`` is an int64 vector of ``count`` row numbers, on ``device`` if one is given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
     if value.dtype != torch.int64:
         raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
     if value.dim() != 1 or value.shape[0] != count:
         raise ValueError(f"{name}: expected shape [{count}], got {list(value.shape)}")
-    if value.device != device:
+    if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
@@ -124,10 +125,23 @@ def metric_weights(x, diag, blocks, permutation, x_name: str = "x") -> None:
         if blocks is None:
             raise ValueError("permutation: expected blocks too (it only regroups their channels), got blocks=None")
         index(permutation, "permutation", dim, x.device)
+        if readable(permutation):
+            true_permutation(permutation)
+
+
+def readable(t: torch.Tensor) -> bool:
+    """Whether values may be looked at: not on a GPU (that would wait for it), nor while tracing or faking."""
+    return t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def flag(value, name: str) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
 def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> None:
-    """``permutation`` holds each of 0..D-1 once. Reads the values, so on a GPU it synchronises."""
+    """``permutation`` holds each of 0..D-1 once. Reads the values: see `readable`."""
     expected = torch.arange(permutation.shape[0], device=permutation.device)
     if not torch.equal(permutation.sort().values, expected):
         raise ValueError(f"{name}: expected each of 0..{permutation.shape[0] - 1} exactly once")
@@ -135,9 +149,9 @@ def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> No
 
 def non_negative(value, name: str) -> float:
     """``value`` as a finite float >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not 0 <= value < math.inf:  # false for NaN too; also traceable with a symbolic value
+    if not 0 <= value < sys.float_info.max:  # type: ignore[operator]  # false for NaN too; traceable, unlike isfinite
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return float(value)
 
@@ -150,7 +164,13 @@ def choice(value, name: str, choices: tuple[str, ...]) -> None:
 
 def positive_int(value, name: str) -> None:
     """``value`` is a whole number >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected a whole number >= 1, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
+
+
+def parameter_dtype(dtype) -> None:
+    """``dtype`` is one that parameters may have, or None for the default."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype: expected {_FLOAT_NAMES}, got {dtype}")

@@ -76,6 +76,43 @@ def backends() -> dict[str, dict[str, str]]:
     return table
 
 
+class _Once(torch.autograd.Function):
+    """An op as the last derivative: differentiating it again raises, in eager mode and in torch.func alike.
+
+    (`once_differentiable` is passed over by torch.func, and by `torch.autograd.grad` of another path: second
+    derivatives would come out as zero, silently.)
+    """
+
+    @staticmethod
+    def forward(op, *arguments):
+        return op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count = len(inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("gssf_kernels: these functions are differentiable once; a second derivative was asked for")
+
+
+def last_derivative(op: Callable, *arguments):
+    """``op(*arguments)`` for use in a backward: its result cannot be differentiated again."""
+    return op(*arguments) if torch.compiler.is_compiling() else _Once.apply(op, *arguments)
+
+
+def distinct(*tensors: torch.Tensor | None) -> tuple:
+    """The tensors with repeats replaced by views: torch.compile takes no tensor twice in one Function."""
+    seen: list[torch.Tensor] = []
+    out = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in seen)
+        if t is not None:
+            seen.append(t)
+        out.append(t.view_as(t) if repeated and t is not None else t)
+    return tuple(out)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of scores and sums for inputs of ``dtype``: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -12,10 +12,9 @@ norm, ``dx = (dx̂ − x̂ ⟨x̂, dx̂⟩) / ‖x‖``.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels._library import accumulation_dtype, define, last_derivative
 
 
 def project(
@@ -43,7 +42,8 @@ def project(
 
     Returns:
         [..., D] in x's dtype; sums are taken in fp32 (fp64 for fp64). Inside ``torch.autocast`` all
-        inputs take the region's dtype. Differentiable once in x, diag and blocks, deterministically.
+        inputs take the region's dtype. Differentiable once in x, diag and blocks, deterministically. Without
+        weights and ``normalize`` there is nothing to do, and x itself comes back.
 
     Raises:
         TypeError: an argument is not a floating tensor, or differs from x in dtype.
@@ -59,8 +59,7 @@ def project(
     if x.shape[-1] == 0:
         raise ValueError(f"x: expected at least one channel, got shape {list(x.shape)}")
     _checks.metric_weights(x, diag, blocks, permutation)
-    if permutation is not None and permutation.device.type == "cpu" and not torch.compiler.is_compiling():
-        _checks.true_permutation(permutation)
+    _checks.flag(normalize, "normalize")
     if diag is None and blocks is None and not normalize:
         return x
     p = _Project.apply(x.reshape(-1, x.shape[-1]), diag, blocks, permutation, normalize)
@@ -78,11 +77,11 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(x, diag, blocks, permutation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         x, diag, blocks, permutation = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.gssf.project_backward(grad, x, diag, blocks, permutation, ctx.normalize, needs)
+        op = torch.ops.gssf.project_backward
+        grads = last_derivative(op, grad, x, diag, blocks, permutation, ctx.normalize, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 

@@ -97,6 +97,8 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     """``s_i = a_i · b_index[i]`` [N]; see :func:`gssf_kernels.pair_scores`."""
     if index is None:
         index = torch.arange(a.shape[0], device=a.device)
+    if b.shape[0] == 0:
+        return (_accumulate(a) * 0).sum(-1) - torch.inf
     picked = (_accumulate(a) * _accumulate(b)[index.clamp_min(0)]).sum(-1)
     return torch.where(index < 0, -torch.inf, picked)
 
@@ -125,16 +127,21 @@ def triplet_loss(
         if s.shape[1] == 0:
             return positive * 0
         if negatives == "all":
-            return (margin + s - positive[:, None]).clamp(min=0).masked_fill(same, 0).sum(1)
+            return hinge(margin + s - positive[:, None]).masked_fill(same, 0).sum(1)
         masked = s.masked_fill(same, -torch.inf)
         hardest = masked.max(1).values
         if negatives == "semihard":
             below = masked.masked_fill(masked >= positive[:, None], -torch.inf).max(1).values
             hardest = torch.where(below == -torch.inf, hardest, below)
-        return (margin + hardest - positive).clamp(min=0)
+        return hinge(margin + hardest - positive)
 
     per_pair = terms(s, same) + terms(s[:, :count].mT, same[:, :count].mT)
     return reduce(per_pair, reduction)
+
+
+def hinge(t: Tensor) -> Tensor:
+    """``[t]₊``, with gradient 1 at 0 as in ``clamp(min=0)``, but NaN passes both ways (clamp stops its gradient)."""
+    return torch.where(t < 0, 0, t)
 
 
 def reduce(per_pair: Tensor, reduction: str) -> Tensor:

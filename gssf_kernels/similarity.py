@@ -77,7 +77,10 @@ class StructuredSimilarity(nn.Module):
     ):
         super().__init__()
         _checks.positive_int(dim, "dim")
-        self.dim, self.block_size, self.normalize = dim, block_size, bool(normalize)
+        _checks.flag(diagonal, "diagonal")
+        _checks.flag(normalize, "normalize")
+        _checks.parameter_dtype(dtype)
+        self.dim, self.block_size, self.normalize = dim, block_size, normalize
         self.diag = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if diagonal else None
         self.blocks = None
         if block_size is not None:
@@ -89,8 +92,10 @@ class StructuredSimilarity(nn.Module):
         if permutation is not None:
             if block_size is None:
                 raise ValueError("permutation: expected a block_size too, got block_size=None")
-            _checks.index(permutation, "permutation", dim, permutation.device)
-            _checks.true_permutation(permutation)
+            _checks.index(permutation, "permutation", dim)
+            if _checks.readable(permutation):
+                _checks.true_permutation(permutation)
+            permutation = permutation.detach().clone()  # the caller's own stays theirs
             permutation = permutation.to(device) if device is not None else permutation
         self.permutation: Tensor | None
         self.register_buffer("permutation", permutation)
@@ -111,10 +116,16 @@ class StructuredSimilarity(nn.Module):
         return project(x, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
 
     def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``(a, b)`` with ``a bᵀ`` = ``self(x, y)``: what losses and retrieval take in place of the matrix."""
+        """``(a, b)`` with ``a bᵀ`` = ``self(x, y)``: what losses and retrieval take in place of the matrix.
+
+        Without ``normalize``, b is y itself.
+        """
+        x, y = _checks.autocast(x, y)
+        _checks.sides(x, y, "x", "y", paired=False)
         return self.project(x), project(y, normalize=self.normalize)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """All similarities of x [N, D] and y [M, D] as a matrix [N, M]; see :func:`similarity`."""
         return similarity(x, y, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
 
     def extra_repr(self) -> str:

@@ -100,8 +100,8 @@ FAULTS = [
     Fault(
         "backward: grad_output is ignored",
         "gssf_kernels/statistics/hardest.py",
-        "torch.cat((dpair, drow, dcol))",
-        "torch.cat((dpair, drow, dcol)).sign()",
+        "grad = torch.cat((dpair, drow, dcol))",
+        "grad = torch.cat((dpair, drow, dcol)).sign()",
     ),
     Fault(
         "transpose: y's gradient goes through Wᵀ too",
@@ -146,8 +146,9 @@ def caught(fault: Fault, folder: Path) -> tuple[bool, str]:
             build(folder)
         done = run([sys.executable, "-m", "pytest", "-x", "-q", *fault.tests.split()], folder)
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        # a crash (negative return code) is a catch too: no green run
-        return done.returncode != 0, failed[0][7:110] if failed else f"pytest exited with {done.returncode}"
+        # 1: tests failed; negative: the process crashed. Anything else (nothing collected, say) catches nothing.
+        found = done.returncode < 0 or (done.returncode == 1 and bool(failed))
+        return found, failed[0][7:110] if failed else f"pytest exited with {done.returncode}"
     finally:
         path.write_text(original)
 

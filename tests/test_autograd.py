@@ -9,7 +9,7 @@ import gssf_kernels as gk
 from gssf_kernels import _library
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
-ONE_EACH = {case.name.partition("-")[0]: case for case in SMALL}
+ONE_EACH = {case.function: case for case in SMALL if not case.name.startswith("metric")}
 
 
 @pytest.mark.parametrize("which", ["ours", "reference"])
@@ -45,7 +45,8 @@ def _op_samples():
         yield "hardest_negatives", (a, b, None, None)
         yield "hardest_negatives", (a, b, *ids)
         yield "pair_scores", (a, b, rows, cols)
-        yield "pair_scores_backward", (*pairs, a, b)
+        yield "pair_scores_backward", (*pairs, a, b, [True, True])
+        yield "pair_scores_backward", (*pairs, a, b, [False, True])
 
 
 @pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")
@@ -77,6 +78,43 @@ def test_compile_whole_graph(case):
         torch.testing.assert_close(leaves[name].grad, plain[name].grad)
 
 
+@pytest.mark.parametrize("how", ["one tensor twice", "shared ids", "same ids given twice"])
+def test_compile_takes_a_tensor_twice(how):
+    """torch.compile refuses one tensor twice in an autograd.Function; we hand it views."""
+    torch._dynamo.reset()
+    x, y, ids = torch.randn(8, 16), torch.randn(8, 16), torch.arange(8) // 2
+    metric = gk.StructuredSimilarity(16, 4)
+
+    def step(x, y):
+        if how == "one tensor twice":
+            return gk.triplet_loss(x, x, x_ids=ids) + gk.pair_scores(x, x).sum()
+        options = {"x_ids": ids} if how == "shared ids" else {"x_ids": ids, "y_ids": ids}
+        return gk.triplet_loss(x, y, **options) + gk.triplet_loss(x, y, metric=metric, **options)
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+        run(*leaves).backward()
+        results.append([t.grad for t in leaves if t.grad is not None])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_compile_a_module_with_its_metric():
+    torch._dynamo.reset()
+    x, y, ids = torch.randn(8, 16), torch.randn(8, 16), torch.arange(8) // 2
+    grads = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        criterion = gk.TripletLoss(metric=gk.StructuredSimilarity(16, 4, permutation=torch.arange(15, -1, -1)))
+        run = torch.compile(criterion, fullgraph=True) if compiled else criterion
+        run(x, y, ids, ids).backward()
+        grads.append([p.grad for p in criterion.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(got, expected)
+
+
 def test_compile_dynamic_shapes():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, y: gk.triplet_loss(x, y), fullgraph=True, dynamic=True)
@@ -98,11 +136,25 @@ def test_func_grad():
         torch.testing.assert_close(got, expected)
 
 
-def test_second_derivatives_are_refused():
-    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
-    (grad,) = torch.autograd.grad(gk.triplet_loss(x, y).square(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+_ONCE = {
+    "triplet": lambda x: gk.triplet_loss(x, x.flip(0)).square(),
+    "metric": lambda x: gk.triplet_loss(x, x.flip(0), metric=gk.StructuredSimilarity(8, 4)).square(),
+    "pairs": lambda x: gk.pair_scores(x, x.flip(0)).square().sum(),
+    "project": lambda x: gk.project(x, x[0].detach(), normalize=True).pow(3).sum(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(_ONCE))
+def test_second_derivatives_are_refused(name):
+    """By every route: none may give a silent zero."""
+    f, x = _ONCE[name], torch.randn(4, 8)
+    leaf = x.clone().requires_grad_()
+    for finish in (lambda g: g.sum().backward(), lambda g: torch.autograd.grad(g.square().sum(), leaf)):
+        (grad,) = torch.autograd.grad(f(leaf) + leaf.pow(4).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            finish(grad)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum())(x)
 
 
 def test_gradients_only_where_asked():
@@ -147,6 +199,19 @@ def test_autocast_scores_in_its_dtype_and_sums_in_fp32(dtype):
     torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-2, atol=1e-2)
 
 
+def test_autocast_reaches_metric_weights_and_pairs():
+    x, y = torch.randn(20, 16, requires_grad=True), torch.randn(30, 16)
+    criterion = gk.TripletLoss(metric=gk.StructuredSimilarity(16, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = criterion(x, y)
+        pairs = gk.pair_scores(x, y)
+    rounded = x.detach().bfloat16().float(), y.bfloat16().float()
+    torch.testing.assert_close(pairs, gk.reference.pair_scores(*rounded))
+    torch.testing.assert_close(loss, gk.reference.triplet_loss(*rounded, metric=criterion.metric), rtol=2e-2, atol=2e-2)
+    loss.backward()
+    assert criterion.metric.diag.grad.dtype == x.grad.dtype == torch.float32
+
+
 def test_autocast_leaves_fp64_alone():
     x = torch.randn(5, 8, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -156,6 +221,7 @@ def test_autocast_leaves_fp64_alone():
 def test_modules_train_and_print_their_settings():
     loss = gk.TripletLoss(margin=0.3, reduction="mean", metric=gk.StructuredSimilarity(16, 4))
     assert "margin=0.3" in repr(loss)
+    assert "reduction='mean'" in repr(loss)
     assert "block_size=4" in repr(loss)
     assert sorted(dict(loss.named_parameters())) == ["metric.blocks", "metric.diag"]
     x, y = torch.randn(64, 16), torch.randn(64, 16)

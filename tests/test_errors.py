@@ -72,6 +72,8 @@ def test_ids(ids, kind, message):
         ({"margin": math.inf}, ValueError, "margin: .*got inf"),
         ({"margin": "0.2"}, TypeError, "margin: .*got str"),
         ({"margin": True}, TypeError, "margin: .*got bool"),
+        ({"margin": 10**400}, ValueError, "margin: .*finite"),
+        ({"margin": torch.tensor(0.2)}, TypeError, "margin: .*got Tensor"),
         ({"negatives": "hard"}, ValueError, "negatives: .*'hardest', 'all', 'semihard', got 'hard'"),
         ({"reduction": "avg"}, ValueError, "reduction: .*'sum', 'mean', 'none', got 'avg'"),
     ],
@@ -121,9 +123,35 @@ def test_projection(arguments, kind, message):
 def test_permutation(permutation, kind, message):
     with pytest.raises(kind, match=f"^permutation: .*{message}"):
         gk.project(X, D, B, permutation=permutation)
-    if isinstance(permutation, torch.Tensor):
-        with pytest.raises(kind, match=f"^permutation: .*{message}"):
-            gk.StructuredSimilarity(8, 4, permutation=permutation)
+    with pytest.raises(kind, match=f"^permutation: .*{message}"):
+        gk.StructuredSimilarity(8, 4, permutation=permutation)
+
+
+def test_a_permutation_spoilt_later_is_found():
+    """By a checkpoint, say."""
+    metric = gk.StructuredSimilarity(8, 4, permutation=torch.arange(8))
+    metric.permutation.zero_()
+    for call in (lambda: metric.project(X), lambda: gk.triplet_loss(X, Y, metric=metric)):
+        with pytest.raises(ValueError, match=r"^permutation: .*exactly once"):
+            call()
+
+
+@pytest.mark.parametrize("normalize", ["no", None, 1])
+def test_normalize_is_a_flag(normalize):
+    with pytest.raises(TypeError, match=r"^normalize: "):
+        gk.project(X, D, normalize=normalize)
+
+
+def test_the_right_side_is_named():
+    metric = gk.StructuredSimilarity(8, 4)
+    for call in (
+        lambda: metric.factors(X, None),
+        lambda: metric(X, [1, 2]),
+        lambda: gk.triplet_loss(X, [1, 2], metric=metric),
+        lambda: gk.triplet_loss(X, [1, 2], metric=metric, negatives="all"),
+    ):
+        with pytest.raises(TypeError, match=r"^y: "):
+            call()
 
 
 def test_permutation_needs_blocks():
@@ -141,6 +169,11 @@ def test_permutation_needs_blocks():
         ({"dim": 8, "block_size": 3}, ValueError, "block_size: .*divisor of dim=8, got 3"),
         ({"dim": 8, "block_size": 0}, ValueError, "block_size: .*got 0"),
         ({"dim": 8, "block_size": 16}, ValueError, "block_size: .*got 16"),
+        ({"dim": 8, "block_size": True}, TypeError, "block_size: .*bool"),
+        ({"dim": 8, "block_size": 4, "normalize": "no"}, TypeError, "normalize: .*str"),
+        ({"dim": 8, "block_size": 4, "diagonal": 1}, TypeError, "diagonal: .*int"),
+        ({"dim": 8, "block_size": 4, "dtype": torch.cfloat}, TypeError, "dtype: .*complex64"),
+        ({"dim": 8, "block_size": 4, "dtype": torch.int32}, TypeError, "dtype: .*int32"),
     ],
 )
 def test_metric(options, kind, message):
@@ -181,7 +214,20 @@ def test_ops_called_directly_refuse_what_would_corrupt():
     with pytest.raises(ValueError, match="rows, cols"):
         torch.ops.gssf.pair_scores(X, Y, out, out)
     with pytest.raises(ValueError, match="rows, cols"):
-        torch.ops.gssf.pair_scores_backward(torch.ones(2), out, out, X, Y)
+        torch.ops.gssf.pair_scores_backward(torch.ones(2), out, out, X, Y, [True, True])
+    fine = torch.tensor([0, 1])
+    for a, b in ((X, Y[:, :4]), (X[0], Y), (X, Y.double())):
+        with pytest.raises(ValueError, match="a, b"):
+            torch.ops.gssf.pair_scores(a, b, fine, fine)
+        with pytest.raises(ValueError, match="a, b"):
+            torch.ops.gssf.pair_scores_backward(torch.ones(2), fine, fine, a, b, [True, True])
+    assert torch.ops.gssf.pair_scores(X[:, :0], Y[:, :0], fine, fine).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="y: "):
+        torch.ops.gssf.pairs_project_backward(
+            torch.ones(2), fine, fine, X, Y[:, :4], None, None, None, False, [True] * 3
+        )
+    with pytest.raises(ValueError, match="hardest_negatives"):
+        torch.ops.gssf.hardest_negatives(X.cfloat(), Y.cfloat(), None, None)
     with pytest.raises(ValueError, match="hardest_negatives"):
         torch.ops.gssf.hardest_negatives(Y, X, None, None)
     with pytest.raises(ValueError, match="a_ids"):

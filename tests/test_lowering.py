@@ -127,7 +127,7 @@ def test_every_line_of_the_sweep_table_is_compiled():
 def test_pair_scores(compiled, dtype, D, tmp_path):
     a, index = torch.zeros(40, D, dtype=dtype), torch.zeros(80, dtype=torch.int64)
     check(compiled(pair_scores, a, a, index, index), compiled.arch, {"pair_scores_kernel"}, tmp_path)
-    backward = compiled(pair_scores_backward, torch.zeros(80), index, index, a, a)
+    backward = compiled(pair_scores_backward, torch.zeros(80), index, index, a, a, [True, True])
     check(backward, compiled.arch, {"segment_sum_kernel"}, tmp_path)
 
 

@@ -132,6 +132,8 @@ def hardest_negatives(
     pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
     col_score = a.new_empty(M, dtype=torch.float32)
     row_index, col_index = a.new_empty(N, dtype=torch.int64), a.new_empty(M, dtype=torch.int64)
+    if N == 0:
+        return pair_score, row_score, row_index, col_score.fill_(float("-inf")), col_index.fill_(-1)
     if a_ids is not None and b_ids is not None:
         a_ids, b_ids = a_ids.contiguous(), b_ids.contiguous()
 

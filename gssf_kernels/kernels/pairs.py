@@ -90,17 +90,17 @@ def segment_sum(
 
 
 def pair_scores_backward(
-    grad: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    grad: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, a: torch.Tensor, b: torch.Tensor, needs: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (da [N, D], db [M, D]) in the dtypes of a and b, summed in fp32.
+    """Return (da [N, D], db [M, D]) in the dtypes of a and b, summed in fp32, each empty where needs says no.
 
-    grad: [E] fp32, the gradient of the scores; the rest as for `pair_scores`
+    grad: [E] fp32, the gradient of the scores; needs: for a, b; the rest as for `pair_scores`
 
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("pair_scores_backward", grad, a, b)
     grad, rows, cols = grad.contiguous(), rows.contiguous(), cols.contiguous()
     with torch.cuda.device_of(a):
-        da = segment_sum(grad, rows, cols, operands.rows(b), like=a)
-        db = segment_sum(grad, cols, rows, operands.rows(a), like=b)
+        da = segment_sum(grad, rows, cols, operands.rows(b), like=a) if needs[0] else a.new_empty(0)
+        db = segment_sum(grad, cols, rows, operands.rows(a), like=b) if needs[1] else b.new_empty(0)
     return da, db

@@ -74,8 +74,8 @@ def triplet_loss(
         )
     positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
     count = positive.shape[0]
-    rows = (margin + hardest.row_score - positive).clamp(min=0)  # [N]
-    cols = (margin + hardest.col_score[:count] - positive).clamp(min=0)  # [N]
+    rows = reference.hinge(margin + hardest.row_score - positive)  # [N]
+    cols = reference.hinge(margin + hardest.col_score[:count] - positive)  # [N]
     return reference.reduce(rows + cols, reduction)
 
 
@@ -108,6 +108,7 @@ class TripletLoss(nn.Module):
         self.negatives, self.reduction, self.metric = negatives, reduction, metric
 
     def forward(self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
+        """The loss of x [N, D] and y [M, D], M >= N; see :func:`triplet_loss`."""
         return triplet_loss(
             x,
             y,

@@ -9,11 +9,11 @@ scores come free. Only 2N + M scores carry gradient; the backward gathers exactl
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives
+from gssf_kernels.statistics.pairs import pair_gradients
 
 
 def hardest_negatives(
@@ -38,7 +38,8 @@ def hardest_negatives(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one N x M x D product; extra memory O(N + M).
+    Time: one N x M x D product; extra memory O(N + M) on the CPU (for fp16 and bf16 there, fp32 copies of a
+    and b besides), and a fixed number of partial results on a GPU.
     """
     return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
 
@@ -48,6 +49,8 @@ def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, *names[:2])
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
+    x, y = distinct(x, y)
+    x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:
         pair_score, *rest = _PairedHardestNegatives.apply(x, y, x_ids, y_ids)
     else:
@@ -78,11 +81,10 @@ class _PairedHardestNegatives(torch.autograd.Function):
         ctx.save_for_backward(a, b, row_index, col_index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
         a, b, row_index, col_index = ctx.saved_tensors
         grad = torch.cat((dpair, drow, dcol))
-        return (*torch.ops.gssf.pair_scores_backward(grad, *_edges(row_index, col_index), a, b), None, None)
+        return (*pair_gradients(ctx, grad, *_edges(row_index, col_index), a, b), None, None)
 
 
 class _StructuredHardestNegatives(torch.autograd.Function):
@@ -104,22 +106,21 @@ class _StructuredHardestNegatives(torch.autograd.Function):
         ctx.save_for_backward(x, y, diag, blocks, permutation, row_index, col_index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
         x, y, diag, blocks, permutation, row_index, col_index = ctx.saved_tensors
         grad = torch.cat((dpair, drow, dcol))
         rows, cols = _edges(row_index, col_index)
-        backward = torch.ops.gssf.pairs_project_backward
+        op = torch.ops.gssf.pairs_project_backward
         dx = ddiag = dblocks = dy = None
         needs = list(ctx.needs_input_grad[:4])
         if needs[0] or needs[2] or needs[3]:
             wanted = [needs[0], needs[2], needs[3]]
-            found = backward(grad, rows, cols, x, y, diag, blocks, permutation, ctx.normalize, wanted)
+            found = last_derivative(op, grad, rows, cols, x, y, diag, blocks, permutation, ctx.normalize, wanted)
             dx, ddiag, dblocks = (g if need else None for g, need in zip(found, wanted, strict=True))
         if needs[1]:  # y's rows go through W where x's go through its transpose
             transposed = None if blocks is None else blocks.mT
             only = [True, False, False]
-            dy, _, _ = backward(grad, cols, rows, y, x, diag, transposed, permutation, ctx.normalize, only)
+            dy, _, _ = last_derivative(op, grad, cols, rows, y, x, diag, transposed, permutation, ctx.normalize, only)
         return dx, dy, ddiag, dblocks, None, None, None, None
 
 

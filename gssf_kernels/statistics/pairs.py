@@ -9,10 +9,9 @@ give the same bits.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
@@ -36,10 +35,11 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
         index = torch.arange(a.shape[0], device=a.device)
     else:
         _checks.index(index, "index", a.shape[0], a.device)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel():
+        if _checks.readable(index) and index.numel():
             low, high = index.aminmax()
             if low < -1 or high >= b.shape[0]:
                 raise ValueError(f"index: expected values in -1..{b.shape[0] - 1}, got {int(low)}..{int(high)}")
+    a, b = distinct(a, b)
     return _PairScores.apply(a, b, torch.arange(a.shape[0], device=a.device), index)
 
 
@@ -53,33 +53,45 @@ class _PairScores(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         a, b, rows, cols = ctx.saved_tensors
-        return (*torch.ops.gssf.pair_scores_backward(grad, rows, cols, a, b), None, None)
+        return (*pair_gradients(ctx, grad, rows, cols, a, b), None, None)
+
+
+def pair_gradients(ctx, grad, rows, cols, a, b) -> tuple[Tensor | None, Tensor | None]:
+    """``(da, db)`` of listed pairs, each None where the Function's first or second input needs none."""
+    needs = list(ctx.needs_input_grad[:2])
+    found = last_derivative(torch.ops.gssf.pair_scores_backward, grad, rows, cols, a, b, needs)
+    da, db = (g if need else None for g, need in zip(found, needs, strict=True))
+    return da, db
 
 
 def _reference(a, b, rows, cols):
+    if a.shape[0] == 0 or b.shape[0] == 0:
+        return a.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(a.dtype))
     dtype = accumulation_dtype(a.dtype)
     picked = a[rows.clamp_min(0)].to(dtype) * b[cols.clamp_min(0)].to(dtype)
     return torch.where((rows < 0) | (cols < 0), -torch.inf, picked.sum(-1))
 
 
-def _reference_backward(grad, rows, cols, a, b):
+def _reference_backward(grad, rows, cols, a, b, needs):
     dtype = accumulation_dtype(a.dtype)
     keep = (rows >= 0) & (cols >= 0) & (grad != 0)
     grad, rows, cols = grad[keep, None].to(dtype), rows[keep], cols[keep]
-    da = torch.zeros_like(a, dtype=dtype).index_add(0, rows, grad * b[cols].to(dtype))
-    db = torch.zeros_like(b, dtype=dtype).index_add(0, cols, grad * a[rows].to(dtype))
-    return da.to(a.dtype), db.to(b.dtype)
+    da, db = a.new_empty(0), b.new_empty(0)
+    if needs[0]:
+        da = torch.zeros_like(a, dtype=dtype).index_add(0, rows, grad * b[cols].to(dtype)).to(a.dtype)
+    if needs[1]:
+        db = torch.zeros_like(b, dtype=dtype).index_add(0, cols, grad * a[rows].to(dtype)).to(b.dtype)
+    return da, db
 
 
 def _fake(a, b, rows, cols):
     return a.new_empty(rows.shape[0], dtype=accumulation_dtype(a.dtype))
 
 
-def _fake_backward(grad, rows, cols, a, b):
-    return a.new_empty(a.shape), b.new_empty(b.shape)
+def _fake_backward(grad, rows, cols, a, b, needs):
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True))
 
 
 define(
@@ -89,7 +101,7 @@ define(
     triton="pairs.pair_scores",
 )
 define(
-    "pair_scores_backward(Tensor grad, Tensor rows, Tensor cols, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    "pair_scores_backward(Tensor grad, Tensor rows, Tensor cols, Tensor a, Tensor b, bool[] needs) -> (Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     triton="pairs.pair_scores_backward",
