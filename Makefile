@@ -47,6 +47,8 @@ format: $(READY)
 bench: $(READY)
 	$(PY) -m bench.triplet --out bench/results/cpu-triplet-8192.json
 	$(PY) -m bench.triplet --n 1024 --dim 512 --repeats 21 --out bench/results/cpu-triplet-1024.json
+	$(PY) -m bench.triplet --n 128 --repeats 41 --out bench/results/cpu-triplet-128.json
+	$(PY) -m bench.triplet --dtype bfloat16 --repeats 3 --out bench/results/cpu-triplet-8192-bf16.json
 	$(PY) -m bench.memory --out bench/results/cpu-memory-256.json
 	$(PY) -m bench.memory --dim 1024 --sizes 8192 --out bench/results/cpu-memory-1024.json
 
