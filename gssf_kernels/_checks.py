@@ -9,6 +9,10 @@ import sys
 import torch
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(d)
+)
 _FLOAT_NAMES = "float32, float64, bfloat16 or float16"
 
 
@@ -24,7 +28,7 @@ def _autocast_one(t):
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return t
     return t.to(torch.get_autocast_dtype(device))
 
