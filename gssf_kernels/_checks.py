@@ -85,19 +85,12 @@ def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str
     a_ids = b_ids if a_ids is None else a_ids
     b_ids = a_ids if b_ids is None else b_ids
     for value, name, count, side in ((a_ids, a_name, rows, a), (b_ids, b_name, cols, b)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
-        if value.dtype != torch.int64:
-            raise TypeError(f"{name}: expected dtype torch.int64, got {value.dtype}")
-        if value.dim() != 1 or value.shape[0] != count:
-            raise ValueError(f"{name}: expected shape [{count}], got {list(value.shape)}")
-        if value.device != side.device:
-            raise ValueError(f"{name}: expected device {side.device}, got {value.device}")
+        index(value, name, count, side.device)
     return a_ids, b_ids
 
 
 def index(value, name: str, count: int, device: torch.device | None = None) -> None:
-    """``value`` is an int64 vector of ``count`` row numbers, on ``device`` if one is given."""
+    """``value`` is an int64 vector of ``count`` entries, on ``device`` if one is given."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
     if value.dtype != torch.int64:
