@@ -12,6 +12,7 @@ import torch
 
 import gssf_kernels as gk
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Errors below this share of the truth's norm are the rounding of the result itself: an ulp. The truth is
@@ -27,10 +28,12 @@ class Case:
     function: str
     make: Callable[[torch.Generator], tuple[dict[str, torch.Tensor], dict]]
 
-    def inputs(self, dtype: torch.dtype, seed: int = 0):
-        """(tensors in dtype, options); the values are those of fp64 rounded to dtype."""
+    def inputs(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu"):
+        """(tensors in dtype, options), on device; the values are those of fp64 rounded to dtype."""
         tensors, options = self.make(torch.Generator().manual_seed(seed))
-        return {k: t.to(dtype) for k, t in tensors.items()}, options
+        movable = (torch.Tensor, torch.nn.Module)
+        options = {k: v.to(device) if isinstance(v, movable) else v for k, v in options.items()}
+        return {k: t.to(device, dtype) for k, t in tensors.items()}, options
 
     def ours(self, tensors, options):
         return outputs(self.run(gk, tensors, options))
@@ -75,7 +78,7 @@ def weighted(results) -> torch.Tensor:
     """A scalar through which every finite output gets a gradient of its own."""
     total = 0.0
     for place, t in enumerate(results):
-        weights = torch.cos(torch.arange(t.numel(), dtype=torch.float64) + place).view(t.shape).to(t.dtype)
+        weights = torch.cos(torch.arange(t.numel(), dtype=torch.float64) + place).view(t.shape).to(t)
         total = total + (torch.where(t.isfinite(), t, 0) * weights).sum()
     return total
 

@@ -5,7 +5,7 @@ Our error may be twice that of plain PyTorch in the same dtype, plus the roundin
 
 import pytest
 import torch
-from cases import CASES, DTYPES, FLOOR, weighted
+from cases import CASES, DEVICES, DTYPES, FLOOR, weighted
 
 
 def error(got, truth, per_row=False) -> float:
@@ -28,10 +28,11 @@ def gradients(run, tensors, options):
     return results, torch.autograd.grad(weighted(results), list(leaves.values()))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_value_and_gradient(case, dtype):
-    tensors, options = case.inputs(dtype)
+def test_value_and_gradient(case, dtype, device):
+    tensors, options = case.inputs(dtype, device=device)
     truth, truth_grad = gradients(case.reference, {k: t.double() for k, t in tensors.items()}, options)
     plain, plain_grad = gradients(case.reference, tensors, options)
     got, got_grad = gradients(case.ours, tensors, options)
