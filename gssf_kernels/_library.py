@@ -89,7 +89,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.count = len(inputs)
+        pass  # nothing to keep, but torch.func asks for it
 
     @staticmethod
     def backward(ctx, *grads):

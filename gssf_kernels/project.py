@@ -140,7 +140,7 @@ define(
     triton="project.project_backward",
 )
 # The backward of a projection whose rows meet only in listed pairs: dp_i = Σ_{e: rows_e = i} g_e ŷ[cols_e] is gathered
-# row by row on its way through, so that no [N, D] is stored but the result.
+# on its way through: row by row in C++, which stores no [N, D] but the result.
 define(
     "pairs_project_backward(Tensor grad, Tensor rows, Tensor cols, Tensor x, Tensor y, Tensor? diag, Tensor? blocks, "
     "Tensor? permutation, bool normalize, bool[] needs) -> (Tensor, Tensor, Tensor)",

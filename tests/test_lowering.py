@@ -85,6 +85,13 @@ def check(kernels, arch, expected, tmp_path):
         assert shared <= SHARED_KIB[arch] * 1024, name
 
 
+every_product = pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
+    ids=["ieee", "tf32", "bf16", "fp16"],
+)
+
+
 def matrix_instruction(arch, tile, dtype, precision):
     """What the main loop must be made of."""
     if dtype == torch.float32 and precision == "highest":
@@ -97,11 +104,7 @@ def matrix_instruction(arch, tile, dtype, precision):
     [("small", True), ("narrow", True), ("wide", True), ("wide", False)],
     ids=["small", "narrow", "wide", "wide without ids"],
 )
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
-    ids=["ieee", "tf32", "bf16", "fp16"],
-)
+@every_product
 def test_hardest_negatives(compiled, dtype, precision, size, ids, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     N, D = {"small": (128, 256), "narrow": (1040, 256), "wide": (1040, 1024)}[size]
@@ -132,11 +135,7 @@ def test_pair_scores(compiled, dtype, D, tmp_path):
 
 
 @pytest.mark.parametrize(("block_size", "permuted"), [(3, True), (16, False), (16, True), (100, False), (1024, True)])
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
-    ids=["ieee", "tf32", "bf16", "fp16"],
-)
+@every_product
 def test_project(compiled, dtype, precision, block_size, permuted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     D = 1024 // block_size * block_size

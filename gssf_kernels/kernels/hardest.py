@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands
+from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.sweep import Sweep
 
 
@@ -144,7 +144,7 @@ def hardest_negatives(
         scores = a.new_empty(row_parts + col_parts, dtype=torch.float32)
         places = a.new_empty(row_parts + col_parts, dtype=torch.int16)
         partial = (scores[:row_parts], places[:row_parts], scores[row_parts:], places[row_parts:])
-        BP, BL = 32, 64
+        BP, BL = tiles.MERGE_PARTS, tiles.MERGE_LANES
         for first, blocks in sweep.slabs():
             sweep.run(hardest_tile, (a_ids, b_ids, pair_score, *partial), first, blocks)
             merge_kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(M, BL),)](

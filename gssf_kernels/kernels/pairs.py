@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands
+from gssf_kernels.kernels import operands, tiles
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -64,7 +64,7 @@ def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, cols: torc
     a, b, rows, cols = operands.rows(a), operands.rows(b), rows.contiguous(), cols.contiguous()
     E = len(rows)
     scores = a.new_empty(E, dtype=torch.float32)
-    BE, BD = 8, 128
+    BE, BD = tiles.PAIR_EDGES, tiles.EDGE_CHANNELS
     with torch.cuda.device_of(a):
         pair_scores_kernel[(triton.cdiv(E, BE),)](
             a, b, rows, cols, scores, a.stride(0), b.stride(0), E, a.shape[1],
@@ -81,7 +81,7 @@ def segment_sum(
     count, D = like.shape
     offsets = torch.searchsorted(starts, torch.arange(count + 1, device=starts.device))
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    BE, BD = 16, 128
+    BE, BD = tiles.SEGMENT_EDGES, tiles.EDGE_CHANNELS
     segment_sum_kernel[(count, triton.cdiv(D, BD))](
         grad, order, offsets, ends, source, out, source.stride(0), D,
         BE=BE, BD=BD, num_warps=4, num_stages=3, enable_fp_fusion=True,

@@ -92,6 +92,7 @@ class Sweep:
             TensorDescriptor.from_tensor(a, [tile.BN, tile.BK]) if tile.tma else a,
             TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
             a.stride(0), b.stride(0), self.N, self.M, a.shape[1], first, blocks, state,
-            EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=8,
+            EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma,
+            BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip

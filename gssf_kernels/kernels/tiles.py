@@ -61,6 +61,10 @@ PROJECT = {
     "ieee": Project(32, 32, 8, 2),
 }
 
+GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
+MERGE_PARTS, MERGE_LANES = 32, 64  # partial results, and rows or columns, that a merge takes at a time
+PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
+
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor

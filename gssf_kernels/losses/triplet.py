@@ -40,14 +40,15 @@ def triplet_loss(
         x: [N, D] float, anchors.
         y: [M, D] of x's dtype and device, M >= N.
         margin: m, a finite number >= 0, in units of the score.
-        negatives: "hardest" is the fused sweep: O(N + M) extra memory. "all" and "semihard" are plain
-            PyTorch and store the N x M matrix.
+        negatives: "hardest" is the fused sweep, which never stores the N x M matrix (see
+            :func:`~gssf_kernels.hardest_negatives` for its memory). "all" and "semihard" are plain PyTorch and
+            store it.
         x_ids: [N] int64. Ids of one side alone serve both when N = M.
         y_ids: [M] int64.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is that of
-            ``metric.factors(x, y)`` in place of x and y; but the "hardest" sweep then holds nothing of N x D
-            between forward and backward.
+            ``metric.factors(x, y)`` in place of x and y; but with "hardest" the factors live only while the
+            forward runs, and nothing of N x D but x and y is held for the backward.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf

@@ -90,7 +90,8 @@ class _PairedHardestNegatives(torch.autograd.Function):
 class _StructuredHardestNegatives(torch.autograd.Function):
     """The same on ``s = x̂ W ŷᵀ``, keeping neither factor: since s is linear in each, what reaches a row of x is a
     sum of few rows of ŷ through Wᵀ, and what reaches a row of y a sum of few rows of x̂ through W. Both are gathered
-    from the inputs themselves, so nothing of N x D is held between forward and backward, or made but the result."""
+    from the inputs themselves, so nothing of N x D is held between forward and backward. The factors exist while the
+    forward runs; the C++ backward makes the result alone, Triton's and the reference's an fp32 [N, D] besides."""
 
     @staticmethod
     def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids):
