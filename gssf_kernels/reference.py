@@ -103,6 +103,35 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     return torch.where(index < 0, -torch.inf, picked)
 
 
+def relative_negatives(
+    a: Tensor,
+    b: Tensor,
+    threshold: Tensor,
+    *,
+    beta: float | None,
+    a_ids: Tensor | None = None,
+    b_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """GOAL's ``(r⁻ of the rows [N], r⁻ of the columns [M])``; see :mod:`gssf_kernels.statistics.relative`."""
+    masked = scores(a, b).masked_fill(positives(a, b, a_ids, b_ids), -torch.inf)
+    return _relative(masked, threshold, beta), _relative(masked.mT, threshold, beta)
+
+
+def _relative(masked: Tensor, threshold: Tensor, beta: float | None) -> Tensor:
+    """``masked [N, K]``, -inf at positives -> [N]: mean distance of the close negatives to the hardest one."""
+    if masked.shape[1] == 0:
+        return masked.new_zeros(masked.shape[0])
+    hardest, place = masked.max(1, keepdim=True)  # [N, 1]
+    close = ~(masked < threshold) & (masked != -torch.inf)  # NaN is close to everything
+    close = close & (torch.arange(masked.shape[1], device=masked.device) != place)
+    if beta is None:
+        close = close & (masked != hardest)  # the authors' divisor leaves out exact ties, whose term is 0
+        terms = hardest - masked
+    else:
+        terms = torch.exp(beta * (masked - hardest))
+    return torch.where(close, terms, 0).sum(1) / close.sum(1).clamp_min(1)
+
+
 def triplet_loss(
     x: Tensor,
     y: Tensor,
