@@ -1,4 +1,4 @@
-// gssf::hardest_negatives on the CPU: the reducing sweep with the HardestNegatives epilogue.
+// gssf::hardest_negatives and gssf::relative_negatives on the CPU: the reducing sweep with either epilogue.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,44 +32,102 @@ std::pair<std::vector<Lane>, std::vector<Lane>> dense_ids(const Tensor& a_ids, c
   return out;
 }
 
-template <class A>
-void run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-         Tensor& pair_score, Tensor& row_score, Tensor& row_index, Tensor& col_score, Tensor& col_index) {
-  std::pair<std::vector<typename Simd<A>::Lane>, std::vector<typename Simd<A>::Lane>> ids;
-  if (a_ids) ids = dense_ids<typename Simd<A>::Lane>(a_ids->contiguous(), b_ids->contiguous());
+void check(const char* name, const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
+           const std::optional<Tensor>& b_ids) {
+  const int64_t n = a.size(0), m = b.size(0);
+  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n &&
+                        a.scalar_type() == b.scalar_type() && at::isFloatingType(a.scalar_type()),
+                    name, ": expected a [N, D] and b [M, D] of one floating dtype with M >= N, got ", a.sizes(),
+                    " and ", b.sizes());
+  TORCH_CHECK_VALUE(a_ids.has_value() == b_ids.has_value() && (!a_ids || (a_ids->numel() == n && b_ids->numel() == m)),
+                    name, ": expected a_ids [N] and b_ids [M], or neither");
+}
+
+// What the sweep for hardest negatives gives, as it is where nothing has been seen.
+struct Hardest {
+  Tensor pair_score, row_score, row_index, col_score, col_index;
+
+  Hardest(int64_t n, int64_t m, const at::TensorOptions& score) {
+    const auto index = score.dtype(at::kLong);
+    constexpr double none = -std::numeric_limits<double>::infinity();
+    pair_score = at::empty({n}, score);
+    row_score = at::full({n}, none, score), row_index = at::full({n}, -1, index);
+    col_score = at::full({m}, none, score), col_index = at::full({m}, -1, index);
+  }
+
+  template <class A>
+  static Best<A> best(Tensor& score, Tensor& index) {
+    return {score.mutable_data_ptr<A>(), index.mutable_data_ptr<int64_t>()};
+  }
+};
+
+// Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.
+template <class A, class Extend>
+auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
+         Hardest& out, Extend extended) {
+  using Lane = typename Simd<A>::Lane;
+  std::pair<std::vector<Lane>, std::vector<Lane>> ids;
+  if (a_ids) ids = dense_ids<Lane>(a_ids->contiguous(), b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  HardestNegatives<A> epilogue(rows, cols, ids.first, ids.second, pair_score.mutable_data_ptr<A>(),
-                               row_score.mutable_data_ptr<A>(), row_index.mutable_data_ptr<int64_t>(),
-                               col_score.mutable_data_ptr<A>(), col_index.mutable_data_ptr<int64_t>());
-  sweep<A>(a, b, rows, cols, epilogue);
+  auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.pair_score.mutable_data_ptr<A>(),
+                                               Hardest::best<A>(out.row_score, out.row_index),
+                                               Hardest::best<A>(out.col_score, out.col_index)));
+  // fp16 and bf16 convert to fp32 exactly, so scores are those of an fp32 product.
+  constexpr auto dtype = c10::CppTypeToScalarType<A>::value;
+  sweep<A>(a.to(dtype), b.to(dtype), rows, cols, epilogue);
+  return epilogue;
+}
+
+// f(A()) for the type A of the scores of a.
+template <class F>
+void dispatch(const Tensor& a, F f) {
+  if (a.scalar_type() == at::kDouble) f(double());
+  else f(float());
+}
+
+at::TensorOptions score_options(const Tensor& a) {
+  return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
                                                                      const std::optional<Tensor>& a_ids,
                                                                      const std::optional<Tensor>& b_ids) {
+  check("gssf::hardest_negatives", a, b, a_ids, b_ids);
   const int64_t n = a.size(0), m = b.size(0);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n &&
-                        a.scalar_type() == b.scalar_type() && at::isFloatingType(a.scalar_type()),
-                    "gssf::hardest_negatives: expected a [N, D] and b [M, D] of one floating dtype with M >= N, got ",
-                    a.sizes(), " and ", b.sizes());
-  TORCH_CHECK_VALUE(a_ids.has_value() == b_ids.has_value() && (!a_ids || (a_ids->numel() == n && b_ids->numel() == m)),
-                    "gssf::hardest_negatives: expected a_ids [N] and b_ids [M], or neither");
-  const auto dtype = a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto score = a.options().dtype(dtype), index = a.options().dtype(at::kLong);
-  Tensor pair_score = at::empty({n}, score), row_score = at::empty({n}, score), row_index = at::empty({n}, index);
-  Tensor col_score = at::full({m}, -std::numeric_limits<double>::infinity(), score),
-         col_index = at::full({m}, -1, index);
-  if (n > 0 && dtype == at::kDouble) {
-    run<double>(a, b, a_ids, b_ids, pair_score, row_score, row_index, col_score, col_index);
-  } else if (n > 0) {
-    // fp16 and bf16 convert to fp32 exactly, so scores are those of an fp32 product.
-    run<float>(a.to(dtype), b.to(dtype), a_ids, b_ids, pair_score, row_score, row_index, col_score, col_index);
-  }
-  return {pair_score, row_score, row_index, col_score, col_index};
+  Hardest out(n, m, score_options(a));
+  if (n > 0)
+    dispatch(a, [&](auto type) {
+      using A = decltype(type);
+      run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; });
+    });
+  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_negatives(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
+    const Tensor& threshold, std::optional<double> beta) {
+  check("gssf::relative_negatives", a, b, a_ids, b_ids);
+  TORCH_CHECK_VALUE(threshold.dim() == 0, "gssf::relative_negatives: expected a 0-d threshold, got ",
+                    threshold.sizes());
+  const int64_t n = a.size(0), m = b.size(0);
+  Hardest out(n, m, score_options(a));
+  Tensor row_relative = at::zeros({n}, score_options(a)), col_relative = at::zeros({m}, score_options(a));
+  if (n > 0)
+    dispatch(a, [&](auto type) {
+      using A = decltype(type);
+      const auto epilogue = run<A>(a, b, a_ids, b_ids, out, [&](const HardestNegatives<A>& hardest) {
+        return RelativeNegatives<A>(hardest, n, m, threshold.item<A>(), beta);
+      });
+      epilogue.finish(row_relative.mutable_data_ptr<A>(), col_relative.mutable_data_ptr<A>());
+    });
+  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index, row_relative, col_relative};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gssf, CPU, library) { library.impl("hardest_negatives", hardest_negatives); }
+TORCH_LIBRARY_IMPL(gssf, CPU, library) {
+  library.impl("hardest_negatives", hardest_negatives);
+  library.impl("relative_negatives", relative_negatives);
+}
 
 }  // namespace gssf

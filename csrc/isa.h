@@ -2,7 +2,7 @@
 //
 // The file that includes this one first defines GSSF_KERNELS, the name of a vector_*.h. That file, and
 // vector_base.h before it, are included here several times, each time in a namespace of its own and for
-// another compiler target; they hold functions only and include nothing. So one build serves every x86-64
+// another compiler target; they hold functions only and include only one another. So one build serves every x86-64
 // machine; on other processors the plain build has whatever the compiler's own target has.
 #pragma once
 

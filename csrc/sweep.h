@@ -2,11 +2,14 @@
 // an epilogue folds each tile into statistics of O(N + M).
 //
 // An epilogue is a class with
-//   void tile(Scalar* s, int64_t i0, int64_t n, int64_t j0, int64_t m)
-// where s [n, m], rows kTileMost apart, holds the scores of rows i0.. and columns j0.. and is the
-// epilogue's to overwrite; the kTileMost - m places behind each row belong to it too. Tiles come in any
-// order and from several threads at once, so an epilogue's merge must give the same bits in any order
-// (see Locks), which also makes results independent of the thread count.
+//   Slot                                            what one tile leaves behind, O(n + m), uninitialised at first
+//   void tile(Scalar* s, const Tile&, Slot&)        fills it; from several threads at once, in any order
+//   void fold_rows(const Tile&, const Slot&)        adds its rows' part to the rows' statistics,
+//   void fold_cols(const Tile&, const Slot&)        and its columns' to the columns'
+// where s [n, m], rows kTileMost apart, is the epilogue's to overwrite; the kTileMost - m places behind each
+// row belong to it too. The tiles of one block of rows are folded in the order of their columns, those of one
+// block of columns in the order of their rows, so that even sums have the same bits whatever the thread count.
+// Row blocks go through in rounds, which bounds the slots and, the order being the same, changes no bit either.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +19,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <mutex>
+#include <vector>
 
 #include "types.h"
 
@@ -51,34 +54,55 @@ struct Blocks {
   int64_t length(int64_t block) const { return std::min(size, total - block * size); }
 };
 
-// One mutex per block of rows (or columns), for merging tiles into shared statistics.
-class Locks {
- public:
-  explicit Locks(int64_t count) : mutexes_(new std::mutex[count]) {}
-  std::unique_lock<std::mutex> operator()(int64_t block) { return std::unique_lock(mutexes_[block]); }
-
- private:
-  std::unique_ptr<std::mutex[]> mutexes_;
+// Scores of rows i0 .. i0 + n and columns j0 .. j0 + m.
+struct Tile {
+  int64_t i0, n, j0, m;
 };
+
+// Slots held at once per thread, unless one block of rows has more tiles than all threads' together: so many that
+// waiting for the last tile of a round is rare, and about as much memory as the thread's own tile (a slot has 8 KiB
+// and up, a tile 1 MiB).
+constexpr int64_t kSlotsPerThread = 64;
 
 // a [N, D] and b [M, D], both fp32 or both fp64; D >= 1, N, M >= 1.
 template <class Scalar, class Epilogue>
 void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const Blocks& cols, Epilogue& epilogue) {
-  const int64_t tiles = rows.count * cols.count;
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tiles);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
-    const ProductOnOneThread one_thread;
-    const at::Tensor s = at::empty({rows.size, kTileMost}, a.options());
-    for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
-      const int64_t i0 = rows.begin(t / cols.count), n = rows.length(t / cols.count);
-      const int64_t j0 = cols.begin(t % cols.count), m = cols.length(t % cols.count);
-      at::Tensor out = s.narrow(0, 0, n).narrow(1, 0, m);
-      at::mm_out(out, a.narrow(0, i0, n), b.narrow(0, j0, m).t());
-      epilogue.tile(s.mutable_data_ptr<Scalar>(), i0, n, j0, m);
-    }
-  });
+  const int64_t threads = at::get_num_threads();
+  const int64_t round = std::clamp<int64_t>(kSlotsPerThread * threads / cols.count, 1, rows.count);  // row blocks
+  const auto slots = std::make_unique_for_overwrite<typename Epilogue::Slot[]>(round * cols.count);
+  std::vector<at::Tensor> buffers(threads);
+  for (int64_t first = 0; first < rows.count; first += round) {
+    const int64_t blocks = std::min(round, rows.count - first), tiles = blocks * cols.count;
+    const auto at_place = [&](int64_t t) {
+      const int64_t i = first + t / cols.count, j = t % cols.count;
+      return Tile{rows.begin(i), rows.length(i), cols.begin(j), cols.length(j)};
+    };
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t worker, int64_t) {
+      const at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
+      const ProductOnOneThread one_thread;
+      at::Tensor& s = buffers[worker];
+      if (!s.defined()) s = at::empty({rows.size, kTileMost}, a.options());
+      for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
+        const Tile tile = at_place(t);
+        at::Tensor out = s.narrow(0, 0, tile.n).narrow(1, 0, tile.m);
+        at::mm_out(out, a.narrow(0, tile.i0, tile.n), b.narrow(0, tile.j0, tile.m).t());
+        epilogue.tile(s.mutable_data_ptr<Scalar>(), tile, slots[t]);
+      }
+    });
+    const int64_t lines = blocks + cols.count;
+    const bool few = tiles * (rows.size + cols.size) < 4096;  // less work than threads take to start
+    at::parallel_for(0, lines, few ? lines : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t line = begin; line < end; ++line) {
+        if (line < blocks) {
+          for (int64_t t = line * cols.count; t < (line + 1) * cols.count; ++t)
+            epilogue.fold_rows(at_place(t), slots[t]);
+        } else {
+          for (int64_t t = line - blocks; t < tiles; t += cols.count) epilogue.fold_cols(at_place(t), slots[t]);
+        }
+      }
+    });
+  }
 }
 
 }  // namespace gssf

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -40,12 +41,34 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 constexpr int64_t kTileMost = 512;  // rows, and columns; also the distance of a tile's rows
 inline int64_t tile_cols(int64_t total) { return std::clamp<int64_t>(total / 4, 64, kTileMost); }
 
-// Maxima of one tile over its rows and its columns, with their places inside the tile.
+// One entry per row, or per column, of a tile. What tiles leave behind lies in such arrays, uninitialised until
+// a vector kernel fills them.
+template <class T>
+struct alignas(64) PerLine : std::array<T, kTileMost> {};
+
+// Maxima of one tile's rows, or of its columns, with their places inside the tile.
+template <class A>
+struct Maxima {
+  PerLine<A> score;
+  PerLine<typename Simd<A>::Lane> index;
+};
+
 template <class A>
 struct TileMaxima {
-  std::vector<A> row_score, col_score;
-  std::vector<typename Simd<A>::Lane> row_index, col_index;
-  TileMaxima() : row_score(kTileMost), col_score(kTileMost), row_index(kTileMost), col_index(kTileMost) {}
+  Maxima<A> rows, cols;
+};
+
+// Terms of the relative negatives of one tile's rows, or of its columns: those scores that count, but for the
+// maximum itself. `ties` are those of the count that equal the maximum; only the mean of distances asks for them.
+template <class A>
+struct Terms {
+  PerLine<A> sum;
+  PerLine<typename Simd<A>::Lane> count, ties;
+};
+
+template <class A>
+struct TileTerms {
+  Terms<A> rows, cols;
 };
 
 // Edges grouped by destination, in their own order inside a group: edge[first[d]:first[d + 1]].

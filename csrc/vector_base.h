@@ -22,10 +22,10 @@ GSSF_INLINE void convert(To* out, const From* in, int64_t n) {
   }
 }
 
-template <class A>
-GSSF_INLINE A sum_lanes(const typename Simd<A>::Vector& v) {
-  A total = 0;
-  for (int64_t k = 0; k < Simd<A>::lanes; ++k) total += v[k];
+template <class V>
+GSSF_INLINE auto sum_lanes(const V& v) {
+  auto total = v[0];
+  for (size_t k = 1; k < sizeof(V) / sizeof(total); ++k) total += v[k];
   return total;
 }
 
@@ -41,7 +41,7 @@ GSSF_INLINE A dot(const A* x, const A* y, int64_t n) {
     sum1 += load<V>(x + k + L) * load<V>(y + k + L);
   }
   for (; k + L <= n; k += L) sum0 += load<V>(x + k) * load<V>(y + k);
-  A total = sum_lanes<A>(sum0 + sum1);
+  A total = sum_lanes(sum0 + sum1);
   for (; k < n; ++k) total += x[k] * y[k];
   return total;
 }

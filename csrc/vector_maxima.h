@@ -6,10 +6,10 @@ GSSF_INLINE auto displaces(const T& v, const T& m) {
   return (v > m) | ((v != v) & (m == m));
 }
 
-// Row and column maxima of s [n, m], places of equal row_id and col_id left out where ids are given.
+// Row and column maxima of s [n, m]. Where ids are given, scores of equal row_id and col_id first become -inf.
 // The padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
 template <class A>
-GSSF_INLINE void tile_maxima(const A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
+GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
                              const typename Simd<A>::Lane* col_id, TileMaxima<A>& out) {
   using V = typename Simd<A>::Vector;
   using I = typename Simd<A>::Index;
@@ -21,19 +21,22 @@ GSSF_INLINE void tile_maxima(const A* s, int64_t n, int64_t m, const typename Si
   for (int64_t k = 0; k < L; ++k) lane[k] = static_cast<Lane>(k);
 
   const int64_t width = ceil_div(m, L) * L;
-  std::fill_n(out.col_score.data(), width, kNone);
-  std::fill_n(out.col_index.data(), width, Lane(-1));
+  std::fill_n(out.cols.score.data(), width, kNone);
+  std::fill_n(out.cols.index.data(), width, Lane(-1));
   for (int64_t i = 0; i < n; ++i) {
     V best = none;
     I place = I{} - 1;
     for (int64_t j = 0; j < width; j += L) {
       V v = load<V>(s + i * kTileMost + j);
-      if (col_id) v = load<I>(col_id + j) == I{} + row_id[i] ? none : v;
-      const V col = load<V>(out.col_score.data() + j);
-      const I col_place = load<I>(out.col_index.data() + j);
+      if (col_id) {
+        v = load<I>(col_id + j) == I{} + row_id[i] ? none : v;
+        store(s + i * kTileMost + j, v);
+      }
+      const V col = load<V>(out.cols.score.data() + j);
+      const I col_place = load<I>(out.cols.index.data() + j);
       const I wins_col = displaces(v, col);
-      store(out.col_score.data() + j, wins_col ? v : col);
-      store(out.col_index.data() + j, wins_col ? I{} + static_cast<Lane>(i) : col_place);
+      store(out.cols.score.data() + j, wins_col ? v : col);
+      store(out.cols.index.data() + j, wins_col ? I{} + static_cast<Lane>(i) : col_place);
       const I wins_row = displaces(v, best);
       best = wins_row ? v : best;
       place = wins_row ? lane + static_cast<Lane>(j) : place;
@@ -44,17 +47,17 @@ GSSF_INLINE void tile_maxima(const A* s, int64_t n, int64_t m, const typename Si
       const bool tie = (best[k] == score || (best[k] != best[k] && score != score)) && place[k] < index;
       if (displaces<A>(best[k], score) || (tie && place[k] >= 0)) score = best[k], index = place[k];
     }
-    out.row_score[i] = score;
-    out.row_index[i] = index;
+    out.rows.score[i] = score;
+    out.rows.index[i] = index;
   }
 }
 
-static void tile_maxima_of(const float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id,
+static void tile_maxima_of(float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id,
                            TileMaxima<float>& out) {
   tile_maxima<float>(s, n, m, row_id, col_id, out);
 }
 
-static void tile_maxima_of(const double* s, int64_t n, int64_t m, const int64_t* row_id, const int64_t* col_id,
+static void tile_maxima_of(double* s, int64_t n, int64_t m, const int64_t* row_id, const int64_t* col_id,
                            TileMaxima<double>& out) {
   tile_maxima<double>(s, n, m, row_id, col_id, out);
 }

@@ -1,5 +1,6 @@
 // Runs the vector kernels of every instruction set this processor has on the same inputs and compares
-// them with the plain build: maxima to the bit (they only compare), sums to rounding. Prints one line per
+// them with the plain build: maxima and counts to the bit (they only compare), sums to rounding, and the
+// exponential with the C library's. Prints one line per
 // set and exits 1 on the first difference. Built and run by tests/test_isa.py.
 #include <cstdio>
 #include <cstdlib>
@@ -56,13 +57,65 @@ static void maxima(Plain plain, Level level) {
       for (auto& id : row_id) id = few(generator);
       for (int64_t j = 0; j < m; ++j) col_id[j] = few(generator);
       TileMaxima<A> x, y;
+      auto t = s;
       plain(s.data(), n, m, ids ? row_id.data() : nullptr, ids ? col_id.data() : nullptr, x);
-      level(s.data(), n, m, ids ? row_id.data() : nullptr, ids ? col_id.data() : nullptr, y);
-      for (int64_t i = 0; i < n; ++i) check(x.row_index[i] == y.row_index[i], "row index");
-      for (int64_t j = 0; j < m; ++j) check(x.col_index[j] == y.col_index[j], "column index");
-      check(!std::memcmp(x.row_score.data(), y.row_score.data(), n * sizeof(A)), "row score");
-      check(!std::memcmp(x.col_score.data(), y.col_score.data(), m * sizeof(A)), "column score");
+      level(t.data(), n, m, ids ? row_id.data() : nullptr, ids ? col_id.data() : nullptr, y);
+      check(!std::memcmp(s.data(), t.data(), s.size() * sizeof(A)), "masked scores");
+      for (int64_t i = 0; i < n; ++i) check(x.rows.index[i] == y.rows.index[i], "row index");
+      for (int64_t j = 0; j < m; ++j) check(x.cols.index[j] == y.cols.index[j], "column index");
+      check(!std::memcmp(x.rows.score.data(), y.rows.score.data(), n * sizeof(A)), "row score");
+      check(!std::memcmp(x.cols.score.data(), y.cols.score.data(), m * sizeof(A)), "column score");
     }
+}
+
+template <class A, class Plain, class Level>
+static void terms(Plain plain, Level level) {
+  const int64_t n = 37, m = 130;
+  const A inf = std::numeric_limits<A>::infinity(), beta = 3;
+  std::vector<A> s(n * kTileMost, -inf);
+  std::uniform_int_distribution<int> few(-3, 3);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < m; ++j) s[i * kTileMost + j] = A(few(generator)) / 7;
+  TileMaxima<A> best;
+  plain::tile_maxima_of(s.data(), n, m, nullptr, nullptr, best);
+  for (const A* exponent : {static_cast<const A*>(nullptr), &beta}) {
+    TileTerms<A> x, y;
+    plain(s.data(), n, m, best, A(-0.2), exponent, x);
+    level(s.data(), n, m, best, A(-0.2), exponent, y);
+    const auto same = [](const Terms<A>& p, const Terms<A>& q, int64_t count) {
+      check(!std::memcmp(p.count.data(), q.count.data(), count * sizeof(p.count[0])), "count of terms");
+      check(!std::memcmp(p.ties.data(), q.ties.data(), count * sizeof(p.ties[0])), "ties among terms");
+      check_close(std::vector<A>(q.sum.data(), q.sum.data() + count),
+                  std::vector<A>(p.sum.data(), p.sum.data() + count), "sum of terms");
+    };
+    same(x.rows, y.rows, n);
+    same(x.cols, y.cols, m);
+  }
+}
+
+// Rows of two scores, 0 and x, have the one term e^x.
+template <class A, class Level>
+static void exponential(Level level) {
+  using Limits = std::numeric_limits<A>;
+  const A least = std::log(Limits::min()), one = 1;
+  std::vector<A> s(kTileMost * kTileMost, -Limits::infinity());
+  std::vector<double> x(kTileMost);
+  TileMaxima<A> best;
+  TileTerms<A> out;
+  for (const double scale : {1e-9, 1e-3, 1.0, 10.0, double(-least)}) {
+    for (int64_t i = 0; i < kTileMost; ++i) {
+      s[i * kTileMost] = 0;
+      x[i] = s[i * kTileMost + 1] = static_cast<A>(-scale * 0.9999 * (i + 1) / kTileMost);
+    }
+    plain::tile_maxima_of(s.data(), kTileMost, 2, nullptr, nullptr, best);
+    level(s.data(), kTileMost, 2, best, Limits::lowest(), &one, out);
+    for (int64_t i = 0; i < kTileMost; ++i)
+      check(std::abs(out.rows.sum[i] / std::exp(x[i]) - 1) < 1.5 * Limits::epsilon(), "exponential");
+  }
+  const A far[] = {A(2) * least, A(-1e30), Limits::lowest()};
+  for (int64_t i = 0; i < 3; ++i) s[i * kTileMost + 1] = far[i];
+  level(s.data(), 3, 2, best, Limits::lowest(), &one, out);
+  for (int64_t i = 0; i < 3; ++i) check(out.rows.sum[i] == 0, "exponential of what is far below");
 }
 
 template <class A, class Forward, class Backward>
@@ -113,6 +166,8 @@ Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinatio
 #define CALL(level, f) [](auto&&... v) { level::f(v...); }
 #define COMPARE(level, A)                                                                                         \
   maxima<A>(CALL(plain, tile_maxima_of), CALL(level, tile_maxima_of));                                            \
+  terms<A>(CALL(plain, tile_terms_of), CALL(level, tile_terms_of));                                               \
+  exponential<A>(CALL(level, tile_terms_of));                                                                     \
   for (const int64_t width : {1, 7, 16, 33})                                                                      \
     for (const bool permuted : {false, true})                                                                     \
       check_close(projected<A>(CALL(level, project_run), CALL(level, backward_run), width, permuted),             \
@@ -121,6 +176,8 @@ Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinatio
               paired<A>(CALL(plain, pair_scores_run), CALL(plain, gather_run)), "pairs");
 
 int main() {
+  exponential<float>(CALL(plain, tile_terms_of));
+  exponential<double>(CALL(plain, tile_terms_of));
 #ifdef GSSF_X86_LEVELS
   if (__builtin_cpu_supports("x86-64-v3")) {
     COMPARE(v3, float) COMPARE(v3, double) std::printf("x86-64-v3 agrees\n");

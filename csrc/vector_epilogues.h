@@ -1,0 +1,3 @@
+// The vector kernels of the sweep's epilogues. See isa.h.
+#include "vector_maxima.h"
+#include "vector_relative.h"
