@@ -52,9 +52,14 @@ FAULTS = [
         "has_ids ? row_id_.data() : nullptr",
     ),
     Fault("tie: the later index wins in a tile", "csrc/vector_maxima.h", "(v > m) |", "(v >= m) |"),
-    Fault("tie: the later tile wins", "csrc/epilogues.h", "candidate < index[k]", "candidate > index[k]"),
+    Fault("tie: the later tile wins", "csrc/epilogues.h", "return v > m ||", "return v >= m ||"),
     Fault("NaN: not sticky", "csrc/vector_maxima.h", "((v != v) & (m == m))", "((v != v) & (m != m))"),
-    Fault("edge: the last column of a tile is dropped", "csrc/sweep.h", "narrow(1, 0, m);", "narrow(1, 0, m - 1);"),
+    Fault(
+        "edge: the last column of a tile is dropped",
+        "csrc/sweep.h",
+        "narrow(1, 0, tile.m);",
+        "narrow(1, 0, tile.m - 1);",
+    ),
     Fault(
         "edge: padding behind a tile is not cleared",
         "csrc/epilogues.h",
@@ -70,8 +75,29 @@ FAULTS = [
     Fault(
         "offset: column maxima carry the tile's own row numbers",
         "csrc/epilogues.h",
-        "merge(found.col_score.data(), found.col_index.data(), m, i0,",
-        "merge(found.col_score.data(), found.col_index.data(), m, 0,",
+        "cols_.fold(at.j0, at.m, found.cols, at.i0)",
+        "cols_.fold(at.j0, at.m, found.cols, 0)",
+    ),
+    Fault(
+        "sum: a tile's maximum does not join when a greater one comes",
+        "csrc/epilogues.h",
+        "(loser.sum + 1) * std::exp",
+        "loser.sum * std::exp",
+        "tests/test_relative.py",
+    ),
+    Fault(
+        "mask: a column's own maximum is one of its terms",
+        "csrc/vector_relative.h",
+        "close & (col_index != static_cast<Lane>(i))",
+        "close",
+        "tests/test_relative.py",
+    ),
+    Fault(
+        "tie: maxima of two tiles that are equal count as a distance of 0",
+        "csrc/epilogues.h",
+        "winner.ties += loser.ties + 1",
+        "winner.ties += loser.ties",
+        "tests/test_relative.py",
     ),
     Fault(
         "scale: dx is not divided by the norm",

@@ -1,0 +1,274 @@
+"""The op of GOAL's relative negatives on the CPU, against loops over single rows in fp64 that share nothing with it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, FLOOR, IDS, randn
+
+import gssf_kernels as gk
+
+BETAS = [None, 10.0, 1000.0]
+NAMES = ("pair_score", "row_score", "row_index", "col_score", "col_index", "row_relative", "col_relative")
+
+
+def run(a, b, threshold, beta, a_ids=None, b_ids=None):
+    """{name: what the op gives}."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    found = torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, torch.tensor(threshold, dtype=dtype), beta)
+    assert [t.dtype for t in found] == [torch.int64 if "index" in name else dtype for name in NAMES]
+    return dict(zip(NAMES, found, strict=True))
+
+
+def plain(a, b, threshold, beta, a_ids=None, b_ids=None):
+    """(r⁻ of the rows, of the columns) in plain PyTorch of the inputs' own accuracy."""
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    threshold = torch.tensor(threshold, dtype=dtype)
+    return gk.reference.relative_negatives(a, b, threshold, beta=beta, a_ids=a_ids, b_ids=b_ids)
+
+
+def one_line(s, threshold, beta):
+    """(r⁻, largest score) of one row or column, from the scores of its negatives in order."""
+    s = s[s != -math.inf]
+    if s.size == 0:
+        return 0.0, -math.inf
+    place = int(np.isnan(s).argmax()) if np.isnan(s).any() else s.tolist().index(s.max())
+    n, others = s[place], np.delete(s, place)
+    others = others[~(others < threshold)]
+    if beta is None:
+        others = others[others != n]
+    with np.errstate(invalid="ignore"):
+        terms = n - others if beta is None else np.exp(-beta * (n - others))
+    if terms.size == 0:
+        return 0.0, n
+    return (math.fsum(terms) if np.isfinite(terms).all() else terms.sum()) / terms.size, n
+
+
+def truth(a, b, threshold, beta, a_ids=None, b_ids=None):
+    """{name: r⁻ and the maxima} by `one_line`, on scores of fp64."""
+    with np.errstate(invalid="ignore"):
+        s = a.double().numpy() @ b.double().numpy().T
+    free = ~np.eye(*s.shape, dtype=bool)
+    if a_ids is not None:
+        free &= a_ids.numpy()[:, None] != b_ids.numpy()[None, :]
+    rows = [one_line(s[i, free[i]], threshold, beta) for i in range(s.shape[0])]
+    cols = [one_line(s[free[:, j], j], threshold, beta) for j in range(s.shape[1])]
+    values = [[line[k] for line in lines] for lines in (rows, cols) for k in range(2)]
+    names = ("row_relative", "row_score", "col_relative", "col_score")
+    return dict(zip(names, (torch.tensor(v, dtype=torch.float64) for v in values), strict=True))
+
+
+def gap(a, b, quantile):
+    """A threshold about that quantile of the scores, in the widest gap near it: no rounding carries a score across."""
+    s = (a.double() @ b.double().T).flatten().sort().values
+    if len(s) == 1:
+        return float(s[0]) - 1.0
+    first = min(int(quantile * (len(s) - 1)), len(s) - 2)
+    window = s[max(first - 100, 0) : first + 102]
+    widest = int(window.diff().argmax())
+    return float((window[widest] + window[widest + 1]) / 2)
+
+
+def distance(got, exact):
+    """‖got − exact‖ / ‖exact‖, infinities and NaN having to stand in the same places."""
+    got = got.double()
+    special = ~exact.isfinite()
+    assert torch.equal(got[special].nan_to_num(nan=1e300), exact[special].nan_to_num(nan=1e300))
+    scale = float(exact[~special].norm())
+    return float((got - exact)[~special].norm()) / (scale if scale > 0 else 1.0)
+
+
+def check(a, b, threshold, beta, a_ids=None, b_ids=None):
+    """Our error is at most twice plain PyTorch's in the same dtype, plus rounding; the maxima are those we know."""
+    arguments = (a, b, threshold, beta, a_ids, b_ids)
+    found, exact, twin = run(*arguments), truth(*arguments), plain(*arguments)
+    known = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+    for got, expected in zip(list(found.values())[:5], known, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    floor = 1e-12 if a.dtype == torch.float64 else FLOOR[torch.float32]
+    for name, same in zip(("row_relative", "col_relative"), twin, strict=True):
+        error, allowed = distance(found[name], exact[name]), 2 * distance(same, exact[name]) + floor
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+    return found, exact
+
+
+def unit(n, m, d, dtype=torch.float64):
+    g = torch.Generator().manual_seed(n + m)
+    return (torch.nn.functional.normalize(randn(g, rows, d)).to(dtype) for rows in (n, m))
+
+
+SHAPES = [(1, 1, 3), (1, 2, 3), (2, 2, 5), (2, 3, 4), (3, 130, 8), (17, 31, 9), (129, 257, 40), (513, 700, 24)]
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_value(shape, dtype, beta):
+    a, b = unit(*shape, dtype)
+    for quantile in (0.0, 0.6):
+        check(a, b, gap(a, b, quantile), beta)
+    check(a, b, -10.0, beta)  # below all scores
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+@pytest.mark.parametrize("ids", sorted(IDS))
+def test_ids(ids, beta):
+    for n, m in ((37, 61), (700, 900)):
+        a, b = unit(n, m, 12, torch.float32)
+        check(a, b, gap(a, b, 0.4), beta, *IDS[ids](torch.Generator().manual_seed(1), n, m))
+
+
+@pytest.mark.parametrize("beta", [None, 0.0, 0.5, 10.0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_line_to_rounding(dtype, beta):
+    """Line by line, not in the norm: fp64 to 1e-12, fp32 to the few roundings that its own scores leave."""
+    a, b = unit(700, 1300, 32, dtype)
+    found, exact = check(a, b, gap(a, b, 0.3), beta)
+    for name in ("row_relative", "col_relative"):
+        rtol = 1e-12 if dtype == torch.float64 else 4e-6
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (15, 17), (40, 130), (600, 1100), (1030, 1031)])
+def test_whole_numbers_are_exact(n, m, dtype):
+    """Scores, distances and sums are whole, so that but one rounding is left; and nearly every maximum is tied."""
+    for d in (1, 3):
+        a, b = torch.randint(-3, 4, (n, d)).to(dtype), torch.randint(-3, 4, (m, d)).to(dtype)
+        ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
+        for a_ids, b_ids in ((None, None), ids):
+            for threshold in (-100.0, 0.0, 2.0, 8.0, 100.0):
+                found = run(a, b, threshold, None, a_ids, b_ids)
+                exact = truth(a, b, threshold, None, a_ids, b_ids)
+                for name, expected in exact.items():
+                    assert torch.equal(found[name], expected.to(found[name].dtype)), name
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+def test_duplicate_rows_tie_exactly(beta):
+    """Each score stands in many tiles; ties with the maximum have the term 1, or none among distances."""
+    rows = torch.randint(-2, 3, (7, 6)).float() / 4
+    a, b = rows[torch.arange(900) % 7], rows[torch.arange(1400) * 5 % 7]
+    check(a, b, -0.3, beta)
+    ones = run(torch.ones(600, 4), torch.ones(800, 4), 0.0, beta)
+    expected = 0.0 if beta is None else 1.0
+    assert ones["row_relative"].tolist() == [expected] * 600
+    assert ones["col_relative"].tolist() == [expected] * 800
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+def test_empty_sets_give_zero(beta):
+    a, b = unit(600, 700, 8, torch.float32)
+    for arguments in (
+        (a, b, 1.5, beta),  # no score comes near
+        (a, b, math.inf, beta),
+        (a, b, -5.0, beta, torch.zeros(600, dtype=torch.int64), torch.zeros(700, dtype=torch.int64)),
+        (a[:1], b[:1], -5.0, beta),
+        (a[:2], b[:2], -5.0, beta),  # one negative a row: the hardest itself
+        (a[:0], b[:5], -5.0, beta),
+        (a[:0], b[:0], -5.0, beta),
+    ):
+        found = run(*arguments)
+        assert found["row_relative"].tolist() == [0.0] * len(arguments[0])
+        assert found["col_relative"].tolist() == [0.0] * len(arguments[1])
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+def test_a_threshold_keeps_what_equals_it(beta):
+    a, b = torch.arange(1.0, 701.0)[:, None], torch.ones(900, 1)  # s_ij = i + 1
+    found = run(a, b, 698.0, beta)
+    terms = [1.0, 2.0] if beta is None else [math.exp(-beta), math.exp(-2 * beta)]  # of 699 and 698 against 700
+    torch.testing.assert_close(found["col_relative"][:690], torch.full((690,), sum(terms) / 2))
+    assert not found["row_relative"][:697].any()
+    assert found["row_relative"][-1] == (0.0 if beta is None else 1.0)
+
+
+@pytest.mark.parametrize("beta", [None, 20.0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("down", [(), (0,), (1,), (0, 1)], ids=["up-up", "down-up", "up-down", "down-down"])
+def test_running_maxima_that_rise_or_fall_from_tile_to_tile(down, dtype, beta):
+    """Every tile brings a new maximum to every row and column, or none but the first does."""
+    n, m = 1100, 1300
+    sides = [torch.linspace(0.1, 1, count, dtype=torch.float64)[:, None] for count in (n, m)]
+    a, b = (side.flip(0).to(dtype) if k in down else side.to(dtype) for k, side in enumerate(sides))
+    for threshold in (-1.0, gap(a, b, 0.5)):
+        found, exact = check(a, b, threshold, beta)
+        for name in ("row_relative", "col_relative"):
+            # fp32: a rounding of scores up to 1, which is the whole error of a distance, and beta times that of a power
+            rtol, atol = (1e-12, 1e-30) if dtype == torch.float64 else (5e-6, 1.2e-7)
+            torch.testing.assert_close(found[name].double(), exact[name], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("beta", [None, 0.001, 10.0, 1000.0], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_scores(dtype, beta):
+    g = torch.Generator().manual_seed(2)
+    a, b = (100 * randn(g, 600, 4)).to(dtype), (100 * randn(g, 1100, 4)).to(dtype)
+    assert float((a @ b.T).max()) > 1e4
+    for threshold in (-1e9, gap(a, b, 0.5)):
+        found, _ = check(a, b, threshold, beta)
+        assert found["row_relative"].isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [None, 0.0, 10.0], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 15, 511, 512, 640])
+def test_nan_and_infinities(place, value, beta):
+    n, m = 650, 700
+    a, b = torch.randint(1, 4, (n, 4)).float(), torch.randint(1, 4, (m, 4)).float()
+    b[place] = value
+    b[min(place + 30, m - 1), 1] = value
+    a[place] = value
+    for threshold in (10.0, math.nan):
+        arguments = (a, b, threshold, beta)
+        found, exact = run(*arguments), truth(*arguments)
+        for name, expected in exact.items():
+            torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=0, equal_nan=True)
+        for got, expected in zip((found["row_relative"], found["col_relative"]), plain(*arguments), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("beta", BETAS, ids=str)
+@pytest.mark.parametrize("threshold", [math.nan, -math.inf])
+def test_a_nan_threshold_includes_everything(threshold, beta):
+    a, b = unit(600, 700, 8, torch.float32)
+    found, lowest = (run(a, b, t, beta) for t in (threshold, -9.0))
+    for name in NAMES:
+        assert torch.equal(found[name], lowest[name])
+    check(a, b, threshold, beta, torch.arange(600) // 9, torch.arange(700) // 9)
+
+
+@pytest.mark.parametrize("beta", [None, 10.0], ids=str)
+@pytest.mark.parametrize(
+    ("n", "m", "d", "dtype"),
+    [
+        (128, 128, 256, torch.float32),
+        (1100, 1700, 48, torch.float32),
+        (1100, 1700, 48, torch.bfloat16),
+        (1500, 1600, 20, torch.float64),
+        (4100, 4500, 4, torch.float32),  # more tiles than one thread holds slots for: several rounds
+    ],
+)
+def test_the_same_bits_for_every_thread_count_and_run(n, m, d, dtype, beta):
+    a, b = unit(n, m, d, dtype)
+    ids = torch.arange(n) // 5, torch.arange(m) // 5
+    threshold = gap(a[:500], b[:500], 0.3)
+    torch.set_num_threads(1)
+    first = run(a, b, threshold, beta, *ids)
+    for threads in (2, 2, 2, 5, 1):
+        torch.set_num_threads(threads)
+        again = run(a, b, threshold, beta, *ids)
+        for name in NAMES:
+            assert torch.equal(again[name], first[name]), f"{name} with {threads} threads"
+
+
+def test_any_layout_and_inputs_left_alone():
+    wide = torch.randint(-9, 9, (60, 70)).float()
+    before = wide.clone()
+    a, b, ids = wide[::2, 1:18], wide.T[:45, :34:2], torch.arange(90) // 6
+    arguments = (a, b, 0.0, None, ids[:60:2], ids[::2])
+    found, exact = run(*arguments), truth(*arguments[:4], ids[:60:2].clone(), ids[::2][:45].clone())
+    for name, expected in exact.items():
+        assert torch.equal(found[name], expected.float()), name
+    assert torch.equal(wide, before)
