@@ -11,7 +11,7 @@ help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   time and memory against plain PyTorch, into bench/results/"
+	@echo "make bench   time and memory against plain PyTorch and the peers that are installed, into the README (3 minutes)"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"
 	@echo "make clean   remove the virtual environment and everything built"
 
@@ -45,12 +45,8 @@ format: $(READY)
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(READY)
-	$(PY) -m bench.triplet --out bench/results/cpu-triplet-8192.json
-	$(PY) -m bench.triplet --n 1024 --dim 512 --repeats 21 --out bench/results/cpu-triplet-1024.json
-	$(PY) -m bench.triplet --n 128 --repeats 41 --out bench/results/cpu-triplet-128.json
-	$(PY) -m bench.triplet --dtype bfloat16 --repeats 3 --out bench/results/cpu-triplet-8192-bf16.json
-	$(PY) -m bench.memory --out bench/results/cpu-memory-256.json
-	$(PY) -m bench.memory --dim 1024 --sizes 8192 --out bench/results/cpu-memory-1024.json
+	$(PY) -m bench suite quick --device cpu
+	$(PY) -m bench report bench/results/cpu-quick.json --into README.md
 
 mutate: $(READY)
 	$(PY) tests/mutate.py

@@ -1,1 +1,8 @@
-"""Measurements. Timings live here, never in a test."""
+"""The measuring instrument: ``python -m bench``. Timings live here, never in a test.
+
+ops/        what is measured: inputs, plain PyTorch, ours, truth, minimal work; one small file an op
+peers/      other packages computing the same; one small file each
+measure.py  correctness first, then interleaved turns; clock.py, memory.py and ceilings.py serve it
+worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
+report.py, compare.py, plots.py   what is done with the result files
+"""

@@ -1,0 +1,17 @@
+"""The ops that are measured: ``OPS[name]``."""
+
+from bench.ops import contrastive, hardest_negatives, rows, search, triplet
+
+OPS = {
+    op.name: op
+    for op in (
+        triplet.OP,
+        hardest_negatives.OP,
+        contrastive.INFO_NCE,
+        contrastive.SIGMOID,
+        search.NEAREST,
+        search.TOP_SCORES,
+        rows.PROJECT,
+        rows.PAIR_SCORES,
+    )
+}

@@ -1,0 +1,48 @@
+"""Row and column maxima of ``x yᵀ`` off the diagonal, with their places; forward only."""
+
+import torch
+
+import gssf_kernels as gk
+from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+
+
+def naive(problem: Problem):
+    scores = problem.x @ problem.y.t()
+    scores.fill_diagonal_(-torch.inf)
+    row, col = scores.max(1), scores.max(0)
+    return row.values, row.indices, col.values, col.indices
+
+
+def ours(problem: Problem):
+    return gk.hardest_negatives(problem.x, problem.y)
+
+
+def outcome(outputs, exact: Problem):
+    """The maxima, and the exact scores of the places named: near-ties may name another place, at no cost."""
+    row_score, row_index, col_score, col_index = outputs
+    return [
+        row_score,
+        col_score,
+        (exact.x * exact.y[row_index]).sum(1),
+        (exact.x[col_index] * exact.y).sum(1),
+    ]
+
+
+def inputs(shape, dtype, device, seed):
+    return Problem(*normal(shape, dtype, device, seed, 2, unit=True))
+
+
+def work(shape, itemsize):
+    return Work(product_flop(shape), 0.0, sides_bytes(shape, itemsize) + 24.0 * shape.n, 0.0)
+
+
+OP = Op(
+    "hardest_negatives",
+    "hardest negative of every row and column, with its place",
+    inputs,
+    naive,
+    {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
+    work,
+    differentiable=False,
+    outcome=outcome,
+)

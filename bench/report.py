@@ -1,0 +1,183 @@
+"""Markdown from a result file: one summary line a case, the details of every row, the ceilings they stand under."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from bench import results
+from bench.ceilings import Ceilings
+from bench.ops import OPS
+from bench.problem import Shape
+
+ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+TITLES = {"ours": "ours", "naive": "plain PyTorch", "compile": "`torch.compile`"}
+
+
+def floor_ms(book: dict, row: dict) -> tuple[float, float] | None:
+    """(forward, backward) floor of the row's case under the ceilings of its own run; None where none was taken."""
+    for found in book["ceilings"]:
+        if (found["device"], found["dtype"]) == (row["device"], row["dtype"]) and row["op"] in OPS:
+            shape = Shape(row["n"], row["d"], row["block"])
+            work = OPS[row["op"]].work(shape, ITEM_BYTES[row["dtype"]])
+            return Ceilings(found["tflop_per_s"], found["gb_per_s"]).floor_ms(work)
+    return None
+
+
+def achieved(book: dict, row: dict) -> float | None:
+    """The floor's share of the row's time, forward + backward: 1 is as fast as this machine can."""
+    floor, took = floor_ms(book, row), results.spread(results.both_ms(row))
+    return sum(floor) / took.median if floor and took else None
+
+
+def tflop_per_s(row: dict) -> float | None:
+    """Minimal work over time, forward + backward."""
+    took = results.spread(results.both_ms(row))
+    if not took or row["op"] not in OPS:
+        return None
+    work = OPS[row["op"]].work(Shape(row["n"], row["d"], row["block"]), ITEM_BYTES[row["dtype"]])
+    return (work.forward_flop + work.backward_flop) / took.median / 1e9
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, thousands set apart; a dash for none."""
+    if value is None:
+        return "–"
+    if value >= 999.5:
+        return f"{value:,.0f}"
+    exponent = math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(2 - exponent, 0)}f}"
+
+
+def between(found: results.Spread | None, unit: str = "") -> str:
+    """median (low–high)."""
+    if found is None:
+        return "–"
+    return f"{number(found.median)}{unit} ({number(found.low)}–{number(found.high)})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(book: dict) -> str:
+    """One line a case: our time, how many times as long every other way took, turn by turn."""
+    found = results.cases(book)
+    names = list(dict.fromkeys(name for rows in found.values() for name in rows if name != "ours"))
+    names = [name for name in names if any(rows.get(name, {}).get("forward_ms") for rows in found.values())]
+    head = ["op", "N", "D", "dtype", "ours, ms", "of the floor"]
+    head += [f"{TITLES.get(name, name)} / ours" for name in names]
+    lines = []
+    for rows in found.values():
+        if results.base(rows) != "ours":
+            continue
+        ours = rows["ours"]
+        share = achieved(book, ours)
+        line = [f"`{ours['op']}`", f"{ours['n']:,}", f"{ours['d']:,}", ours["dtype"]]
+        line += [between(results.spread(results.both_ms(ours))), f"{share:.0%}" if share else "–"]
+        for name in names:
+            measured = name in rows and rows[name]["forward_ms"]
+            line.append(between(results.ratio(rows[name], ours), "×") if measured else "")
+        lines.append(line)
+    return table(head, lines)
+
+
+def memory(book: dict) -> str:
+    """Peak extra memory, where it was taken."""
+    lines = []
+    for rows in results.cases(book).values():
+        taken = {name: row["peak_mib"] for name, row in rows.items() if row["peak_mib"] is not None}
+        for name, peak in taken.items():
+            row, ours = rows[name], taken.get("ours")
+            times = f"{peak / ours:.1f}×" if ours and name != "ours" else ""
+            title = TITLES.get(name, name)
+            lines.append([f"`{row['op']}`", f"{row['n']:,}", f"{row['d']:,}", row["dtype"], title, number(peak), times])
+    return table(["op", "N", "D", "dtype", "variant", "peak MiB", "/ ours"], lines) if lines else ""
+
+
+def details(book: dict) -> str:
+    """Every row, and why the missing ones are missing."""
+    parts = []
+    by_op: dict[str, list] = {}
+    for rows in results.cases(book).values():
+        by_op.setdefault(next(iter(rows.values()))["op"], []).append(rows)
+    for op, cases in by_op.items():
+        lines = []
+        for rows in cases:
+            against = results.base(rows)
+            for name, row in rows.items():
+                title = " ".join(filter(None, (TITLES.get(name, name), row["version"] if name not in TITLES else "")))
+                start = [f"{row['n']:,}", f"{row['d']:,}", row["dtype"], title]
+                if not row["forward_ms"]:
+                    lines.append([*start, f"{row['status']}: {row['note']}", "", "", "", "", ""])
+                    continue
+                forward, backward = (results.spread(row[f"{stage}_ms"]) for stage in ("forward", "backward"))
+                times = "1" if name == against else between(results.ratio(row, rows[against]), "×") if against else "–"
+                share, error = achieved(book, row), max(row["errors"], default=None)
+                gradients = between(backward) if backward and backward.high else "–"
+                line = [between(forward), gradients, times, number(tflop_per_s(row))]
+                line += [f"{share:.0%}" if share else "–", "–" if error is None else f"{error:.0e}"]
+                lines.append([*start, *line])
+        head = [
+            "N",
+            "D",
+            "dtype",
+            "variant",
+            "forward, ms",
+            "backward, ms",
+            "times the first",
+            "TFLOP/s of minimal work",
+        ]
+        head += ["of the floor", "error"]
+        title = f"### `{op}`: {OPS[op].summary}" if op in OPS else f"### `{op}`"
+        parts += [title, table(head, lines)]
+    return "\n\n".join(parts)
+
+
+def provenance(book: dict) -> str:
+    """What was measured where, in a sentence or two."""
+    m = book["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
+    ceilings = "; ".join(
+        f"{c['dtype']} on {c['device']} {number(c['tflop_per_s'])} TFLOP/s (matrix product), "
+        f"{number(c['gb_per_s'])} GB/s (copy)"
+        for c in book["ceilings"]
+    )
+    versions = f"torch {m['torch']}, Python {m['python']}, gssf_kernels {m['gssf_kernels']}"
+    triton = f", Triton {m['triton']}" if m["triton"] and m["gpu"] else ""
+    return (
+        f"`{book['command']}`, {book['date'][:10]}, commit {book['commit']}: {where}; {versions}{triton}. "
+        f"{'Interrupted. ' if book['interrupted'] else ''}Ceilings of the same run: {ceilings or 'not taken'}."
+    )
+
+
+READING = (
+    "Milliseconds are medians (min–max) of interleaved turns, forward + backward; ratios are taken turn by turn. Every "
+    "variant agreed with fp64 truth before it was timed. *Of the floor*: the least time that the op's minimal "
+    "matrix work, or its minimal traffic, takes at the measured ceilings, over ours."
+)
+
+
+def whole(book: dict, plot: str | None) -> str:
+    """The report as a page."""
+    parts = [f"# Measured on {book['machine']['gpu'] or book['machine']['cpu']}", provenance(book), READING]
+    parts += [f"![Time over N]({plot})"] if plot else []
+    parts += [summary(book)]
+    found = memory(book)
+    parts += ["## Peak extra memory of one step", found] if found else []
+    parts += ["## Every row", details(book)]
+    return "\n\n".join(parts) + "\n"
+
+
+def into(page: Path, book: dict, plot: str | None) -> None:
+    """Replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` in page by the summary."""
+    text = page.read_text()
+    marks = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
+    if not marks.search(text):
+        raise results.ResultError(f"{page}: no lines <!-- bench --> and <!-- /bench --> to write between")
+    parts = [provenance(book), summary(book), READING, memory(book), f"![Time over N]({plot})" if plot else ""]
+    block = "\n\n".join(part for part in parts if part)
+    page.write_text(marks.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text))
