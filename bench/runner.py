@@ -68,12 +68,11 @@ class Run:
     def _time(self) -> None:
         """All cases; after a crash, again from the case that crashed, without the variant at fault."""
         left = [(k, list(entry.variants)) for k, entry in enumerate(self.plan.entries)]
-        ceilings = sorted({(entry.case.device, entry.case.dtype) for entry in self.plan.entries})
         while left:
             cases = [(k, {**self._json(self.plan.entries[k]), "variants": names}) for k, names in left]
             self.suspect = None
             try:
-                for event in self._worker({"cases": cases, "ceilings": ceilings, "own": dict(self.plan.own)}):
+                for event in self._worker({"cases": cases, "own": dict(self.plan.own)}):
                     if self._note(event):
                         left.pop(0)
                 return
@@ -88,7 +87,6 @@ class Run:
                         row.update(forward_ms=[], backward_ms=[])
                 self._row(k, name).update(status=status, note=note)
                 left[0][1].remove(name)
-                ceilings = []
                 if not left[0][1]:
                     left.pop(0)
 
@@ -96,7 +94,7 @@ class Run:
         """Write an event into the book; True when a case is finished."""
         kind = event.pop("event")
         if kind == "ceilings":
-            self.book["ceilings"].append(event)
+            self._raise_ceiling(event)
         elif kind == "case":
             self.index = event["index"]
             self.suspect = None
@@ -118,6 +116,15 @@ class Run:
             self._save()
             return True
         return False
+
+    def _raise_ceiling(self, found: dict) -> None:
+        """Keep the best figure of each kind that this run has seen."""
+        kind = {name: found[name] for name in ("device", "dtype")}
+        for known in self.book["ceilings"]:
+            if kind.items() <= known.items():
+                known.update({name: max(value, found[name]) for name, value in known.items() if name not in kind})
+                return
+        self.book["ceilings"].append(found)
 
     def _memory(self) -> None:
         """Peak memory, each in a fresh process; plain PyTorch is left out where it would not fit."""

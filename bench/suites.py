@@ -17,10 +17,10 @@ def quick(device: str) -> list[Entry]:
     for size in CURVE[device]:
         others = ["naive"]
         others += ["compile"] if size in (1024, 4096) else []
-        others += peers.serving("triplet") if size == 1024 else []
+        others += peers.serving("triplet", device) if size == 1024 else []
         entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory=size == 4096))
     for op in ("hardest_negatives", "info_nce", "sigmoid", "nearest", "top_scores"):
-        others = ["naive", *peers.serving(op)]
+        others = ["naive", *peers.serving(op, device)]
         entries.append(_entry(op, n, 512, dtype, device, others, seconds))
     for op in ("project", "pair_scores"):
         entries.append(_entry(op, 4 * n, 512, dtype, device, ["naive", "compile"], seconds))
@@ -38,7 +38,7 @@ def full(device: str) -> list[Entry]:
         for dtype in ("float32", "bfloat16"):
             for d in dims:
                 for n in sizes:
-                    others = ["naive", "compile", *peers.serving(op)]
+                    others = ["naive", "compile", *peers.serving(op, device)]
                     entries.append(_entry(op, n, d, dtype, device, others, 8.0, memory=dtype == "float32"))
     return entries
 

@@ -144,12 +144,12 @@ def main() -> None:
     if "peak" in plan:
         peak_case(Case(*plan["peak"]["case"]), plan["peak"]["variant"], plan["own"])
         return
-    for device, dtype in plan["ceilings"]:
-        found = ceilings.measure(torch.device(device), getattr(torch, dtype))
-        tell("ceilings", device=device, dtype=dtype, **found._asdict())
     for index, entry in plan["cases"]:
+        case = Case(*entry["case"])
         tell("case", index=index)
-        time_case(Case(*entry["case"]), entry["variants"], {**plan, **entry})
+        found = ceilings.measure(torch.device(case.device), case.torch_dtype)
+        tell("ceilings", device=case.device, dtype=case.dtype, **found._asdict())
+        time_case(case, entry["variants"], {**plan, **entry})
         tell("done", index=index)
 
 

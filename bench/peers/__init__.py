@@ -29,9 +29,10 @@ def adapter(name: str) -> ModuleType:
     return importlib.import_module(f"bench.peers.{name}{_SUFFIX}")
 
 
-def serving(op: str) -> list[str]:
-    """The peers that compute op."""
-    return [name for name in PEERS if op in adapter(name).VARIANTS]
+def serving(op: str, device: str | None = None) -> list[str]:
+    """The peers that compute op (on device, if one is given)."""
+    found = [(name, adapter(name)) for name in PEERS]
+    return [name for name, a in found if op in a.VARIANTS and (device is None or device in a.DEVICES)]
 
 
 def version(name: str) -> str | None:

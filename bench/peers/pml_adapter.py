@@ -1,0 +1,45 @@
+"""PyTorch Metric Learning: losses, miners and distances over labelled embeddings, in plain PyTorch.
+
+``BatchHardMiner`` picks the hardest negative of every anchor and ``TripletMarginLoss`` takes the triplets, both over
+``DotProductSimilarity``. Pair i has label i, so that the one positive of an anchor is its own row, and no negative.
+Both directions: the sides take turns as anchors and as ``ref_emb``. The package knows no structured similarity: the
+factors ``a [N, D]`` and ``b [N, D]`` are made in plain PyTorch, as its user would make them.
+
+Each direction makes the N x N matrix twice, in the miner and in the loss, with int64 lists of all its pairs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from bench.ops.rows import project_naive
+from bench.ops.triplet import MARGIN
+
+PACKAGE = "pytorch-metric-learning"
+DEVICES = ("cpu", "cuda")
+
+
+def triplet():
+    from pytorch_metric_learning.distances import DotProductSimilarity
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchHardMiner
+    from pytorch_metric_learning.reducers import SumReducer
+
+    similarity = DotProductSimilarity(normalize_embeddings=False)
+    miner = BatchHardMiner(distance=similarity)
+    loss = TripletMarginLoss(margin=MARGIN, distance=similarity, reducer=SumReducer())
+
+    def variant(problem):
+        a, b = project_naive(problem), F.normalize(problem.y, dim=1)
+        labels = torch.arange(len(a), device=a.device)
+        # One tensor as labels and ref_labels would mean one set of embeddings: no positive on the diagonal.
+        ref_labels = labels.clone()
+        total = 0.0
+        for anchors, others in ((a, b), (b, a)):
+            triplets = miner(anchors, labels, ref_emb=others, ref_labels=ref_labels)
+            total = total + loss(anchors, indices_tuple=triplets, ref_emb=others)
+        return total
+
+    return variant
+
+
+VARIANTS = {"triplet": triplet}
