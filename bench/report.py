@@ -51,7 +51,7 @@ def number(value: float | None) -> str:
 
 
 def between(found: results.Spread | None, unit: str = "") -> str:
-    """median (low–high)."""
+    """median (10th–90th percentile)."""
     if found is None:
         return "–"
     return f"{number(found.median)}{unit} ({number(found.low)}–{number(found.high)})"
@@ -65,15 +65,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def summary(book: dict) -> str:
     """One line a case: our time, how many times as long every other way took, turn by turn."""
-    found = results.cases(book)
-    names = list(dict.fromkeys(name for rows in found.values() for name in rows if name != "ours"))
-    names = [name for name in names if any(rows.get(name, {}).get("forward_ms") for rows in found.values())]
+    found = [rows for rows in results.cases(book).values() if results.base(rows) == "ours"]
+    timed = (name for rows in found for name, row in rows.items() if row["forward_ms"] and name != "ours")
+    names = list(dict.fromkeys(timed))
     head = ["op", "N", "D", "dtype", "ours, ms", "of the floor"]
     head += [f"{TITLES.get(name, name)} / ours" for name in names]
     lines = []
-    for rows in found.values():
-        if results.base(rows) != "ours":
-            continue
+    for rows in found:
         ours = rows["ours"]
         share = achieved(book, ours)
         line = [f"`{ours['op']}`", f"{ours['n']:,}", f"{ours['d']:,}", ours["dtype"]]
@@ -155,9 +153,9 @@ def provenance(book: dict) -> str:
 
 
 READING = (
-    "Milliseconds are medians (min–max) of interleaved turns, forward + backward; ratios are taken turn by turn. Every "
-    "variant agreed with fp64 truth before it was timed. *Of the floor*: the least time that the op's minimal "
-    "matrix work, or its minimal traffic, takes at the measured ceilings, over ours."
+    "Milliseconds are medians (10th–90th percentile) of interleaved turns, forward + backward; ratios are taken turn by "
+    "turn. Every variant agreed with fp64 truth before it was timed. *Of the floor*: the least time that the op's "
+    "minimal matrix work, or its minimal traffic, takes at the measured ceilings, over ours."
 )
 
 

@@ -130,7 +130,7 @@ def cases(book: dict) -> dict[tuple, dict[str, dict]]:
 
 
 class Spread(NamedTuple):
-    """Median and extremes."""
+    """Median, and the tenth and ninetieth percentile."""
 
     median: float
     low: float
@@ -142,7 +142,10 @@ class Spread(NamedTuple):
 
 def spread(values: list[float]) -> Spread | None:
     """Of some figures; None of none."""
-    return Spread(statistics.median(values), min(values), max(values)) if values else None
+    if len(values) < 2:
+        return Spread(*values * 3) if values else None
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return Spread(statistics.median(values), tenths[0], tenths[-1])
 
 
 def both_ms(row: dict) -> list[float]:

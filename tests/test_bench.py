@@ -195,7 +195,8 @@ NAIVE = row("naive", [5.0, 6.0, 10.0], [1.0, 3.0, 5.0])  # both: 6, 9, 15; every
 def test_ratios_are_taken_turn_by_turn():
     assert results.both_ms(NAIVE) == [6.0, 9.0, 15.0]
     assert results.ratio(NAIVE, OURS) == (3.0, 3.0, 3.0)
-    assert results.spread(results.both_ms(OURS)) == (3.0, 2.0, 5.0)
+    assert results.spread(results.both_ms(OURS)) == pytest.approx((3.0, 2.2, 4.6))  # of 2, 3 and 5
+    assert results.spread([4.0]) == (4.0, 4.0, 4.0)
     assert results.spread([]) is None
     assert results.base({"ours": OURS, "naive": NAIVE}) == "ours"
     assert results.base({"ours": row("ours", [], []), "naive": NAIVE}) == "naive"
@@ -205,7 +206,7 @@ def test_report_shows_medians_ratios_and_floor():
     work = OPS["triplet"].work(Shape(1024, 512, 32), 4)
     floor_ms = sum(ceilings.Ceilings(0.2, 20.0).floor_ms(work))
     line = next(line for line in report.summary(book(OURS, NAIVE)).splitlines() if "1,024" in line)
-    assert "3.00 (2.00–5.00)" in line
+    assert "3.00 (2.20–4.60)" in line
     assert "3.00× (3.00–3.00)" in line
     assert f"{floor_ms / 3.0:.0%}" in line
     lost = row("pml", [], [], status="crashed", note="ended with signal 11")
