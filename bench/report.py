@@ -153,7 +153,7 @@ def provenance(book: dict) -> str:
 
 
 READING = (
-    "Milliseconds are medians (10th–90th percentile) of interleaved turns, forward + backward; ratios are taken turn by "
+    "Milliseconds are medians (10th–90th percentile) of interleaved turns, forward + backward; ratios go turn by "
     "turn. Every variant agreed with fp64 truth before it was timed. *Of the floor*: the least time that the op's "
     "minimal matrix work, or its minimal traffic, takes at the measured ceilings, over ours."
 )
