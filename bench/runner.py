@@ -79,7 +79,7 @@ class Run:
             except _Lost as lost:
                 status, note = lost.args
                 if self.suspect is None:
-                    raise SystemExit(f"bench: the worker {note} before it measured anything") from None
+                    raise SystemExit(f"bench: the worker {note} while no variant was running") from None
                 k, name = self.suspect
                 self._say(f"{self.plan.entries[k].case} {name}: {note}")
                 for (entry, _), row in self.rows.items():
