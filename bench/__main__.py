@@ -62,6 +62,9 @@ def plan_of(parser: Parser, arguments: argparse.Namespace) -> list[Entry]:
     wanted = ways if arguments.against == "all" else [name for name in arguments.against.split(",") if name]
     for name in wanted:
         chosen(parser, "--against", name, [*ways, "all"])
+    for name in arguments.own:
+        if name in op.variants or name in peers.PEERS:
+            parser.error(f"--variant: expected a name of its own, got {name!r}")
     wanted += [name for name in arguments.own if name not in wanted]
     entries = []
     for dtype in arguments.dtype.split(","):

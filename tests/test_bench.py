@@ -275,6 +275,7 @@ def test_result_files_come_back_as_written(tmp_path):
         ("run --op triplet --device tpu", "--device: expected one of cpu"),
         ("run --op triplet --against nobody", "--against: expected one of naive, compile"),
         ("run --op triplet --variant mine", "--variant: expected NAME=MODULE:FUNCTION"),
+        ("run --op triplet --variant pml=a:b", "--variant: expected a name of its own"),
         ("suite slow", "suite: expected one of quick, full"),
         ("report nowhere.json", "nowhere.json: No such file"),
         ("compare nowhere.json nowhere.json", "nowhere.json: No such file"),
