@@ -12,19 +12,37 @@ machine: ``gk.backends()`` or ``python -m gssf_kernels``.
 
 from gssf_kernels import reference
 from gssf_kernels._library import backends
-from gssf_kernels.losses import TripletLoss, triplet_loss
+from gssf_kernels.losses import (
+    BatchHardLoss,
+    GoalLoss,
+    TripletLoss,
+    batch_hard_loss,
+    goal_loss,
+    goal_weights,
+    gradient_space_loss,
+    triplet_loss,
+)
 from gssf_kernels.project import project
-from gssf_kernels.reference import HardestNegatives
+from gssf_kernels.reference import AnchorStatistics, Diagnostics, HardestNegatives, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, similarity
 from gssf_kernels.statistics import hardest_negatives, pair_scores
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchorStatistics",
+    "BatchHardLoss",
+    "Diagnostics",
+    "GoalLoss",
     "HardestNegatives",
+    "RelativeTerms",
     "StructuredSimilarity",
     "TripletLoss",
     "backends",
+    "batch_hard_loss",
+    "goal_loss",
+    "goal_weights",
+    "gradient_space_loss",
     "hardest_negatives",
     "pair_scores",
     "project",

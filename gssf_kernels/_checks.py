@@ -10,7 +10,7 @@ import torch
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
-_AUTOCAST_DEVICES = frozenset(
+AUTOCAST_DEVICES = frozenset(
     d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(d)
 )
 _FLOAT_NAMES = "float32, float64, bfloat16 or float16"
@@ -28,7 +28,7 @@ def _autocast_one(t):
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     device = t.device.type
-    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return t
     return t.to(torch.get_autocast_dtype(device))
 
@@ -69,6 +69,15 @@ def sides(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
         raise ValueError(
             f"{b_name}: expected at least the {a.shape[0]} rows of {a_name} (row i pairs with row i), "
             f"got {list(b.shape)}"
+        )
+
+
+def score_matrix(s, name: str) -> None:
+    """``s [N, M]`` with M >= N: every row has its positive on the diagonal."""
+    floating(s, name, "[N, M]")
+    if s.shape[1] < s.shape[0]:
+        raise ValueError(
+            f"{name}: expected at least as many columns as rows (pairs on the diagonal), got {list(s.shape)}"
         )
 
 
@@ -146,11 +155,53 @@ def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> No
 
 def non_negative(value, name: str) -> float:
     """``value`` as a finite float >= 0."""
+    return _number(value, name, " >= 0", lambda number: number >= 0)
+
+
+def positive(value, name: str) -> float:
+    """``value`` as a finite float > 0."""
+    return _number(value, name, " > 0", lambda number: number > 0)
+
+
+def finite(value, name: str) -> float:
+    """``value`` as a finite float."""
+    return _number(value, name, "", lambda number: True)
+
+
+def _number(value, name: str, range_name: str, allowed) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number >= 0, got {type(value).__name__}")
-    if not 0 <= value < sys.float_info.max:  # type: ignore[operator]  # false for NaN too; traceable, unlike isfinite
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        raise TypeError(f"{name}: expected a number{range_name}, got {type(value).__name__}")
+    most = sys.float_info.max  # comparing is false for NaN too, and traceable, unlike isfinite
+    if not (-most < value < most and allowed(value)):  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number{range_name}, got {value}")
     return float(value)
+
+
+REDUCTIONS = ("sum", "mean", "none")
+
+
+def reduction(value) -> None:
+    """``value`` is "sum", "mean" or "none"."""
+    choice(value, "reduction", REDUCTIONS)
+
+
+def function(value, name: str) -> None:
+    """``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function, got {type(value).__name__}")
+
+
+def anchors(t, name: str, like: torch.Tensor) -> torch.Tensor:
+    """``t``, which the caller's function ``name`` gave, as a floating tensor [N] for the N anchors ``like``."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name}: expected it to give tensors [{like.shape[0]}], got {type(t).__name__}")
+    if t.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected it to give dtype {_FLOAT_NAMES}, got {t.dtype}")
+    if t.shape != like.shape:
+        raise ValueError(f"{name}: expected it to give shape {list(like.shape)}, got {list(t.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name}: expected it to give tensors on {like.device}, got {t.device}")
+    return t.detach().to(like.dtype)
 
 
 def choice(value, name: str, choices: tuple[str, ...]) -> None:
@@ -161,10 +212,15 @@ def choice(value, name: str, choices: tuple[str, ...]) -> None:
 
 def positive_int(value, name: str) -> None:
     """``value`` is a whole number >= 1."""
+    whole(value, name, 1)
+
+
+def whole(value, name: str, least: int) -> None:
+    """``value`` is a whole number >= least."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: expected a whole number >= 1, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a whole number >= 1, got {value}")
+        raise TypeError(f"{name}: expected a whole number >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
 
 
 def parameter_dtype(dtype) -> None:

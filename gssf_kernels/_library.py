@@ -10,11 +10,15 @@ There is no switch of our own. Ops are forward computations only; differentiatio
 by a ``torch.autograd.Function`` in the file that defines the op.
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 
 import torch
+
+from gssf_kernels._checks import AUTOCAST_DEVICES
 
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -38,13 +42,29 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
         fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
         triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
+    name = compose(schema, implementation=reference, fake=fake)
     if triton is not None and _HAS_TRITON:
         _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
     _OPS[name] = triton
+
+
+def compose(schema: str, *, implementation: Callable, fake: Callable) -> str:
+    """Register ``gssf::<schema>``, plain PyTorch on every device, so that torch.compile takes it whole.
+
+    For work whose course hangs on values, which cannot be traced. `backends` does not list it: nothing is dispatched.
+    Returns its name.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @functools.wraps(implementation)
+    def call(first: torch.Tensor, *rest):
+        with outside_autocast(first.device):
+            return implementation(first, *rest)
+
+    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
+    return name
 
 
 def _lazy(target: str, reference: Callable) -> Callable:
@@ -99,6 +119,13 @@ class _Once(torch.autograd.Function):
 def last_derivative(op: Callable, *arguments):
     """``op(*arguments)`` for use in a backward: its result cannot be differentiated again."""
     return op(*arguments) if torch.compiler.is_compiling() else _Once.apply(op, *arguments)
+
+
+def outside_autocast(device: torch.device):
+    """A context for plain PyTorch below the casts of `_checks.autocast`; in the region ``@`` would cast once more."""
+    if device.type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def distinct(*tensors: torch.Tensor | None) -> tuple:

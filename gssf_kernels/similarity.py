@@ -132,3 +132,9 @@ class StructuredSimilarity(nn.Module):
         parts = [f"dim={self.dim}", f"block_size={self.block_size}", f"diagonal={self.diag is not None}"]
         parts.append(f"normalize={self.normalize}")
         return ", ".join(parts + (["permutation=True"] if self.permutation is not None else []))
+
+
+def check_metric(metric) -> None:
+    """``metric``, an argument, is a StructuredSimilarity or None."""
+    if metric is not None and not isinstance(metric, StructuredSimilarity):
+        raise TypeError(f"metric: expected a StructuredSimilarity or None, got {type(metric).__name__}")

@@ -27,6 +27,7 @@ class Case:
     name: str
     function: str
     make: Callable[[torch.Generator], tuple[dict[str, torch.Tensor], dict]]
+    integrable: bool = True  # False: the gradient is designed, and not the derivative of the value
 
     def inputs(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu"):
         """(tensors in dtype, options), on device; the values are those of fp64 rounded to dtype."""
@@ -42,8 +43,8 @@ class Case:
         return outputs(self.run(gk.reference, tensors, options))
 
     def run(self, module, tensors, options):
-        if self.function == "triplet_loss" and "metric" in options:
-            return _with_metric(module, tensors, options)
+        if "metric" in options:
+            return _with_metric(getattr(module, self.function), tensors, options)
         return getattr(module, self.function)(**tensors, **options)
 
     def __str__(self):
@@ -51,20 +52,20 @@ class Case:
 
 
 class _Criterion(torch.nn.Module):
-    """``module.triplet_loss`` with a metric whose weights `functional_call` can put in place of its own."""
+    """A loss with a metric whose weights `functional_call` can put in place of its own."""
 
-    def __init__(self, module, metric):
+    def __init__(self, loss, metric):
         super().__init__()
-        self.module, self.metric = module, metric
+        self.loss, self.metric = loss, metric
 
     def forward(self, x, y, **options):
-        return self.module.triplet_loss(x, y, metric=self.metric, **options)
+        return self.loss(x, y, metric=self.metric, **options)
 
 
-def _with_metric(module, tensors, options):
+def _with_metric(loss, tensors, options):
     options = dict(options)
     weights = {f"metric.{k}": t for k, t in tensors.items() if k in ("diag", "blocks")}
-    criterion = _Criterion(module, options.pop("metric"))
+    criterion = _Criterion(loss, options.pop("metric"))
     return torch.func.functional_call(criterion, weights, (tensors["x"], tensors["y"]), options)
 
 
@@ -140,7 +141,7 @@ def _metric(n, d, b, *, diag=True, permuted=False, normalize=True, lead=(), rows
     return make
 
 
-def _metric_triplet(n, m, d, b, ids="none", *, diagonal=True, permuted=False, normalize=True, margin=0.5):
+def _metric_loss(n, m, d, b, ids="none", *, diagonal=True, permuted=False, normalize=True, **settings):
     def make(g):
         order = torch.randperm(d, generator=g) if permuted else None
         metric = gk.StructuredSimilarity(d, b, diagonal, normalize, permutation=order)
@@ -150,7 +151,7 @@ def _metric_triplet(n, m, d, b, ids="none", *, diagonal=True, permuted=False, no
         if b is not None:
             tensors["blocks"] = randn(g, d // b, b, b) / b**0.5
         x_ids, y_ids = IDS[ids](g, n, m)
-        return tensors, {"metric": metric, "margin": margin, "x_ids": x_ids, "y_ids": y_ids}
+        return tensors, {"metric": metric, "x_ids": x_ids, "y_ids": y_ids, **settings}
 
     return make
 
@@ -239,7 +240,7 @@ def _triplet_cases():
 
 def _metric_cases():
     def case(name, *arguments, **options):
-        return Case(f"metric-{name}", "triplet_loss", _metric_triplet(*arguments, **options))
+        return Case(f"metric-{name}", "triplet_loss", _metric_loss(*arguments, margin=0.5, **options))
 
     for n, m, d, b in ((1, 1, 4, 2), (2, 5, 6, 3), (17, 31, 24, 8), (130, 200, 64, 16), (600, 601, 48, 12)):
         yield case(f"{n}x{m}x{d}-b{b}", n, m, d, b, "five")
@@ -252,4 +253,93 @@ def _metric_cases():
     yield case("product", 20, 25, 24, None, diagonal=False, normalize=False)
 
 
+TRIPLETS, PAIRS = ("con", "nca", "cir"), ("con", "lin", "sig", "lin_ms", "sig_ms")
+INTEGRABLE = (("con", "con"), ("con", "lin"), ("con", "sig"), ("nca", "con"), ("cir", "lin"))
+
+
+def _cosines(make):
+    """The same with rows of length 1, which GOAL's weights are meant for."""
+
+    def normalised(g):
+        tensors, options = make(g)
+        return {k: torch.nn.functional.normalize(t, dim=1) for k, t in tensors.items()}, options
+
+    return normalised
+
+
+def _goal_cases():
+    def case(name, triplet, pair, *arguments, **options):
+        make = _cosines(_scored(*arguments, names=_XY, triplet=triplet, pair=pair, **options))
+        return Case(f"goal-{name}", "goal_loss", make, (triplet, pair) in INTEGRABLE)
+
+    def on_metric(name, triplet, pair, *arguments, **options):
+        make = _metric_loss(*arguments, triplet=triplet, pair=pair, **options)
+        return Case(f"metric-goal-{name}", "goal_loss", make, (triplet, pair) in INTEGRABLE)
+
+    for n, m, d in SHAPES:
+        for pair in ("con", "lin_ms", "sig_ms"):
+            yield case(f"{n}x{m}x{d}-{pair}", "nca", pair, n, m, d, "five")
+    for ids in IDS:
+        yield case(f"ids-{ids}", "cir", "sig_ms", 37, 61, 16, ids)
+    for how in ("mean", "none"):
+        yield case(how, "cir", "lin_ms", 20, 27, 12, "five", reduction=how)
+    numbers = {"tau": 3.0, "alpha": 5.0, "beta": 20.0, "lam": 0.2}
+    for triplet, pair in (("nca", "sig_ms"), ("cir", "lin_ms"), ("con", "sig")):
+        yield case(f"numbers-{triplet}-{pair}", triplet, pair, 20, 27, 12, **numbers, negative_threshold=0.3)
+    yield on_metric("nca-con", "nca", "con", 17, 31, 24, 8, "five")
+    yield on_metric("nca-sig_ms", "nca", "sig_ms", 130, 200, 64, 16, "five")
+    yield on_metric("cir-lin_ms", "cir", "lin_ms", 20, 25, 24, 8, "random", permuted=True)
+    for triplet in TRIPLETS:
+        for pair in PAIRS:
+            yield case(f"{triplet}-{pair}", triplet, pair, 20, 27, 12, "five")
+
+
+def cubic(anchor):
+    """Weights that are the derivative of `cubic_value`."""
+    return (1 - anchor.positive).square(), anchor.negative.square()
+
+
+def cubic_value(anchor):
+    return ((1 - anchor.positive).pow(3) + anchor.negative.pow(3)) / 3
+
+
+def shaped(anchor):
+    """Weights that use all there is, and are the derivative of nothing."""
+    return torch.exp(-anchor.relative_positive), anchor.negative.sigmoid() * (1 + anchor.relative_negative)
+
+
+def _gradient_space_cases():
+    yield Case(
+        "space-relative",
+        "gradient_space_loss",
+        _cosines(_scored(20, 27, 12, "random", names=_XY, weights=shaped, relative=gk.RelativeTerms(beta=4.0))),
+        integrable=False,
+    )
+    integrable = _scored(20, 27, 12, "five", names=_XY, weights=cubic, value=cubic_value)
+    yield Case("space-integrable", "gradient_space_loss", _cosines(integrable))
+
+
+def _labelled(n, d, labels, **options):
+    return lambda g: ({"x": randn(g, n, d)}, {"labels": labels(g, n), **options})
+
+
+LABELS = {
+    "fours": lambda g, n: torch.arange(n) // 4,
+    "random": lambda g, n: torch.randint(0, max(n // 3, 1), (n,), generator=g),
+    "one": lambda g, n: torch.zeros(n, dtype=torch.long),
+    "two": lambda g, n: (torch.arange(n) >= n // 3).long(),
+    "unique": lambda g, n: torch.randperm(n, generator=g),
+}
+
+
+def _batch_hard_cases():
+    for labels in LABELS:
+        for n, d in ((1, 1), (2, 3), (33, 8), (300, 24)):
+            yield Case(f"batch-hard-{labels}-{n}x{d}", "batch_hard_loss", _labelled(n, d, LABELS[labels]))
+    for how in ("sum", "none"):
+        options = {"reduction": how, "margin": 1.0}
+        yield Case(f"batch-hard-{how}", "batch_hard_loss", _labelled(40, 8, LABELS["random"], **options))
+
+
 CASES = [*_project_cases(), *_hardest_cases(), *_pair_cases(), *_triplet_cases(), *_metric_cases()]
+CASES += [*_goal_cases(), *_gradient_space_cases(), *_batch_hard_cases()]

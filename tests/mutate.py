@@ -26,6 +26,7 @@ class Fault:
     tests: str = "tests/test_definition.py tests/test_values.py tests/test_contracts.py"
 
 
+GOAL = "tests/test_goal.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
@@ -154,6 +155,76 @@ FAULTS = [
         "csrc/vector_base.h",
         "const A weight = normalize ? grad[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : grad[e];",
         "const A weight = grad[e];",
+    ),
+    Fault(
+        "GOAL: what comes from above is dropped",
+        "gssf_kernels/losses/gradient_space.py",
+        "return None, -grad * positive_weight, grad * negative_weight, None, None",
+        "return None, -positive_weight, negative_weight, None, None",
+        GOAL,
+    ),
+    Fault(
+        "GOAL: columns are weighed with the rows' relative negatives",
+        "gssf_kernels/losses/gradient_space.py",
+        "close[1], weights",
+        "close[0], weights",
+        GOAL,
+    ),
+    Fault(
+        "GOAL: an anchor is among its own relative positives",
+        "gssf_kernels/statistics/relative.py",
+        " - inside * torch.exp(decay * (p - least))",
+        "",
+        GOAL,
+    ),
+    Fault(
+        "GOAL: tied positives stay in the divisor",
+        "gssf_kernels/statistics/relative.py",
+        "size = below - inside * ties",
+        "size = below - inside.long()",
+        GOAL,
+    ),
+    Fault(
+        "GOAL: the negative threshold is added",
+        "gssf_kernels/statistics/hardest.py",
+        ".min() - relative.negative_threshold",
+        ".min() + relative.negative_threshold",
+        GOAL,
+    ),
+    Fault(
+        "GOAL: cir squares no negative",
+        "gssf_kernels/losses/goal.py",
+        "- s.negative.square() - 0.5",
+        "- s.negative - 0.5",
+        GOAL,
+    ),
+    Fault(
+        "batch-hard: a row is its own positive",
+        "gssf_kernels/statistics/positives.py",
+        "s.diagonal(i0 - j0)",
+        "s.diagonal(j0 - i0)",
+        "tests/test_batch_hard.py",
+    ),
+    Fault(
+        "batch-hard: a later tile wins a tie",
+        "gssf_kernels/statistics/positives.py",
+        "wins = (least < best)",
+        "wins = (least <= best) & (least < torch.inf)",
+        "tests/test_batch_hard.py",
+    ),
+    Fault(
+        "warm-up: it goes from the hardest to all",
+        "gssf_kernels/losses/triplet.py",
+        '(1 - share) * self._loss(x, y, x_ids, y_ids, "all", False) + share * hardest',
+        'share * self._loss(x, y, x_ids, y_ids, "all", False) + (1 - share) * hardest',
+        "tests/test_warmup.py",
+    ),
+    Fault(
+        "diagnostics: columns past N count",
+        "gssf_kernels/diagnostics.py",
+        "hardest.col_score.detach()[:count]",
+        "hardest.col_score.detach()[-count:]",
+        "tests/test_diagnostics.py",
     ),
 ]
 

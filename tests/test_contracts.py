@@ -269,27 +269,45 @@ def test_meta_and_fake_tensors_pass_without_their_values():
         assert gk.pair_scores(x, torch.randn(5, 8), torch.arange(3)).shape == (3,)
 
 
+@pytest.mark.parametrize("pair", ["sig", "sig_ms"])
+def test_the_thread_count_changes_no_bit_of_goal(pair):
+    if pair == "sig_ms" and gk.backends()["relative_negatives"]["cpu"] != "cpp":
+        pytest.skip("the reference multiplies as the library does")
+    g = torch.Generator().manual_seed(5)
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 64, generator=g), dim=1) for n in (700, 900))
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        leaves = x.clone().requires_grad_(), y.clone().requires_grad_()
+        loss = gk.goal_loss(*leaves, pair=pair, x_ids=torch.arange(700) // 5, y_ids=torch.arange(900) // 5)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(t, u) for t, u in zip(other, results[0], strict=True))
+
+
 _PEAK = """
 import resource, sys, torch, gssf_kernels as gk
 torch.set_num_threads(2)
 n = int(sys.argv[1])
+loss = {"triplet": gk.triplet_loss, "goal": lambda x, y: gk.goal_loss(x, y, pair="sig")}[sys.argv[2]]
 x, y = torch.randn(n, 64, requires_grad=True), torch.randn(n, 64, requires_grad=True)
-gk.triplet_loss(x[:64], y[:64]).backward()
+loss(x[:64], y[:64]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-gk.triplet_loss(x, y).backward()
+loss(x, y).backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 @pytest.mark.skipif(gk.backends()["hardest_negatives"]["cpu"] != "cpp", reason="the reference stores the matrix")
-def test_memory_is_linear_not_quadratic():
+@pytest.mark.parametrize("loss", ["triplet", "goal"])
+def test_memory_is_linear_not_quadratic(loss):
     """Extra memory of forward + backward: at most 16 (N + M) D bytes and 16 MiB (tiles, code, threads).
 
     16 is 2 gradients and as much again for allocator slack, at 4 bytes. One N x M matrix of 16,384² fp32
     scores alone would be 1024 MiB.
     """
     for n in (4096, 16384):
-        out = subprocess.run([sys.executable, "-c", _PEAK, str(n)], capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, "-c", _PEAK, str(n), loss], capture_output=True, text=True, check=True)
         peak_mib = int(out.stdout) / 1024
         assert peak_mib <= 16 * 2 * n * 64 / 2**20 + 16, f"N = {n}: {peak_mib:.0f} MiB"
 

@@ -30,12 +30,18 @@ CALLS = [
     (lambda a, b: gk.triplet_loss(a, b), "xy"),
     (lambda a, b: gk.triplet_loss(a, b, negatives="all"), "xy"),
     (lambda a, b: gk.TripletLoss()(a, b), "xy"),
+    (lambda a, b: gk.goal_loss(a, b), "xy"),
+    (lambda a, b: gk.goal_loss(a, b, pair="sig_ms"), "xy"),
+    (lambda a, b: gk.gradient_space_loss(a, b, lambda anchor: anchor[:2]), "xy"),
     (lambda a, b: gk.hardest_negatives(a, b), "ab"),
     (lambda a, b: gk.pair_scores(a, b), "ab"),
 ]
 
 
-@pytest.mark.parametrize(("call", "names"), CALLS, ids=["triplet", "triplet-all", "module", "hardest", "pairs"])
+_CALL_IDS = ["triplet", "triplet-all", "module", "goal", "goal-relative", "gradient-space", "hardest", "pairs"]
+
+
+@pytest.mark.parametrize(("call", "names"), CALLS, ids=_CALL_IDS)
 @pytest.mark.parametrize(("a", "b", "kind", "message", "culprit"), SIDES)
 def test_sides(call, names, a, b, kind, message, culprit):
     with pytest.raises(kind, match=rf"^{names[culprit]}: .*{message}"):
@@ -60,6 +66,11 @@ def test_ids(ids, kind, message):
     for which in ("hardest", "all", "semihard"):
         with pytest.raises(kind, match=f"^{message}"):
             gk.triplet_loss(X, Y, negatives=which, **ids)
+    for pair in ("con", "lin_ms"):
+        with pytest.raises(kind, match=f"^{message}"):
+            gk.goal_loss(X, Y, pair=pair, **ids)
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.goal_weights(X @ Y.T, **ids)
     with pytest.raises(kind, match=f"^{message}".replace("x_ids", "a_ids").replace("y_ids", "b_ids")):
         gk.hardest_negatives(X, Y, **{k.replace("x_", "a_").replace("y_", "b_"): v for k, v in ids.items()})
 
@@ -76,6 +87,7 @@ def test_ids(ids, kind, message):
         ({"margin": torch.tensor(0.2)}, TypeError, "margin: .*got Tensor"),
         ({"negatives": "hard"}, ValueError, "negatives: .*'hardest', 'all', 'semihard', got 'hard'"),
         ({"reduction": "avg"}, ValueError, "reduction: .*'sum', 'mean', 'none', got 'avg'"),
+        ({"diagnostics": 1}, TypeError, "diagnostics: .*got int"),
     ],
 )
 def test_options(options, kind, message):
@@ -83,6 +95,153 @@ def test_options(options, kind, message):
         gk.triplet_loss(X, Y, **options)
     with pytest.raises(kind, match=f"^{message}"):
         gk.TripletLoss(**options)
+    if {"margin", "reduction"} & options.keys():
+        with pytest.raises(kind, match=f"^{message}"):
+            gk.batch_hard_loss(X, IDS4, **options)
+        with pytest.raises(kind, match=f"^{message}"):
+            gk.BatchHardLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"warmup": -1}, ValueError, "warmup: .*>= 0, got -1"),
+        ({"warmup": 2.0}, TypeError, "warmup: .*got float"),
+        ({"warmup": True}, TypeError, "warmup: .*got bool"),
+        ({"warmup": 5, "negatives": "all"}, ValueError, "warmup: expected 0 with negatives='all'.*got 5"),
+    ],
+)
+def test_warmup(options, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.TripletLoss(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"triplet": "circle"}, ValueError, "triplet: .*'con', 'nca', 'cir', got 'circle'"),
+        ({"pair": "ms"}, ValueError, "pair: .*'lin_ms', 'sig_ms', got 'ms'"),
+        ({"tau": 0}, ValueError, "tau: .*> 0, got 0"),
+        ({"tau": math.inf}, ValueError, "tau: .*finite.*got inf"),
+        ({"alpha": -1.0}, ValueError, "alpha: .*> 0, got -1.0"),
+        ({"beta": math.nan}, ValueError, "beta: .*> 0, got nan"),
+        ({"beta": torch.tensor(10.0)}, TypeError, "beta: .*> 0, got Tensor"),
+        ({"lam": math.inf}, ValueError, "lam: expected a finite number, got inf"),
+        ({"lam": None}, TypeError, "lam: expected a number, got NoneType"),
+        ({"positive_threshold": -0.1}, ValueError, "positive_threshold: .*>= 0, got -0.1"),
+        ({"negative_threshold": "0"}, TypeError, "negative_threshold: .*>= 0, got str"),
+    ],
+)
+def test_goal_options(options, kind, message):
+    for call in (
+        lambda: gk.goal_loss(X, Y, **options),
+        lambda: gk.GoalLoss(**options),
+        lambda: gk.goal_weights(X @ Y.T, **options),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"reduction": "avg"}, ValueError, "reduction: .*got 'avg'"),
+        ({"metric": torch.nn.Linear(3, 3)}, TypeError, "metric: .*Linear"),
+        ({"diagnostics": None}, TypeError, "diagnostics: .*NoneType"),
+    ],
+)
+def test_what_goal_shares_with_the_general_form(options, kind, message):
+    for call in (
+        lambda: gk.goal_loss(X, Y, **options),
+        lambda: gk.GoalLoss(**options),
+        lambda: gk.gradient_space_loss(X, Y, lambda anchor: anchor[:2], **options),
+    ):
+        with pytest.raises(kind, match=f"^{message}"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("scores", "kind", "message"),
+    [
+        (torch.randn(4), ValueError, r"\[N, M\].*got \[4\]"),
+        (torch.randn(5, 4), ValueError, r"as many columns as rows.*got \[5, 4\]"),
+        (torch.ones(4, 4).long(), TypeError, "torch.int64"),
+        (torch.randn(4, 4).to_sparse(), TypeError, "dense.*sparse"),
+        ([[1.0]], TypeError, "list"),
+    ],
+)
+def test_scores(scores, kind, message):
+    with pytest.raises(kind, match=f"^scores: .*{message}"):
+        gk.goal_weights(scores)
+
+
+NOT_ANCHORS = [
+    (1.0, TypeError, r"tensors \[4\], got float"),
+    (None, TypeError, r"tensors \[4\], got NoneType"),
+    (torch.ones(()), ValueError, r"shape \[4\], got \[\]"),
+    (torch.ones(4, 1), ValueError, r"shape \[4\], got \[4, 1\]"),
+    (torch.ones(6), ValueError, r"shape \[4\], got \[6\]"),
+    (torch.ones(4).long(), TypeError, "got torch.int64"),
+    (torch.ones(4, device="meta"), ValueError, "on cpu, got meta"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), NOT_ANCHORS)
+def test_what_weights_and_value_give(given, kind, message):
+    for both in ((given, torch.ones(4)), (torch.ones(4), given)):
+        with pytest.raises(kind, match=f"^weights: .*{message}"):
+            gk.gradient_space_loss(X, Y, lambda anchor, both=both: both)
+    with pytest.raises(kind, match=f"^value: .*{message}"):
+        gk.gradient_space_loss(X, Y, lambda anchor: anchor[:2], value=lambda anchor: given)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(None, "NoneType"), (torch.ones(4), "Tensor"), ((torch.ones(4),) * 3, "3 of them")]
+)
+def test_weights_give_two(given, got):
+    with pytest.raises(TypeError, match=f"^weights: .*two tensors.*got {got}"):
+        gk.gradient_space_loss(X, Y, lambda anchor: given)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"weights": "con"}, TypeError, "weights: .*function, got str"),
+        ({"value": 1.0}, TypeError, "value: .*function, got float"),
+        ({"relative": True}, TypeError, "relative: .*RelativeTerms or None, got bool"),
+        ({"relative": gk.RelativeTerms("lin")}, ValueError, r"relative\.kind: .*'exponential', 'linear', got 'lin'"),
+        ({"relative": gk.RelativeTerms(alpha=0.0)}, ValueError, r"relative\.alpha: .*> 0, got 0.0"),
+        ({"relative": gk.RelativeTerms(beta="1")}, TypeError, r"relative\.beta: .*got str"),
+        ({"relative": gk.RelativeTerms(negative_threshold=-1)}, ValueError, r"relative\.negative_threshold: .*got -1"),
+    ],
+)
+def test_gradient_space_options(options, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.gradient_space_loss(X, Y, **{"weights": lambda anchor: anchor[:2], **options})
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        (None, TypeError, "got NoneType"),
+        (IDS6, ValueError, r"expected shape \[4\], got \[6\]"),
+        (IDS4[:, None], ValueError, r"got \[4, 1\]"),
+        (IDS4.int(), TypeError, "torch.int64, got torch.int32"),
+        (IDS4.float(), TypeError, "torch.float32"),
+        (IDS4.to("meta"), ValueError, "device cpu, got meta"),
+        ([0, 1, 2, 3], TypeError, "list"),
+    ],
+)
+def test_labels(labels, kind, message):
+    for call in (gk.batch_hard_loss, gk.BatchHardLoss()):
+        with pytest.raises(kind, match=f"^labels: .*{message}"):
+            call(X, labels)
+
+
+def test_batch_hard_names_its_side():
+    for x, kind in ((torch.randn(4), ValueError), (X.long(), TypeError), (None, TypeError), (X[:, :0], ValueError)):
+        with pytest.raises(kind, match=r"^x: "):
+            gk.batch_hard_loss(x, IDS4)
 
 
 D, B = torch.ones(8), torch.zeros(2, 4, 4)

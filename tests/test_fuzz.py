@@ -1,6 +1,7 @@
 """Hypothesis looks for a shape, layout, id pattern or weight on which we and the definition disagree."""
 
 import torch
+from cases import PAIRS, TRIPLETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,35 @@ def test_triplet_value_and_gradient(problem, margin):
         results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@SETTINGS
+@given(problems(), st.sampled_from(TRIPLETS), st.sampled_from(PAIRS), st.sampled_from((0.0, 0.1, 0.25)))
+def test_goal_value_and_gradient(problem, triplet, pair, threshold):
+    x, y, x_ids, y_ids = problem
+    options = {"triplet": triplet, "pair": pair, "x_ids": x_ids, "y_ids": y_ids}
+    options |= {"positive_threshold": threshold, "negative_threshold": threshold}
+    results = []
+    for module in (gk, gk.reference):
+        leaves = (x.double() / 32).requires_grad_(), (y.double() / 16).requires_grad_()  # |s| < 1, still exact
+        loss = module.goal_loss(*leaves, **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@SETTINGS
+@given(problems(), st.integers(1, 30), st.sampled_from((0.0, 0.5, 20.0)))
+def test_batch_hard_exactly(problem, count, margin):
+    x = problem[0]
+    labels = torch.randint(0, count, (x.shape[0],), generator=torch.Generator().manual_seed(x.shape[0]))
+    results = []
+    for module in (gk, gk.reference):
+        leaf = x.clone().requires_grad_()
+        loss = module.batch_hard_loss(leaf, labels, margin=margin, reduction="sum")
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
 
 
 @SETTINGS

@@ -27,6 +27,7 @@ from recall import KS, WAYS, recall
 from torch import Tensor, nn
 
 import gssf_kernels as gk
+from gssf_kernels.losses import goal
 
 DIM = 256  # channels of the shared space
 CAPTIONS = 5  # of a picture
@@ -44,8 +45,10 @@ def arguments() -> argparse.Namespace:
         choices=losses.NAMES,
         default="triplet",
         help="triplet: semi-hard negatives, then the hardest (default); triplet-hardest, -semihard, -all: "
-        "one choice throughout; infonce: the yardstick, in plain PyTorch",
+        "one choice throughout; goal: semi-hard negatives, then GOAL; infonce: the yardstick, in plain PyTorch",
     )
+    parser.add_argument("--triplet", choices=goal.TRIPLET, default="nca", help="GOAL's triplet weight (default nca)")
+    parser.add_argument("--pair", choices=goal.PAIR, default="con", help="GOAL's pair weights (default con)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="steps to train, 280 by default; same seed, same result")
     length.add_argument("--seconds", type=float, help="train this long instead (not reproducible)")
@@ -128,6 +131,7 @@ def train(model: Model, splits: dict[str, Emoji], options) -> Monitor:
     optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE)
     # The swap: the same call, once storing the scores [N, N], once (with the hardest negatives) not.
     triplet_loss = gk.reference.triplet_loss if options.naive else gk.triplet_loss
+    goal_loss = gk.reference.goal_loss if options.naive else gk.goal_loss
     monitor = Monitor(options.steps)
 
     step, progress = 0, 0.0
@@ -144,8 +148,12 @@ def train(model: Model, splits: dict[str, Emoji], options) -> Monitor:
             loss = model.info_nce(a[owner], b, owner)
         else:
             # A picture meets each of its captions as a pair; by the ids, none of them is its negative.
-            loss = triplet_loss(a[owner], b, margin=MARGIN, negatives=negatives, x_ids=owner, y_ids=owner)
-            loss = loss / len(b)  # a mean over pairs, for the log: Adam does not care
+            # A mean over pairs, for the log: Adam does not care.
+            shared = {"x_ids": owner, "y_ids": owner, "reduction": "mean"}
+            if negatives == "goal":
+                loss = goal_loss(a[owner], b, triplet=options.triplet, pair=options.pair, **shared)
+            else:
+                loss = triplet_loss(a[owner], b, margin=MARGIN, negatives=negatives, **shared)
         if not torch.isfinite(loss):
             raise SystemExit(f"step {step}: the loss is {float(loss.detach())}; training has diverged")
         optimiser.zero_grad()
@@ -184,7 +192,8 @@ def main() -> None:
     model = Model()
     counts = f"{len(splits['train'].pictures)} pictures, {len(splits['train'].captions)} captions"
     software = f"gssf_kernels {gk.__version__}, torch {torch.__version__}, {options.threads} threads"
-    print(f"{options.loss} loss, {counts}; {software}", flush=True)
+    name = f"GOAL {options.triplet}·{options.pair}" if options.loss == "goal" else options.loss
+    print(f"{name} loss, {counts}; {software}", flush=True)
     try:
         monitor = train(model, splits, options)
     except Disagreement as error:
@@ -217,7 +226,7 @@ def main() -> None:
     }
     report(results)
 
-    title = f"Emoji retrieval, {options.loss} loss, {steps} steps in {seconds:.0f} s"
+    title = f"Emoji retrieval, {name} loss, {steps} steps in {seconds:.0f} s"
     figures.gallery(options.out / "gallery.png", test, s)
     figures.curves(options.out / "curves.png", monitor.log, title)
     figures.weights(options.out / "weights.png", model.metric.diag.detach(), model.metric.blocks.detach())

@@ -7,14 +7,17 @@ with the maximum replaced by the sum over negatives (VSE0); "semihard" takes the
 scored below the positive (FaceNet, arXiv 1503.03832), or the hardest where there is none.
 """
 
+import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.similarity import StructuredSimilarity
+from gssf_kernels._library import outside_autocast
+from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.reference import Diagnostics
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
 from gssf_kernels.statistics import paired_hardest_negatives
 
 NEGATIVES = ("hardest", "all", "semihard")
-REDUCTIONS = ("sum", "mean", "none")
 _NAMES = ("x", "y", "x_ids", "y_ids")
 
 
@@ -28,7 +31,8 @@ def triplet_loss(
     y_ids: Tensor | None = None,
     reduction: str = "sum",
     metric: StructuredSimilarity | None = None,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """Triplet loss of paired embeddings, ``Σ [m + negative − positive]₊`` over rows and columns.
 
     Row i of x pairs with row i of y. Equal ids are positives too: they are never negatives. An anchor
@@ -49,6 +53,8 @@ def triplet_loss(
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is that of
             ``metric.factors(x, y)`` in place of x and y; but with "hardest" the factors live only while the
             forward runs, and nothing of N x D but x and y is held for the backward.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`. They come from the
+            statistics of the loss, but "all" and "semihard" have none to share and take a sweep for them.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf
@@ -62,27 +68,28 @@ def triplet_loss(
     """
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
-    _checks.choice(reduction, "reduction", REDUCTIONS)
-    _check_metric(metric)
+    _checks.reduction(reduction)
+    check_metric(metric)
+    _checks.flag(diagnostics, "diagnostics")
     if negatives != "hardest":
-        if metric is not None:
-            x, y = metric.factors(x, y)
-        x, y = _checks.autocast(x, y)
-        _checks.sides(x, y, *_NAMES[:2])
-        x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *_NAMES[2:])
-        return reference.triplet_loss(
-            x, y, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
-        )
+        a, b = (x, y) if metric is None else metric.factors(x, y)
+        a, b = _checks.autocast(a, b)
+        _checks.sides(a, b, *_NAMES[:2])
+        x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
+        with outside_autocast(a.device):
+            loss = reference.triplet_loss(
+                a, b, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
+            )
+        if not diagnostics:
+            return loss
+        found = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
+        return loss, diagnose(x, y, margin, *found)
     positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
     count = positive.shape[0]
     rows = reference.hinge(margin + hardest.row_score - positive)  # [N]
     cols = reference.hinge(margin + hardest.col_score[:count] - positive)  # [N]
-    return reference.reduce(rows + cols, reduction)
-
-
-def _check_metric(metric) -> None:
-    if metric is not None and not isinstance(metric, StructuredSimilarity):
-        raise TypeError(f"metric: expected a StructuredSimilarity or None, got {type(metric).__name__}")
+    loss = reference.reduce(rows + cols, reduction)
+    return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
 
 
 class TripletLoss(nn.Module):
@@ -92,7 +99,22 @@ class TripletLoss(nn.Module):
         margin, negatives, reduction: as in :func:`triplet_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's); absent, x and y are compared as they come.
+        warmup: for that many training-mode calls the loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup,
+            step = 0, 1, …; from then on ``L_hardest`` alone. For negatives="hardest" only. L_all stores the N x M
+            matrix, so warm-up does, and costs accordingly; after it nothing is left of that. (A module inside
+            torch.compile goes on paying until ``train()`` is next called, at the turn of an epoch, say.) In
+            evaluation mode the loss is that of the next step, and the step stays. It is kept in the buffer
+            ``step``, which goes with the state_dict.
+        diagnostics: return ``(loss, Diagnostics)``, in warm-up those of the hardest negatives.
+
+    Raises:
+        TypeError, ValueError: the setting that is wrong, what was expected and what came.
+
+    The hardest negatives of an untrained model are noise, and can collapse it into one point: hence the warm-up.
+    VSE∞ (arXiv 2011.04305) takes all negatives for one epoch; going over by degrees is ours.
     """
+
+    step: Tensor
 
     def __init__(
         self,
@@ -100,29 +122,72 @@ class TripletLoss(nn.Module):
         negatives: str = "hardest",
         reduction: str = "sum",
         metric: StructuredSimilarity | None = None,
+        *,
+        warmup: int = 0,
+        diagnostics: bool = False,
     ):
         super().__init__()
         self.margin = _checks.non_negative(margin, "margin")
         _checks.choice(negatives, "negatives", NEGATIVES)
-        _checks.choice(reduction, "reduction", REDUCTIONS)
-        _check_metric(metric)
+        _checks.reduction(reduction)
+        check_metric(metric)
+        _checks.whole(warmup, "warmup", 0)
+        if warmup and negatives != "hardest":
+            raise ValueError(f"warmup: expected 0 with negatives={negatives!r} (it leads to 'hardest'), got {warmup}")
+        _checks.flag(diagnostics, "diagnostics")
         self.negatives, self.reduction, self.metric = negatives, reduction, metric
+        self.warmup, self.diagnostics = warmup, diagnostics
+        if warmup:
+            self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+            self._steps_seen, self._warm = 0, False
+            self.register_load_state_dict_post_hook(_look_at_step)
 
-    def forward(self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] and y [M, D], M >= N; see :func:`triplet_loss`."""
+        result = self._loss(x, y, x_ids, y_ids, self.negatives, self.diagnostics)
+        if not self.warmup or self._warm:
+            return result
+        hardest, *rest = result if self.diagnostics else (result,)
+        share = (self.step.to(hardest.dtype) / self.warmup).clamp(max=1)
+        loss = (1 - share) * self._loss(x, y, x_ids, y_ids, "all", False) + share * hardest
+        if self.training:
+            self.step.add_(1)
+            if not torch.compiler.is_compiling():  # which would compile anew for every count it sees
+                self._steps_seen += 1
+                self._warm = self._steps_seen >= self.warmup
+        return (loss, *rest) if self.diagnostics else loss
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.warmup:
+            _look_at_step(self)
+        return self
+
+    def _loss(self, x, y, x_ids, y_ids, negatives, diagnostics):
         return triplet_loss(
             x,
             y,
             margin=self.margin,
-            negatives=self.negatives,
+            negatives=negatives,
             x_ids=x_ids,
             y_ids=y_ids,
             reduction=self.reduction,
             metric=self.metric,
+            diagnostics=diagnostics,
         )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+        shown = f"margin={self.margin}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+        return shown + (f", warmup={self.warmup}" if self.warmup else "")
+
+
+def _look_at_step(module: TripletLoss, _incompatible_keys=None) -> None:
+    """Whether warm-up is over, from the buffer. Not done at every call, where it would wait for a GPU."""
+    if not module.step.is_meta:
+        module._steps_seen = int(module.step)
+        module._warm = module._steps_seen >= module.warmup
 
 
 __all__ = ["TripletLoss", "triplet_loss"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
-from gssf_kernels.reference import HardestNegatives
+from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.pairs import pair_gradients
 
 
@@ -46,19 +46,42 @@ def hardest_negatives(
 
 def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple[Tensor, HardestNegatives]:
     """``(pair_score [N], hardest negatives)`` of ``x yᵀ`` or of ``metric``: what every triplet loss is a formula of."""
+    pair_score, *hardest = _paired(x, y, x_ids, y_ids, names, metric, None)
+    return pair_score, HardestNegatives(*hardest)
+
+
+def paired_relative_negatives(
+    x, y, x_ids, y_ids, relative: RelativeTerms, *, names, metric=None
+) -> tuple[Tensor, HardestNegatives, tuple[Tensor, Tensor]]:
+    """The same and, from the same sweep, GOAL's r⁻ of the rows [N] and of the columns [M], which carry no gradient."""
+    pair_score, *hardest, row_terms, col_terms = _paired(x, y, x_ids, y_ids, names, metric, relative)
+    return pair_score, HardestNegatives(*hardest), (row_terms, col_terms)
+
+
+def _paired(x, y, x_ids, y_ids, names, metric, relative):
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, *names[:2])
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
     x, y = distinct(x, y)
     x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:
-        pair_score, *rest = _PairedHardestNegatives.apply(x, y, x_ids, y_ids)
-    else:
-        diag, blocks = _checks.autocast(metric.diag, metric.blocks)
-        _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
-        weights = (diag, blocks, metric.permutation, metric.normalize)
-        pair_score, *rest = _StructuredHardestNegatives.apply(x, y, *weights, x_ids, y_ids)
-    return pair_score, HardestNegatives(*rest)
+        return _PairedHardestNegatives.apply(x, y, x_ids, y_ids, relative)
+    diag, blocks = _checks.autocast(metric.diag, metric.blocks)
+    _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
+    weights = (diag, blocks, metric.permutation, metric.normalize)
+    return _StructuredHardestNegatives.apply(x, y, *weights, x_ids, y_ids, relative)
+
+
+def _sweep(a, b, a_ids, b_ids, relative):
+    """What `hardest_negatives` gives, then the relative negatives if asked for."""
+    if relative is None:
+        return torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+    i = torch.arange(a.shape[0], device=a.device)
+    positive = torch.ops.gssf.pair_scores(a, b, i, i)
+    # +inf behind them, so that no pair at all has a minimum too; a tensor, so that nothing waits for its value
+    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
+    beta = None if relative.kind == "linear" else relative.beta
+    return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
 
 
 def _edges(row_index: Tensor, col_index: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,21 +93,21 @@ def _edges(row_index: Tensor, col_index: Tensor) -> tuple[Tensor, Tensor]:
 
 class _PairedHardestNegatives(torch.autograd.Function):
     @staticmethod
-    def forward(a, b, a_ids, b_ids):
-        return torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+    def forward(a, b, a_ids, b_ids, relative):
+        return _sweep(a, b, a_ids, b_ids, relative)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        a, b, _, _ = inputs
-        _, _, row_index, _, col_index = output
-        ctx.mark_non_differentiable(row_index, col_index)
+        a, b, *_ = inputs
+        _, _, row_index, _, col_index, *terms = output
+        ctx.mark_non_differentiable(row_index, col_index, *terms)
         ctx.save_for_backward(a, b, row_index, col_index)
 
     @staticmethod
-    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
+    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index, *_dterms):
         a, b, row_index, col_index = ctx.saved_tensors
         grad = torch.cat((dpair, drow, dcol))
-        return (*pair_gradients(ctx, grad, *_edges(row_index, col_index), a, b), None, None)
+        return (*pair_gradients(ctx, grad, *_edges(row_index, col_index), a, b), None, None, None)
 
 
 class _StructuredHardestNegatives(torch.autograd.Function):
@@ -94,20 +117,20 @@ class _StructuredHardestNegatives(torch.autograd.Function):
     forward runs; the C++ backward makes the result alone, Triton's and the reference's an fp32 [N, D] besides."""
 
     @staticmethod
-    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids):
+    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, relative):
         a = torch.ops.gssf.project(x, diag, blocks, permutation, normalize)
         b = torch.ops.gssf.project(y, None, None, None, True) if normalize else y
-        return torch.ops.gssf.hardest_negatives(a, b, x_ids, y_ids)
+        return _sweep(a, b, x_ids, y_ids, relative)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, diag, blocks, permutation, ctx.normalize, _, _ = inputs
-        _, _, row_index, _, col_index = output
-        ctx.mark_non_differentiable(row_index, col_index)
+        x, y, diag, blocks, permutation, ctx.normalize, *_ = inputs
+        _, _, row_index, _, col_index, *terms = output
+        ctx.mark_non_differentiable(row_index, col_index, *terms)
         ctx.save_for_backward(x, y, diag, blocks, permutation, row_index, col_index)
 
     @staticmethod
-    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index):
+    def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index, *_dterms):
         x, y, diag, blocks, permutation, row_index, col_index = ctx.saved_tensors
         grad = torch.cat((dpair, drow, dcol))
         rows, cols = _edges(row_index, col_index)
@@ -122,7 +145,7 @@ class _StructuredHardestNegatives(torch.autograd.Function):
             transposed = None if blocks is None else blocks.mT
             only = [True, False, False]
             dy, _, _ = last_derivative(op, grad, cols, rows, y, x, diag, transposed, permutation, ctx.normalize, only)
-        return dx, dy, ddiag, dblocks, None, None, None, None
+        return dx, dy, ddiag, dblocks, None, None, None, None, None
 
 
 def _reference(a, b, a_ids, b_ids):

@@ -1,0 +1,77 @@
+"""Batch-hard triplet loss of one modality: every row against its hardest positive and its hardest negative.
+
+    L_i = [m + max_{j: label_j ≠ label_i} s_ij − min_{j ≠ i: label_j = label_i} s_ij]₊,      s = x xᵀ
+
+Source: arXiv 1703.07737, there with distances, where hard positives are far and hard negatives near.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gssf_kernels import _checks, reference
+from gssf_kernels.statistics import hardest_negatives, hardest_positives, pair_scores
+
+
+def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean") -> Tensor:
+    """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
+
+    Scores are the plain products ``x xᵀ`` (normalise first). No N x N matrix is stored: negatives come from the
+    sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles within each label. On a GPU the
+    latter wait once, for the bounds of the labels.
+
+    Args:
+        x: [N, D] float.
+        labels: [N] int64; rows of equal label are positives of one another.
+        margin: m, a finite number >= 0, in units of the score.
+        reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes
+            0, and "mean" still divides by N.
+
+    Returns:
+        a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates; ties go
+        to the lowest index. Differentiable once.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, ``margin`` or ``reduction`` is out of range.
+
+    Source: arXiv 1703.07737; see this file's head.
+    """
+    margin = _checks.non_negative(margin, "margin")
+    _checks.reduction(reduction)
+    (x,) = _checks.autocast(x)
+    _checks.sides(x, x, "x", "x")
+    _checks.index(labels, "labels", x.shape[0], x.device)
+    negative = hardest_negatives(x, x, a_ids=labels, b_ids=labels).row_score
+    place = hardest_positives(x, labels)
+    positive = pair_scores(x, x, place)
+    whole = (place >= 0) & (negative != -torch.inf)
+    positive, negative = torch.where(whole, positive, 0), torch.where(whole, negative, 0)
+    terms = torch.where(whole, reference.hinge(margin + negative - positive), 0)
+    return reference.reduce(terms, reduction)
+
+
+class BatchHardLoss(nn.Module):
+    """:func:`batch_hard_loss` as a module.
+
+    Args:
+        margin, reduction: as in :func:`batch_hard_loss`.
+
+    Raises:
+        TypeError, ValueError: the setting that is wrong, what was expected and what came.
+    """
+
+    def __init__(self, margin: float = 0.2, reduction: str = "mean"):
+        super().__init__()
+        self.margin = _checks.non_negative(margin, "margin")
+        _checks.reduction(reduction)
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        """The loss of x [N, D] with labels [N]; see :func:`batch_hard_loss`."""
+        return batch_hard_loss(x, labels, margin=self.margin, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"margin={self.margin}, reduction={self.reduction!r}"
+
+
+__all__ = ["BatchHardLoss", "batch_hard_loss"]

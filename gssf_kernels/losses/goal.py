@@ -1,0 +1,304 @@
+"""GOAL: fifteen losses designed in gradient space, a triplet weight T times a pair weight P.
+
+    dL/dp_i = −T_i P⁺_i,   dL/dn_i = +T_i P⁻_i        over rows, and the same over columns;  T, P are constants
+
+    T:  con  1        nca  σ(−τ(p − n))        cir  σ(−τ(p(2 − p) − n² − ½))
+
+             P⁺                            P⁻
+    con      1                             1
+    lin      1 − p                         n
+    sig      σ(−α(p − λ))                  σ(β(n − λ))
+    lin_ms   (1 − r⁺)(1 − p)               (1 + r⁻) n
+    sig_ms   1 / (e^{α(p − λ)} + r⁺)       1 / (e^{−β(n − λ)} + r⁻)
+
+p_i = s_ii, n_i the hardest negative; r⁺, r⁻ as in :class:`~gssf_kernels.RelativeTerms`, of the distances for lin_ms.
+There is no margin and no hinge. For five combinations a loss exists whose derivative this is (sp: softplus):
+
+    con·con  n − p                              con·lin  ½[(1 − p)² + n²]
+    con·sig  sp(−α(p − λ))/α + sp(β(n − λ))/β      nca·con  sp(−τ(p − n))/τ
+    cir·lin  sp(τ[(1 − p)² + n² − ½]) / (2τ)
+
+Source: GOAL, arXiv 2210.13188, and its authors' public code (microsoft/VSE_Gradient), whose backward drops what comes
+from above (wrong with loss scaling, loss weights and accumulation); here it is multiplied in. Losses of the five
+combinations, ids, extra rows of y and metrics are ours.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gssf_kernels import _checks, reference
+from gssf_kernels.losses.gradient_space import gradient_space_loss
+from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
+
+
+class _Constants(NamedTuple):
+    tau: float
+    alpha: float
+    beta: float
+    lam: float
+
+
+# Each takes AnchorStatistics and _Constants.
+TRIPLET: dict[str, Callable[..., Tensor]] = {
+    "con": lambda s, c: torch.ones_like(s.positive),
+    "nca": lambda s, c: torch.sigmoid(-c.tau * (s.positive - s.negative)),
+    "cir": lambda s, c: torch.sigmoid(-c.tau * (s.positive * (2 - s.positive) - s.negative.square() - 0.5)),
+}
+PAIR: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # (P⁺, P⁻)
+    "con": lambda s, c: (torch.ones_like(s.positive), torch.ones_like(s.negative)),
+    "lin": lambda s, c: (1 - s.positive, s.negative),
+    "sig": lambda s, c: (
+        torch.sigmoid(-c.alpha * (s.positive - c.lam)),
+        torch.sigmoid(c.beta * (s.negative - c.lam)),
+    ),
+    "lin_ms": lambda s, c: (
+        (1 - s.relative_positive) * (1 - s.positive),
+        (1 + s.relative_negative) * s.negative,
+    ),
+    "sig_ms": lambda s, c: (
+        1 / (torch.exp(c.alpha * (s.positive - c.lam)) + s.relative_positive),
+        1 / (torch.exp(-c.beta * (s.negative - c.lam)) + s.relative_negative),
+    ),
+}
+# con·con is n − p, which is what a loss without one of these is reported as
+LOSS: dict[tuple[str, str], Callable[..., Tensor]] = {
+    ("con", "lin"): lambda s, c: ((1 - s.positive).square() + s.negative.square()) / 2,
+    ("con", "sig"): lambda s, c: (
+        _softplus(-c.alpha * (s.positive - c.lam)) / c.alpha + _softplus(c.beta * (s.negative - c.lam)) / c.beta
+    ),
+    ("nca", "con"): lambda s, c: _softplus(-c.tau * (s.positive - s.negative)) / c.tau,
+    ("cir", "lin"): lambda s, c: (
+        _softplus(c.tau * ((1 - s.positive).square() + s.negative.square() - 0.5)) / (2 * c.tau)
+    ),
+}
+RELATIVE = {"lin_ms": "linear", "sig_ms": "exponential"}
+
+
+def _softplus(t: Tensor) -> Tensor:
+    return -F.logsigmoid(-t)  # to the last bit, where F.softplus drops its tail beyond 20
+
+
+def goal_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    triplet: str = "nca",
+    pair: str = "con",
+    tau: float = 1.0,
+    alpha: float = 2.0,
+    beta: float = 10.0,
+    lam: float = 0.5,
+    positive_threshold: float = 0.1,
+    negative_threshold: float = 0.1,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    reduction: str = "sum",
+    metric: StructuredSimilarity | None = None,
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
+    """GOAL: the gradient is ``Σ −T P⁺ dp + T P⁻ dn`` over rows and columns, with the weights this file's head lists.
+
+    For con·con, con·lin, con·sig, nca·con and cir·lin the value is the loss that has this derivative. For the other
+    ten there is none, and the value is ``Σ (n − p)``: a monitor that falls as training succeeds, not the
+    objective, so its finite differences are not the gradient.
+
+    Pairs, ids, extra rows of y, ``reduction`` and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`, and the
+    N x M matrix is as little stored. An anchor without any valid negative has value 0 and no gradient.
+
+    Args:
+        x: [N, D] float, anchors; rows L2-normalised, or a metric that does it: thresholds, λ and the form of the
+            weights mean cosines. P⁻ of sig_ms grows to e^{β(n − λ)}, 148 at n = 1, and overflows fp32 to infinity
+            where β(n − λ) > 88.
+        y: [M, D] of x's dtype and device, M >= N.
+        triplet: T, one of "con", "nca", "cir".
+        pair: P, one of "con", "lin", "sig", "lin_ms", "sig_ms".
+        tau: τ > 0, sharpness of nca and cir.
+        alpha, beta: α, β > 0, sharpness of sig and sig_ms at positives and at negatives.
+        lam: λ, the score that sig and sig_ms turn at.
+        positive_threshold: >= 0, how far above n_i another pair's positive still counts into r⁺_i.
+        negative_threshold: >= 0, how far below the least positive a negative still counts into r⁻_i.
+        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        y_ids: [M] int64.
+        reduction: "sum" as the authors have it, "mean" (the sum over N) or "none" ([N]: row term i + column term i).
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
+        diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.
+
+    Returns:
+        a scalar, or [N] for "none"; statistics, weights and value in fp32 (fp64 for fp64). N = 0 gives a
+        differentiable 0. NaN propagates. Differentiable once.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, mode or number is out of range.
+
+    Source: GOAL, arXiv 2210.13188; see this file's head.
+    """
+    constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+    loss = LOSS.get((triplet, pair))
+    return gradient_space_loss(
+        x,
+        y,
+        lambda anchor: _weights(anchor, triplet, pair, constants),
+        value=None if loss is None else lambda anchor: loss(anchor, constants),
+        relative=relative,
+        x_ids=x_ids,
+        y_ids=y_ids,
+        reduction=reduction,
+        metric=metric,
+        diagnostics=diagnostics,
+    )
+
+
+def goal_weights(
+    scores: Tensor,
+    *,
+    triplet: str = "nca",
+    pair: str = "con",
+    tau: float = 1.0,
+    alpha: float = 2.0,
+    beta: float = 10.0,
+    lam: float = 0.5,
+    positive_threshold: float = 0.1,
+    negative_threshold: float = 0.1,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+) -> Tensor:
+    """``G = dL/ds`` of GOAL for scores that are no product of embeddings (cross-attention, say).
+
+        scores = model(images, captions)                             # [N, M], any way
+        scores.backward(gk.goal_weights(scores).to_dense())
+        (scores * gk.goal_weights(scores).to_dense()).sum().backward()       # the same
+
+    Args:
+        scores: [N, M] float, M >= N; the diagonal are the pairs, columns past N extra negatives.
+        triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold: as in :func:`goal_loss`.
+        x_ids: [N] int64, of the rows. Ids of one side alone serve both when N = M.
+        y_ids: [M] int64, of the columns.
+
+    Returns:
+        a sparse COO tensor [N, M] of the scores' dtype, coalesced, of at most 3 N entries, without gradient:
+        ``G_ii = −T_i P⁺_i − T'_i P'⁺_i``, and ``+T_i P⁻_i``, ``+T'_j P'⁻_j`` at the hardest negatives of row i and
+        column j < N. Entries of anchors without a negative are absent. Plain PyTorch; weights in fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, mode or number is out of range.
+
+    Source: GOAL, arXiv 2210.13188; see this file's head.
+    """
+    constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+    _checks.score_matrix(scores, "scores")
+    x_ids, y_ids = _checks.ids(x_ids, y_ids, scores, scores.mT, "x_ids", "y_ids")
+    s = reference.accumulate(scores.detach())
+    masked = s.masked_fill(reference.positives(s, s.mT, x_ids, y_ids), -torch.inf)
+    count = s.shape[0]
+    i = torch.arange(count, device=s.device)
+    places, entries = [], []
+    for side, turned in ((masked, False), (masked[:, :count].mT, True)):
+        anchor, hardest = reference.anchor_statistics(s.diagonal(), side, relative)
+        positive_weight, negative_weight = _weights(anchor, triplet, pair, constants)
+        found = hardest >= 0
+        at = torch.stack((i, hardest))[:, found]
+        places += [torch.stack((i, i))[:, found], at.flip(0) if turned else at]
+        entries += [-positive_weight[found], negative_weight[found]]
+    g = torch.sparse_coo_tensor(torch.cat(places, 1), torch.cat(entries), s.shape, check_invariants=False)
+    return g.coalesce().to(scores.dtype)
+
+
+def _weights(anchor: AnchorStatistics, triplet: str, pair: str, constants: _Constants) -> tuple[Tensor, Tensor]:
+    weight = TRIPLET[triplet](anchor, constants)
+    positive_weight, negative_weight = PAIR[pair](anchor, constants)
+    return weight * positive_weight, weight * negative_weight
+
+
+def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold):
+    """(constants, relative terms), every argument checked."""
+    _checks.choice(triplet, "triplet", tuple(TRIPLET))
+    _checks.choice(pair, "pair", tuple(PAIR))
+    constants = _Constants(
+        _checks.positive(tau, "tau"),
+        _checks.positive(alpha, "alpha"),
+        _checks.positive(beta, "beta"),
+        _checks.finite(lam, "lam"),
+    )
+    thresholds = (
+        _checks.non_negative(positive_threshold, "positive_threshold"),
+        _checks.non_negative(negative_threshold, "negative_threshold"),
+    )
+    kind = RELATIVE.get(pair)
+    return constants, None if kind is None else RelativeTerms(kind, constants.alpha, constants.beta, *thresholds)
+
+
+class GoalLoss(nn.Module):
+    """:func:`goal_loss` as a module; with ``metric``, on its structured similarity.
+
+    Args:
+        triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold, reduction, diagnostics: as in
+            :func:`goal_loss`.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
+            module's); absent, x and y are compared as they come.
+
+    Raises:
+        TypeError, ValueError: the setting that is wrong, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        triplet: str = "nca",
+        pair: str = "con",
+        *,
+        tau: float = 1.0,
+        alpha: float = 2.0,
+        beta: float = 10.0,
+        lam: float = 0.5,
+        positive_threshold: float = 0.1,
+        negative_threshold: float = 0.1,
+        reduction: str = "sum",
+        metric: StructuredSimilarity | None = None,
+        diagnostics: bool = False,
+    ):
+        super().__init__()
+        _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+        _checks.reduction(reduction)
+        check_metric(metric)
+        _checks.flag(diagnostics, "diagnostics")
+        self.triplet, self.pair, self.reduction = triplet, pair, reduction
+        self.tau, self.alpha, self.beta, self.lam = tau, alpha, beta, lam
+        self.positive_threshold, self.negative_threshold = positive_threshold, negative_threshold
+        self.metric, self.diagnostics = metric, diagnostics
+
+    def forward(
+        self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
+        """The loss of x [N, D] and y [M, D], M >= N; see :func:`goal_loss`."""
+        return goal_loss(
+            x,
+            y,
+            triplet=self.triplet,
+            pair=self.pair,
+            tau=self.tau,
+            alpha=self.alpha,
+            beta=self.beta,
+            lam=self.lam,
+            positive_threshold=self.positive_threshold,
+            negative_threshold=self.negative_threshold,
+            x_ids=x_ids,
+            y_ids=y_ids,
+            reduction=self.reduction,
+            metric=self.metric,
+            diagnostics=self.diagnostics,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"triplet={self.triplet!r}, pair={self.pair!r}, tau={self.tau}, alpha={self.alpha}, beta={self.beta}, "
+            f"lam={self.lam}, reduction={self.reduction!r}"
+        )
+
+
+__all__ = ["GoalLoss", "goal_loss", "goal_weights"]

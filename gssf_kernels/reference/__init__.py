@@ -1,0 +1,52 @@
+"""The definitions: plain PyTorch that stores the whole similarity matrix.
+
+Every public function has a twin of the same name and arguments here. It is differentiated by
+PyTorch itself, runs on any device and dtype, and is what tests and fallbacks compare with. Read it
+as the formula; use it for small problems only, since it takes several matrices of N x M.
+"""
+
+from gssf_kernels.reference.goal import (
+    AnchorStatistics,
+    RelativeTerms,
+    anchor_statistics,
+    goal_loss,
+    goal_weights,
+    gradient_space_loss,
+)
+from gssf_kernels.reference.statistics import (
+    EPS,
+    HardestNegatives,
+    accumulate,
+    hardest_negatives,
+    pair_scores,
+    positives,
+    project,
+    relative_negatives,
+    scores,
+    similarity,
+)
+from gssf_kernels.reference.triplet import Diagnostics, batch_hard_loss, hinge, reduce, triplet_loss
+
+__all__ = [
+    "EPS",
+    "AnchorStatistics",
+    "Diagnostics",
+    "HardestNegatives",
+    "RelativeTerms",
+    "accumulate",
+    "anchor_statistics",
+    "batch_hard_loss",
+    "goal_loss",
+    "goal_weights",
+    "gradient_space_loss",
+    "hardest_negatives",
+    "hinge",
+    "pair_scores",
+    "positives",
+    "project",
+    "reduce",
+    "relative_negatives",
+    "scores",
+    "similarity",
+    "triplet_loss",
+]

@@ -1,0 +1,187 @@
+"""Losses designed by their gradient (GOAL, arXiv 2210.13188), defined on the stored matrix."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gssf_kernels.reference.statistics import accumulate, best, mean_distance, positives, scores
+from gssf_kernels.reference.triplet import diagnose, factors, reduce
+
+
+class AnchorStatistics(NamedTuple):
+    """What a weight function sees of one direction's N anchors: detached tensors [N]."""
+
+    positive: Tensor  # p_i = s_ii
+    negative: Tensor  # n_i, the hardest negative; -inf where there is none
+    relative_positive: Tensor | None = None  # r⁺_i, where asked for
+    relative_negative: Tensor | None = None  # r⁻_i, where asked for
+
+
+class RelativeTerms(NamedTuple):
+    """Which relative terms are wanted: how an anchor stands to the other positives and to its close negatives.
+
+        r⁺_i = mean over {k ≠ i : p_k <= n_i + positive_threshold} of e^{α (p_i − p_k)}
+        r⁻_i = mean over {j ∉ pos(i), j ≠ a_i : s_ij >= min_k p_k − negative_threshold} of e^{−β (n_i − s_ij)}
+
+    "linear" takes the distances ``p_i − p_k`` and ``n_i − s_ij`` themselves, and leaves exact ties, whose distance
+    is 0, out of the mean. The mean of an empty set is 0. (a_i: the place of the hardest negative.)
+    """
+
+    kind: str = "exponential"  # or "linear", which has no use for alpha and beta
+    alpha: float = 2.0
+    beta: float = 10.0
+    positive_threshold: float = 0.1
+    negative_threshold: float = 0.1
+
+
+def gradient_space_loss(
+    x: Tensor,
+    y: Tensor,
+    weights: Callable,
+    *,
+    value: Callable | None = None,
+    relative: RelativeTerms | None = None,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    reduction: str = "sum",
+    metric=None,
+    diagnostics: bool = False,
+):
+    """A loss given by the weights of its gradient; see :func:`gssf_kernels.gradient_space_loss`."""
+    a, b = factors(x, y, metric)
+    s, same = scores(a, b), positives(a, b, x_ids, y_ids)
+    loss = reduce(_designed(s, same, weights, value, relative), reduction)
+    return (loss, diagnose(x, y, s, same, 0.0)) if diagnostics else loss
+
+
+def _designed(s: Tensor, same: Tensor, weights: Callable, value: Callable | None, relative) -> Tensor:
+    """``s [N, M]`` -> [N], row term i + column term i."""
+    count, positive = s.shape[0], s.diagonal()
+    masked = s.masked_fill(same, -torch.inf)
+    per_pair = positive * 0
+    for side in (masked, masked[:, :count].mT):  # the anchors' scores: [N, M], [N, N]
+        negative, _ = best(side, 1)
+        anchor, _ = anchor_statistics(positive.detach(), side.detach(), relative)
+        positive_weight, negative_weight = (w.detach() for w in weights(anchor))
+        monitor = anchor.negative - anchor.positive
+        term = (monitor if value is None else value(anchor)).detach()
+        found = negative != -torch.inf
+        drawn = (positive_weight, negative_weight, term, negative)
+        positive_weight, negative_weight, term, n = (torch.where(found, t, 0) for t in drawn)
+        surrogate = negative_weight * n - positive_weight * positive  # for its derivative; its value is of no interest
+        per_pair = per_pair + term + (surrogate - surrogate.detach())
+    return per_pair
+
+
+def anchor_statistics(positive: Tensor, side: Tensor, relative) -> tuple[AnchorStatistics, Tensor]:
+    """``positive [N]``, ``side [N, K]`` with -inf at positives -> the N anchors' statistics, and where n is [N]."""
+    negative, place = best(side, 1)
+    if relative is None:
+        return AnchorStatistics(positive, negative), place
+    linear, count = relative.kind == "linear", positive.shape[0]
+    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
+    distance = positive[:, None] - positive[None, :]  # [N, N]
+    close = ~(positive[None, :] > (negative + relative.positive_threshold)[:, None])  # NaN is close to everything
+    close = close & ~torch.eye(count, dtype=torch.bool, device=positive.device)
+    if linear:
+        close = close & (distance != 0)  # the authors' divisor leaves out exact ties, whose term is 0
+    terms = torch.where(close, distance if linear else torch.exp(relative.alpha * distance), 0)
+    relative_positive = terms.sum(1) / close.sum(1).clamp_min(1)
+    relative_negative = mean_distance(side, threshold, None if linear else relative.beta)
+    return AnchorStatistics(positive, negative, relative_positive, relative_negative), place
+
+
+def goal_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    triplet: str = "nca",
+    pair: str = "con",
+    tau: float = 1.0,
+    alpha: float = 2.0,
+    beta: float = 10.0,
+    lam: float = 0.5,
+    positive_threshold: float = 0.1,
+    negative_threshold: float = 0.1,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    reduction: str = "sum",
+    metric=None,
+    diagnostics: bool = False,
+):
+    """GOAL's fifteen losses; see :func:`gssf_kernels.goal_loss`."""
+    mode = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+    return gradient_space_loss(
+        x, y, **mode, x_ids=x_ids, y_ids=y_ids, reduction=reduction, metric=metric, diagnostics=diagnostics
+    )
+
+
+def goal_weights(
+    scores: Tensor,
+    *,
+    triplet: str = "nca",
+    pair: str = "con",
+    tau: float = 1.0,
+    alpha: float = 2.0,
+    beta: float = 10.0,
+    lam: float = 0.5,
+    positive_threshold: float = 0.1,
+    negative_threshold: float = 0.1,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+) -> Tensor:
+    """``G = dL/ds [N, M]``, sparse; see :func:`gssf_kernels.goal_weights`."""
+    mode = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+    s = accumulate(scores.detach()).requires_grad_()
+    with torch.enable_grad():
+        loss = _designed(s, positives(s, s.mT, x_ids, y_ids), **mode).sum()
+    return torch.autograd.grad(loss, s)[0].to(scores.dtype).to_sparse()
+
+
+def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold) -> dict:
+    """The weights, the value and the relative terms of one of the fifteen."""
+
+    def softplus(t):
+        return -F.logsigmoid(-t)  # to the last bit, where F.softplus drops its tail beyond 20
+
+    def weights(anchor):
+        p, n, close_p, close_n = anchor
+        if triplet == "con":
+            weight = torch.ones_like(p)
+        elif triplet == "nca":
+            weight = torch.sigmoid(-tau * (p - n))
+        else:
+            weight = torch.sigmoid(-tau * (p * (2 - p) - n.square() - 0.5))
+        if pair == "con":
+            pull, push = torch.ones_like(p), torch.ones_like(n)
+        elif pair == "lin":
+            pull, push = 1 - p, n
+        elif pair == "sig":
+            pull, push = torch.sigmoid(-alpha * (p - lam)), torch.sigmoid(beta * (n - lam))
+        elif pair == "lin_ms":
+            pull, push = (1 - close_p) * (1 - p), (1 + close_n) * n
+        else:
+            pull = 1 / (torch.exp(alpha * (p - lam)) + close_p)
+            push = 1 / (torch.exp(-beta * (n - lam)) + close_n)
+        return weight * pull, weight * push
+
+    def value(anchor):
+        p, n = anchor.positive, anchor.negative
+        match triplet, pair:
+            case "con", "lin":
+                return ((1 - p).square() + n.square()) / 2
+            case "con", "sig":
+                return softplus(-alpha * (p - lam)) / alpha + softplus(beta * (n - lam)) / beta
+            case "nca", "con":
+                return softplus(-tau * (p - n)) / tau
+            case "cir", "lin":
+                return softplus(tau * ((1 - p).square() + n.square() - 0.5)) / (2 * tau)
+            case _:
+                return n - p
+
+    kind = {"lin_ms": "linear", "sig_ms": "exponential"}.get(pair)
+    relative = kind and RelativeTerms(kind, alpha, beta, positive_threshold, negative_threshold)
+    return {"weights": weights, "value": value, "relative": relative}

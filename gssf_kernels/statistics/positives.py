@@ -1,0 +1,56 @@
+"""Hardest positives of every row by label, ``argmin_{j ≠ i, label_j = label_i} x_i · x_j``, without the N x N matrix.
+
+Rows are sorted by label; then only blocks on the diagonal hold positives, and each is compared in tiles of bounded
+size. Products are taken in fp64 and rounded to the scores' dtype, so that the winner hangs on neither tile, thread
+count nor matmul precision. Plain PyTorch on every device; on a GPU it waits once, for the bounds of the labels.
+
+Source of the statistic: batch-hard, arXiv 1703.07737.
+"""
+
+import torch
+from torch import Tensor
+
+from gssf_kernels._library import accumulation_dtype, compose
+
+_ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
+
+
+def hardest_positives(x: Tensor, labels: Tensor) -> Tensor:
+    """``x [N, D]``, ``labels [N]`` int64 -> [N] int64, the lowest index on ties, the first NaN if there is one.
+
+    -1 where no other row has the label, or none of them scores below +inf.
+    Time: one product of each row with those of its label. Memory: O(N) and a tile.
+    """
+    return torch.ops.gssf.hardest_positives(x.detach(), labels)
+
+
+def _hardest_positives(x, labels):
+    count, dtype = x.shape[0], accumulation_dtype(x.dtype)
+    label, order = labels.sort(stable=True)  # stable: within a label, the lowest index comes first
+    heads = torch.arange(0, count, _ROWS, device=x.device)
+    tails = (heads + _ROWS).clamp_max(count) - 1
+    firsts = torch.searchsorted(label, label[heads]).tolist()
+    ends = torch.searchsorted(label, label[tails], right=True).tolist()
+    index = torch.full_like(order, -1)
+    for i0, first, end in zip(range(0, count, _ROWS), firsts, ends, strict=True):
+        rows = slice(i0, i0 + _ROWS)
+        wide = x[order[rows]].double()  # [R, D]
+        best = wide.new_full((wide.shape[0],), torch.inf, dtype=dtype)
+        place = torch.full_like(order[rows], -1)
+        for j0 in range(first, end, _COLS):
+            cols = slice(j0, min(j0 + _COLS, end))
+            s = (wide @ x[order[cols]].double().mT).to(dtype)  # [R, C]
+            s.masked_fill_(label[rows, None] != label[None, cols], torch.inf)
+            s.diagonal(i0 - j0).fill_(torch.inf)  # a row and itself, where the tile holds them
+            least, at = s.min(1)
+            wins = (least < best) | (least.isnan() & ~best.isnan())  # later tiles win no tie; the first NaN stays
+            best, place = torch.where(wins, least, best), torch.where(wins, order[cols][at], place)
+        index[order[rows]] = place
+    return index
+
+
+def _fake(x, labels):
+    return torch.empty_like(labels)
+
+
+compose("hardest_positives(Tensor x, Tensor labels) -> Tensor", implementation=_hardest_positives, fake=_fake)
