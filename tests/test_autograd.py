@@ -229,6 +229,21 @@ def test_autocast_reaches_metric_weights_and_pairs():
     assert criterion.metric.diag.grad.dtype == x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_inputs_of_goal_and_batch_hard_once(dtype):
+    """Whatever runs below: scores are sums in fp32, and are not rounded to the region's dtype again."""
+    x, y = (F.normalize(torch.randn(n, 32), dim=1) for n in (40, 50))
+    rounded, labels = [t.to(dtype).double() for t in (x, y)], torch.arange(40) // 3
+    with torch.autocast("cpu", dtype):
+        losses = [gk.goal_loss(x, y, pair=pair, diagnostics=True) for pair in ("sig", "sig_ms", "lin_ms")]
+        hard = gk.batch_hard_loss(x, labels)
+    for (loss, found), pair in zip(losses, ("sig", "sig_ms", "lin_ms"), strict=True):
+        expected, _ = gk.reference.goal_loss(*rounded, pair=pair, diagnostics=True)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        assert {t.dtype for t in (loss, *found)} == {torch.float32}
+    torch.testing.assert_close(hard.double(), gk.reference.batch_hard_loss(rounded[0], labels), rtol=1e-5, atol=0)
+
+
 def test_autocast_leaves_fp64_alone():
     x = torch.randn(5, 8, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

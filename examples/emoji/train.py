@@ -57,6 +57,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default 0)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--no-cost", action="store_true", help="leave out the closing measurement of time and memory")
     parser.add_argument("--naive", action="store_true", help="train with the loss that stores the scores instead")
     parser.add_argument(
         "--out",
@@ -170,7 +171,8 @@ def report(results: dict) -> None:
     print(f"  {'':20}" + "".join(f"{f'R@{k}':>8}" for k in KS))
     for way in WAYS:
         print(f"  {way.replace('_', ' '):20}" + "".join(f"{test[f'{way}_r{k}']:8.1f}" for k in KS))
-    print("\nHardest-negative triplet loss, forward and backward (median of interleaved runs; extra memory)")
+    if results["cost"]:
+        print("\nHardest-negative triplet loss, forward and backward (median of interleaved runs; extra memory)")
     for pairs, table in results["cost"].items():
         for name, row in table.items():
             memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:9.1f} MiB"
@@ -205,7 +207,8 @@ def main() -> None:
     s = a @ b.T
     cost = {}
     a_train, b_train = model.embed(splits["train"])
-    for pairs, rounds in ((min(options.batch * CAPTIONS, len(b_train)), 20), (LARGE, 7)):
+    sizes = () if options.no_cost else ((min(options.batch * CAPTIONS, len(b_train)), 20), (LARGE, 7))
+    for pairs, rounds in sizes:
         owner = splits["train"].owner[:pairs]
         cost[str(pairs)] = compare(a_train[owner], b_train[:pairs], owner, rounds)
     results = {
