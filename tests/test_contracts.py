@@ -289,7 +289,7 @@ _PEAK = """
 import resource, sys, torch, gssf_kernels as gk
 torch.set_num_threads(2)
 n = int(sys.argv[1])
-loss = {"triplet": gk.triplet_loss, "goal": lambda x, y: gk.goal_loss(x, y, pair="sig")}[sys.argv[2]]
+loss = {"triplet": gk.triplet_loss, "goal": lambda x, y: gk.goal_loss(x, y, pair="sig_ms")}[sys.argv[2]]
 x, y = torch.randn(n, 64, requires_grad=True), torch.randn(n, 64, requires_grad=True)
 loss(x[:64], y[:64]).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

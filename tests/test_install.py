@@ -20,6 +20,7 @@ OPS = {
     "project_backward",
     "pairs_project_backward",
     "hardest_negatives",
+    "relative_negatives",
     "pair_scores",
     "pair_scores_backward",
 }
