@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch
 
-from bench import compare, peers, plots, report, results, suites
+from bench import compare, peers, plots, report, results, suites, versus
 from bench.measure import CEILING, Case
 from bench.ops import OPS
 from bench.runner import Entry, Plan, Run
@@ -91,10 +91,13 @@ def own_variant(text: str) -> tuple[str, str]:
     return name, target
 
 
+def command_line() -> str:
+    return shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+
+
 def measured(arguments: argparse.Namespace, entries: list[Entry], out: Path) -> int:
-    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends a run as gently
-    book = Run(Plan(entries, command, dict(getattr(arguments, "own", {}))), out)()
+    book = Run(Plan(entries, command_line(), dict(getattr(arguments, "own", {}))), out)()
     print(report.summary(book))
     print()
     print(report.details(book))
@@ -148,6 +151,21 @@ def make_comparison(parser: Parser, arguments: argparse.Namespace) -> int:
     return 0 if agree else 1
 
 
+def make_versus(parser: Parser, arguments: argparse.Namespace) -> int:
+    device = chosen(parser, "--device", arguments.device, devices())
+    chosen(parser, "--dtype", arguments.dtype, DTYPES)
+    n, d = (whole_numbers(parser, *given)[0] for given in (("--size", arguments.size), ("--dim", arguments.dim)))
+    names = arguments.ops.split(",")
+    for name in names:
+        chosen(parser, "--ops", name, OPS)
+        chosen(parser, "--way", arguments.way, OPS[name].variants)
+    if d % min(32, d):
+        parser.error(f"--dim: expected a multiple of 32, got {d}")
+    cases = [Case(name, n, d, min(32, d), arguments.dtype, device) for name in names]
+    print(versus.table(cases, arguments.way, arguments.seconds, command_line()))
+    return 0
+
+
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=raw)
@@ -177,6 +195,16 @@ def main() -> int:
     command.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     command.add_argument("--out", type=Path, help="default bench/results/<device>-<suite>.json")
     command.set_defaults(act=suite)
+
+    command = commands.add_parser("versus", help="different ops side by side")
+    command.add_argument("--ops", required=True, help="commas between; ratios are to the first")
+    command.add_argument("--size", default="1024", help="N; default 1024")
+    command.add_argument("--dim", default="512", help="D; default 512")
+    command.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)}")
+    command.add_argument("--device", default=devices()[-1], help="cpu or cuda")
+    command.add_argument("--way", default="ours", help="ours, naive or compile")
+    command.add_argument("--seconds", type=float, default=8.0, help="to spend on turns; default 8")
+    command.set_defaults(act=make_versus)
 
     command = commands.add_parser("report", help="a page and plots from a result file")
     command.add_argument("file", type=Path)

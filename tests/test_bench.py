@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import __main__ as command_line  # noqa: E402
-from bench import ceilings, compare, measure, plots, report, results  # noqa: E402
+from bench import ceilings, compare, measure, plots, report, results, versus  # noqa: E402
 from bench.measure import Case  # noqa: E402
 from bench.ops import OPS  # noqa: E402
 from bench.problem import Problem, Shape  # noqa: E402
@@ -298,3 +298,19 @@ def test_cuda_without_a_card_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command_line.main()
     assert "PyTorch sees no CUDA device here" in capsys.readouterr().err
+
+
+def test_versus_holds_each_op_to_its_own_truth(monkeypatch):
+    cases = [Case(op, 60, 32, 16, "float32", "cpu") for op in ("goal_nca_con", "goal_con_lin_ms")]
+    text = versus.table(cases, "ours", 0.0, "test")
+    assert "3 turns" in text
+    assert "| `goal_nca_con` |" in text
+    assert "1.00× (1.00–1.00)" in text
+
+    def off(problem):
+        return OPS["goal_con_lin_ms"].variants["naive"]()(problem) * 1.01
+
+    planted = {**OPS["goal_con_lin_ms"].variants, "ours": lambda: off}
+    monkeypatch.setitem(OPS, "goal_con_lin_ms", OPS["goal_con_lin_ms"]._replace(variants=planted))
+    with pytest.raises(results.ResultError, match=r"goal_con_lin_ms .* relative error 1\.0e-02"):
+        versus.table(cases, "ours", 0.0, "test")

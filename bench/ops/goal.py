@@ -1,6 +1,7 @@
 """GOAL, all fifteen gradients, on a structured similarity: one op each, ``goal_<triplet>_<pair>``."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,7 @@ def naive(triplet_mode: str, pair_mode: str):
 
 
 def op(triplet_mode: str, pair_mode: str) -> Op:
-    modes = {"triplet": triplet_mode, "pair": pair_mode}
+    modes: dict[str, Any] = {"triplet": triplet_mode, "pair": pair_mode}
 
     def ours():
         loss = getattr(gk, "goal_loss", None)
