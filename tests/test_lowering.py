@@ -23,6 +23,7 @@ from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
 from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
 from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
+from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -99,28 +100,47 @@ def matrix_instruction(arch, tile, dtype, precision):
     return "wgmma.mma_async" if arch == 90 and tile.BN >= 64 else "mma.sync"
 
 
-@pytest.mark.parametrize(
-    ("size", "ids"),
-    [("small", True), ("narrow", True), ("wide", True), ("wide", False)],
-    ids=["small", "narrow", "wide", "wide without ids"],
-)
-@every_product
-def test_hardest_negatives(compiled, dtype, precision, size, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+def check_sweep(compiled, launcher, arguments, kernels, tmp_path, dtype, size, ids, precision):
+    """Compile a launcher that sweeps, at the table's line for size, and check its kernels and main loop."""
     N, D = {"small": (128, 256), "narrow": (1040, 256), "wide": (1040, 1024)}[size]
     x = torch.zeros(N, D, dtype=dtype)
     labels = torch.zeros(N, dtype=torch.int64) if ids else None
-    kernels = compiled(hardest_negatives, x, x, labels, labels)
-    check(kernels, compiled.arch, {"sweep_kernel", "merge_kernel"}, tmp_path)
-    tile = tiles.SWEEP[compiled.arch, tiles.kind(dtype), size]
-    ptx = dict(kernels)["sweep_kernel"].asm["ptx"]
+    found = compiled(launcher, x, x, labels, labels, *arguments)
+    check(found, compiled.arch, kernels, tmp_path)
+    line = "sums" if launcher is relative_negatives and size != "small" else size
+    tile = tiles.SWEEP[compiled.arch, tiles.kind(dtype), line]
+    ptx = dict(found)["sweep_kernel"].asm["ptx"]
     assert matrix_instruction(compiled.arch, tile, dtype, precision) in ptx
     assert ("cp.async.bulk.tensor" if tile.tma else "cp.async") in ptx
     assert not re.search(r"\b(atom|red)\.", ptx)
 
 
+every_size = pytest.mark.parametrize(
+    ("size", "ids"),
+    [("small", True), ("narrow", True), ("wide", True), ("wide", False)],
+    ids=["small", "narrow", "wide", "wide without ids"],
+)
+
+
+@every_size
+@every_product
+def test_hardest_negatives(compiled, dtype, precision, size, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    kernels = {"sweep_kernel", "merge_kernel"}
+    check_sweep(compiled, hardest_negatives, (), kernels, tmp_path, dtype, size, ids, precision)
+
+
+@every_size
+@every_product
+@pytest.mark.parametrize("beta", [None, 10.0], ids=["distances", "powers"])
+def test_relative_negatives(compiled, beta, dtype, precision, size, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    kernels, arguments = {"sweep_kernel", "merge_kernel", "terms_kernel"}, (torch.tensor(0.1), beta)
+    check_sweep(compiled, relative_negatives, arguments, kernels, tmp_path, dtype, size, ids, precision)
+
+
 def test_every_line_of_the_sweep_table_is_compiled():
-    sizes, kinds = {"small", "narrow", "wide"}, {"half", "tf32", "ieee"}
+    sizes, kinds = {"small", "narrow", "wide", "sums"}, {"half", "tf32", "ieee"}
     assert set(tiles.SWEEP) == {(arch, kind, size) for arch in SHARED_KIB for kind in kinds for size in sizes}
     assert set(tiles.PROJECT) == kinds
 

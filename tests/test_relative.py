@@ -106,6 +106,8 @@ SHAPES = [(1, 1, 3), (1, 2, 3), (2, 2, 5), (2, 3, 4), (3, 130, 8), (17, 31, 9), 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value(shape, dtype, beta):
     a, b = unit(*shape, dtype)
+    if beta == 1000.0:  # scores that are exact in fp32: it would magnify their rounding past that of all else
+        a, b = (a * 64).round() / 64, (b * 64).round() / 64
     for quantile in (0.0, 0.6):
         check(a, b, gap(a, b, quantile), beta)
     check(a, b, -10.0, beta)  # below all scores

@@ -12,6 +12,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from test_relative import gap
+from test_relative import plain as plain_relative
+from test_relative import truth as true_relative
 
 triton = pytest.importorskip("triton")
 
@@ -19,6 +22,7 @@ from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
 from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
 from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
+from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -28,11 +32,13 @@ INF, NAN = float("inf"), float("nan")
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 16 and slabs of two row blocks."""
+    """Tiles of 16, slabs of two row blocks, merges of few parts."""
     torch.manual_seed(0)
     monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 32, 16, 4, 2))
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
+    monkeypatch.setattr(tiles, "MERGE_PARTS", 4)
+    monkeypatch.setattr(tiles, "MERGE_LANES", 32)
     monkeypatch.setattr(tiles, "PROJECT", {key: tiles.Project(16, 16, 4, 2) for key in tiles.PROJECT})
 
 
@@ -210,6 +216,69 @@ def test_hardest_takes_any_layout():
     a, b = wide[::2, 1:18], wide.T[:45, :34:2]
     ids = torch.arange(90) // 6
     check_hardest(a, b, ids[:60:2], ids[::2], exact=True)
+
+
+# relative_negatives
+
+
+def check_relative(a, b, threshold, beta, a_ids=None, b_ids=None, exact=False):
+    """Compare with loops in fp64; exact: distances of whole numbers, which leave but one rounding."""
+    level = torch.tensor(threshold, device=DEVICE)
+    on = [x.to(DEVICE) if x is not None else None for x in (a, b, a_ids, b_ids)]
+    *found, rows, cols = (x.cpu() for x in relative_negatives(*on, level, beta))
+    for ours, known in zip(found, run_hardest(a, b, a_ids, b_ids), strict=True):
+        torch.testing.assert_close(ours, known, rtol=0, atol=0, equal_nan=True)
+    arguments = (a, b, threshold, beta, a_ids, b_ids)
+    expected = true_relative(*arguments)
+    for ours, twin, name in zip(
+        (rows, cols), plain_relative(*arguments), ("row_relative", "col_relative"), strict=True
+    ):
+        if exact:
+            assert torch.equal(ours, expected[name].float())
+        else:
+            assert_as_good(ours, twin, expected[name])
+    return rows, cols
+
+
+@pytest.mark.parametrize("beta", [None, 10.0, 1000.0], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M", "D"), [(1, 1, 1), (1, 40, 3), (2, 2, 16), (17, 33, 17), (50, 70, 8)])
+def test_relative_shapes(N, M, D, dtype, beta):
+    a, b = ((torch.randn(rows, D) * 8).round().div(32).to(dtype) for rows in (N, M))  # exact scores: β leaves them so
+    for threshold in (-9.0, gap(a, b, 0.5)):
+        check_relative(a, b, threshold, beta)
+
+
+@pytest.mark.parametrize("kind", IDS)
+def test_relative_ids_and_exact_ties(kind):
+    a, b = torch.randint(-3, 4, (37, 3)).float(), torch.randint(-3, 4, (66, 3)).float()
+    check_relative(a, b, -100.0, None, IDS[kind](37), IDS[kind](66), exact=True)
+    check_relative(a, b, 4.0, 0.5, IDS[kind](37), IDS[kind](66))
+
+
+@pytest.mark.parametrize("beta", [None, 8.0], ids=str)
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("down", [(), (0,), (1,), (0, 1)], ids=["up-up", "down-up", "up-down", "down-down"])
+def test_relative_maxima_that_rise_or_fall_from_tile_to_tile_and_slab_to_slab(down, blocks, beta, monkeypatch):
+    monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
+    a, b = (torch.linspace(1, 2, rows)[:, None] for rows in (70, 100))
+    a, b = (x.flip(0) if k in down else x for k, x in enumerate((a, b)))
+    check_relative(a, b, gap(a, b, 0.2), beta)
+
+
+@pytest.mark.parametrize("beta", [None, 2.0], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_relative_keeps_nan_and_inf(value, beta):
+    a, b = torch.randint(1, 4, (37, 8)).float(), torch.randint(1, 4, (70, 8)).float()
+    a[5, 2] = a[20, 0] = b[33, 7] = b[66, 1] = value
+    check_relative(a, b, 30.0, beta)
+    check_relative(a, b, NAN, beta, torch.arange(37) % 21, torch.arange(70) % 33)
+
+
+def test_relative_of_an_empty_batch():
+    x, level = torch.randn(0, 8).to(DEVICE), torch.tensor(0.0, device=DEVICE)
+    found = relative_negatives(x, torch.randn(5, 8).to(DEVICE), None, None, level, 1.0)
+    assert [t.tolist() for t in found] == [[], [], [], [-INF] * 5, [-1] * 5, [], [0.0] * 5]
 
 
 # pair_scores
@@ -432,6 +501,7 @@ def test_fp64_is_refused():
     index = torch.arange(4)
     for call in [
         lambda: hardest_negatives(x, x, None, None),
+        lambda: relative_negatives(x, x, None, None, x[0, 0], None),
         lambda: pair_scores(x, x, index, index),
         lambda: pair_scores_backward(x[0], index, index, x, x, [True, True]),
         lambda: project(x, None, None, None, True),

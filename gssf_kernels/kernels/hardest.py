@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.kernels import operands
 from gssf_kernels.kernels.sweep import Sweep
 
 
@@ -52,21 +52,29 @@ def only_negatives(s, i0, j0, N, M, a_ids, b_ids, pair_score, BN: tl.constexpr, 
 
 
 @triton.jit
+def tile_lines(tile_i, tile_j, blocks, M, BN: tl.constexpr, BM: tl.constexpr):
+    """Where the partial results of a tile's rows [BN] and columns [BM] belong, and which columns there are."""
+    row_at = tile_j.to(tl.int64) * blocks * BN + tile_i * BN + tl.arange(0, BN)  # [column block, row of the slab]
+    j = tile_j * BM + tl.arange(0, BM)
+    col_at = tile_i.to(tl.int64) * M + j  # [row block, column]
+    return row_at, col_at, j < M
+
+
+@triton.jit
 def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """The tile's best negative of each row and column, by its position in the tile."""
     a_ids, b_ids, pair_score, row_score, row_place, col_score, col_place = state
     s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, pair_score, BN, BM)
 
+    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+
     score, place = best(s, tl.arange(0, BM)[None, :], 1)  # [BN]
-    at = tile_j.to(tl.int64) * blocks * BN + tile_i * BN + tl.arange(0, BN)  # [column block, row of the slab]
-    tl.store(row_score + at, score)
-    tl.store(row_place + at, place.to(tl.int16))
+    tl.store(row_score + row_at, score)
+    tl.store(row_place + row_at, place.to(tl.int16))
 
     score, place = best(s, tl.arange(0, BN)[:, None], 0)  # [BM]
-    j = tile_j * BM + tl.arange(0, BM)
-    at = tile_i.to(tl.int64) * M + j  # [row block, column]
-    tl.store(col_score + at, score, mask=j < M)
-    tl.store(col_place + at, place.to(tl.int16), mask=j < M)
+    tl.store(col_score + col_at, score, mask=inside)
+    tl.store(col_place + col_at, place.to(tl.int16), mask=inside)
 
 
 @triton.jit
@@ -116,9 +124,18 @@ def merge_kernel(
         tl.store(col_index + j, index.to(tl.int64), mask=j < M)
 
 
+def nothing_found(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """pair_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
+    N, M = len(a), len(b)
+    pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
+    col_score = a.new_full((M,), float("-inf"), dtype=torch.float32)
+    row_index, col_index = a.new_empty(N, dtype=torch.int64), a.new_full((M,), -1, dtype=torch.int64)
+    return pair_score, row_score, row_index, col_score, col_index
+
+
 def hardest_negatives(
     a: torch.Tensor, b: torch.Tensor, a_ids: torch.Tensor | None, b_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Return (pair_score [N], row_score [N], row_index [N], col_score [M], col_index [M]).
 
     a: [N, D] fp32, bf16 or fp16
@@ -128,27 +145,13 @@ def hardest_negatives(
     Scores are fp32, indices int64. Raises TypeError for other dtypes.
     """
     operands.check_dtype("hardest_negatives", a, b)
-    N, M = len(a), len(b)
-    pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
-    col_score = a.new_empty(M, dtype=torch.float32)
-    row_index, col_index = a.new_empty(N, dtype=torch.int64), a.new_empty(M, dtype=torch.int64)
-    if N == 0:
-        return pair_score, row_score, row_index, col_score.fill_(float("-inf")), col_index.fill_(-1)
-    if a_ids is not None and b_ids is not None:
-        a_ids, b_ids = a_ids.contiguous(), b_ids.contiguous()
-
-    with torch.cuda.device_of(a):
-        sweep = Sweep(a, b)
-        BN, BM = sweep.tile.BN, sweep.tile.BM
-        row_parts, col_parts = sweep.slab_blocks * BN * sweep.column_blocks, sweep.slab_blocks * M
-        scores = a.new_empty(row_parts + col_parts, dtype=torch.float32)
-        places = a.new_empty(row_parts + col_parts, dtype=torch.int16)
-        partial = (scores[:row_parts], places[:row_parts], scores[row_parts:], places[row_parts:])
-        BP, BL = tiles.MERGE_PARTS, tiles.MERGE_LANES
-        for first, blocks in sweep.slabs():
-            sweep.run(hardest_tile, (a_ids, b_ids, pair_score, *partial), first, blocks)
-            merge_kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(M, BL),)](
-                partial, row_score, row_index, col_score, col_index, N, M, first, blocks,
-                BN=BN, BM=BM, BP=BP, BL=BL, num_warps=4, num_stages=2,
-            )  # fmt: skip
-    return pair_score, row_score, row_index, col_score, col_index
+    pair_score, *found = nothing_found(a, b)
+    if len(a) > 0:
+        with torch.cuda.device_of(a):
+            sweep = Sweep(a, b)
+            rows, cols = sweep.partial_results(torch.float32, torch.int16)
+            state = (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols)
+            for first, blocks in sweep.slabs():
+                sweep.run(hardest_tile, state, first, blocks)
+                sweep.merge(merge_kernel, first, blocks, (*rows, *cols), *found)
+    return pair_score, *found

@@ -12,6 +12,11 @@ def check_dtype(name: str, *tensors: torch.Tensor) -> None:
             raise TypeError(f"{name}: the Triton kernel takes float32, bfloat16 or float16, got {x.dtype}")
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Each tensor contiguous, None as it is."""
+    return [x.contiguous() if x is not None else None for x in tensors]
+
+
 def rows(x: torch.Tensor) -> torch.Tensor:
     """x [N, D] with adjacent channels; rows may lie any distance apart."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -205,10 +205,6 @@ def launch_parameters(
     )
 
 
-def contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [x.contiguous() if x is not None else None for x in tensors]
-
-
 def project(
     x: torch.Tensor,
     diag: torch.Tensor | None,
@@ -226,7 +222,7 @@ def project(
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("project", x)
-    diag, blocks, permutation = contiguous(diag, blocks, permutation)
+    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     with torch.cuda.device_of(x):
         return launch_project(operands.rows(x), None, diag, blocks, permutation, normalize)
 
@@ -248,7 +244,7 @@ def project_backward(
     """
     operands.check_dtype("project_backward", grad, x)
     x, grad = operands.rows(x), operands.rows(grad)
-    diag, blocks, permutation = contiguous(diag, blocks, permutation)
+    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     with torch.cuda.device_of(x):
         dx = launch_project(x, grad, diag, blocks, permutation, normalize) if needs[0] else x.new_empty(0)
         ddiag, dblocks = launch_parameters(

@@ -12,7 +12,7 @@ An epilogue is a `@triton.jit` function that reduces a tile to partial results:
     state: the tuple of pointers given to `Sweep.run`
 
 Partial results belong to one tile each, so they need no initialisation and no atomics; a second small kernel
-merges them. Row blocks go through in slabs, which bounds the memory of the partial results.
+merges them, in the order of the tiles. Row blocks go through in slabs, which bounds their memory.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Sweep:
     N and M stay below 2³¹; addresses are 64-bit.
     """
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, sums: bool = False) -> None:
         self.N, self.M = len(a), len(b)
-        self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1])
+        self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1], sums)
         self.precision = "ieee" if tiles.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
@@ -85,7 +85,7 @@ class Sweep:
         entries = self.M + self.tile.BN * self.column_blocks
         return min(self.row_blocks, max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries))
 
-    def run(self, epilogue: Any, state: tuple[torch.Tensor | None, ...], first: int, blocks: int) -> None:
+    def run(self, epilogue: Any, state: tuple, first: int, blocks: int) -> None:
         """Launch one slab."""
         a, b, tile = self.a, self.b, self.tile
         sweep_kernel[(blocks * self.column_blocks,)](
@@ -95,4 +95,23 @@ class Sweep:
             EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma,
             BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def partial_results(self, *dtypes: torch.dtype | None) -> list[tuple[torch.Tensor | None, ...]]:
+        """Room for one value of each dtype (None: for none) per row of every tile of a slab, and per column.
+
+        Rows lie as [column block, row of the slab], columns as [row block of the slab, column].
+        """
+        rows, columns = self.slab_blocks * self.tile.BN * self.column_blocks, self.slab_blocks * self.M
+        return [
+            tuple(None if dtype is None else self.a.new_empty(count, dtype=dtype) for dtype in dtypes)
+            for count in (rows, columns)
+        ]
+
+    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any) -> None:
+        """Launch a kernel that folds a slab's partial results: BL rows a program, then BL columns a program."""
+        BN, BL = self.tile.BN, tiles.MERGE_LANES
+        kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL),)](
+            *arguments, self.N, self.M, first, blocks,
+            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2,
         )  # fmt: skip

@@ -32,27 +32,34 @@ class Project(NamedTuple):
 
 
 # kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
-# size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest.
+# size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
+# for epilogues that sum terms of every score (`relative`): with more scores in registers they would spill.
 # The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 SWEEP = {
     (80, "half", "small"): Sweep(64, 64, 64, 4, 3),
     (80, "half", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "half", "wide"): Sweep(128, 128, 64, 8, 3),
+    (80, "half", "sums"): Sweep(128, 128, 64, 8, 3),
     (80, "tf32", "small"): Sweep(64, 64, 32, 4, 3),
     (80, "tf32", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "tf32", "wide"): Sweep(128, 128, 32, 8, 3),
+    (80, "tf32", "sums"): Sweep(128, 128, 32, 8, 3),
     (80, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
     (80, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
     (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
+    (80, "ieee", "sums"): Sweep(128, 64, 16, 8, 3),
     (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
     (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True),  # two to a processor: one sums, one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
+    (90, "half", "sums"): Sweep(128, 128, 64, 8, 4, tma=True),
     (90, "tf32", "small"): Sweep(64, 64, 32, 4, 4, tma=True),
     (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True),
     (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True),
+    (90, "tf32", "sums"): Sweep(128, 128, 32, 8, 4, tma=True),
     (90, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
     (90, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
     (90, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
+    (90, "ieee", "sums"): Sweep(128, 64, 16, 8, 3),
 }
 
 PROJECT = {
@@ -82,9 +89,9 @@ def architecture(device: torch.device) -> int:
     return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
 
 
-def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> Sweep:
-    """The tile for a sweep over [N, M] scores of D channels."""
-    size = "small" if N * M <= 1 << 20 else "narrow" if D < 512 else "wide"
+def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False) -> Sweep:
+    """The tile for a sweep over [N, M] scores of D channels, with an epilogue that sums terms of them if ``sums``."""
+    size = "small" if N * M <= 1 << 20 else "sums" if sums else "narrow" if D < 512 else "wide"
     return SWEEP[architecture(device), kind(dtype), size]
 
 

@@ -85,4 +85,5 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
+    triton="relative.relative_negatives",
 )
