@@ -266,7 +266,7 @@ def test_result_files_come_back_as_written(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("run --op tripled", "--op: expected one of triplet, hardest_negatives"),
+        ("run --op tripled", "--op: expected one of triplet, goal_con_con, "),
         ("run --op triplet --sizes 12,x", "--sizes: expected whole numbers >= 1"),
         ("run --op triplet --sizes 1", "--sizes: expected at least 2"),
         ("run --op triplet --dim 0", "--dim: expected whole numbers >= 1"),
