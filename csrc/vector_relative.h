@@ -1,43 +1,5 @@
 // Sums of one tile for the relative negatives. See isa.h.
 
-template <class A>
-struct ExpOf;
-
-template <>
-struct ExpOf<float> {
-  static constexpr float kLeast = -87.33654f;      // log of the smallest normal number
-  static constexpr float kRounder = 12582912.f;    // 1.5 * 2^23: adding it leaves a whole number in the low bits
-  static constexpr float kLn2High = 0.693359375f;  // its multiples up to 126 are exact
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
-};
-
-template <>
-struct ExpOf<double> {
-  static constexpr double kLeast = -708.396418532264, kRounder = 6755399441055744.;
-  static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
-  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
-};
-
-// e^x for x <= 0, to an ulp or two: x = n log 2 + r, |r| <= log 2 / 2, and Taylor's series of e^r. 0 where it would
-// be subnormal; NaN stays NaN.
-template <class A>
-GSSF_INLINE typename Simd<A>::Vector exp_of(const typename Simd<A>::Vector& x) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using E = ExpOf<A>;
-  constexpr double inverse_factorial[] = {
-      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
-      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
-  const V shifted = x * A(1.44269504088896340736) + E::kRounder;
-  const V n = shifted - E::kRounder;
-  const V r = (x - n * E::kLn2High) - n * E::kLn2Low;
-  V p = V{} + A(inverse_factorial[E::kDegree]);
-  for (int k = E::kDegree; k-- > 0;) p = p * r + A(inverse_factorial[k]);
-  const V power = (V)(((I)shifted + E::kBias) << E::kMantissa);  // 2^n
-  return x < E::kLeast ? V{} : p * power;
-}
-
 // The lanes of v that `member` marks, as terms of the mean over a line whose maximum is best.
 template <class A, bool kDistances>
 GSSF_INLINE void add_terms(const typename Simd<A>::Vector& v, const typename Simd<A>::Vector& best,

@@ -15,17 +15,23 @@ from gssf_kernels._library import backends
 from gssf_kernels.losses import (
     BatchHardLoss,
     GoalLoss,
+    InfoNCELoss,
+    RelationalDistillationLoss,
+    SigmoidLoss,
     TripletLoss,
     batch_hard_loss,
     goal_loss,
     goal_weights,
     gradient_space_loss,
+    info_nce_loss,
+    relational_distillation_loss,
+    sigmoid_loss,
     triplet_loss,
 )
 from gssf_kernels.project import project
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, HardestNegatives, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, similarity
-from gssf_kernels.statistics import hardest_negatives, pair_scores
+from gssf_kernels.statistics import hardest_negatives, logsumexp_scores, pair_scores, sum_scores
 
 __version__ = "0.1.0"
 
@@ -35,7 +41,10 @@ __all__ = [
     "Diagnostics",
     "GoalLoss",
     "HardestNegatives",
+    "InfoNCELoss",
+    "RelationalDistillationLoss",
     "RelativeTerms",
+    "SigmoidLoss",
     "StructuredSimilarity",
     "TripletLoss",
     "backends",
@@ -44,9 +53,14 @@ __all__ = [
     "goal_weights",
     "gradient_space_loss",
     "hardest_negatives",
+    "info_nce_loss",
+    "logsumexp_scores",
     "pair_scores",
     "project",
     "reference",
+    "relational_distillation_loss",
+    "sigmoid_loss",
     "similarity",
+    "sum_scores",
     "triplet_loss",
 ]

@@ -163,6 +163,9 @@ def positive(value, name: str) -> float:
     return _number(value, name, " > 0", lambda number: number > 0)
 
 
+_above_zero = positive  # where an argument is called that
+
+
 def finite(value, name: str) -> float:
     """``value`` as a finite float."""
     return _number(value, name, "", lambda number: True)
@@ -227,3 +230,31 @@ def parameter_dtype(dtype) -> None:
     """``dtype`` is one that parameters may have, or None for the default."""
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype: expected {_FLOAT_NAMES}, got {dtype}")
+
+
+def scalar(value, name: str, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor:
+    """``value`` as a 0-d tensor for sums over ``like``: from a finite number, or a tensor of one element.
+
+    A tensor's value is not looked at, nor is it moved: it may be a parameter on a GPU.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in _FLOATS:
+            raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {value.dtype}")
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, got {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+        return value.reshape(()).to(dtype)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number or a tensor of one element, got {type(value).__name__}")
+    number = _above_zero(value, name) if positive else finite(value, name)
+    return torch.full((), number, dtype=dtype, device=like.device)
+
+
+def fraction(value, name: str) -> float:
+    """``value`` as a number in [0, 1)."""
+    value = non_negative(value, name)
+    if value >= 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value}")
+    return value

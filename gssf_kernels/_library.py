@@ -22,7 +22,8 @@ from gssf_kernels._checks import AUTOCAST_DEVICES
 
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_OPS: dict[str, str | None] = {}  # name: Triton launcher
+_OPS: dict[str, str] = {}  # name: the op whose backend does its work, most often itself
+_LAUNCHERS: dict[str, str] = {}  # name: Triton launcher
 
 try:
     importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
@@ -33,7 +34,9 @@ except ImportError as error:
     EXTENSION_ERROR = str(error)
 
 
-def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None) -> None:
+def define(
+    schema: str, *, reference: Callable, fake: Callable, triton: str | None = None, through: str | None = None
+) -> None:
     """Register ``gssf::<schema>``.
 
     Args:
@@ -41,11 +44,14 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
         reference: plain PyTorch with the schema's signature; what every backend must equal.
         fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
         triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
+        through: for an op whose reference serves every device, the op in it that has backends.
     """
     name = compose(schema, implementation=reference, fake=fake)
     if triton is not None and _HAS_TRITON:
         _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
-    _OPS[name] = triton
+    if triton is not None:
+        _LAUNCHERS[name] = triton
+    _OPS[name] = through or name
 
 
 def compose(schema: str, *, implementation: Callable, fake: Callable) -> str:
@@ -88,8 +94,8 @@ def backends() -> dict[str, dict[str, str]]:
     """
     has_cuda = torch.cuda.is_available()
     table = {}
-    for name in _OPS:
-        op = f"gssf::{name}"
+    for name, worker in _OPS.items():
+        op = f"gssf::{worker}"
         cpu = "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU") else "reference"
         cuda = "triton" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "reference"
         table[name] = {"cpu": cpu, "cuda": cuda if has_cuda else "unavailable"}

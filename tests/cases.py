@@ -34,6 +34,7 @@ class Case:
         tensors, options = self.make(torch.Generator().manual_seed(seed))
         movable = (torch.Tensor, torch.nn.Module)
         options = {k: v.to(device) if isinstance(v, movable) else v for k, v in options.items()}
+        options = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
         return {k: t.to(device, dtype) for k, t in tensors.items()}, options
 
     def ours(self, tensors, options):
@@ -43,6 +44,8 @@ class Case:
         return outputs(self.run(gk.reference, tensors, options))
 
     def run(self, module, tensors, options):
+        dtype = next(iter(tensors.values())).dtype  # that of constants too: the truth has all in fp64
+        options = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in options.items()}
         if "metric" in options:
             return _with_metric(getattr(module, self.function), tensors, options)
         return getattr(module, self.function)(**tensors, **options)
@@ -236,6 +239,10 @@ def _triplet_cases():
     for which in ("all", "semihard"):
         for ids in ("none", "five"):
             yield case(f"{which}-{ids}", 30, 40, 24, ids, negatives=which)
+    for n, m, d in SHAPES:
+        yield case(f"all-{n}x{m}x{d}", n, m, d, "random", negatives="all", margin=0.5)
+    for how in ("mean", "none"):
+        yield case(f"all-{how}", 33, 47, 8, "five", negatives="all", reduction=how)
 
 
 def _metric_cases():
@@ -341,5 +348,87 @@ def _batch_hard_cases():
         yield Case(f"batch-hard-{how}", "batch_hard_loss", _labelled(40, 8, LABELS["random"], **options))
 
 
-CASES = [*_project_cases(), *_hardest_cases(), *_pair_cases(), *_triplet_cases(), *_metric_cases()]
-CASES += [*_goal_cases(), *_gradient_space_cases(), *_batch_hard_cases()]
+def _logsumexp_cases():
+    def make(n, m, d):
+        return lambda g: ({"a": randn(g, n, d), "b": randn(g, m, d)}, {"scale": 2 * d**-0.5})
+
+    for n, m, d in [*SHAPES, (40, 17, 8)]:
+        yield Case(f"logsumexp-{n}x{m}x{d}", "logsumexp_scores", make(n, m, d))
+
+
+def _info_nce_cases():
+    def case(name, *arguments, scale=0.3, **options):
+        return Case(f"infonce-{name}", "info_nce_loss", _scored(*arguments, names=_XY, scale=scale, **options))
+
+    for n, m, d in SHAPES:
+        yield case(f"{n}x{m}x{d}", n, m, d, scale=2 * d**-0.5)
+    for ids in IDS:
+        yield case(f"ids-{ids}", 37, 61, 16, ids)
+    for layout in LAYOUTS:
+        yield case(layout, 40, 70, 24, "five", layout)
+    for how in ("sum", "mean", "none"):
+        yield case(how, 50, 80, 24, "five", reduction=how)
+    yield case("smoothed", 30, 40, 24, label_smoothing=0.1)
+    yield case("smoothed-ids", 20, 24, 8, "five", label_smoothing=0.2, reduction="none")
+    yield case("rows", 20, 24, 8, "five", symmetric=False)
+    yield case("rows-smoothed", 20, 24, 8, label_smoothing=0.2, symmetric=False)
+
+
+def _sum_cases():
+    def case(name, *arguments, **options):
+        return Case(f"sum-{name}", "sum_scores", _scored(*arguments, **options))
+
+    for kind in ("hinge", "softplus", "abs", "square"):
+        for positives in ("include", "exclude", "negate"):
+            options = {"kind": kind, "positives": positives, "scale": 0.2, "bias": 0.3}
+            yield case(f"{kind}-{positives}", 11, 14, 9, "five", **options)
+        yield case(f"{kind}-rows", 70, 33, 9, kind=kind, positives="negate", bias=-1.0, reduction="none")
+    for n, m, d in SHAPES:
+        yield case(f"{n}x{m}x{d}", n, m, d, kind="softplus", positives="negate", scale=d**-0.5)
+
+
+def _sigmoid_cases():
+    def case(name, *arguments, scale=0.4, bias=-1.0, **options):
+        return Case(
+            f"sigmoid-{name}", "sigmoid_loss", _scored(*arguments, names=_XY, scale=scale, bias=bias, **options)
+        )
+
+    for n, m, d in SHAPES:
+        yield case(f"{n}x{m}x{d}", n, m, d)
+    for ids in IDS:
+        yield case(f"ids-{ids}", 37, 61, 16, ids)
+    for how in ("sum", "mean", "none"):
+        yield case(how, 50, 80, 24, "five", reduction=how)
+
+
+def _distillation_cases():
+    def make(n, d, image, text, **options):
+        def inputs(g):
+            teachers = {"image_teacher": randn(g, n, image) / 4, "text_teacher": randn(g, n, text) / 4}
+            return {"student": randn(g, n, d) / 4}, {"lam": 0.3, "tau": 0.5, **teachers, **options}
+
+        return inputs
+
+    for kind in ("mae", "mse"):
+        for n, d, image, text in ((1, 3, 3, 3), (2, 5, 4, 3), (17, 33, 16, 9), (40, 9, 9, 9), (130, 20, 30, 40)):
+            name = f"distillation-{kind}-{n}x{d}"
+            yield Case(name, "relational_distillation_loss", make(n, d, image, text, kind=kind))
+        weights = make(60, 8, 8, 8, kind=kind, weights=(0.5, 0.0, 3.0), lam=1.7)
+        yield Case(f"distillation-{kind}-weights", "relational_distillation_loss", weights)
+
+
+CASES = [
+    *_project_cases(),
+    *_hardest_cases(),
+    *_pair_cases(),
+    *_triplet_cases(),
+    *_metric_cases(),
+    *_logsumexp_cases(),
+    *_info_nce_cases(),
+    *_sum_cases(),
+    *_sigmoid_cases(),
+    *_distillation_cases(),
+    *_goal_cases(),
+    *_gradient_space_cases(),
+    *_batch_hard_cases(),
+]

@@ -51,6 +51,32 @@ def _op_samples():
         yield "pair_scores", (a, b, rows, cols)
         yield "pair_scores_backward", (*pairs, a, b, [True, True])
         yield "pair_scores_backward", (*pairs, a, b, [False, True])
+        yield from _dense_samples(a, b, g)
+
+
+def _dense_samples(a, b, g):
+    """The ops of :mod:`gssf_kernels.dense` and its passes on a and b."""
+    wide = _library.accumulation_dtype(a.dtype)
+    n, m, scale = a.shape[0], b.shape[0], torch.tensor(0.5, dtype=wide)
+    rows, cols = randn(g, 4, n).to(wide).unbind(), randn(g, 4, m).to(wide).unbind()
+    chunk = randn(g, n, m).to(wide)
+    yield "logsumexp_scores", (a, b, scale)
+    lines = (rows[0], rows[1].abs(), cols[0], cols[1].abs())
+    yield "logsumexp_scores_backward", (rows[2], cols[2], rows[3], a, b, scale, *lines, [True, True, True])
+    yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, *lines, [False, False, True])
+    yield "logsumexp_pass", (chunk, scale, *(t.clone() for t in (*rows[:2], *cols[:2])))
+    ids = torch.arange(n) // 2, torch.arange(m) // 2
+    for kind, positives in (("hinge", "exclude"), ("softplus", "negate"), ("abs", "include")):
+        weights = (rows[0], rows[1], cols[0][:n], cols[1][:n]) if kind == "hinge" else (rows[0], None, None, None)
+        yield "score_sums", (a, b, scale, *weights, *ids, kind, positives, [True, kind != "abs"])
+        out = torch.zeros(3, n, dtype=wide), torch.zeros(2, n if kind == "hinge" else 0, dtype=wide)
+        yield "score_sums_pass", (chunk.clone(), scale, *weights, *ids, 0, kind, positives, True, *out)
+    h = a[:, :5]
+    for kind in ("abs", "square"):
+        yield "relation_sums", (a, h, a.flip(0), scale, kind, True)
+        square = [chunk[:, k : n + k].contiguous() for k in range(3)]
+        yield "relation_pass", (*square, scale, kind, True, torch.zeros(3, n, dtype=wide))
+    yield "softmax_pass", (chunk.clone(), scale, *rows[:3], *cols[:2], None, rows[3].clone())
 
 
 @pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")

@@ -31,6 +31,14 @@ class Project(NamedTuple):
     num_stages: int
 
 
+class Pass(NamedTuple):
+    """A tile of a pass over a chunk of scores: BR rows of BM columns."""
+
+    BR: int
+    BM: int
+    num_warps: int
+
+
 # kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
 # for epilogues that sum terms of every score (`relative`): with more scores in registers they would spill.
@@ -67,6 +75,8 @@ PROJECT = {
     "tf32": Project(32, 32, 8, 2),
     "ieee": Project(32, 32, 8, 2),
 }
+
+PASS = Pass(16, 128, 4)
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 32, 64  # partial results, and rows or columns, that a merge takes at a time

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 from gssf_kernels.statistics import paired_hardest_negatives
@@ -45,8 +46,8 @@ def triplet_loss(
         y: [M, D] of x's dtype and device, M >= N.
         margin: m, a finite number >= 0, in units of the score.
         negatives: "hardest" is the fused sweep, which never stores the N x M matrix (see
-            :func:`~gssf_kernels.hardest_negatives` for its memory). "all" and "semihard" are plain PyTorch and
-            store it.
+            :func:`~gssf_kernels.hardest_negatives` for its memory), and so is "all" (see
+            :func:`~gssf_kernels.sum_scores`). "semihard" is plain PyTorch and stores it.
         x_ids: [N] int64. Ids of one side alone serve both when N = M.
         y_ids: [M] int64.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
@@ -76,10 +77,13 @@ def triplet_loss(
         a, b = _checks.autocast(a, b)
         _checks.sides(a, b, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
-        with outside_autocast(a.device):
-            loss = reference.triplet_loss(
-                a, b, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
-            )
+        if negatives == "all":
+            loss = every_negative(a, b, margin, x_ids, y_ids, reduction)
+        else:
+            with outside_autocast(a.device):
+                loss = reference.triplet_loss(
+                    a, b, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
+                )
         if not diagnostics:
             return loss
         found = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)

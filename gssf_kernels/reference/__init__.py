@@ -5,6 +5,13 @@ PyTorch itself, runs on any device and dtype, and is what tests and fallbacks co
 as the formula; use it for small problems only, since it takes several matrices of N x M.
 """
 
+from gssf_kernels.reference.dense import (
+    info_nce_loss,
+    logsumexp_scores,
+    relational_distillation_loss,
+    sigmoid_loss,
+    sum_scores,
+)
 from gssf_kernels.reference.goal import (
     AnchorStatistics,
     RelativeTerms,
@@ -41,12 +48,17 @@ __all__ = [
     "gradient_space_loss",
     "hardest_negatives",
     "hinge",
+    "info_nce_loss",
+    "logsumexp_scores",
     "pair_scores",
     "positives",
     "project",
     "reduce",
+    "relational_distillation_loss",
     "relative_negatives",
     "scores",
+    "sigmoid_loss",
     "similarity",
+    "sum_scores",
     "triplet_loss",
 ]

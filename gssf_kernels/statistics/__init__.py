@@ -5,15 +5,20 @@ from gssf_kernels.statistics.hardest import (
     paired_hardest_negatives,
     paired_relative_negatives,
 )
+from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
 from gssf_kernels.statistics.relative import relative_positives
+from gssf_kernels.statistics.sums import sum_scores
 
 __all__ = [
     "hardest_negatives",
     "hardest_positives",
+    "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",
+    "paired_logsumexp",
     "paired_relative_negatives",
     "relative_positives",
+    "sum_scores",
 ]

@@ -1,0 +1,248 @@
+// The passes of the dense losses over one chunk of scores on the CPU: see gssf_kernels/dense.py.
+//
+// A chunk s [R, M] is cut into tiles of a fixed size; threads leave each tile's statistics in a place of its own, and
+// these are then folded in the tiles' order, so the thread count changes no bit.
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "dense.h"
+
+#define GSSF_KERNELS "vector_dense.h"
+#include "isa.h"
+
+namespace gssf {
+namespace {
+
+using at::Tensor;
+
+struct Tiles {
+  int64_t n, m, down, across;
+  explicit Tiles(const Tensor& s)
+      : n(s.size(0)), m(s.size(1)), down(ceil_div(n, kPassRows)), across(ceil_div(m, kPassCols)) {}
+  // f(tile, i0, rows, j0, columns) for every tile, from several threads.
+  template <class F>
+  void each(const F& f) const {
+    at::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t i0 = t / across * kPassRows, j0 = t % across * kPassCols;
+        f(t, i0, std::min(kPassRows, n - i0), j0, std::min(kPassCols, m - j0));
+      }
+    });
+  }
+  // out [n] = the sums over a row of tiles of their parts [kPassRows], in order.
+  template <class A>
+  void fold_rows(const std::vector<A>& parts, A* out) const {
+    std::fill_n(out, n, A(0));
+    for (int64_t t = 0; t < down * across; ++t) {
+      const int64_t i0 = t / across * kPassRows;
+      for (int64_t i = 0; i < std::min(kPassRows, n - i0); ++i) out[i0 + i] += parts[t * kPassRows + i];
+    }
+  }
+};
+
+void check_chunk(const Tensor& s) {
+  TORCH_CHECK_VALUE(s.dim() == 2 && s.stride(1) == 1, "s: expected a chunk [R, M] with adjacent columns, got ",
+                    s.sizes(), " with strides ", s.strides());
+}
+
+// The data of an optional vector [size] of A, or null.
+template <class A>
+A* data(const Tensor& t, int64_t size, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.is_contiguous(), name, ": expected [", size,
+                    "] and contiguous, got ", t.sizes());
+  return const_cast<A*>(t.const_data_ptr<A>());
+}
+template <class A>
+A* data(const std::optional<Tensor>& t, int64_t size, const char* name) {
+  return t ? data<A>(*t, size, name) : nullptr;
+}
+
+// (max, sum) of e^(t - max) merged with those of other t. Nothing was seen yet where max is -inf.
+template <class A>
+void merge(A& max, A& sum, A other_max, A other_sum) {
+  if (other_max == -std::numeric_limits<A>::infinity()) return;
+  if (other_max == max) {
+    sum += other_sum;
+  } else if (other_max > max) {
+    sum = sum * std::exp(max - other_max) + other_sum;
+    max = other_max;
+  } else {
+    sum += other_sum * std::exp(other_max - max);
+  }
+}
+
+void logsumexp_pass(const Tensor& s, const Tensor& scale, Tensor& row_max, Tensor& row_sum, Tensor& col_max,
+                    Tensor& col_sum) {
+  check_chunk(s);
+  const Tiles tiles(s);
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "logsumexp_pass", [&] {
+    using A = scalar_t;
+    A *row_m = data<A>(row_max, tiles.n, "row_max"), *row_s = data<A>(row_sum, tiles.n, "row_sum");
+    A *col_m = data<A>(col_max, tiles.m, "col_max"), *col_s = data<A>(col_sum, tiles.m, "col_sum");
+    const A* scores = s.const_data_ptr<A>();
+    const A factor = *scale.const_data_ptr<A>();
+    std::vector<LogSums<A>> found(tiles.down * tiles.across);
+    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+      GSSF_VECTORIZED(logsumexp_tile_of, scores + i0 * s.stride(0) + j0, s.stride(0), n, m, factor, found[t]);
+    });
+    std::fill_n(row_m, tiles.n, -std::numeric_limits<A>::infinity());
+    std::fill_n(row_s, tiles.n, A(0));
+    for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
+      const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
+      for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i)
+        merge(row_m[i0 + i], row_s[i0 + i], found[t].row_max[i], found[t].row_sum[i]);
+      for (int64_t j = 0; j < std::min(kPassCols, tiles.m - j0); ++j)
+        merge(col_m[j0 + j], col_s[j0 + j], found[t].col_max[j], found[t].col_sum[j]);
+    }
+  });
+}
+
+void softmax_pass(Tensor& s, const Tensor& scale, const Tensor& row_max, const Tensor& row_log,
+                  const std::optional<Tensor>& row_grad, const Tensor& col_max, const Tensor& col_log,
+                  const std::optional<Tensor>& col_grad, Tensor& along) {
+  check_chunk(s);
+  const Tiles tiles(s);
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "softmax_pass", [&] {
+    using A = scalar_t;
+    const Softmax<A> rows{data<A>(row_max, tiles.n, "row_max"), data<A>(row_log, tiles.n, "row_log"),
+                          data<A>(row_grad, tiles.n, "row_grad")};
+    const Softmax<A> cols{data<A>(col_max, tiles.m, "col_max"), data<A>(col_log, tiles.m, "col_log"),
+                          data<A>(col_grad, tiles.m, "col_grad")};
+    A* scores = s.mutable_data_ptr<A>();
+    const A factor = *scale.const_data_ptr<A>();
+    A* sums = data<A>(along, tiles.n, "along");
+    std::vector<A> parts(tiles.down * tiles.across * kPassRows);
+    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+      const auto from = [](const Softmax<A>& x, int64_t k) {
+        return Softmax<A>{x.max + k, x.log + k, x.grad ? x.grad + k : nullptr};
+      };
+      GSSF_VECTORIZED(softmax_tile_of, scores + i0 * s.stride(0) + j0, s.stride(0), n, m, factor, from(rows, i0),
+                      from(cols, j0), parts.data() + t * kPassRows);
+    });
+    tiles.fold_rows(parts, sums);
+  });
+}
+
+template <class Name>
+Name named(std::string_view text, std::initializer_list<std::pair<std::string_view, Name>> names) {
+  for (const auto& [name, value] : names)
+    if (name == text) return value;
+  TORCH_CHECK_VALUE(false, "score_sums_pass: no such name: ", text);
+}
+
+// rows [3, R] = sums, slopes and Σ_j ds_ij s_ij of the chunk's rows; cols [2, K] += sums and slopes of columns.
+void score_sums_pass(Tensor& s, const Tensor& scale, const std::optional<Tensor>& row_bias,
+                     const std::optional<Tensor>& row_weight, const std::optional<Tensor>& col_bias,
+                     const std::optional<Tensor>& col_weight, const std::optional<Tensor>& row_ids,
+                     const std::optional<Tensor>& col_ids, int64_t first, std::string_view kind_name,
+                     std::string_view positives_name, bool gradient, Tensor& rows, Tensor& cols) {
+  check_chunk(s);
+  const Tiles tiles(s);
+  const auto kind = named<Kind>(
+      kind_name, {{"hinge", Kind::hinge}, {"softplus", Kind::softplus}, {"abs", Kind::abs}, {"square", Kind::square}});
+  const auto positives = named<Positives>(
+      positives_name,
+      {{"include", Positives::include}, {"exclude", Positives::exclude}, {"negate", Positives::negate}});
+  const int64_t with_term = cols.size(1);
+  TORCH_CHECK_VALUE(with_term <= tiles.m && row_ids.has_value() == col_ids.has_value(),
+                    "score_sums_pass: expected terms of at most all columns, and ids of both sides or neither");
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "score_sums_pass", [&] {
+    using A = scalar_t;
+    const SumTerm<A> row_term{data<A>(row_bias, tiles.n, "row_bias"), data<A>(row_weight, tiles.n, "row_weight"),
+                              data<int64_t>(row_ids, tiles.n, "row_ids")};
+    const SumTerm<A> col_term{data<A>(col_bias, with_term, "col_bias"), data<A>(col_weight, with_term, "col_weight"),
+                              data<int64_t>(col_ids, tiles.m, "col_ids")};
+    const auto from = [](const SumTerm<A>& x, int64_t k) {
+      return SumTerm<A>{x.bias ? x.bias + k : nullptr, x.weight ? x.weight + k : nullptr, x.ids ? x.ids + k : nullptr};
+    };
+    A* scores = s.mutable_data_ptr<A>();
+    const A factor = *scale.const_data_ptr<A>();
+    std::vector<Sums<A>> found(tiles.down * tiles.across);
+    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+      const SumTile<A> tile{scores + i0 * s.stride(0) + j0,
+                            s.stride(0),
+                            n,
+                            m,
+                            std::clamp<int64_t>(with_term - j0, 0, m),
+                            j0 - i0 - first,
+                            factor,
+                            from(row_term, i0),
+                            from(col_term, j0),
+                            positives,
+                            gradient};
+      GSSF_VECTORIZED(sum_tile_of, kind, tile, found[t]);
+    });
+    const Tensor row_out = rows.zero_(), col_out = cols;
+    A *sum = row_out[0].mutable_data_ptr<A>(), *slope = row_out[1].mutable_data_ptr<A>(),
+      *along = row_out[2].mutable_data_ptr<A>();
+    A *col_sum = col_out[0].mutable_data_ptr<A>(), *col_slope = col_out[1].mutable_data_ptr<A>();
+    for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
+      const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
+      for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i) {
+        sum[i0 + i] += found[t].row_sum[i];
+        slope[i0 + i] += found[t].row_slope[i];
+        along[i0 + i] += found[t].along[i];
+      }
+      for (int64_t j = 0; j < std::min(kPassCols, with_term - j0); ++j) {
+        col_sum[j0 + j] += found[t].col_sum[j];
+        col_slope[j0 + j] += found[t].col_slope[j];
+      }
+    }
+  });
+}
+
+// rows [3, R] = the sums of RelationSums over f, u, w [R, M], column j of which is row j of the chunk, and on.
+void relation_pass(Tensor& f, const Tensor& u, const Tensor& w, const Tensor& lam, std::string_view kind_name,
+                   bool gradient, Tensor& rows) {
+  for (const Tensor* s : {static_cast<const Tensor*>(&f), &u, &w}) {
+    check_chunk(*s);
+    TORCH_CHECK_VALUE(s->sizes() == f.sizes() && s->stride(0) == f.stride(0),
+                      "relation_pass: expected f, u and w of one shape and stride");
+  }
+  const Tiles tiles(f);
+  const auto kind = named<Kind>(kind_name, {{"abs", Kind::abs}, {"square", Kind::square}});
+  AT_DISPATCH_FLOATING_TYPES(f.scalar_type(), "relation_pass", [&] {
+    using A = scalar_t;
+    A* scores = f.mutable_data_ptr<A>();
+    const A *image = u.const_data_ptr<A>(), *text = w.const_data_ptr<A>();
+    const A lambda = *lam.const_data_ptr<A>();
+    std::vector<RelationSums<A>> found(tiles.down * tiles.across);
+    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+      const int64_t at = i0 * f.stride(0) + j0;
+      const RelationTile<A> tile{scores + at,  image + at, text + at, f.stride(0), n,       m,
+                                 tiles.n - j0, j0 - i0,    lambda,    kind,        gradient};
+      GSSF_VECTORIZED(relation_tile_of, tile, found[t]);
+    });
+    const Tensor out = rows.zero_();
+    A *student = out[0].mutable_data_ptr<A>(), *teachers = out[1].mutable_data_ptr<A>(),
+      *along = out[2].mutable_data_ptr<A>();
+    for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
+      const int64_t i0 = t / tiles.across * kPassRows;
+      for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i) {
+        student[i0 + i] += found[t].student[i];
+        teachers[i0 + i] += found[t].teachers[i];
+        along[i0 + i] += found[t].along[i];
+      }
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gssf, CPU, library) {
+  library.impl("logsumexp_pass", logsumexp_pass);
+  library.impl("softmax_pass", softmax_pass);
+  library.impl("score_sums_pass", score_sums_pass);
+  library.impl("relation_pass", relation_pass);
+}
+
+}  // namespace gssf

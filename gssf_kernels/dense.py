@@ -1,0 +1,80 @@
+"""The gradient sweep: ``s = a bᵀ`` in chunks of rows, for losses in which every score carries gradient.
+
+    for each chunk R of rows:   s = a[R] bᵀ;   pass over s;   da[R] = ds b,   db += dsᵀ a[R]
+
+The pass reads the chunk, adds to statistics of O(N + M) and, where gradients are wanted, leaves ds in place of s. It is
+an op: C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere. The products are the library's. Extra memory is one
+chunk besides the gradients, and on the CPU fp32 copies of fp16 and bf16 inputs (b whole, a by chunks). The same inputs
+and number of threads give the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gssf_kernels._library import accumulation_dtype
+
+# Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: the product packs b anew for every chunk,
+# which 512 rows at M = 8192 make good; a GPU needs more to be filled.
+CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
+MIN_ROWS = 16  # of a chunk, however long
+
+
+def chunk_rows(a: Tensor, b: Tensor) -> int:
+    """Rows of a in one chunk: of the problem alone, so that the same inputs are summed in the same order."""
+    scores = CHUNK_SCORES.get(a.device.type, CHUNK_SCORES["cpu"])
+    return min(max(scores // max(b.shape[0], 1), MIN_ROWS), max(a.shape[0], 1))
+
+
+def chunks(
+    a: Tensor, b: Tensor, visit: Callable[[Tensor, int], None], needs: tuple[bool, bool] = (False, False)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Call ``visit(s [R, M], first)`` for every chunk of ``s = a bᵀ``, whose first row is row ``first`` of a.
+
+    Where ``needs`` says so, visit leaves ``ds = dL/ds`` in place of s, and ``(da [N, D], db [M, D])`` come back in the
+    scores' dtype.
+    """
+    dtype, rows = accumulation_dtype(a.dtype), chunk_rows(a, b)
+    b = operand(b, dtype)
+    buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
+    da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
+    db = b.new_zeros(b.shape, dtype=dtype) if needs[1] else None
+    for first in range(0, a.shape[0], rows):
+        part = operand(a[first : first + rows], dtype)  # [R, D]
+        s = buffer[: part.shape[0]]  # [R, M]
+        product(part, b.mT, s)
+        visit(s, first)
+        ds = s.to(b.dtype) if any(needs) else s
+        if da is not None:
+            product(ds, b, da[first : first + rows])
+        if db is not None:
+            product(ds.mT, part, db, add=True)
+    return da, db
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as products take it: on CUDA matrix units multiply 16-bit numbers and sum in fp32; elsewhere they are fp32."""
+    return x if x.is_cuda else x.to(dtype)
+
+
+def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out = x y`` or ``out += x y``, summed in out's dtype."""
+    options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, x, y, **options, out=out)
+    else:
+        torch.mm(x, y, **options, out=out)
+
+
+def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:
+    """For fp16 the largest of the gradients' magnitudes, to be divided out and put back; else None.
+
+    On a GPU ds is rounded to fp16 there, and the 1/N of a mean would push it below the smallest number.
+    """
+    some = [g for g in grads if g is not None and g.numel()]
+    if dtype != torch.float16 or not some:
+        return None
+    unit = torch.stack([g.abs().amax() for g in some]).amax()
+    return torch.where(unit == 0, 1, unit)

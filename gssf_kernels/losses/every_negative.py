@@ -1,0 +1,24 @@
+"""Triplet loss over every negative, from one sweep: VSE0, what VSE∞ warms up with.
+
+    L = Σ_i Σ_{j ∉ pos(i)} [m + s_ij − s_ii]₊ + Σ_{j < N} Σ_{i ∉ pos(j)} [m + s_ij − s_jj]₊,     s = x yᵀ
+
+Source: VSE++, arXiv 1707.05612, which names it as its predecessor.
+"""
+
+from torch import Tensor
+
+from gssf_kernels.statistics import pair_scores
+from gssf_kernels.statistics.sums import line_sums, total_score
+
+
+def every_negative(
+    x: Tensor, y: Tensor, margin: float, x_ids: Tensor | None, y_ids: Tensor | None, reduction: str
+) -> Tensor:
+    """``triplet_loss(negatives="all")`` of x [N, D] and y [M, D], checked there; scalar, or [N] for "none"."""
+    gap = margin - pair_scores(x, y)  # [N]: added to a score, what the hinge takes
+    arguments = (x, y, "hinge", gap.new_ones(()), gap, gap, "exclude", x_ids, y_ids)
+    if reduction == "none":
+        rows, cols = line_sums(*arguments)
+        return rows + cols
+    total = total_score(*arguments)
+    return total / max(x.shape[0], 1) if reduction == "mean" else total
