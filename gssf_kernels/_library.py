@@ -64,9 +64,10 @@ def compose(schema: str, *, implementation: Callable, fake: Callable) -> str:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     @functools.wraps(implementation)
-    def call(first: torch.Tensor, *rest):
-        with outside_autocast(first.device):
-            return implementation(first, *rest)
+    def call(*arguments):
+        device = next(t.device for t in arguments if isinstance(t, torch.Tensor))
+        with outside_autocast(device):
+            return implementation(*arguments)
 
     _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)

@@ -104,8 +104,8 @@ class TripletLoss(nn.Module):
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's); absent, x and y are compared as they come.
         warmup: for that many training-mode calls the loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup,
-            step = 0, 1, …; from then on ``L_hardest`` alone. For negatives="hardest" only. L_all stores the N x M
-            matrix, so warm-up does, and costs accordingly; after it nothing is left of that. (A module inside
+            step = 0, 1, …; from then on ``L_hardest`` alone. For negatives="hardest" only. L_all takes
+            three products where L_hardest takes one, so warm-up costs accordingly; after it nothing is left of that. (A module inside
             torch.compile goes on paying until ``train()`` is next called, at the turn of an epoch, say.) In
             evaluation mode the loss is that of the next step, and the step stays. It is kept in the buffer
             ``step``, which goes with the state_dict.
