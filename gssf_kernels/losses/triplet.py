@@ -105,10 +105,10 @@ class TripletLoss(nn.Module):
             module's); absent, x and y are compared as they come.
         warmup: for that many training-mode calls the loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup,
             step = 0, 1, …; from then on ``L_hardest`` alone. For negatives="hardest" only. L_all takes
-            three products where L_hardest takes one, so warm-up costs accordingly; after it nothing is left of that. (A module inside
-            torch.compile goes on paying until ``train()`` is next called, at the turn of an epoch, say.) In
-            evaluation mode the loss is that of the next step, and the step stays. It is kept in the buffer
-            ``step``, which goes with the state_dict.
+            three products where L_hardest takes one, so warm-up costs accordingly; after it nothing is left of
+            that. (A module inside torch.compile goes on paying until ``train()`` is next called, at the turn of an
+            epoch, say.) In evaluation mode the loss is that of the next step, and the step stays. It is kept in the
+            buffer ``step``, which goes with the state_dict.
         diagnostics: return ``(loss, Diagnostics)``, in warm-up those of the hardest negatives.
 
     Raises:
