@@ -44,6 +44,8 @@ def triton_version() -> str:
 def report() -> str:
     """The environment report, as text."""
     extension = "loaded" if _library.EXTENSION_ERROR is None else f"not loaded ({_library.EXTENSION_ERROR})"
+    table = gk.backends()
+    width = max(map(len, table)) + 2
     lines = [
         f"gssf_kernels {gk.__version__}",
         f"python       {platform.python_version()} on {platform.platform()}",
@@ -54,10 +56,10 @@ def report() -> str:
         f"gpu          {gpu_description()}",
         f"extension    {extension}",
         "",
-        f"{'op':24}{'cpu':12}cuda",
+        f"{'op':{width}}{'cpu':12}cuda",
     ]
-    for op, active in gk.backends().items():
-        lines.append(f"{op:24}{active['cpu']:12}{active['cuda']}")
+    for op, active in table.items():
+        lines.append(f"{op:{width}}{active['cpu']:12}{active['cuda']}")
     if _library.EXTENSION_ERROR is not None:
         lines += ["", "Without the extension everything works, on the slower reference. To build it (needs a C++"]
         lines += ["compiler): pip install --no-build-isolation --force-reinstall --no-deps gssf_kernels"]
