@@ -7,7 +7,6 @@
 #include <vector>
 
 #define GSSF_KERNELS "vector_epilogues.h"
-#include "isa.h"
 #include "sweep.h"
 
 namespace gssf {

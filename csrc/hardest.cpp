@@ -72,9 +72,7 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.pair_score.mutable_data_ptr<A>(),
                                                Hardest::best<A>(out.row_score, out.row_index),
                                                Hardest::best<A>(out.col_score, out.col_index)));
-  // fp16 and bf16 convert to fp32 exactly, so scores are those of an fp32 product.
-  constexpr auto dtype = c10::CppTypeToScalarType<A>::value;
-  sweep<A>(a.to(dtype), b.to(dtype), rows, cols, epilogue);
+  sweep<A>(a, b, rows, cols, epilogue);
   return epilogue;
 }
 

@@ -22,7 +22,13 @@
 
 #define GSSF_INLINE __attribute__((always_inline)) static inline
 
+// In each of them kRegisters says how many 64-byte vectors the processor's registers hold.
 namespace gssf::plain {
+#ifdef __aarch64__
+constexpr int kRegisters = 8;
+#else
+constexpr int kRegisters = 4;
+#endif
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::plain
@@ -32,6 +38,7 @@ namespace gssf::plain {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace gssf::v3 {
+constexpr int kRegisters = 8;
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::v3
@@ -39,6 +46,7 @@ namespace gssf::v3 {
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
 namespace gssf::v4 {
+constexpr int kRegisters = 32;
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::v4

@@ -14,40 +14,21 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
 
-#include "types.h"
-
-// MKL's, where PyTorch brings it; a weak reference, null elsewhere.
-extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+#include "product.h"
 
 namespace gssf {
 
-// Tells the library that this thread's products are its own. Otherwise MKL, even inside a parallel region,
-// sums in an order that depends on how many threads there are.
-class ProductOnOneThread {
- public:
-  ProductOnOneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
-  ~ProductOnOneThread() {
-    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
-  }
-  ProductOnOneThread(const ProductOnOneThread&) = delete;
-  ProductOnOneThread& operator=(const ProductOnOneThread&) = delete;
-
- private:
-  int before_;
-};
-
-// One dimension cut into blocks of nearly equal size, multiples of 16 but for the last.
+// One dimension cut into blocks of nearly equal size, multiples of 32 (whole panels) but for the last.
 struct Blocks {
   int64_t total, size, count;
   Blocks(int64_t total, int64_t most) : total(total) {
-    size = ceil_div(ceil_div(total, ceil_div(total, most)), 16) * 16;
+    size = ceil_div(ceil_div(total, ceil_div(total, most)), 32) * 32;
     count = ceil_div(total, size);
   }
   int64_t begin(int64_t block) const { return block * size; }
@@ -64,12 +45,16 @@ struct Tile {
 // and up, a tile 1 MiB).
 constexpr int64_t kSlotsPerThread = 64;
 
-// a [N, D] and b [M, D], both fp32 or both fp64; D >= 1, N, M >= 1.
+// a [N, D] and b [M, D] of one dtype, whose scores are Scalars; N, M >= 1. Packs a copy of b.
 template <class Scalar, class Epilogue>
 void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const Blocks& cols, Epilogue& epilogue) {
   const int64_t threads = at::get_num_threads();
   const int64_t round = std::clamp<int64_t>(kSlotsPerThread * threads / cols.count, 1, rows.count);  // row blocks
   const auto slots = std::make_unique_for_overwrite<typename Epilogue::Slot[]>(round * cols.count);
+  // fp16 and bf16 convert to fp32 exactly, so scores are those of an fp32 product.
+  const at::Tensor left = a.to(c10::CppTypeToScalarType<Scalar>::value).contiguous(), right = packed<Scalar>(b.t());
+  const Scalar *x = left.const_data_ptr<Scalar>(), *y = right.const_data_ptr<Scalar>();
+  const int64_t depth = a.size(1);
   std::vector<at::Tensor> buffers(threads);
   for (int64_t first = 0; first < rows.count; first += round) {
     const int64_t blocks = std::min(round, rows.count - first), tiles = blocks * cols.count;
@@ -79,15 +64,24 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
     };
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t worker, int64_t) {
-      const at::AutoDispatchBelowADInplaceOrView no_autograd;  // worker threads start with autograd on
-      const ProductOnOneThread one_thread;
-      at::Tensor& s = buffers[worker];
-      if (!s.defined()) s = at::empty({rows.size, kTileMost}, a.options());
+      at::Tensor& buffer = buffers[worker];
+      if (!buffer.defined()) buffer = at::empty({rows.size, kTileMost}, left.options());
+      Scalar* s = buffer.mutable_data_ptr<Scalar>();
       for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
         const Tile tile = at_place(t);
-        at::Tensor out = s.narrow(0, 0, tile.n).narrow(1, 0, tile.m);
-        at::mm_out(out, a.narrow(0, tile.i0, tile.n), b.narrow(0, tile.j0, tile.m).t());
-        epilogue.tile(s.mutable_data_ptr<Scalar>(), tile, slots[t]);
+        const Product<Scalar> product{.a = x + tile.i0 * depth,
+                                      .panels = y + tile.j0 * depth,
+                                      .c = s,
+                                      .n = tile.n,
+                                      .k = depth,
+                                      .m = tile.m,
+                                      .a_row = depth,
+                                      .a_step = 1,
+                                      .panel = depth * kPanel<Scalar>,
+                                      .c_row = kTileMost,
+                                      .add = false};
+        GSSF_VECTORIZED(product_of, product);
+        epilogue.tile(s, tile, slots[t]);
       }
     });
     const int64_t lines = blocks + cols.count;

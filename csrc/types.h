@@ -41,6 +41,31 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 constexpr int64_t kTileMost = 512;  // rows, and columns; also the distance of a tile's rows
 inline int64_t tile_cols(int64_t total) { return std::clamp<int64_t>(total / 4, 64, kTileMost); }
 
+// A product's right operand comes packed in panels, kPanel of its columns side by side: panel p holds its columns from
+// p * kPanel on as [k, kPanel], zeros behind the last. kChain channels are summed in a chain of fused
+// multiply-adds and the chains then added up, in order: a product's bits depend on its two vectors alone, and its error
+// grows with the number of chains rather than of channels. kDepth channels of a panel stay in the L1 cache together.
+template <class A>
+constexpr int64_t kPanel = 2 * Simd<A>::lanes;
+constexpr int64_t kChain = 8, kDepth = 256;
+
+// c [n, m] = a [n, k] b, or += it. Element (i, l) of a lies at i * a_row + l * a_step; panels are `panel` apart.
+template <class A>
+struct Product {
+  const A *a, *panels;
+  A* c;
+  int64_t n, k, m, a_row, a_step, panel, c_row;
+  bool add;
+};
+
+// `width` adjacent columns of a right operand [k, width], and the panel they become.
+template <class T, class A>
+struct Packing {
+  const T* y;
+  A* panel;
+  int64_t k, width, row, col;  // element (l, j) of y lies at l * row + j * col
+};
+
 // One entry per row, or per column, of a tile. What tiles leave behind lies in such arrays, uninitialised until
 // a vector kernel fills them.
 template <class T>

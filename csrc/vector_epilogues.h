@@ -1,3 +1,4 @@
-// The vector kernels of the sweep's epilogues. See isa.h.
+// The vector kernels of the sweep and its epilogues. See isa.h.
 #include "vector_maxima.h"
+#include "vector_product.h"
 #include "vector_relative.h"

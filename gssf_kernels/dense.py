@@ -8,13 +8,14 @@ chunk besides the gradients, and on the CPU fp32 copies of fp16 and bf16 inputs 
 and number of threads give the same bits.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import accumulation_dtype
+from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype
 
 # Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: the product packs b anew for every chunk,
 # which 512 rows at M = 8192 make good; a GPU needs more to be filled.
@@ -37,35 +38,54 @@ def chunks(
     scores' dtype.
     """
     dtype, rows = accumulation_dtype(a.dtype), chunk_rows(a, b)
-    b = operand(b, dtype)
+    columns = Right(b.mT, dtype)
+    channels = Right(b, dtype) if needs[0] else None
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
     db = b.new_zeros(b.shape, dtype=dtype) if needs[1] else None
     for first in range(0, a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
-        product(part, b.mT, s)
+        columns.product(part, s)
         visit(s, first)
-        ds = s.to(b.dtype) if any(needs) else s
-        if da is not None:
-            product(ds, b, da[first : first + rows])
+        ds = s.to(part.dtype) if any(needs) else s
+        if da is not None and channels is not None:
+            channels.product(ds, da[first : first + rows])
         if db is not None:
-            product(ds.mT, part, db, add=True)
+            Right(part, dtype).product(ds.mT, db, add=True)
     return da, db
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as products take it: on CUDA matrix units multiply 16-bit numbers and sum in fp32; elsewhere they are fp32."""
+    """x as a product's left side: on CUDA matrix units multiply 16-bit numbers and sum in fp32; elsewhere they are fp32."""
     return x if x.is_cuda else x.to(dtype)
 
 
-def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
-    """``out = x y`` or ``out += x y``, summed in out's dtype."""
-    options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
-    if add:
-        torch.addmm(out, x, y, **options, out=out)
-    else:
-        torch.mm(x, y, **options, out=out)
+class Right:
+    """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy."""
+
+    PANEL = 32  # multiples of it are where columns may begin
+
+    def __init__(self, y: Tensor, dtype: torch.dtype):
+        self.packed = y.device.type == "cpu" and EXTENSION_ERROR is None
+        self.y = torch.ops.gssf.pack(y, dtype) if self.packed else operand(y, dtype)
+
+    def after(self, row: int = 0, column: int = 0) -> "Right":
+        """y[row:, column:], not copied; column a multiple of PANEL."""
+        part = copy.copy(self)
+        part.y = self.y[column // self.y.shape[2] :, row:] if self.packed else self.y[row:, column:]
+        return part
+
+    def product(self, x: Tensor, out: Tensor, add: bool = False) -> None:
+        """``out = x y`` or ``out += x y``, summed in out's dtype."""
+        if self.packed:
+            torch.ops.gssf.multiply(x, self.y, out, add)
+            return
+        options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
+        if add:
+            torch.addmm(out, x, self.y, **options, out=out)
+        else:
+            torch.mm(x, self.y, **options, out=out)
 
 
 def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
-from gssf_kernels.dense import chunk_rows, operand, product
+from gssf_kernels.dense import Right, chunk_rows, operand
 
 KINDS = {"mae": "abs", "mse": "square"}
 
@@ -53,25 +53,26 @@ def _scaled(grad, dstudent, dlam, student, lam):
 
 def _forward(student, image, text, lam, kind, need):
     dtype, n = accumulation_dtype(student.dtype), student.shape[0]
-    sides = [operand(x, dtype) for x in (student, image, text)]
-    h = sides[0]
+    lefts = [operand(x, dtype) for x in (student, image, text)]
+    rights = [Right(x.mT, dtype) for x in lefts]
+    h, channels = lefts[0], Right(lefts[0], dtype) if need else None
     limit = max(chunk_rows(h, h) * n // 2, 1)  # scores of one of the three chunks there are
-    buffers = student.new_empty(3, min(max(limit, n), n * n), dtype=dtype)
+    buffers = student.new_empty(3, min(max(limit, Right.PANEL * n), n * n), dtype=dtype)
     sums = student.new_empty(3, n, dtype=dtype)
     dh = student.new_zeros(student.shape if need else 0, dtype=dtype)
     first = 0
     while first < n:
         width = n - first
-        count = min(max(limit // width, 1), width)
+        count = min(max(limit // width // Right.PANEL, 1) * Right.PANEL, width)
         part = slice(first, first + count)
         f, u, w = (buffer[: count * width].view(count, width) for buffer in buffers)
-        for s, x in zip((f, u, w), sides, strict=True):
-            product(x[part], x[first:].mT, s)
+        for s, left, right in zip((f, u, w), lefts, rights, strict=True):
+            right.after(column=first).product(left[part], s)
         torch.ops.gssf.relation_pass(f, u, w, lam, kind, need, sums[:, part])
-        if need:
+        if channels is not None:
             ds = f.to(h.dtype)
-            product(ds, h[first:], dh[part], add=True)
-            product(ds[:, count:].mT, h[part], dh[part.stop :], add=True)
+            channels.after(row=first).product(ds, dh[part], add=True)
+            Right(h[part], dtype).product(ds[:, count:].mT, dh[part.stop :], add=True)
         first += count
     total, teachers, along = sums.sum(1, dtype=torch.float64)
     return total.clone(), teachers.clone(), -along, dh.mul_(2)

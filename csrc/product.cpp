@@ -1,0 +1,90 @@
+// The products of the gradient sweep: see gssf_kernels/dense.py.
+#include "product.h"
+
+#include <torch/library.h>
+
+#include <vector>
+
+namespace gssf {
+namespace {
+
+using at::Tensor;
+
+// What one task takes of c, at most: its rows of a and panels of b pass through its L2 cache together.
+constexpr int64_t kTaskRows = 256, kTaskCols = 256;
+
+Tensor pack(const Tensor& y, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(y.dim() == 2 && at::isFloatingType(y.scalar_type()), "pack: expected a matrix, got ", y.sizes());
+  return dtype == at::kDouble ? packed<double>(y) : packed<float>(y);
+}
+
+// out [n, m] = x [n, k] y or += it, y as pack() left it; x and out in its dtype.
+void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
+  const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "multiply", [&] {
+    using A = scalar_t;
+    constexpr int64_t P = kPanel<A>;
+    TORCH_CHECK_VALUE(panels.dim() == 3 && panels.size(0) == ceil_div(m, P) && panels.size(1) == k &&
+                          panels.size(2) == P && panels.stride(1) == P && panels.stride(2) == 1 && out.size(0) == n &&
+                          out.stride(1) == 1,
+                      "multiply: expected x [n, k], panels of y [k, m] and out [n, m], got ", x.sizes(), ", ",
+                      panels.sizes(), " and ", out.sizes());
+    const A *a = x.const_data_ptr<A>(), *b = panels.const_data_ptr<A>();
+    A* c = out.mutable_data_ptr<A>();
+    // Smaller tasks where threads would have none: the partition changes no bit.
+    int64_t rows = kTaskRows, cols = kTaskCols;
+    const auto tasks = [&] { return ceil_div(n, rows) * ceil_div(m, cols); };
+    while (tasks() < 4 * at::get_num_threads() && cols > P) cols /= 2;
+    while (tasks() < 4 * at::get_num_threads() && rows > 64) rows /= 2;
+    const int64_t across = ceil_div(m, cols);
+    // Rows of x that are columns in memory are copied side by side, a stretch of channels at a time.
+    const bool columns = x.stride(1) != 1 && n > 1;
+    at::parallel_for(0, tasks(), 1, [&](int64_t task, int64_t end) {
+      std::vector<A> copy(columns ? rows * kDepth : 0);
+      for (; task < end; ++task) {
+        const int64_t i = task / across * rows, j = task % across * cols, count = std::min(rows, n - i);
+        Product<A> product{.a = a + i * x.stride(0),
+                           .panels = b + j / P * panels.stride(0),
+                           .c = c + i * out.stride(0) + j,
+                           .n = count,
+                           .k = k,
+                           .m = std::min(cols, m - j),
+                           .a_row = x.stride(0),
+                           .a_step = x.stride(1),
+                           .panel = panels.stride(0),
+                           .c_row = out.stride(0),
+                           .add = add};
+        if (!columns || k == 0) {
+          GSSF_VECTORIZED(product_of, product);
+          continue;
+        }
+        for (int64_t l = 0; l < k; l += kDepth) {
+          product.k = std::min(kDepth, k - l);
+          for (int64_t at = 0; at < product.k; ++at) {
+            const A* from = a + i * x.stride(0) + (l + at) * x.stride(1);
+            if (x.stride(0) == 1) std::copy_n(from, count, copy.data() + at * count);
+            else
+              for (int64_t r = 0; r < count; ++r) copy[at * count + r] = from[r * x.stride(0)];
+          }
+          product.a = copy.data(), product.a_row = 1, product.a_step = count;
+          GSSF_VECTORIZED(product_of, product);
+          product.panels += kDepth * P, product.add = true;
+        }
+      }
+    });
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(gssf, library) {
+  library.def("pack(Tensor y, ScalarType dtype) -> Tensor");
+  library.def("multiply(Tensor x, Tensor panels, Tensor(a!) out, bool add) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(gssf, CPU, library) {
+  library.impl("pack", pack);
+  library.impl("multiply", multiply);
+}
+
+}  // namespace gssf

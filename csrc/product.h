@@ -1,0 +1,50 @@
+// Products of matrices, which the sweeps are made of.
+//
+// Written here and not a library's: the sums of a score are in an order of their own, so that equal rows have equal
+// scores wherever they stand and no thread count, tile or processor changes a bit; an operand is packed once for many
+// products; and a tile is still in the cache when its epilogue comes.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#ifndef GSSF_KERNELS
+#define GSSF_KERNELS "vector_product.h"
+#endif
+#include "isa.h"
+
+namespace gssf {
+
+// y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A.
+template <class A>
+at::Tensor packed(const at::Tensor& y) {
+  const int64_t k = y.size(0), m = y.size(1), count = ceil_div(m, kPanel<A>);
+  at::Tensor out = at::empty({count, k, kPanel<A>}, y.options().dtype(c10::CppTypeToScalarType<A>::value));
+  A* panels = out.mutable_data_ptr<A>();
+  const auto pack = [&](const auto* data) {
+    using T = std::remove_cvref_t<decltype(*data)>;
+    at::parallel_for(0, count, ceil_div(1 << 14, std::max<int64_t>(k * kPanel<A>, 1)), [&](int64_t p, int64_t end) {
+      for (; p < end; ++p) {
+        const int64_t j = p * kPanel<A>;
+        const Packing<T, A> packing{data + j * y.stride(1),    panels + j * k, k,
+                                    std::min(kPanel<A>, m - j), y.stride(0),    y.stride(1)};
+        GSSF_VECTORIZED(pack_of, packing);
+      }
+    });
+  };
+  if constexpr (std::is_same_v<A, double>) {
+    pack(y.const_data_ptr<double>());
+  } else if (y.scalar_type() == at::kFloat) {
+    pack(y.const_data_ptr<float>());
+  } else if (y.scalar_type() == at::kHalf) {
+    pack(y.const_data_ptr<at::Half>());
+  } else {
+    pack(y.const_data_ptr<at::BFloat16>());
+  }
+  return out;
+}
+
+}  // namespace gssf

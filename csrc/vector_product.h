@@ -1,0 +1,104 @@
+// Matrix products: c [n, m] = a [n, k] b with b in panels (types.h). See isa.h.
+
+// A register tile: kTileRows rows of kTileVectors vectors, twice, for the sums and those of a chain. The registers left
+// hold part of a row of b and an element of a.
+constexpr int kTileVectors = kRegisters >= 32 ? 2 : 1;
+constexpr int kTileRows = kRegisters >= 32 ? 6 : kRegisters >= 8 ? 3 : 1;
+
+// sum [R, kTileVectors vectors] = Σ_l a[:, l] b[l, :] over `count` channels.
+template <class A, int R>
+GSSF_INLINE void chain(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t count,
+                       typename Simd<A>::Vector (&sum)[R][kTileVectors]) {
+  using V = typename Simd<A>::Vector;
+  for (int64_t l = 0; l < count; ++l) {
+    V y[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) y[v] = load<V>(b + l * kPanel<A> + v * Simd<A>::lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] += a[r * a_row + l * a_step] * y[v];
+  }
+}
+
+// c [R, kTileVectors vectors] = or += Σ_l a[:, l] b[l, :] over `depth` channels.
+template <class A, int R>
+GSSF_INLINE void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t depth, A* c, int64_t c_row,
+                      bool add) {
+  using V = typename Simd<A>::Vector;
+  constexpr int64_t L = Simd<A>::lanes;
+  V total[R][kTileVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kTileVectors; ++v) total[r][v] = add ? load<V>(c + r * c_row + v * L) : V{};
+  for (int64_t l = 0; l < depth; l += kChain) {
+    V sum[R][kTileVectors] = {};
+    const A *x = a + l * a_step, *y = b + l * kPanel<A>;
+    if (depth - l >= kChain) chain<A, R>(x, a_row, a_step, y, kChain, sum);
+    else chain<A, R>(x, a_row, a_step, y, depth - l, sum);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kTileVectors; ++v) total[r][v] += sum[r][v];
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kTileVectors; ++v) store(c + r * c_row + v * L, total[r][v]);
+}
+
+// Rows first .. n of one panel over `depth` channels, R at a time, then fewer.
+template <class A, int R>
+GSSF_INLINE void tiles(const Product<A>& p, int64_t first, const A* a, const A* b, int64_t depth, A* c, int64_t width,
+                       bool add) {
+  constexpr int64_t L = Simd<A>::lanes;
+  for (; first + R <= p.n; first += R) {
+    const A* rows = a + first * p.a_row;
+    for (int64_t j = 0; j < width; j += kTileVectors * L) {
+      A* out = c + first * p.c_row + j;
+      const int64_t rest = width - j;
+      if (rest >= kTileVectors * L) {
+        tile<A, R>(rows, p.a_row, p.a_step, b + j, depth, out, p.c_row, add);
+        continue;
+      }
+      A edge[R * kPanel<A>] = {};
+      for (int64_t r = 0; r < R && add; ++r) std::copy_n(out + r * p.c_row, rest, edge + r * kPanel<A>);
+      tile<A, R>(rows, p.a_row, p.a_step, b + j, depth, edge, kPanel<A>, true);
+      for (int64_t r = 0; r < R; ++r) std::copy_n(edge + r * kPanel<A>, rest, out + r * p.c_row);
+    }
+  }
+  if constexpr (R > 1) tiles<A, (R > 4 ? 4 : R / 2)>(p, first, a, b, depth, c, width, add);
+}
+
+template <class A>
+GSSF_INLINE void product(const Product<A>& p) {
+  for (int64_t l = 0; l < p.k || l == 0; l += kDepth) {
+    const int64_t depth = std::min(kDepth, p.k - l);
+    for (int64_t j = 0; j < p.m; j += kPanel<A>) {
+      const A* part = p.panels + j / kPanel<A> * p.panel + l * kPanel<A>;
+      const A* next = j + kPanel<A> < p.m ? part + p.panel : p.panels + (l + kDepth) * kPanel<A>;
+      if (j + kPanel<A> < p.m || l + kDepth < p.k)  // comes to the cache while this part is in use
+        for (int64_t at = 0; at < depth * kPanel<A>; at += 64 / sizeof(A)) __builtin_prefetch(next + at, 0, 2);
+      tiles<A, kTileRows>(p, 0, p.a + l * p.a_step, part, depth, p.c + j, std::min(kPanel<A>, p.m - j),
+                          p.add || l > 0);
+    }
+  }
+}
+
+template <class T, class A>
+GSSF_INLINE void pack(const Packing<T, A>& p) {
+  for (int64_t l0 = 0; l0 < p.k; l0 += kDepth) {  // a panel's part stays in the cache while it is filled
+    const int64_t l1 = std::min(l0 + kDepth, p.k);
+    if (p.width < kPanel<A>) std::fill(p.panel + l0 * kPanel<A>, p.panel + l1 * kPanel<A>, A(0));
+    if (p.col == 1) {
+      for (int64_t l = l0; l < l1; ++l) convert(p.panel + l * kPanel<A>, p.y + l * p.row, p.width);
+    } else {
+      for (int64_t j = 0; j < p.width; ++j)
+        for (int64_t l = l0; l < l1; ++l) p.panel[l * kPanel<A> + j] = static_cast<A>(p.y[l * p.row + j * p.col]);
+    }
+  }
+}
+
+#define GSSF_PRODUCT_KERNELS(T, A) \
+  static void pack_of(const Packing<T, A>& p) { pack<T, A>(p); }
+static void product_of(const Product<float>& p) { product(p); }
+static void product_of(const Product<double>& p) { product(p); }
+GSSF_PRODUCT_KERNELS(float, float)
+GSSF_PRODUCT_KERNELS(double, double)
+GSSF_PRODUCT_KERNELS(c10::Half, float)
+GSSF_PRODUCT_KERNELS(c10::BFloat16, float)
+#undef GSSF_PRODUCT_KERNELS
