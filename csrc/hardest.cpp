@@ -61,10 +61,28 @@ struct Hardest {
   }
 };
 
+// Whether both are the same numbers in the same place.
+bool same(const Tensor& x, const Tensor& y) {
+  return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides();
+}
+
+// Rows and columns of a symmetric s, of which tiles on and above the diagonal were seen: a line's best is the better
+// of its row's and its column's, at equal scores that of the lower index, and of NaNs the first.
+template <class A>
+void merge_halves(const Best<A>& rows, const Best<A>& cols, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    A &row = rows.score[i], &col = cols.score[i];
+    int64_t &row_index = rows.index[i], &col_index = cols.index[i];
+    const bool tie = row == col || (row != row && col != col);
+    if (tie ? col_index >= 0 && col_index < row_index : displaces(col, row)) row = col, row_index = col_index;
+    else col = row, col_index = row_index;
+  }
+}
+
 // Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.
 template <class A, class Extend>
 auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-         Hardest& out, Extend extended) {
+         Hardest& out, Extend extended, bool half = false) {
   using Lane = typename Simd<A>::Lane;
   std::pair<std::vector<Lane>, std::vector<Lane>> ids;
   if (a_ids) ids = dense_ids<Lane>(a_ids->contiguous(), b_ids->contiguous());
@@ -72,7 +90,7 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.pair_score.mutable_data_ptr<A>(),
                                                Hardest::best<A>(out.row_score, out.row_index),
                                                Hardest::best<A>(out.col_score, out.col_index)));
-  sweep<A>(a, b, rows, cols, epilogue);
+  sweep<A>(a, b, rows, cols, epilogue, half);
   return epilogue;
 }
 
@@ -96,7 +114,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tenso
   if (n > 0)
     dispatch(a, [&](auto type) {
       using A = decltype(type);
-      run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; });
+      const bool half = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
+      const auto found =
+          run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, half);
+      if (half) merge_halves(found.rows(), found.cols(), n);
     });
   return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index};
 }

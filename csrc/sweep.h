@@ -45,9 +45,11 @@ struct Tile {
 // and up, a tile 1 MiB).
 constexpr int64_t kSlotsPerThread = 64;
 
-// a [N, D] and b [M, D] of one dtype, whose scores are Scalars; N, M >= 1. Packs a copy of b.
+// a [N, D] and b [M, D] of one dtype, whose scores are Scalars; N, M >= 1. Packs a copy of b. With `half`, tiles below
+// the diagonal are left out: for a symmetric s.
 template <class Scalar, class Epilogue>
-void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const Blocks& cols, Epilogue& epilogue) {
+void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const Blocks& cols, Epilogue& epilogue,
+           bool half = false) {
   const int64_t threads = at::get_num_threads();
   const int64_t round = std::clamp<int64_t>(kSlotsPerThread * threads / cols.count, 1, rows.count);  // row blocks
   const auto slots = std::make_unique_for_overwrite<typename Epilogue::Slot[]>(round * cols.count);
@@ -62,6 +64,7 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
       const int64_t i = first + t / cols.count, j = t % cols.count;
       return Tile{rows.begin(i), rows.length(i), cols.begin(j), cols.length(j)};
     };
+    const auto left_out = [&](const Tile& tile) { return half && tile.j0 + tile.m <= tile.i0; };
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t worker, int64_t) {
       at::Tensor& buffer = buffers[worker];
@@ -69,6 +72,7 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
       Scalar* s = buffer.mutable_data_ptr<Scalar>();
       for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
         const Tile tile = at_place(t);
+        if (left_out(tile)) continue;
         const Product<Scalar> product{.a = x + tile.i0 * depth,
                                       .panels = y + tile.j0 * depth,
                                       .c = s,
@@ -90,9 +94,10 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
       for (int64_t line = begin; line < end; ++line) {
         if (line < blocks) {
           for (int64_t t = line * cols.count; t < (line + 1) * cols.count; ++t)
-            epilogue.fold_rows(at_place(t), slots[t]);
+            if (const Tile tile = at_place(t); !left_out(tile)) epilogue.fold_rows(tile, slots[t]);
         } else {
-          for (int64_t t = line - blocks; t < tiles; t += cols.count) epilogue.fold_cols(at_place(t), slots[t]);
+          for (int64_t t = line - blocks; t < tiles; t += cols.count)
+            if (const Tile tile = at_place(t); !left_out(tile)) epilogue.fold_cols(tile, slots[t]);
         }
       }
     });

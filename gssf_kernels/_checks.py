@@ -19,9 +19,11 @@ _FLOAT_NAMES = "float32, float64, bfloat16 or float16"
 def autocast(*tensors: torch.Tensor | None) -> tuple:
     """The tensors as the surrounding ``torch.autocast`` region wants them (unchanged outside one).
 
-    fp32, fp16 and bf16 tensors take the region's dtype; fp64 is left alone, as PyTorch does.
+    fp32, fp16 and bf16 tensors take the region's dtype; fp64 is left alone, as PyTorch does. One tensor given twice
+    comes back as one.
     """
-    return tuple(_autocast_one(t) for t in tensors)
+    cast = {id(t): _autocast_one(t) for t in tensors}
+    return tuple(cast[id(t)] for t in tensors)
 
 
 def _autocast_one(t):

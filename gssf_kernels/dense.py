@@ -3,13 +3,14 @@
     for each chunk R of rows:   s = a[R] bᵀ;   pass over s;   da[R] = ds b,   db += dsᵀ a[R]
 
 The pass reads the chunk, adds to statistics of O(N + M) and, where gradients are wanted, leaves ds in place of s. It is
-an op: C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere. The products are the library's. Extra memory is one
-chunk besides the gradients, and on the CPU fp32 copies of fp16 and bf16 inputs (b whole, a by chunks). The same inputs
-and number of threads give the same bits.
+an op: C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere. Where s is symmetric, a chunk begins at its own first
+column and half of the work is left out (:func:`triangle`). The products are our own on the CPU (``csrc/product.h``) and
+the library's elsewhere. Extra memory is one chunk besides the gradients and, on the CPU, b packed for the products: an
+fp32 copy forward, two with a gradient. The same inputs give the same bits, on the CPU whatever the number of threads.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,39 @@ def chunks(
         if db is not None:
             Right(part, dtype).product(ds.mT, db, add=True)
     return da, db
+
+
+def triangle(
+    sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool
+) -> Tensor | None:
+    """The same for symmetric ``s_k = x_k x_kᵀ``, x_k [N, any] the sides, from each chunk's place on the diagonal on.
+
+    ``visit([s_k [R, N − first]], first)`` sees every score once, but for those of the square ``s_k[:, :R]``, which has
+    both halves. Where ``need``, it leaves in place of s_0 that part of a symmetric ``E = dL/ds``, and ``E x_0``
+    comes back: half products for the scores, a whole one for the gradient.
+    """
+    dtype, n = accumulation_dtype(sides[0].dtype), sides[0].shape[0]
+    lefts = [operand(x, dtype) for x in sides]
+    rights = [Right(x.mT, dtype) for x in lefts]
+    x, channels = lefts[0], Right(lefts[0], dtype) if need else None
+    limit = max(2 * chunk_rows(x, x) * n // (1 + len(sides)), 1)  # scores of one of the chunks there are
+    buffers = x.new_empty(len(sides), min(max(limit, Right.PANEL * n), n * n), dtype=dtype)
+    dx = x.new_zeros(x.shape, dtype=dtype) if need else None
+    first = 0
+    while first < n:
+        width = n - first
+        count = min(max(limit // width // Right.PANEL, 1) * Right.PANEL, width)
+        rows = slice(first, first + count)
+        scores = [buffer[: count * width].view(count, width) for buffer in buffers]
+        for s, left, right in zip(scores, lefts, rights, strict=True):
+            right.after(column=first).product(left[rows], s)
+        visit(scores, first)
+        if channels is not None and dx is not None:
+            ds = scores[0].to(x.dtype)
+            channels.after(row=first).product(ds, dx[rows], add=True)
+            Right(x[rows], dtype).product(ds[:, count:].mT, dx[rows.stop :], add=True)
+        first += count
+    return dx
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,8 @@
     dL/dt_ij = row_grad_i e^{t_ij − row_lse_i} + col_grad_j e^{t_ij − col_lse_j}
 
 Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a
-running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all. Inside, a
+running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all. Where b is a, t is
+symmetric and half of them do. Inside, a
 log-sum is kept as (maximum, log of the sum over it), because a loss is the difference of two large numbers and the
 maximum falls out of it exactly.
 """
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
-from gssf_kernels.dense import chunks, unit_of
+from gssf_kernels._library import accumulation_dtype, define, last_derivative
+from gssf_kernels.dense import chunks, triangle, unit_of
 
 
 def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -32,8 +33,8 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward. Extra memory: one chunk of scores (16 MiB on the CPU) besides the
-    gradients, and for fp16 and bf16 on the CPU an fp32 copy of b.
+    Time: one product forward, three backward; half of each where b is a. Extra memory: one chunk of scores (16 MiB on
+    the CPU) besides the gradients, and on the CPU an fp32 copy of b, two in the backward.
     """
     a, b = _checks.autocast(a, b)
     _checks.sides(a, b, "a", "b", paired=False)
@@ -47,7 +48,7 @@ def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
 
     The maxima are constants to autograd: the whole gradient of a log-sum goes through its logarithm.
     """
-    return _LogSumExp.apply(*distinct(a, b), scale)
+    return _LogSumExp.apply(a, None if b is a else b, scale)
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -71,7 +72,8 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _forward(a, b, scale):
-    dtype, (n, m) = accumulation_dtype(a.dtype), (a.shape[0], b.shape[0])
+    dtype, n = accumulation_dtype(a.dtype), a.shape[0]
+    m = n if b is None else b.shape[0]
     row_max, row_sum, pair = (a.new_empty(size, dtype=dtype) for size in (n, n, min(n, m)))
     col_max, col_sum = a.new_full((m,), -torch.inf, dtype=dtype), a.new_zeros(m, dtype=dtype)
 
@@ -80,8 +82,32 @@ def _forward(a, b, scale):
         torch.mul(s.diagonal(first), scale, out=pair[rows])
         torch.ops.gssf.logsumexp_pass(s, scale, row_max[rows], row_sum[rows], col_max, col_sum)
 
-    chunks(a, b, visit)
+    def visit_half(scores, first):
+        (s,) = scores
+        count = s.shape[0]
+        rows, beyond = slice(first, first + count), slice(first + count, n)
+        torch.mul(s.diagonal(), scale, out=pair[rows])
+        own, rest = row_max.new_empty(2, count), row_max.new_empty(2, count)
+        nothing = (row_max.new_full((count,), -torch.inf), row_max.new_zeros(count))
+        torch.ops.gssf.logsumexp_pass(s[:, :count], scale, *own, *nothing)
+        torch.ops.gssf.logsumexp_pass(s[:, count:], scale, *rest, col_max[beyond], col_sum[beyond])
+        # of a row: what lies beyond its square, in it, and before it, where it was a column
+        merged = _together(*(torch.stack(t) for t in zip(rest, own, (col_max[rows], col_sum[rows]), strict=True)))
+        row_max[rows], row_sum[rows] = merged
+
+    if b is None:
+        triangle((a,), visit_half, False)
+        col_max, col_sum = row_max.clone(), row_sum.clone()
+    else:
+        chunks(a, b, visit)
     return row_max, row_sum.log(), col_max, col_sum.log(), pair
+
+
+def _together(maxima, sums):
+    """(max, Σ e^(· − max)) [K] of those of several parts [P, K]; a maximum of +inf stands for any that is not finite."""
+    new = maxima.amax(0)
+    shift = torch.where(new.isfinite(), new, 0)
+    return new, torch.where(maxima == new, sums, sums * torch.exp(maxima - shift)).sum(0)
 
 
 def _backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
@@ -91,37 +117,66 @@ def _backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log
     unit = unit_of(a.dtype, drow, dcol, dpair)
     if unit is not None:
         drow, dcol, dpair = (g / unit if g is not None else None for g in (drow, dcol, dpair))
+    if b is None and (drow is not None or dcol is not None):  # both belong to the same lines
+        drow = dcol = sum(g for g in (drow, dcol) if g is not None)
     drow, dcol = (g.contiguous() if g is not None else None for g in (drow, dcol))
 
-    along = a.new_empty(a.shape[0], dtype=scale.dtype)  # [N] Σ_j ds_ij s_ij, what the scale gets
+    along = a.new_zeros(a.shape[0], dtype=scale.dtype)  # [N] Σ_j ds_ij s_ij, what the scale gets
 
-    def visit(s, first):
-        part = slice(first, first + s.shape[0])
-        pair = s.diagonal(first) * dpair[part] if dpair is not None else None
+    def visit(s, first, start=0):
+        """s [R, :] of rows from `first` on and columns from `start` on becomes ds; Σ_j ds_ij s_ij of its rows."""
+        part, columns = slice(first, first + s.shape[0]), slice(start, start + s.shape[1])
+        found = along.new_empty(s.shape[0])
         row_grad = drow[part] if drow is not None else None
-        torch.ops.gssf.softmax_pass(s, scale, rows[0][part], rows[1][part], row_grad, *cols, dcol, along[part])
-        if pair is not None:
-            s.diagonal(first).add_(dpair[part])
-            along[first : first + pair.shape[0]] += pair
+        col_grad = dcol[columns] if dcol is not None else None
+        torch.ops.gssf.softmax_pass(
+            s, scale, *(t[part] for t in rows), row_grad, *(t[columns] for t in cols), col_grad, found
+        )
+        return found
 
-    da, db = chunks(a, b, visit, needs[:2])  # of t: κ is still to come
+    def visit_chunk(s, first):
+        diagonal = s.diagonal(first)
+        part = slice(first, first + diagonal.shape[0])
+        pair = diagonal * dpair[part] if dpair is not None else None
+        along[first : first + s.shape[0]] = visit(s, first)
+        if pair is not None:
+            diagonal.add_(dpair[part])
+            along[part] += pair
+
+    def visit_half(scores, first):  # of E = ds + dsᵀ
+        (s,) = scores
+        count = s.shape[0]
+        part = slice(first, first + count)
+        pair = s.diagonal() * dpair[part] if dpair is not None else None
+        along[part] = visit(s[:, :count], first, first) / 2
+        if count < s.shape[1]:
+            along[part] += visit(s[:, count:], first, first + count)
+        if pair is not None:
+            s.diagonal().add_(dpair[part], alpha=2)
+            along[part] += pair
+
+    if b is None:
+        da, db = triangle((a,), visit_half, needs[0]), None
+    else:
+        da, db = chunks(a, b, visit_chunk, needs[:2])  # of t: κ is still to come
     factor, total = scale, along.sum(dtype=torch.float64)
     if unit is not None:
         factor, total = scale * unit, total * unit
     return (
         da.mul_(factor).to(a.dtype) if da is not None else a.new_empty(0),
-        db.mul_(factor).to(b.dtype) if db is not None else b.new_empty(0),
+        db.mul_(factor).to(a.dtype) if db is not None else a.new_empty(0),
         total.to(scale.dtype) if needs[2] else scale.new_empty(0),
     )
 
 
 def _fake(a, b, scale):
-    n, m = a.shape[0], b.shape[0]
+    n = a.shape[0]
+    m = n if b is None else b.shape[0]
     return tuple(scale.new_empty(size) for size in (n, n, m, m, torch.sym_min(n, m)))
 
 
 def _fake_backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((a, b, scale), needs, strict=True))
+    return tuple(a.new_empty(0) if not need else torch.empty_like(t) for t, need in zip((a, b, scale), needs, strict=True))
 
 
 def _logsumexp_pass(s, scale, row_max, row_sum, col_max, col_sum):
@@ -159,13 +214,13 @@ def _fake_pass(*_):
 
 
 define(
-    "logsumexp_scores(Tensor a, Tensor b, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "logsumexp_scores(Tensor a, Tensor? b, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_forward,
     fake=_fake,
     through="logsumexp_pass",
 )
 define(
-    "logsumexp_scores_backward(Tensor? drow, Tensor? dcol, Tensor? dpair, Tensor a, Tensor b, Tensor scale, "
+    "logsumexp_scores_backward(Tensor? drow, Tensor? dcol, Tensor? dpair, Tensor a, Tensor? b, Tensor scale, "
     "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, bool[] needs) -> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=_fake_backward,

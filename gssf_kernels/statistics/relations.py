@@ -4,7 +4,7 @@
     student = Σ_{i≠j} φ(e_ij),   teachers = Σ_{i≠j} φ(w_ij − u_ij),     φ: |·| or ·²
 
 All three are symmetric, so a chunk of rows meets only the columns from its own first row on, and the others' terms
-count twice: 3 half products, and with φ'(e) symmetric too, dh = 2 φ'(e) h costs one whole product more. φ and φ' come
+count twice (:func:`gssf_kernels.dense.triangle`): 3 half products, and one whole more for dh = 2 φ'(e) h. φ and φ' come
 from one pass over e: they agree about its sign, and at e = 0 both are 0. The diagonal is left out.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
-from gssf_kernels.dense import Right, chunk_rows, operand
+from gssf_kernels.dense import triangle
 
 KINDS = {"mae": "abs", "mse": "square"}
 
@@ -52,30 +52,16 @@ def _scaled(grad, dstudent, dlam, student, lam):
 
 
 def _forward(student, image, text, lam, kind, need):
-    dtype, n = accumulation_dtype(student.dtype), student.shape[0]
-    lefts = [operand(x, dtype) for x in (student, image, text)]
-    rights = [Right(x.mT, dtype) for x in lefts]
-    h, channels = lefts[0], Right(lefts[0], dtype) if need else None
-    limit = max(chunk_rows(h, h) * n // 2, 1)  # scores of one of the three chunks there are
-    buffers = student.new_empty(3, min(max(limit, Right.PANEL * n), n * n), dtype=dtype)
-    sums = student.new_empty(3, n, dtype=dtype)
-    dh = student.new_zeros(student.shape if need else 0, dtype=dtype)
-    first = 0
-    while first < n:
-        width = n - first
-        count = min(max(limit // width // Right.PANEL, 1) * Right.PANEL, width)
-        part = slice(first, first + count)
-        f, u, w = (buffer[: count * width].view(count, width) for buffer in buffers)
-        for s, left, right in zip((f, u, w), lefts, rights, strict=True):
-            right.after(column=first).product(left[part], s)
-        torch.ops.gssf.relation_pass(f, u, w, lam, kind, need, sums[:, part])
-        if channels is not None:
-            ds = f.to(h.dtype)
-            channels.after(row=first).product(ds, dh[part], add=True)
-            Right(h[part], dtype).product(ds[:, count:].mT, dh[part.stop :], add=True)
-        first += count
+    n = student.shape[0]
+    sums = student.new_empty(3, n, dtype=accumulation_dtype(student.dtype))
+
+    def visit(scores, first):
+        part = slice(first, first + scores[0].shape[0])
+        torch.ops.gssf.relation_pass(*scores, lam, kind, need, sums[:, part])
+
+    dh = triangle((student, image, text), visit, need)
     total, teachers, along = sums.sum(1, dtype=torch.float64)
-    return total.clone(), teachers.clone(), -along, dh.mul_(2)
+    return total.clone(), teachers.clone(), -along, dh.mul_(2) if dh is not None else sums.new_empty(0)
 
 
 def _fake(student, image, text, lam, kind, need):

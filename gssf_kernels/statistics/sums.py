@@ -4,6 +4,7 @@
 
 The whole gradient of one sum is known as soon as a chunk of scores is, so it is taken in the forward pass where one is
 wanted: 3 products in all, 1 without. Only rows' sums that get weights of their own ("none") make the chunks again.
+Where b is a, and rows and columns are alike, half of it does: 1.5 products in all.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
-from gssf_kernels.dense import chunks, unit_of
+from gssf_kernels.dense import chunks, triangle, unit_of
 
 KINDS = ("hinge", "softplus", "abs", "square")
 POSITIVES = ("include", "exclude", "negate")
@@ -48,8 +49,9 @@ def sum_scores(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product; with a gradient two more ("none": three more, in the backward). Extra memory: one chunk of scores
-    besides the gradients, and for fp16 and bf16 on the CPU an fp32 copy of b.
+    Time: one product; with a gradient two more ("none": three more, in the backward); where b is a and ``reduction``
+    "sum", half of each. Extra memory: one chunk of scores besides the gradients, and on the CPU an fp32 copy of b, two
+    with a gradient.
     """
     _checks.choice(kind, "kind", KINDS)
     _checks.choice(positives, "positives", POSITIVES)
@@ -65,11 +67,15 @@ def sum_scores(
 
 
 def total_score(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) -> Tensor:
-    """``Σ_i rows_i + Σ_j cols_j``; the second sum over the K <= M columns that have a bias (col_bias [K] or None)."""
-    a, b = distinct(a, b)
+    """``Σ_i rows_i + Σ_j cols_j``; the second sum over the K <= M columns that have a bias (col_bias [K] or None).
+
+    Where all rows have one bias (expanded, not stored), columns none, and b is a, the scores are symmetric.
+    """
+    symmetric = a is b and a_ids is b_ids and col_bias is None and row_bias.stride() == (0,)
+    a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
     row_bias, col_bias = distinct(row_bias, col_bias)
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (a, b)]
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
     total, *_ = _Total.apply(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives, needs)
     return total
 
@@ -115,7 +121,7 @@ def _scaled(grad, row_slope, col_slope, along, da, db, a, b, scale, *_biases):
     factor = grad * scale
     return (
         (factor * da).to(a.dtype),
-        (factor * db).to(b.dtype),
+        (factor * db).to(a.dtype),
         grad * along.sum(dtype=torch.float64).to(along.dtype),
         grad * row_slope,
         grad * col_slope,
@@ -158,6 +164,8 @@ def _forward(
     a, b, scale, row_bias, row_weight, col_bias, col_weight, a_ids, b_ids, kind, positives, needs
 ):  # fmt: skip
     dtype, n = accumulation_dtype(a.dtype), a.shape[0]
+    if b is None:
+        return _symmetric(a, scale, row_bias, a_ids, kind, positives, needs[0])
     rows = a.new_zeros(3, n, dtype=dtype)
     cols = a.new_zeros(2, col_bias.shape[0] if col_bias is not None else 0, dtype=dtype)
     col_bias, col_weight, b_ids = (t.contiguous() if t is not None else None for t in (col_bias, col_weight, b_ids))
@@ -174,6 +182,33 @@ def _forward(
     empty = a.new_empty(0, dtype=dtype)
     lines = (rows[0].clone(), rows[1].clone(), cols[0].clone(), cols[1].clone(), rows[2].clone())
     return (*lines, da if da is not None else empty, db if db is not None else empty.clone())
+
+
+def _symmetric(a, scale, bias, ids, kind, positives, need):
+    """The same for b = a. The slopes are right in their sum alone, and da is the whole gradient, of both sides."""
+    n = a.shape[0]
+    total, none = a.new_zeros(3, n, dtype=scale.dtype), a.new_empty(2, 0, dtype=scale.dtype)
+    ids = ids.contiguous() if ids is not None else None
+
+    def visit(scores, first):
+        count, (s,) = scores[0].shape[0], scores
+        part = slice(first, first + count)
+        row_ids = ids[part] if ids is not None else None
+        for start, stop, times in ((0, count, 1), (count, n - first, 2)):  # the square, and what stands for both halves
+            if start == stop:
+                continue
+            col_ids = ids[first + start : first + stop] if ids is not None else None
+            rows = total.new_zeros(3, count)
+            torch.ops.gssf.score_sums_pass(
+                s[:, start:stop], scale, bias[part].contiguous(), None, None, None, row_ids, col_ids, -start, kind,
+                positives, need, rows, none,
+            )  # fmt: skip
+            total[:, part] += times * rows
+
+    da = triangle((a,), visit, need)
+    empty = none.new_empty(0)
+    da = da.mul_(2) if da is not None else empty.clone()
+    return total[0].clone(), total[1].clone(), empty, empty.clone(), total[2].clone(), da, empty.clone()
 
 
 def _fake(
@@ -226,7 +261,7 @@ def _score_sums_pass(
 
 
 define(
-    "score_sums(Tensor a, Tensor b, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "
+    "score_sums(Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "
     "Tensor? col_weight, Tensor? a_ids, Tensor? b_ids, str kind, str positives, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_forward,
