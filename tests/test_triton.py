@@ -124,6 +124,21 @@ def test_hardest_result_is_the_same_for_every_tile_and_slab(tile, blocks, monkey
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize(
+    "tile", [tiles.Sweep(16, 16, 32, 4, 2), tiles.Sweep(32, 16, 16, 4, 2, tma=True), tiles.Sweep(16, 64, 16, 4, 2)]
+)
+@pytest.mark.parametrize("blocks", [1, 2, 100])
+def test_hardest_of_one_side_twice_is_that_of_two_equal_sides(tile, blocks, monkeypatch):
+    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tile)
+    monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
+    monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
+    a = torch.randint(-3, 4, (75, 20), device=DEVICE).float()
+    a[40], a[3, 0], a[70, 1] = NAN, INF, -INF
+    for ids in (None, torch.arange(75, device=DEVICE) // 4, torch.zeros(75, dtype=torch.int64, device=DEVICE)):
+        for x, y in zip(run_hardest(a, a, ids, ids), run_hardest(a, a.clone(), ids, ids), strict=True):
+            assert torch.equal(x.nan_to_num(nan=123.0), y.nan_to_num(nan=123.0))
+
+
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("D", [1, 3, 17, 100])
 def test_hardest_pads_rows_that_are_not_aligned(D, tma, monkeypatch):

@@ -142,16 +142,33 @@ def hardest_negatives(
     b: [M, D] as a, M ≥ N
     a_ids, b_ids: [N], [M] int64, or both None
 
-    Scores are fp32, indices int64. Raises TypeError for other dtypes.
+    Scores are fp32, indices int64. Raises TypeError for other dtypes. Where b is a, half of the tiles do.
     """
     operands.check_dtype("hardest_negatives", a, b)
     pair_score, *found = nothing_found(a, b)
     if len(a) > 0:
         with torch.cuda.device_of(a):
-            sweep = Sweep(a, b)
+            half = operands.same(a, b) and (a_ids is None or operands.same(a_ids, b_ids))
+            sweep = Sweep(a, b, half=half)
             rows, cols = sweep.partial_results(torch.float32, torch.int16)
             state = (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols)
             for first, blocks in sweep.slabs():
+                if half:
+                    rows[0].fill_(float("-inf"))
+                    cols[0].fill_(float("-inf"))
                 sweep.run(hardest_tile, state, first, blocks)
                 sweep.merge(merge_kernel, first, blocks, (*rows, *cols), *found)
+            if half:
+                found = merged_halves(*found)
     return pair_score, *found
+
+
+def merged_halves(
+    row_score: torch.Tensor, row_index: torch.Tensor, col_score: torch.Tensor, col_index: torch.Tensor
+) -> list[torch.Tensor]:
+    """Rows' and columns' best of a symmetric s, of which tiles on and above the diagonal were seen."""
+    tie = (row_score == col_score) | (row_score.isnan() & col_score.isnan())
+    better = (col_score > row_score) | (col_score.isnan() & ~row_score.isnan())
+    take = torch.where(tie, col_index < row_index, better)
+    score, index = torch.where(take, col_score, row_score), torch.where(take, col_index, row_index)
+    return [score, index, score.clone(), index.clone()]

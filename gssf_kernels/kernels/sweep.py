@@ -43,7 +43,7 @@ def load_tile(x, stride, row, k, R, D, B: tl.constexpr, BK: tl.constexpr, TMA: t
 def sweep_kernel(
     a, b, a_stride, b_stride, N, M, D, first, blocks, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     # GROUP row blocks at a time walk along the columns together, so that both operands stay in L2.
     group = tl.program_id(0) // (GROUP * tl.cdiv(M, BM))
@@ -51,6 +51,9 @@ def sweep_kernel(
     height = tl.minimum(blocks - group * GROUP, GROUP)
     tile_i = group * GROUP + within % height
     tile_j = within // height
+    if HALF:  # of a symmetric s: tiles below the diagonal are left out
+        if (tile_j + 1) * BM <= (first + tile_i) * BN:
+            return
 
     s = tl.zeros([BN, BM], tl.float32)
     for k in range(0, D, BK):
@@ -63,11 +66,12 @@ def sweep_kernel(
 class Sweep:
     """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
 
-    N and M stay below 2³¹; addresses are 64-bit.
+    N and M stay below 2³¹; addresses are 64-bit. With ``half``, for a symmetric s, tiles below the diagonal are left
+    out, and their partial results as they were.
     """
 
-    def __init__(self, a: torch.Tensor, b: torch.Tensor, sums: bool = False) -> None:
-        self.N, self.M = len(a), len(b)
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, sums: bool = False, half: bool = False) -> None:
+        self.N, self.M, self.half = len(a), len(b), half
         self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1], sums)
         self.precision = "ieee" if tiles.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
@@ -93,7 +97,7 @@ class Sweep:
             TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
             a.stride(0), b.stride(0), self.N, self.M, a.shape[1], first, blocks, state,
             EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma,
-            BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP,
+            BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, HALF=self.half,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
