@@ -29,7 +29,7 @@ at::Tensor packed(const at::Tensor& y) {
     at::parallel_for(0, count, ceil_div(1 << 14, std::max<int64_t>(k * kPanel<A>, 1)), [&](int64_t p, int64_t end) {
       for (; p < end; ++p) {
         const int64_t j = p * kPanel<A>;
-        const Packing<T, A> packing{data + j * y.stride(1),    panels + j * k, k,
+        const Packing<T, A> packing{data + j * y.stride(1),     panels + j * k, k,
                                     std::min(kPanel<A>, m - j), y.stride(0),    y.stride(1)};
         GSSF_VECTORIZED(pack_of, packing);
       }

@@ -73,8 +73,7 @@ GSSF_INLINE void product(const Product<A>& p) {
       const A* next = j + kPanel<A> < p.m ? part + p.panel : p.panels + (l + kDepth) * kPanel<A>;
       if (j + kPanel<A> < p.m || l + kDepth < p.k)  // comes to the cache while this part is in use
         for (int64_t at = 0; at < depth * kPanel<A>; at += 64 / sizeof(A)) __builtin_prefetch(next + at, 0, 2);
-      tiles<A, kTileRows>(p, 0, p.a + l * p.a_step, part, depth, p.c + j, std::min(kPanel<A>, p.m - j),
-                          p.add || l > 0);
+      tiles<A, kTileRows>(p, 0, p.a + l * p.a_step, part, depth, p.c + j, std::min(kPanel<A>, p.m - j), p.add || l > 0);
     }
   }
 }

@@ -57,9 +57,7 @@ def chunks(
     return da, db
 
 
-def triangle(
-    sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool
-) -> Tensor | None:
+def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:
     """The same for symmetric ``s_k = x_k x_kᵀ``, x_k [N, any] the sides, from each chunk's place on the diagonal on.
 
     ``visit([s_k [R, N − first]], first)`` sees every score once, but for those of the square ``s_k[:, :R]``, which has

@@ -1,13 +1,14 @@
 // Runs the vector kernels of every instruction set this processor has on the same inputs and compares
-// them with the plain build: maxima and counts to the bit (they only compare), sums to rounding, and the
-// exponential with the C library's. Prints one line per
-// set and exits 1 on the first difference. Built and run by tests/test_isa.py.
+// them with the plain build: maxima and counts to the bit (they only compare), sums to rounding, and the exponential
+// with the C library's. Prints one line per set and exits 1 on the first difference. Built and run by
+// tests/test_isa.py.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 #include <vector>
 
 #define GSSF_KERNELS "all_kernels.h"
+#include "dense.h"
 #include "isa.h"
 
 using namespace gssf;
@@ -159,6 +160,82 @@ static std::vector<A> paired(Scores scores, Gather gather) {
   return out;
 }
 
+// Products of every remainder of rows, columns and channels, of rows and columns of a, onto a frame that stays as it
+// is.
+template <class A, class Pack, class Multiply>
+static std::vector<A> products(Pack pack, Multiply multiply) {
+  generator.seed(5);
+  std::vector<A> out;
+  for (const int64_t n : {1, 2, 3, 5, 13})
+    for (const int64_t m : {int64_t(1), kPanel<A> / 2, kPanel<A>, 2 * kPanel<A> + 3})
+      for (const int64_t k : {int64_t(1), kChain + 1, kDepth + 9})
+        for (const bool columns : {false, true})
+          for (const bool add : {false, true}) {
+            const auto a = normal<A>(n * k), b = normal<A>(m * k);
+            std::vector<A> panels(ceil_div(m, kPanel<A>) * k * kPanel<A>), c = normal<A>((n + 1) * (m + 2));
+            for (int64_t j = 0; j < m; j += kPanel<A>)
+              pack(Packing<A, A>{b.data() + j * k, panels.data() + j * k, k, std::min(kPanel<A>, m - j), 1, k});
+            const auto frame = c;
+            multiply(Product<A>{a.data(), panels.data(), c.data(), n, k, m, columns ? 1 : k, columns ? n : 1,
+                                k * kPanel<A>, m + 2, add});
+            for (int64_t at = 0; at < int64_t(c.size()); ++at)
+              if (at / (m + 2) == n || at % (m + 2) >= m) check(c[at] == frame[at], "what lies beside a product");
+            out.insert(out.end(), c.begin(), c.end());
+          }
+  return out;
+}
+
+// The passes over a ragged tile of scores: everything that they leave.
+template <class A, class LogSum, class Soft, class Sum, class Relation>
+static std::vector<A> passes(LogSum log_sum, Soft soft, Sum sum, Relation relation) {
+  generator.seed(6);
+  const int64_t n = 21, m = 150, ld = 160, cols = 77;
+  const auto s = normal<A>(n * ld), u = normal<A>(n * ld), w = normal<A>(n * ld), row = normal<A>(n),
+             col = normal<A>(m);
+  std::vector<int64_t> row_id(n), col_id(m);
+  for (auto& id : row_id) id = generator() % 5;
+  for (auto& id : col_id) id = generator() % 5;
+  std::vector<A> out;
+  const auto keep = [&](const A* p, int64_t count) { out.insert(out.end(), p, p + count); };
+  LogSums<A> logs;
+  log_sum(s.data(), ld, n, m, A(3), logs);
+  keep(logs.row_max, n), keep(logs.row_sum, n), keep(logs.col_max, m), keep(logs.col_sum, m);
+  std::vector<A> log_row(n), log_col(m), along(n);
+  for (int64_t i = 0; i < n; ++i) log_row[i] = std::log(logs.row_sum[i]);
+  for (int64_t j = 0; j < m; ++j) log_col[j] = std::log(logs.col_sum[j]);
+  auto t = s;
+  soft(t.data(), ld, n, m, A(3), Softmax<A>{logs.row_max, log_row.data(), row.data()},
+       Softmax<A>{logs.col_max, log_col.data(), col.data()}, along.data());
+  keep(t.data(), t.size()), keep(along.data(), n);
+  for (const Kind kind : {Kind::hinge, Kind::softplus, Kind::abs, Kind::square})
+    for (const Positives positives : {Positives::include, Positives::exclude, Positives::negate}) {
+      t = s;
+      Sums<A> sums;
+      sum(kind,
+          SumTile<A>{t.data(),
+                     ld,
+                     n,
+                     m,
+                     cols,
+                     -3,
+                     A(2),
+                     {row.data(), row.data(), row_id.data()},
+                     {col.data(), col.data(), col_id.data()},
+                     positives,
+                     true},
+          sums);
+      keep(t.data(), t.size()), keep(sums.row_sum, n), keep(sums.row_slope, n), keep(sums.along, n);
+      keep(sums.col_sum, cols), keep(sums.col_slope, cols);
+    }
+  for (const Kind kind : {Kind::abs, Kind::square}) {
+    t = s;
+    RelationSums<A> sums;
+    relation(RelationTile<A>{t.data(), u.data(), w.data(), ld, n, m, 40, 2, A(0.3), kind, true}, sums);
+    keep(t.data(), t.size()), keep(sums.student, n), keep(sums.teachers, n), keep(sums.along, n);
+  }
+  return out;
+}
+
 // Normally part of pairs.cpp; here only the layout is needed.
 Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinations)
     : first(destinations + 1, 0), edge(edges) {}
@@ -173,7 +250,14 @@ Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinatio
       check_close(projected<A>(CALL(level, project_run), CALL(level, backward_run), width, permuted),             \
                   projected<A>(CALL(plain, project_run), CALL(plain, backward_run), width, permuted), "project"); \
   check_close(paired<A>(CALL(level, pair_scores_run), CALL(level, gather_run)),                                   \
-              paired<A>(CALL(plain, pair_scores_run), CALL(plain, gather_run)), "pairs");
+              paired<A>(CALL(plain, pair_scores_run), CALL(plain, gather_run)), "pairs");                         \
+  check_close(products<A>(CALL(level, pack_of), CALL(level, product_of)),                                         \
+              products<A>(CALL(plain, pack_of), CALL(plain, product_of)), "products");                            \
+  check_close(passes<A>(CALL(level, logsumexp_tile_of), CALL(level, softmax_tile_of), CALL(level, sum_tile_of),   \
+                        CALL(level, relation_tile_of)),                                                           \
+              passes<A>(CALL(plain, logsumexp_tile_of), CALL(plain, softmax_tile_of), CALL(plain, sum_tile_of),   \
+                        CALL(plain, relation_tile_of)),                                                           \
+              "passes over scores");
 
 int main() {
   exponential<float>(CALL(plain, tile_terms_of));
@@ -183,6 +267,9 @@ int main() {
     COMPARE(v3, float) COMPARE(v3, double) std::printf("x86-64-v3 agrees\n");
   }
   if (__builtin_cpu_supports("x86-64-v4")) {
+    check(products<float>(CALL(v4, pack_of), CALL(v4, product_of)) ==
+              products<float>(CALL(v3, pack_of), CALL(v3, product_of)),
+          "products of both sets of fused multiply-adds, to the bit");
     COMPARE(v4, float) COMPARE(v4, double) std::printf("x86-64-v4 agrees\n");
   }
 #endif

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 def test_instruction_sets_agree(tmp_path):
-    kernels = "".join(f'#include "vector_{name}.h"\n' for name in ("epilogues", "pairs", "project"))
+    kernels = "".join(f'#include "vector_{name}.h"\n' for name in ("epilogues", "pairs", "project", "dense"))
     (tmp_path / "all_kernels.h").write_text(kernels)
     includes = [f"-I{path}" for path in (*include_paths(), ROOT / "csrc", tmp_path)]
     binary = tmp_path / "isa_agree"

@@ -13,7 +13,8 @@ native = pytest.mark.skipif(gk.backends()["hardest_negatives"]["cpu"] != "cpp", 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "k", "m"), [(1, 1, 1), (5, 0, 3), (0, 4, 3), (2, 7, 31), (6, 9, 33), (13, 257, 70), (70, 600, 300), (300, 8, 65)]
+    ("n", "k", "m"),
+    [(1, 1, 1), (5, 0, 3), (0, 4, 3), (2, 7, 31), (6, 9, 33), (13, 257, 70), (70, 600, 300), (300, 8, 65)],
 )
 def test_products_of_any_shape_and_layout(n, k, m, dtype):
     for left in ("rows", "columns"):

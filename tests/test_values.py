@@ -47,7 +47,9 @@ def draws(case, dtype, device):
         found.append([[*results, *grads] for results, grads in (gradients(f, ts, options) for f, ts in runs)])
     outputs = len(found[0][0]) - len(tensors)
     names = [f"output {k}" for k in range(outputs)] + [f"d{name}" for name in tensors]
-    return names, *([torch.stack(parts).detach() for parts in zip(*run, strict=True)] for run in zip(*found, strict=True))
+    return names, *(
+        [torch.stack(parts).detach() for parts in zip(*run, strict=True)] for run in zip(*found, strict=True)
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -176,7 +176,9 @@ def _fake(a, b, scale):
 
 
 def _fake_backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
-    return tuple(a.new_empty(0) if not need else torch.empty_like(t) for t, need in zip((a, b, scale), needs, strict=True))
+    return tuple(
+        a.new_empty(0) if not need else torch.empty_like(t) for t, need in zip((a, b, scale), needs, strict=True)
+    )
 
 
 def _logsumexp_pass(s, scale, row_max, row_sum, col_max, col_sum):
