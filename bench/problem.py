@@ -26,6 +26,9 @@ class Problem(NamedTuple):
     metric: Any = None  # StructuredSimilarity
     scale: Any = None  # [] fp32
     bias: Any = None  # [] fp32
+    z: Any = None  # [N, D]
+    lam: Any = None  # [] fp32
+    tau: Any = None  # [] fp32
     places: Any = None  # [N] int64, rows of y
     upstream: Tensor | None = None  # gradient of an output that is no scalar
 

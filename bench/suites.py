@@ -19,7 +19,8 @@ def quick(device: str) -> list[Entry]:
         others += ["compile"] if size in (1024, 4096) else []
         others += peers.serving("triplet", device) if size == 1024 else []
         entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory=size == 4096))
-    for op in ("hardest_negatives", "goal_nca_sig_ms", "info_nce", "sigmoid", "nearest", "top_scores"):
+    points = ("hardest_negatives", "goal_nca_sig_ms", "info_nce", "sigmoid", "sum_hinge", "distillation")
+    for op in (*points, "nearest", "top_scores"):
         others = ["naive", *peers.serving(op, device)]
         entries.append(_entry(op, n, 512, dtype, device, others, seconds))
     for op in ("project", "pair_scores"):

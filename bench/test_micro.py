@@ -17,6 +17,8 @@ CASES = [
         "hardest_negatives": (128, 1024),
         "info_nce": (128, 1024),
         "sigmoid": (128, 1024),
+        "sum_hinge": (128, 1024),
+        "distillation": (128, 1024),
         "top_scores": (1024,),
         "project": (1024, 8192),
         "pair_scores": (1024, 8192),

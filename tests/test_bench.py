@@ -17,6 +17,7 @@ from bench.measure import Case  # noqa: E402
 from bench.ops import OPS  # noqa: E402
 from bench.problem import Problem, Shape  # noqa: E402
 from bench.runner import Entry, Plan, Run  # noqa: E402
+from bench.suites import SUITES  # noqa: E402
 
 CASE = Case("triplet", 300, 32, 16, "float32", "cpu")
 
@@ -140,6 +141,18 @@ def test_every_op_agrees_with_its_truth(op, dtype):
         assert len(checker.truth) == 1 + len(checker.problem.leaves())
 
 
+def test_the_quick_suite_has_a_point_of_every_family():
+    for device in ("cpu", "cuda"):
+        measured = {entry.case.op for entry in SUITES["quick"](device)}
+        assert measured >= {op for op in OPS if not op.startswith("goal_")}
+        assert "goal_nca_sig_ms" in measured
+
+
+def test_teachers_get_no_gradient():
+    problem = OPS["distillation"].inputs(Shape(20, 8, 8), torch.float32, torch.device("cpu"), 0)
+    assert [tuple(leaf.shape) for leaf in problem.leaves()] == [(20, 8), (), ()]  # the student, λ and τ
+
+
 def test_errors_are_relative_and_never_nan():
     truth = [torch.tensor([3.0, 4.0])]
     assert measure.errors([torch.tensor([3.0, 4.5])], truth) == pytest.approx([0.1])
@@ -170,6 +183,11 @@ def test_floors_are_those_of_minimal_work():
     info_nce = OPS["info_nce"].work(Shape(n, d, b), 2)
     assert (info_nce.forward_flop, info_nce.backward_flop) == (product, 2 * product)
     assert info_nce.forward_bytes == 2 * n * d * 2
+    sum_hinge = OPS["sum_hinge"].work(Shape(n, d, b), 4)
+    assert (sum_hinge.forward_flop, sum_hinge.backward_flop) == (product, 2 * product)
+    distillation = OPS["distillation"].work(Shape(n, d, b), 4)  # three halves, and one whole
+    assert (distillation.forward_flop, distillation.backward_flop) == (1.5 * product, product)
+    assert (distillation.forward_bytes, distillation.backward_bytes) == (3 * n * d * 4, 2 * n * d * 4)
     # 2 TFLOP/s and 10 GB/s: the product takes 0.064 ms, the bytes 0.0256
     forward, backward = ceilings.Ceilings(2.0, 10.0).floor_ms(info_nce)
     assert forward == pytest.approx(max(product / 2e12, 2 * n * d * 2 / 10e9) * 1e3)

@@ -1,6 +1,6 @@
 """The ops that are measured: ``OPS[name]``."""
 
-from bench.ops import contrastive, goal, hardest_negatives, rows, search, triplet
+from bench.ops import contrastive, distillation, goal, hardest_negatives, rows, search, sum_hinge, triplet
 
 OPS = {
     op.name: op
@@ -10,6 +10,8 @@ OPS = {
         hardest_negatives.OP,
         contrastive.INFO_NCE,
         contrastive.SIGMOID,
+        sum_hinge.OP,
+        distillation.OP,
         search.NEAREST,
         search.TOP_SCORES,
         rows.PROJECT,

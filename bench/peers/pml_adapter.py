@@ -42,4 +42,25 @@ def triplet():
     return variant
 
 
-VARIANTS = {"triplet": triplet}
+def sum_hinge():
+    """``TripletMarginLoss`` alone takes all triplets: N(N − 1) a direction here, as lists of int64.
+
+    In bf16 and fp16 the positives' gradients and the sum are accumulated in that dtype, and come out wrong at large N.
+    """
+    from pytorch_metric_learning.distances import DotProductSimilarity
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.reducers import SumReducer
+
+    similarity = DotProductSimilarity(normalize_embeddings=False)
+    loss = TripletMarginLoss(margin=MARGIN, distance=similarity, reducer=SumReducer())
+
+    def variant(problem):
+        labels = torch.arange(len(problem.x), device=problem.x.device)
+        ref_labels = labels.clone()  # as above
+        rows = loss(problem.x, labels, ref_emb=problem.y, ref_labels=ref_labels)
+        return rows + loss(problem.y, labels, ref_emb=problem.x, ref_labels=ref_labels)
+
+    return variant
+
+
+VARIANTS = {"triplet": triplet, "sum_hinge": sum_hinge}

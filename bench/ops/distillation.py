@@ -1,0 +1,67 @@
+"""Relational distillation (arXiv 2412.10761): a student's relations against a mixture of two frozen teachers', with
+learnable λ and τ, on unit-length inputs of one width. ``x`` is the student, ``y`` the image teacher, ``z`` the text
+teacher."""
+
+import torch
+import torch.nn.functional as F
+
+import gssf_kernels as gk
+from bench.ops.contrastive import parameter
+from bench.problem import Op, Problem, Work, compiled, normal, product_flop
+
+LAMBDA, TAU = 0.5, 0.07
+WEIGHTS = (2.0, 1.0, 1.0)
+SHARES = (0.7, 0.5, 0.5)  # of the image teacher, the text teacher and noise in the student
+
+
+def naive(problem: Problem):
+    """The formula as written: three products, the mixture, three masked means of absolute differences."""
+    lam, tau = problem.lam.to(problem.x.dtype), problem.tau.to(problem.x.dtype)
+    student, image, text = (h @ h.t() / tau for h in (problem.x, problem.y, problem.z))
+    mixture = lam * text + (1 - lam) * image
+    count = len(student)
+    itself = torch.eye(count, dtype=torch.bool, device=student.device)
+    wide = parameter(student.dtype)  # fp16 does not hold the sum over all pairs
+
+    def distance(relations):
+        return (relations - mixture).abs().masked_fill(itself, 0).sum(dtype=wide) / (count * (count - 1))
+
+    return WEIGHTS[0] * distance(student) + WEIGHTS[1] * distance(image) + WEIGHTS[2] * distance(text)
+
+
+def ours():
+    loss = getattr(gk, "relational_distillation_loss", None)
+    return loss and (
+        lambda problem: loss(problem.x, problem.y, problem.z, lam=problem.lam, tau=problem.tau, weights=WEIGHTS)
+    )
+
+
+def inputs(shape, dtype, device, seed):
+    """A student on its way: part of each teacher, more of the image teacher, and noise.
+
+    Were it unrelated to them, the gradient of λ would be a sum of N² signs that cancel, and its relative error noise.
+    """
+    image, text, noise = normal(shape, torch.float32, device, seed, 3, unit=True)
+    student = F.normalize(SHARES[0] * image + SHARES[1] * text + SHARES[2] * noise, dim=1)
+    lam, tau = (torch.tensor(v, device=device, dtype=parameter(dtype), requires_grad=True) for v in (LAMBDA, TAU))
+    return Problem(student.to(dtype).requires_grad_(), image.to(dtype), z=text.to(dtype), lam=lam, tau=tau)
+
+
+def work(shape, itemsize):
+    """Three symmetric products forward, of which half is enough; one whole product backward, ``dh = 2 φ'(e) h``, whose
+    φ'(e) is symmetric too. Plain PyTorch takes three whole ones, and two for the two factors of ``h hᵀ``.
+
+    Bytes: the three inputs once; h again and its gradient.
+    """
+    g, side = product_flop(shape), float(shape.n * shape.d * itemsize)
+    return Work(1.5 * g, g, 3 * side, 2 * side)
+
+
+OP = Op(
+    "distillation",
+    "relational distillation from two teachers, learnable mixture and temperature",
+    inputs,
+    naive,
+    {"ours": ours, "naive": lambda: naive, "compile": compiled(naive)},
+    work,
+)
