@@ -22,6 +22,8 @@ from torch import Tensor
 HERE = Path(__file__).parent / "data"
 SIDE = 32  # pixels
 BUCKETS = 1 << 15
+CAPTIONS = 5  # of a picture, one a language
+GRAM_DROPOUT = 0.2
 LANGUAGES = {"en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian"}
 
 
@@ -51,6 +53,39 @@ class Emoji:
     owner: Tensor  # [C] int64
     captions: list[str]
     languages: list[str]
+
+
+class Batches:
+    """Pictures in shuffled passes, without repeats inside a batch."""
+
+    def __init__(self, emoji: Emoji, size: int, generator: torch.Generator):
+        self.emoji, self.size, self.generator = emoji, min(size, len(emoji.pictures)), generator
+        self.order = torch.empty(0, dtype=torch.int64)
+
+    def pick(self) -> Tensor:
+        """[B], the next pictures."""
+        if len(self.order) < self.size:
+            self.order = torch.randperm(len(self.emoji.pictures), generator=self.generator)
+        picked, self.order = self.order[: self.size], self.order[self.size :]
+        return picked
+
+    def pictures(self, picked: Tensor) -> Tensor:
+        """[B, 3, 32, 32], augmented."""
+        pictures = jitter(self.emoji.pictures[picked].float() / 255, self.generator)
+        return pictures.contiguous(memory_format=torch.channels_last)
+
+    def bags(self, captions: Tensor) -> Bags:
+        """The bags of captions [K], some of their n-grams dropped."""
+        bags = self.emoji.bags.take(captions)
+        kept = torch.rand(len(bags.weights), generator=self.generator) >= GRAM_DROPOUT
+        return Bags(bags.grams, bags.weights * kept, bags.starts)
+
+    def next(self) -> tuple[Tensor, Bags, Tensor, Tensor]:
+        """pictures [B, 3, 32, 32], bags of all N = 5B captions, [N] the row of each one's picture, [B] picked."""
+        picked = self.pick()
+        pictures = self.pictures(picked)
+        bags = self.bags((CAPTIONS * picked[:, None] + torch.arange(CAPTIONS)).flatten())
+        return pictures, bags, torch.arange(len(picked)).repeat_interleave(CAPTIONS), picked
 
 
 def ngrams(caption: str) -> list[str]:

@@ -2,8 +2,13 @@
 
 from itertools import pairwise
 
-from data import BUCKETS, Bags
+import torch
+from data import BUCKETS, Bags, Emoji
 from torch import Tensor, nn
+
+import gssf_kernels as gk
+
+DIM = 256  # channels of the shared space
 
 
 class PictureTower(nn.Module):
@@ -47,3 +52,36 @@ class CaptionTower(nn.Module):
 
     def forward(self, bags: Bags) -> Tensor:
         return self.head(self.table(bags.grams, bags.starts, per_sample_weights=bags.weights))
+
+
+@torch.no_grad()
+def embed_pictures(tower: PictureTower, emoji: Emoji) -> Tensor:
+    """[P, dim] of all pictures as they are, in evaluation mode."""
+    tower.eval()
+    rows = torch.cat([tower(part.float() / 255) for part in emoji.pictures.split(512)])
+    tower.train()
+    return rows
+
+
+@torch.no_grad()
+def embed_captions(tower: CaptionTower, emoji: Emoji) -> Tensor:
+    """[C, dim] of all captions, in evaluation mode."""
+    tower.eval()
+    rows = tower(emoji.bags)
+    tower.train()
+    return rows
+
+
+class Model(nn.Module):
+    """Both towers and the structured similarity between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.pictures = PictureTower(DIM).to(memory_format=torch.channels_last)
+        self.captions = CaptionTower(DIM)
+        self.metric = gk.StructuredSimilarity(DIM, block_size=16)
+
+    @torch.no_grad()
+    def embed(self, emoji: Emoji) -> tuple[Tensor, Tensor]:
+        """a [P, D] of the pictures (weighted), b [C, D] of the captions: scores are a bᵀ."""
+        return self.metric.factors(embed_pictures(self.pictures, emoji), embed_captions(self.captions, emoji))

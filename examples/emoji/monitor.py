@@ -1,11 +1,11 @@
-"""What is watched while training: loss, active anchors, validation recall, the fused loss itself."""
+"""What is watched while training: loss, active anchors, validation recall, the loss against its definition."""
 
 import sys
 import time
 
 import torch
 from check import agree
-from losses import MARGIN
+from losses import MARGIN, Criterion, choice
 from recall import KS, WAYS, recall
 from torch import Tensor
 from tqdm import tqdm
@@ -18,13 +18,13 @@ CHECK_EVERY, VALIDATE_EVERY, LOG_EVERY = 50, 20, 5  # steps
 class Monitor:
     """A progress bar on a terminal, plain lines elsewhere (a bar that redraws itself is noise in a log file).
 
-    log: for the curves. checks: comparisons of the fused loss with its definition, and the largest errors.
+    log: for the curves. checks: comparisons of the loss with its definition, and the largest errors.
     """
 
     def __init__(self, steps: int | None):
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=steps, disable=not self.terminal, unit="step", dynamic_ncols=True)
-        self.begun = time.perf_counter()
+        self.begun, self.worked = time.perf_counter(), time.process_time()
         self.log = {"step": [], "loss": [], "active": [], "negatives": [], "val_step": []}
         self.log |= {f"val_{way}_r{k}": [] for way in WAYS for k in KS}
         self.checks = {"checks": 0, "loss_error": 0.0, "gradient_error": 0.0}
@@ -33,12 +33,19 @@ class Monitor:
     def seconds(self) -> float:
         return time.perf_counter() - self.begun
 
-    def step(self, step: int, progress: float, loss: Tensor, negatives: str, batch, model, val) -> None:
-        """batch: the factors a [B, D], b [N, D] of this step and owner [N], the row of a of each caption."""
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all threads: what a busy neighbour does not lengthen much."""
+        return time.process_time() - self.worked
+
+    def step(self, step: int, progress: float, loss: Tensor, batch, criterion: Criterion, model, val) -> None:
+        """batch: the factors a [B, D], b [N, D] of this step, owner [N] and picked [B]; see Criterion."""
+        a, b, owner, _ = batch
+        negatives = choice(criterion.name, progress)
         last = progress >= 1
         self.bar.update()
         if step % CHECK_EVERY == 1 or last:
-            loss_error, gradient_error = agree(*batch)
+            loss_error, gradient_error = agree(criterion, negatives, *batch)
             self.checks["checks"] += 1
             self.checks["loss_error"] = max(self.checks["loss_error"], loss_error)
             self.checks["gradient_error"] = max(self.checks["gradient_error"], gradient_error)
@@ -46,7 +53,7 @@ class Monitor:
             row = {
                 "step": step,
                 "loss": float(loss.detach()),
-                "active": active(*batch),
+                "active": active(a, b, owner),
                 "negatives": negatives,
             }
             for name, value in row.items():

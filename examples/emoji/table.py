@@ -3,8 +3,9 @@
     python examples/emoji/table.py                                        # all rows, seeds 0, 1, 2
     python examples/emoji/table.py --rows triplet,goal-nca-con --seeds 0,1 --steps 280
 
-Runs train.py once a row and seed, two at a time on one thread each (half an hour in all), and prints Markdown:
-R@1 / R@5 / R@10 on the test pictures in %, mean ± half the range over the seeds. Runs already in --out are kept.
+Runs train.py once a row and seed, --jobs at a time on one thread each (an hour in all), and prints Markdown:
+R@1 / R@5 / R@10 on the test pictures in %, mean ± half the range over the seeds, and the mean processor time of
+training, with that of the teachers where there are some. Runs already in --out are kept.
 """
 
 import argparse
@@ -28,6 +29,9 @@ ROWS = {
     "goal-cir-lin_ms": ["--loss", "goal", "--triplet", "cir", "--pair", "lin_ms"],
     "goal-nca-sig_ms": ["--loss", "goal", "--triplet", "nca", "--pair", "sig_ms"],
     "infonce": ["--loss", "infonce"],
+    "siglip": ["--loss", "siglip"],
+    "triplet-all": ["--loss", "triplet-all"],
+    "distill": ["--loss", "distill"],
 }
 
 
@@ -51,12 +55,15 @@ def run(row: str, seed: int, options) -> dict:
 
 
 def cells(runs: list[dict]) -> list[str]:
-    """One cell a direction."""
+    """One cell a direction, and one of time."""
     found = []
     for way in WAYS:
         values = [[one["test"][f"{way}_r{k}"] for one in runs] for k in KS]
         found.append(" / ".join(f"{statistics.mean(v):.1f} ± {(max(v) - min(v)) / 2:.1f}" for v in values))
-    return found
+    seconds = f"{statistics.mean(one['training']['cpu_seconds'] for one in runs):.0f}"
+    if runs[0]["teachers"]:
+        seconds += f" + {statistics.mean(one['teachers']['cpu_seconds'] for one in runs):.0f} for the teachers"
+    return [*found, seconds]
 
 
 def main() -> None:
@@ -64,6 +71,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="commas between; default all")
     parser.add_argument("--seeds", default="0,1,2", help="commas between; default 0,1,2")
     parser.add_argument("--steps", type=int, default=280, help="of every run; default 280")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "table", help="folder of the runs")
     options = parser.parse_args()
     rows = options.rows.split(",")
@@ -72,13 +80,16 @@ def main() -> None:
             parser.error(f"--rows: expected some of {', '.join(ROWS)}, got {row!r}")
     if not all(seed.isdigit() for seed in options.seeds.split(",")):
         parser.error(f"--seeds: expected whole numbers with commas between, got {options.seeds!r}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected a whole number >= 1, got {options.jobs}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(options.jobs) as pool:
         runs = {row: [pool.submit(run, row, seed, options) for seed in seeds] for row in rows}
         table = {row: cells([one.result() for one in of_row]) for row, of_row in runs.items()}
-    print("| loss | " + " | ".join(way.replace("_", " ") for way in WAYS) + " |\n|---|" + "---|" * len(WAYS))
-    for row, (one, other) in table.items():
-        print(f"| `{row}` | {one} | {other} |")
+    heads = ["loss", *(way.replace("_", " ") for way in WAYS), "processor s"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for row, found in table.items():
+        print(f"| `{row}` | " + " | ".join(found) + " |")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python examples/emoji/train.py                         # the default; writes examples/emoji/out/
     python examples/emoji/train.py --loss infonce --seed 1 --out /tmp/infonce
 
-Trains two towers and a structured similarity with the fused triplet loss, checks that loss against its
-definition as it goes, and ends with recall on the held-out pictures, the cost of both losses, and figures.
+Trains two towers and a structured similarity with one of the package's losses, checks that loss against its
+definition as it goes, and ends with recall on the held-out pictures, the cost of the triplet loss and of its
+definition, and figures.
 """
 
 import argparse
@@ -16,25 +17,21 @@ from pathlib import Path
 
 import figures
 import losses
+import optimise
+import teachers
 import torch
 from check import Disagreement
-from data import Emoji, jitter, load
-from losses import MARGIN
+from data import CAPTIONS, Batches, Emoji, load
+from losses import Criterion
 from measure import compare
-from model import CaptionTower, PictureTower
+from model import Model
 from monitor import Monitor
 from recall import KS, WAYS, recall
-from torch import Tensor, nn
 
 import gssf_kernels as gk
 from gssf_kernels.losses import goal
 
-DIM = 256  # channels of the shared space
-CAPTIONS = 5  # of a picture
-LEARNING_RATE = 3e-3
-WARM_UP = 0.05  # of the run, learning rate from 0
-WEIGHT_DECAY = 0.01
-GRAM_DROPOUT = 0.2
+TEACHER_STEPS = 140  # of two pictures, or captions, a picture: a run's 280 views
 LARGE = 4096  # pairs, the larger size at which the losses are measured
 
 
@@ -45,7 +42,8 @@ def arguments() -> argparse.Namespace:
         choices=losses.NAMES,
         default="triplet",
         help="triplet: semi-hard negatives, then the hardest (default); triplet-hardest, -semihard, -all: "
-        "one choice throughout; goal: semi-hard negatives, then GOAL; infonce: the yardstick, in plain PyTorch",
+        "one choice throughout; goal: semi-hard negatives, then GOAL; infonce, siglip: CLIP's and SigLIP's; distill: "
+        "infonce and relational distillation from two teachers, trained first",
     )
     parser.add_argument("--triplet", choices=goal.TRIPLET, default="nca", help="GOAL's triplet weight (default nca)")
     parser.add_argument("--pair", choices=goal.PAIR, default="con", help="GOAL's pair weights (default con)")
@@ -56,9 +54,12 @@ def arguments() -> argparse.Namespace:
         "--batch", type=int, default=256, help="pictures a step, each with its 5 captions (default 256)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and augmentation (default 0)")
+    parser.add_argument(
+        "--teacher-steps", type=int, help=f"distill: steps to train each teacher (default {TEACHER_STEPS})"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--no-cost", action="store_true", help="leave out the closing measurement of time and memory")
-    parser.add_argument("--naive", action="store_true", help="train with the loss that stores the scores instead")
+    parser.add_argument("--naive", action="store_true", help="train with the definition, which stores the scores")
     parser.add_argument(
         "--out",
         type=Path,
@@ -67,10 +68,14 @@ def arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.steps = 280 if options.steps is None and options.seconds is None else options.steps
-    for name, least in (("steps", 1), ("batch", 2), ("threads", 1), ("seed", 0)):
+    for name, least in (("steps", 1), ("batch", 2), ("threads", 1), ("seed", 0), ("teacher_steps", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
-            parser.error(f"--{name}: expected a whole number >= {least}, got {value}")
+            parser.error(f"--{name.replace('_', '-')}: expected a whole number >= {least}, got {value}")
+    if options.teacher_steps is not None and options.loss != "distill":
+        parser.error(f"--teacher-steps: expected with --loss distill alone, got --loss {options.loss}")
+    if options.loss == "distill":
+        options.teacher_steps = options.teacher_steps or TEACHER_STEPS
     if options.seconds is not None and not 0 < options.seconds < math.inf:
         parser.error(f"--seconds: expected a positive number, got {options.seconds}")
     try:
@@ -80,88 +85,39 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.pictures = PictureTower(DIM).to(memory_format=torch.channels_last)
-        self.captions = CaptionTower(DIM)
-        self.metric = gk.StructuredSimilarity(DIM, block_size=16)
-        self.info_nce = losses.InfoNCE()
-
-    @torch.no_grad()
-    def embed(self, emoji: Emoji) -> tuple[Tensor, Tensor]:
-        """a [P, D] of the pictures (weighted), b [C, D] of the captions: scores are a bᵀ."""
-        self.eval()
-        pictures = torch.cat([self.pictures(part.float() / 255) for part in emoji.pictures.split(512)])
-        factors = self.metric.factors(pictures, self.captions(emoji.bags))
-        self.train()
-        return factors
-
-
-class Batches:
-    """Pictures in shuffled passes, without repeats inside a batch, each with all its captions."""
-
-    def __init__(self, emoji: Emoji, size: int, generator: torch.Generator):
-        self.emoji, self.size, self.generator = emoji, min(size, len(emoji.pictures)), generator
-        self.order = torch.empty(0, dtype=torch.int64)
-
-    def next(self):
-        """pictures [B, 3, 32, 32], bags of N = 5B captions, and [N] the row of each caption's picture."""
-        if len(self.order) < self.size:
-            self.order = torch.randperm(len(self.emoji.pictures), generator=self.generator)
-        picked, self.order = self.order[: self.size], self.order[self.size :]
-        pictures = jitter(self.emoji.pictures[picked].float() / 255, self.generator)
-        bags = self.emoji.bags.take((CAPTIONS * picked[:, None] + torch.arange(CAPTIONS)).flatten())
-        kept = torch.rand(len(bags.weights), generator=self.generator) >= GRAM_DROPOUT
-        bags.weights = bags.weights * kept
-        owner = torch.arange(len(picked)).repeat_interleave(CAPTIONS)
-        return pictures.contiguous(memory_format=torch.channels_last), bags, owner
-
-
-def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine to 0."""
-    return LEARNING_RATE * min(1.0, progress / WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def train(model: Model, splits: dict[str, Emoji], options) -> Monitor:
+def train(model: Model, criterion: Criterion, splits: dict[str, Emoji], options) -> Monitor:
     """Trains the model in place; returns what was seen on the way."""
     batches = Batches(splits["train"], options.batch, torch.Generator().manual_seed(options.seed))
     decayed = [*model.pictures.parameters(), *model.captions.parameters()]
-    free = [*model.metric.parameters(), *model.info_nce.parameters()]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": free, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=LEARNING_RATE)
-    # The swap: the same call, once storing the scores [N, N], once (with the hardest negatives) not.
-    triplet_loss = gk.reference.triplet_loss if options.naive else gk.triplet_loss
-    goal_loss = gk.reference.goal_loss if options.naive else gk.goal_loss
+    optimiser = optimise.adamw(decayed, [*model.metric.parameters(), *criterion.parameters()])
     monitor = Monitor(options.steps)
 
     step, progress = 0, 0.0
     while progress < 1:
         step += 1
         progress = step / options.steps if options.steps else min(1.0, monitor.seconds / options.seconds)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(progress)
+        optimise.set_learning_rate(optimiser, progress)
 
-        pictures, bags, owner = batches.next()
+        pictures, bags, owner, picked = batches.next()
         a, b = model.metric.factors(model.pictures(pictures), model.captions(bags))  # [B, D], [N, D]
-        negatives = losses.choice(options.loss, progress)
-        if options.loss == "infonce":
-            loss = model.info_nce(a[owner], b, owner)
-        else:
-            # A picture meets each of its captions as a pair; by the ids, none of them is its negative.
-            # A mean over pairs, for the log: Adam does not care.
-            shared = {"x_ids": owner, "y_ids": owner, "reduction": "mean"}
-            if negatives == "goal":
-                loss = goal_loss(a[owner], b, triplet=options.triplet, pair=options.pair, **shared)
-            else:
-                loss = triplet_loss(a[owner], b, margin=MARGIN, negatives=negatives, **shared)
-        if not torch.isfinite(loss):
-            raise SystemExit(f"step {step}: the loss is {float(loss.detach())}; training has diverged")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        monitor.step(step, progress, loss, negatives, (a, b, owner), model, splits["val"])
+        loss = criterion(a, b, owner, picked, progress)
+        optimise.step(optimiser, loss, f"step {step}")
+        monitor.step(step, progress, loss, (a, b, owner, picked), criterion, model, splits["val"])
     return monitor
+
+
+def taught(options, splits: dict[str, Emoji]):
+    """The teachers' rows for "distill" and what they took; (None, None) for the other losses."""
+    if options.loss != "distill":
+        return None, None
+    rows, facts = teachers.train(splits, options.teacher_steps, options.batch, options.seed, options.naive)
+    print(
+        f"teachers: {facts['steps']} steps each, {facts['seconds']:.0f} s; on validation pictures an augmented picture "
+        f"finds itself in {facts[teachers.KNOWN_PICTURES]:.1f} %, a caption the next language's in "
+        f"{facts[teachers.KNOWN_CAPTIONS]:.1f} %",
+        flush=True,
+    )
+    return rows, facts
 
 
 def report(results: dict) -> None:
@@ -197,10 +153,13 @@ def main() -> None:
     name = f"GOAL {options.triplet}·{options.pair}" if options.loss == "goal" else options.loss
     print(f"{name} loss, {counts}; {software}", flush=True)
     try:
-        monitor = train(model, splits, options)
+        rows, facts = taught(options, splits)
+        modes = {"triplet": options.triplet, "pair": options.pair}
+        criterion = Criterion(options.loss, naive=options.naive, goal=modes, teachers=rows)
+        monitor = train(model, criterion, splits, options)
     except Disagreement as error:
         raise SystemExit(f"error: {error}") from None
-    steps, seconds = monitor.log["step"][-1], monitor.seconds
+    steps, seconds, cpu_seconds = monitor.log["step"][-1], monitor.seconds, monitor.cpu_seconds
 
     test = splits["test"]
     a, b = model.embed(test)
@@ -217,7 +176,9 @@ def main() -> None:
         "val": {f"{way}_r{k}": monitor.log[f"val_{way}_r{k}"][-1] for way in WAYS for k in KS},
         "test_pictures": len(test.pictures),
         "check": monitor.checks,
-        "training": {"steps": steps, "seconds": seconds},
+        "training": {"steps": steps, "seconds": seconds, "cpu_seconds": cpu_seconds},
+        "teachers": facts,
+        "learned": criterion.learned(),
         "cost": cost,
         "versions": {
             "gssf_kernels": gk.__version__,
@@ -227,6 +188,8 @@ def main() -> None:
         "machine": f"{platform.machine()}, {platform.system()}, {options.threads} threads",
         "log": monitor.log,
     }
+    if results["learned"]:
+        print("learned: " + ", ".join(f"{name} {value:.3g}" for name, value in results["learned"].items()))
     report(results)
 
     title = f"Emoji retrieval, {name} loss, {steps} steps in {seconds:.0f} s"
