@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "epilogues.h"
+#include "certified.h"
 
 namespace gssf {
 namespace {
@@ -79,6 +79,14 @@ void merge_halves(const Best<A>& rows, const Best<A>& cols, int64_t count) {
   }
 }
 
+// Whether sides become bf16: those that are, and fp32 at the precision "medium" where PyTorch's products round it too.
+bool rounds(const Tensor& a) {
+  if (bf16_unit() == Bf16Unit::none) return false;
+  if (a.scalar_type() == at::kBFloat16) return true;
+  return a.scalar_type() == at::kFloat && bf16_unit() == Bf16Unit::amx &&
+         at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+}
+
 // Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.
 template <class A, class Extend>
 auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
@@ -90,8 +98,87 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.pair_score.mutable_data_ptr<A>(),
                                                Hardest::best<A>(out.row_score, out.row_index),
                                                Hardest::best<A>(out.col_score, out.col_index)));
-  sweep<A>(a, b, rows, cols, epilogue, half);
+  if constexpr (std::is_same_v<A, float>) {
+    if (rounds(a)) {
+      sweep(Bf16Panels(a, b), rows, cols, epilogue, half);
+      return epilogue;
+    }
+  }
+  sweep(Panels<A>(a, b), rows, cols, epilogue, half);
   return epilogue;
+}
+
+// s_ij of the rows of a and b in fp64, for both fp32 or both fp16.
+template <class Index>
+std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count, Index index) {
+  std::vector<double> out(count);
+  const Tensor x = a.contiguous(), y = b.contiguous();
+  const int64_t depth = x.size(1);
+  const auto run = [&](const auto* p, const auto* q) {
+    at::parallel_for(0, count, ceil_div(1 << 14, std::max<int64_t>(depth, 1)), [&](int64_t k, int64_t end) {
+      for (; k < end; ++k) {
+        const auto [i, j] = index(k);
+        out[k] = GSSF_VECTORIZED(exact_dot_of, p + i * depth, q + j * depth, depth);
+      }
+    });
+  };
+  if (a.scalar_type() == at::kFloat) run(x.const_data_ptr<float>(), y.const_data_ptr<float>());
+  else run(x.const_data_ptr<at::Half>(), y.const_data_ptr<at::Half>());
+  return out;
+}
+
+// The hardest negatives of the exact scores of fp32 or fp16 inputs. Returns how many scores were made in fp64; all of
+// them where the bound tells too few apart.
+int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
+                  const std::optional<Tensor>& b_ids, bool half, Hardest& out) {
+  const int64_t n = a.size(0), m = b.size(0);
+  std::pair<std::vector<int32_t>, std::vector<int32_t>> ids;
+  if (a_ids) ids = dense_ids<int32_t>(a_ids->contiguous(), b_ids->contiguous());
+  const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
+  const Bf16Panels factors(a, b);
+  Candidates candidates(factors, rows, cols, ids.first, ids.second);
+  if (!candidates.given_up()) sweep(factors, rows, cols, candidates, half);
+  if (candidates.given_up()) {
+    Hardest wide(n, m, a.options().dtype(at::kDouble));
+    const auto found = run<double>(
+        a.to(at::kDouble), b.to(at::kDouble), a_ids, b_ids, wide,
+        [](const HardestNegatives<double>& hardest) { return hardest; }, half);
+    if (half) merge_halves(found.rows(), found.cols(), n);
+    for (auto [to, from] : {std::pair{&out.pair_score, &wide.pair_score}, {&out.row_score, &wide.row_score},
+                            {&out.row_index, &wide.row_index}, {&out.col_score, &wide.col_score},
+                            {&out.col_index, &wide.col_index}})
+      to->copy_(*from);
+    return n * m;
+  }
+  const auto& left = candidates.left();
+  const auto count = static_cast<int64_t>(left.size());
+  const auto scores = exact_scores(a, b, count + n, [&](int64_t k) {
+    return k < count ? std::pair<int64_t, int64_t>(left[k].i, left[k].j) : std::pair(k - count, k - count);
+  });
+  std::vector<ExactBest> row(n), col(m);
+  for (int64_t k = 0; k < count; ++k) {
+    row[left[k].i].add(scores[k], left[k].j);
+    col[left[k].j].add(scores[k], left[k].i);
+  }
+  for (int64_t i = 0; i < n && half; ++i) {
+    row[i].add(col[i].score, col[i].index);
+    col[i] = row[i];
+  }
+  const auto write = [](const std::vector<ExactBest>& from, const Best<float>& to) {
+    for (size_t k = 0; k < from.size(); ++k) to.score[k] = static_cast<float>(from[k].score), to.index[k] = from[k].index;
+  };
+  write(row, Hardest::best<float>(out.row_score, out.row_index));
+  write(col, Hardest::best<float>(out.col_score, out.col_index));
+  std::copy(scores.begin() + count, scores.end(), out.pair_score.mutable_data_ptr<float>());
+  return count;
+}
+
+// From how many scores on certified mining pays: the one table of it. (That of AMX is not yet measured.)
+constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx ? 1 << 18 : 1 << 20; }
+
+bool certifies(const Tensor& a, const Tensor& b) {
+  const bool narrow = a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf;
+  return narrow && bf16_unit() != Bf16Unit::none && !rounds(a) && a.size(0) * b.size(0) >= certified_least(bf16_unit());
 }
 
 // f(A()) for the type A of the scores of a.
@@ -105,21 +192,37 @@ at::TensorOptions score_options(const Tensor& a) {
   return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
-                                                                     const std::optional<Tensor>& a_ids,
-                                                                     const std::optional<Tensor>& b_ids) {
+// How hardest negatives are found: by a sweep of fp32 (or fp64) products, or certified. The sixth is how many scores
+// were made in fp64 besides a sweep's.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> hardest_negatives_by(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
+    bool certify) {
   check("gssf::hardest_negatives", a, b, a_ids, b_ids);
   const int64_t n = a.size(0), m = b.size(0);
   Hardest out(n, m, score_options(a));
-  if (n > 0)
+  const bool half = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
+  int64_t rescored = 0;
+  if (n > 0 && certify) {
+    TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
+                      "gssf::hardest_negatives_by: certified mining takes float32 or float16 and a processor with a "
+                      "bf16 unit");
+    rescored = certified(a, b, a_ids, b_ids, half, out);
+  } else if (n > 0) {
     dispatch(a, [&](auto type) {
       using A = decltype(type);
-      const bool half = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
       const auto found =
           run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, half);
       if (half) merge_halves(found.rows(), found.cols(), n);
     });
-  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index};
+  }
+  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
+                                                                     const std::optional<Tensor>& a_ids,
+                                                                     const std::optional<Tensor>& b_ids) {
+  auto [pair, row, row_index, col, col_index, _] = hardest_negatives_by(a, b, a_ids, b_ids, certifies(a, b));
+  return {pair, row, row_index, col, col_index};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_negatives(
@@ -144,7 +247,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
 
 }  // namespace
 
+TORCH_LIBRARY_FRAGMENT(gssf, library) {
+  library.def(
+      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, int)");
+  library.def("bf16_unit() -> str", []() -> std::string {
+    switch (bf16_unit()) {
+      case Bf16Unit::amx: return "amx";
+      case Bf16Unit::avx512_bf16: return "avx512_bf16";
+      default: return "none";
+    }
+  });
+}
+
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
+  library.impl("hardest_negatives_by", hardest_negatives_by);
   library.impl("hardest_negatives", hardest_negatives);
   library.impl("relative_negatives", relative_negatives);
 }

@@ -20,24 +20,19 @@
 #include <memory>
 #include <vector>
 
-#include "product.h"
+#include "factors.h"
 
 namespace gssf {
 
-// One dimension cut into blocks of nearly equal size, multiples of 32 (whole panels) but for the last.
+// One dimension cut into blocks of nearly equal size, multiples of kBlockStep but for the last.
 struct Blocks {
   int64_t total, size, count;
   Blocks(int64_t total, int64_t most) : total(total) {
-    size = ceil_div(ceil_div(total, ceil_div(total, most)), 32) * 32;
+    size = ceil_div(ceil_div(total, ceil_div(total, most)), kBlockStep) * kBlockStep;
     count = ceil_div(total, size);
   }
   int64_t begin(int64_t block) const { return block * size; }
   int64_t length(int64_t block) const { return std::min(size, total - block * size); }
-};
-
-// Scores of rows i0 .. i0 + n and columns j0 .. j0 + m.
-struct Tile {
-  int64_t i0, n, j0, m;
 };
 
 // Slots held at once per thread, unless one block of rows has more tiles than all threads' together: so many that
@@ -45,18 +40,13 @@ struct Tile {
 // and up, a tile 1 MiB).
 constexpr int64_t kSlotsPerThread = 64;
 
-// a [N, D] and b [M, D] of one dtype, whose scores are Scalars; N, M >= 1. Packs a copy of b. With `half`, tiles below
-// the diagonal are left out: for a symmetric s.
-template <class Scalar, class Epilogue>
-void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const Blocks& cols, Epilogue& epilogue,
-           bool half = false) {
+// At least one row and one column. With `half`, tiles below the diagonal are left out: for a symmetric s.
+template <class Factors, class Epilogue>
+void sweep(const Factors& factors, const Blocks& rows, const Blocks& cols, Epilogue& epilogue, bool half = false) {
+  using Scalar = typename Factors::Scalar;
   const int64_t threads = at::get_num_threads();
   const int64_t round = std::clamp<int64_t>(kSlotsPerThread * threads / cols.count, 1, rows.count);  // row blocks
   const auto slots = std::make_unique_for_overwrite<typename Epilogue::Slot[]>(round * cols.count);
-  // fp16 and bf16 convert to fp32 exactly, so scores are those of an fp32 product.
-  const at::Tensor left = a.to(c10::CppTypeToScalarType<Scalar>::value).contiguous(), right = packed<Scalar>(b.t());
-  const Scalar *x = left.const_data_ptr<Scalar>(), *y = right.const_data_ptr<Scalar>();
-  const int64_t depth = a.size(1);
   std::vector<at::Tensor> buffers(threads);
   for (int64_t first = 0; first < rows.count; first += round) {
     const int64_t blocks = std::min(round, rows.count - first), tiles = blocks * cols.count;
@@ -68,25 +58,16 @@ void sweep(const at::Tensor& a, const at::Tensor& b, const Blocks& rows, const B
     std::atomic<int64_t> next{0};
     at::parallel_for(0, std::min(threads, tiles), 1, [&](int64_t worker, int64_t) {
       at::Tensor& buffer = buffers[worker];
-      if (!buffer.defined()) buffer = at::empty({rows.size, kTileMost}, left.options());
+      if (!buffer.defined())
+        buffer = at::empty({rows.size, kTileMost}, at::TensorOptions(c10::CppTypeToScalarType<Scalar>::value));
       Scalar* s = buffer.mutable_data_ptr<Scalar>();
       for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
         const Tile tile = at_place(t);
         if (left_out(tile)) continue;
-        const Product<Scalar> product{.a = x + tile.i0 * depth,
-                                      .panels = y + tile.j0 * depth,
-                                      .c = s,
-                                      .n = tile.n,
-                                      .k = depth,
-                                      .m = tile.m,
-                                      .a_row = depth,
-                                      .a_step = 1,
-                                      .panel = depth * kPanel<Scalar>,
-                                      .c_row = kTileMost,
-                                      .add = false};
-        GSSF_VECTORIZED(product_of, product);
+        factors.tile(tile, s);
         epilogue.tile(s, tile, slots[t]);
       }
+      Factors::leave_thread();
     });
     const int64_t lines = blocks + cols.count;
     const bool few = tiles * (rows.size + cols.size) < 4096;  // less work than threads take to start

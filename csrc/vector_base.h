@@ -22,6 +22,28 @@ GSSF_INLINE void convert(To* out, const From* in, int64_t n) {
   }
 }
 
+// to [L rows, to_row apart] = the transpose of from [L rows, from_row apart], L the lanes of V, through registers: each
+// cache line is touched once.
+template <class V, class T>
+GSSF_INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  constexpr int L = sizeof(V) / sizeof(T);
+  using Order = std::conditional_t<sizeof(T) == 4, Simd<float>::Index, Simd<double>::Index>;
+  V row[L];
+  for (int r = 0; r < L; ++r) row[r] = load<V>(from + r * from_row);
+#pragma GCC unroll 4
+  for (int step = 1; step < L; step *= 2) {  // swaps the corners of blocks of twice the step
+    Order low, high;
+    for (int k = 0; k < L; ++k) low[k] = k & step ? L + k - step : k, high[k] = k & step ? L + k : k + step;
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r)
+      if (!(r & step)) {
+        const V x = row[r], y = row[r + step];
+        row[r] = __builtin_shuffle(x, y, low), row[r + step] = __builtin_shuffle(x, y, high);
+      }
+  }
+  for (int r = 0; r < L; ++r) store(to + r * to_row, row[r]);
+}
+
 template <class V>
 GSSF_INLINE auto sum_lanes(const V& v) {
   auto total = v[0];

@@ -1,4 +1,5 @@
 // The vector kernels of the sweep and its epilogues. See isa.h.
+#include "vector_certified.h"
 #include "vector_maxima.h"
 #include "vector_product.h"
 #include "vector_relative.h"

@@ -85,10 +85,21 @@ GSSF_INLINE void pack(const Packing<T, A>& p) {
     if (p.width < kPanel<A>) std::fill(p.panel + l0 * kPanel<A>, p.panel + l1 * kPanel<A>, A(0));
     if (p.col == 1) {
       for (int64_t l = l0; l < l1; ++l) convert(p.panel + l * kPanel<A>, p.y + l * p.row, p.width);
-    } else {
-      for (int64_t j = 0; j < p.width; ++j)
-        for (int64_t l = l0; l < l1; ++l) p.panel[l * kPanel<A> + j] = static_cast<A>(p.y[l * p.row + j * p.col]);
+      continue;
     }
+    int64_t j = 0;
+    if constexpr (std::is_same_v<T, A> && kRegisters >= 32) {
+      constexpr int64_t L = Simd<A>::lanes;
+      for (; p.row == 1 && j + L <= p.width; j += L) {
+        int64_t l = l0;
+        for (; l + L <= l1; l += L)
+          transpose<typename Simd<A>::Vector>(p.y + l + j * p.col, p.col, p.panel + l * kPanel<A> + j, kPanel<A>);
+        for (; l < l1; ++l)
+          for (int64_t c = j; c < j + L; ++c) p.panel[l * kPanel<A> + c] = p.y[l + c * p.col];
+      }
+    }
+    for (; j < p.width; ++j)
+      for (int64_t l = l0; l < l1; ++l) p.panel[l * kPanel<A> + j] = static_cast<A>(p.y[l * p.row + j * p.col]);
   }
 }
 

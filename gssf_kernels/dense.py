@@ -94,12 +94,16 @@ def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Right:
-    """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy."""
+    """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy.
+
+    The library multiplies where the extension is not built, and fp32 at the precision "medium", which may round it.
+    """
 
     PANEL = 32  # multiples of it are where columns may begin
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
-        self.packed = y.device.type == "cpu" and EXTENSION_ERROR is None
+        rough = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        self.packed = y.device.type == "cpu" and EXTENSION_ERROR is None and not rough
         self.y = torch.ops.gssf.pack(y, dtype) if self.packed else operand(y, dtype)
 
     def after(self, row: int = 0, column: int = 0) -> "Right":

@@ -1,0 +1,81 @@
+// The two sides of a sweep, ready to be multiplied tile by tile.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include <vector>
+
+#include "product.h"
+
+namespace gssf {
+
+// Column blocks of a sweep begin at multiples of this: whole panels of every kind of product.
+constexpr int64_t kBlockStep = 64;
+
+// Scores of rows i0 .. i0 + n and columns j0 .. j0 + m.
+struct Tile {
+  int64_t i0, n, j0, m;
+};
+
+// Products in A itself: of fp32 or fp64, and of fp16 and bf16, which convert to fp32 exactly.
+template <class A>
+class Panels {
+ public:
+  using Scalar = A;
+
+  Panels(const at::Tensor& a, const at::Tensor& b)
+      : a_(a.to(c10::CppTypeToScalarType<A>::value).contiguous()), b_(packed<A>(b.t())) {}
+
+  // s [n, m], rows kTileMost apart.
+  void tile(const Tile& at, A* s) const {
+    const int64_t depth = a_.size(1);
+    const Product<A> product{.a = a_.template const_data_ptr<A>() + at.i0 * depth,
+                             .panels = b_.template const_data_ptr<A>() + at.j0 * depth,
+                             .c = s,
+                             .n = at.n,
+                             .k = depth,
+                             .m = at.m,
+                             .a_row = depth,
+                             .a_step = 1,
+                             .panel = depth * kPanel<A>,
+                             .c_row = kTileMost,
+                             .add = false};
+    GSSF_VECTORIZED(product_of, product);
+  }
+  static void leave_thread() {}
+
+ private:
+  at::Tensor a_, b_;
+};
+
+// Whether this processor multiplies bf16 numbers faster than fp32, and by what unit; the library's kernels use it.
+enum class Bf16Unit { none, avx512_bf16, amx };
+Bf16Unit bf16_unit();
+
+// One side rounded to bf16, and what bounds the error of that: ‖x‖ and ‖x - x̂‖ of every row, never too small.
+struct Rounded {
+  at::Tensor values;  // [N, padded] bf16
+  std::vector<float> norm, residue;
+};
+
+// Products on bf16 units, summed in fp32: of bf16 numbers exact but for that sum.
+class Bf16Panels {
+ public:
+  using Scalar = float;
+
+  Bf16Panels(const at::Tensor& a, const at::Tensor& b);
+  const Rounded& a() const { return a_; }
+  const Rounded& b() const { return b_; }
+  int64_t depth() const { return a_.values.size(1); }
+
+  void tile(const Tile& at, float* s) const;
+  static void leave_thread() { at::native::cpublas::brgemm_release(); }
+
+ private:
+  static constexpr int64_t kWidth = 64;  // columns of a panel [depth / 2, kWidth, 2]
+
+  Rounded a_, b_;
+  at::Tensor panels_;
+};
+
+}  // namespace gssf
