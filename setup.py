@@ -12,7 +12,15 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-CPU_FLAGS = ["-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+CPU_FLAGS = [
+    "-O3",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
 

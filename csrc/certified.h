@@ -1,6 +1,7 @@
 // Certified mining: the hardest negatives of the exact scores, at the price of a product on bf16 units.
 //
-// With x = x̂ + δx, x̂ the rounding of x to bf16, a score and the sum ŝ that the unit makes of the rounded sides differ by
+// With x = x̂ + δx, x̂ the rounding of x to bf16, a score and the sum ŝ that the unit makes of the rounded sides differ
+// by
 //
 //     |s - ŝ| <= ‖δa‖ ‖b̂‖ + ‖a‖ ‖δb‖ + γ ‖â‖ ‖b̂‖ + τ,   since s - â·b̂ = δa·b̂ + a·δb (Cauchy and Schwarz).
 //
@@ -8,9 +9,9 @@
 // Algorithms, 2nd ed., section 4.2), because Σ |â b̂| <= ‖â‖ ‖b̂‖; τ what units lose that take subnormals for zero. All
 // norms are those measured of the rows at hand, rounded up, so this holds for every finite input.
 //
-// A tile's ŝ thus bound each line's best from below, and whatever cannot reach the best bound so far is passed over. What
-// is left, one or two scores a line, is made again in fp64, in which products of fp32 numbers are exact. Where the bound
-// does not tell scores apart (copies of one row, rows of very different length), a sweep in fp64 takes over.
+// A tile's ŝ thus bound each line's best from below, and whatever cannot reach the best bound so far is passed over.
+// What is left, one or two scores a line, is made again in fp64, in which products of fp32 numbers are exact. Where the
+// bound does not tell scores apart (copies of one row, rows of very different length), a sweep in fp64 takes over.
 #pragma once
 
 #include <atomic>
@@ -116,9 +117,7 @@ class Candidates {
     std::fill(col.begin() + m, col.begin() + width, -kNone);
 
     const auto places = std::make_unique_for_overwrite<int32_t[]>(n * kTileMost);
-    const int64_t count = [&] {
-      return GSSF_VECTORIZED(reaching_of, s, n, m, row.data(), col.data(), places.get());
-    }();
+    const int64_t count = [&] { return GSSF_VECTORIZED(reaching_of, s, n, m, row.data(), col.data(), places.get()); }();
     const std::lock_guard guard(lock_);
     for (int64_t k = 0; k < count; ++k)
       found_.push_back({static_cast<int32_t>(i0 + places[k] / kTileMost),

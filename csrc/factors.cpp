@@ -18,7 +18,9 @@ Rounded rounded(const Tensor& x) {
   auto* values = reinterpret_cast<uint16_t*>(out.values.mutable_data_ptr<at::BFloat16>());
   // Sums of squares in fp32 are off by a relative depth * 2^-24, and by 2^-126 for every square that is subnormal.
   const double more = 1 + static_cast<double>(depth + 8) * 0x1p-23, least = static_cast<double>(depth) * 0x1p-125;
-  const auto bound = [&](float squares) { return static_cast<float>(std::sqrt(squares * more + least) * (1 + 0x1p-20)); };
+  const auto bound = [&](float squares) {
+    return static_cast<float>(std::sqrt(squares * more + least) * (1 + 0x1p-20));
+  };
   const auto run = [&](const auto* data) {
     at::parallel_for(0, n, ceil_div(1 << 14, padded), [&](int64_t i, int64_t end) {
       for (; i < end; ++i) {

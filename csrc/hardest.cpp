@@ -144,8 +144,10 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
         a.to(at::kDouble), b.to(at::kDouble), a_ids, b_ids, wide,
         [](const HardestNegatives<double>& hardest) { return hardest; }, half);
     if (half) merge_halves(found.rows(), found.cols(), n);
-    for (auto [to, from] : {std::pair{&out.pair_score, &wide.pair_score}, {&out.row_score, &wide.row_score},
-                            {&out.row_index, &wide.row_index}, {&out.col_score, &wide.col_score},
+    for (auto [to, from] : {std::pair{&out.pair_score, &wide.pair_score},
+                            {&out.row_score, &wide.row_score},
+                            {&out.row_index, &wide.row_index},
+                            {&out.col_score, &wide.col_score},
                             {&out.col_index, &wide.col_index}})
       to->copy_(*from);
     return n * m;
@@ -165,12 +167,37 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
     col[i] = row[i];
   }
   const auto write = [](const std::vector<ExactBest>& from, const Best<float>& to) {
-    for (size_t k = 0; k < from.size(); ++k) to.score[k] = static_cast<float>(from[k].score), to.index[k] = from[k].index;
+    for (size_t k = 0; k < from.size(); ++k)
+      to.score[k] = static_cast<float>(from[k].score), to.index[k] = from[k].index;
   };
   write(row, Hardest::best<float>(out.row_score, out.row_index));
   write(col, Hardest::best<float>(out.col_score, out.col_index));
   std::copy(scores.begin() + count, scores.end(), out.pair_score.mutable_data_ptr<float>());
   return count;
+}
+
+// What certified mining sees, for its tests: ŝ [N, M], and its bounds of |s - ŝ| for rows and for columns.
+std::tuple<Tensor, Tensor, Tensor> rounded_scores(const Tensor& a, const Tensor& b) {
+  check("gssf::rounded_scores", a, b, std::nullopt, std::nullopt);
+  const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
+  const Bf16Panels factors(a, b);
+  const ErrorBound row_error(factors.a(), factors.b(), cols, factors.depth());
+  const ErrorBound col_error(factors.b(), factors.a(), rows, factors.depth());
+  Tensor tile = at::empty({kTileMost, kTileMost}, at::kFloat), score = at::empty({rows.total, cols.total}, at::kFloat);
+  Tensor row_bound = at::empty(score.sizes(), at::kDouble), col_bound = at::empty_like(row_bound);
+  for (int64_t i0 = 0; i0 < rows.total; i0 += rows.size)
+    for (int64_t j0 = 0; j0 < cols.total; j0 += cols.size) {
+      const Tile at{i0, std::min(rows.size, rows.total - i0), j0, std::min(cols.size, cols.total - j0)};
+      factors.tile(at, tile.mutable_data_ptr<float>());
+      score.narrow(0, i0, at.n).narrow(1, j0, at.m).copy_(tile.narrow(0, 0, at.n).narrow(1, 0, at.m));
+      for (int64_t i = i0; i < i0 + at.n; ++i)
+        for (int64_t j = j0; j < j0 + at.m; ++j) {
+          row_bound.mutable_data_ptr<double>()[i * cols.total + j] = row_error.of(i, j0 / cols.size);
+          col_bound.mutable_data_ptr<double>()[i * cols.total + j] = col_error.of(j, i0 / rows.size);
+        }
+    }
+  factors.leave_thread();
+  return {score, row_bound, col_bound};
 }
 
 // From how many scores on certified mining pays: the one table of it. (That of AMX is not yet measured.)
@@ -194,9 +221,10 @@ at::TensorOptions score_options(const Tensor& a) {
 
 // How hardest negatives are found: by a sweep of fp32 (or fp64) products, or certified. The sixth is how many scores
 // were made in fp64 besides a sweep's.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> hardest_negatives_by(
-    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-    bool certify) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> hardest_negatives_by(const Tensor& a, const Tensor& b,
+                                                                                 const std::optional<Tensor>& a_ids,
+                                                                                 const std::optional<Tensor>& b_ids,
+                                                                                 bool certify) {
   check("gssf::hardest_negatives", a, b, a_ids, b_ids);
   const int64_t n = a.size(0), m = b.size(0);
   Hardest out(n, m, score_options(a));
@@ -249,19 +277,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
 
 TORCH_LIBRARY_FRAGMENT(gssf, library) {
   library.def(
-      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify) -> (Tensor, Tensor, Tensor, "
+      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify) -> (Tensor, Tensor, "
+      "Tensor, "
       "Tensor, Tensor, int)");
+  library.def("rounded_scores(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
   library.def("bf16_unit() -> str", []() -> std::string {
     switch (bf16_unit()) {
-      case Bf16Unit::amx: return "amx";
-      case Bf16Unit::avx512_bf16: return "avx512_bf16";
-      default: return "none";
+      case Bf16Unit::amx:
+        return "amx";
+      case Bf16Unit::avx512_bf16:
+        return "avx512_bf16";
+      default:
+        return "none";
     }
   });
 }
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
   library.impl("hardest_negatives_by", hardest_negatives_by);
+  library.impl("rounded_scores", rounded_scores);
   library.impl("hardest_negatives", hardest_negatives);
   library.impl("relative_negatives", relative_negatives);
 }

@@ -1,4 +1,5 @@
-// Rounding to bf16 with what it loses, and the scores of a tile that may still be a line's best. See isa.h, certified.h.
+// Rounding to bf16 with what it loses, and the scores of a tile that may still be a line's best. See isa.h,
+// certified.h.
 
 // out [n] = x rounded to bf16, ties to even, subnormals to zero; zeros behind them up to `padded`.
 // squares = {Σ x², Σ (x - out)²}, in fp32. What is bf16 already is copied, its squares left alone.
@@ -97,8 +98,8 @@ static void tile_tops_of(const float* s, int64_t n, int64_t m, float* row, float
   }
 }
 
-// Writes the places i * kTileMost + j at which s [n, m] reaches row_least[i] or col_least[j], and returns how many there
-// are; `places` has room for all. col_least is +inf behind the last column.
+// Writes the places i * kTileMost + j at which s [n, m] reaches row_least[i] or col_least[j], and returns how many
+// there are; `places` has room for all. col_least is +inf behind the last column.
 static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* row_least, const float* col_least,
                            int32_t* places) {
   using V = Simd<float>::Vector;
@@ -130,10 +131,10 @@ static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* ro
   return count;
 }
 
-#define GSSF_CERTIFIED_KERNELS(T)                                                                           \
-  static void round_row_of(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) {          \
-    round_row(x, n, padded, out, squares);                                                                  \
-  }                                                                                                         \
+#define GSSF_CERTIFIED_KERNELS(T)                                                                  \
+  static void round_row_of(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) { \
+    round_row(x, n, padded, out, squares);                                                         \
+  }                                                                                                \
   static double exact_dot_of(const T* x, const T* y, int64_t n) { return exact_dot(x, y, n); }
 GSSF_CERTIFIED_KERNELS(float)
 GSSF_CERTIFIED_KERNELS(c10::Half)

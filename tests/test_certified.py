@@ -1,0 +1,241 @@
+"""Certified mining: the winners of the exact scores of fp32 inputs, to the bit, and the bound that certifies them."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+
+import gssf_kernels as gk
+
+INF = torch.inf
+UNIT = torch.ops.gssf.bf16_unit() if hasattr(torch.ops.gssf, "bf16_unit") else "none"
+pytestmark = pytest.mark.skipif(UNIT == "none", reason="no bf16 unit on this processor, or no extension")
+
+
+def certified(a, b, a_ids=None, b_ids=None):
+    """(the five of hardest_negatives, how many scores were made in fp64)."""
+    *found, rescored = torch.ops.gssf.hardest_negatives_by(a, b, a_ids, b_ids, True)
+    return found, rescored
+
+
+def exact(a, b, a_ids=None, b_ids=None):
+    """The same of fp64 scores: products of fp32 numbers are exact, and PyTorch's sum is good to 1e-15."""
+    s = a.double() @ b.double().T
+    pair = s.diagonal().clone()
+    no = torch.eye(*s.shape, dtype=torch.bool)
+    if a_ids is not None:
+        no |= a_ids[:, None] == b_ids
+    s = s.masked_fill(no, -INF)
+    return s, pair
+
+
+def check(a, b, a_ids=None, b_ids=None, ties=False):
+    """Winners to the bit; where scores tie in fp64 but for its own rounding, by their scores, and exactly if `ties`."""
+    (pair, row_score, row_index, col_score, col_index), rescored = certified(a, b, a_ids, b_ids)
+    s, pairs = exact(a, b, a_ids, b_ids)
+    size = a.double().abs() @ b.double().abs().T  # what fp64's own rounding of a score is relative to
+    noise = 2.0**-50 * max(a.shape[1], 8)
+    beyond = pairs.float().isinf()
+    assert torch.equal(pair[beyond], pairs.float()[beyond])
+    off = (pair.double() - pairs).abs()[~beyond]
+    assert (off <= (2.0**-24 * pairs.abs() + noise * size.diagonal() + 1e-45)[~beyond]).all()
+    for score, index, t, abs_t in ((row_score, row_index, s, size), (col_score, col_index, s.T, size.T)):
+        best, place = t.max(1)
+        none = best == -INF
+        assert torch.equal(index == -1, none)
+        assert (score[none] == -INF).all()
+        t, abs_t, score, index, best, place = (v[~none] for v in (t, abs_t, score, index, best, place))
+        chosen = t.gather(1, index[:, None])[:, 0]
+        slack = noise * abs_t.amax(1)
+        assert (chosen >= best - slack).all()
+        clear = (t >= (best - 2 * slack)[:, None]).sum(1) == 1
+        assert torch.equal(index[clear], place[clear])
+        if ties:
+            assert torch.equal(index, (t == best[:, None]).int().argmax(1))
+        rounded = best.float()
+        near = (best - rounded.double()).abs() < 0.49999 * (torch.nextafter(rounded, rounded.new_tensor(INF)) - rounded)
+        assert torch.equal(score[clear & near], rounded[clear & near])
+    return rescored
+
+
+def unit(x):
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def near_ties(n, m, d):
+    """Columns that differ by one ulp of one channel."""
+    a, b = unit(torch.randn(n, d)), unit(torch.randn(1, d)).repeat(m, 1)
+    up = torch.nextafter(b, torch.full_like(b, INF))
+    b[torch.arange(m), torch.arange(m) % d] = up[torch.arange(m), torch.arange(m) % d]
+    return a, b
+
+
+def duplicates(n, m, d):
+    pool = torch.randn(7, d)
+    return pool[torch.randint(0, 7, (n,))], pool[torch.randint(0, 7, (m,))]
+
+
+def scaled(low, high):
+    def make(n, m, d):
+        decades = torch.empty(n + m).uniform_(low, high)
+        x = torch.randn(n + m, d) * 10.0 ** decades[:, None]
+        return x[:n].clone(), x[n:].clone()
+
+    return make
+
+
+def hubs(n, m, d):
+    a, b = unit(torch.randn(n, d)), unit(torch.randn(m, d))
+    b[::10] = unit(a.mean(0, keepdim=True)) + 1e-6 * torch.randn(len(b[::10]), d)
+    return a, b
+
+
+def low_rank(n, m, d):
+    basis = torch.randn(2, d)
+    return torch.randn(n, 2) @ basis, torch.randn(m, 2) @ basis
+
+
+def sparse(n, m, d):
+    return torch.randn(n, d) * (torch.rand(n, d) < 0.05), torch.randn(m, d) * (torch.rand(m, d) < 0.05)
+
+
+def mixed_channels(n, m, d):
+    scale = 10.0 ** torch.empty(d).uniform_(-15, 15)
+    return torch.randn(n, d) * scale, torch.randn(m, d) / scale
+
+
+def halfway(n, m, d):
+    """Numbers in the middle of two bf16 numbers, all of one sign: the rounding residue is as large as it can be."""
+    a, b = (((torch.randint(128, 256, (k, d)) * 2 + 1) / 512).float() for k in (n, m))
+    return a, b
+
+
+MAKERS = {
+    "unit": lambda n, m, d: (unit(torch.randn(n, d)), unit(torch.randn(m, d))),
+    "normal": lambda n, m, d: (torch.randn(n, d), torch.randn(m, d)),
+    "near ties": near_ties,
+    "duplicates": duplicates,
+    "halfway": halfway,
+    "hubs": hubs,
+    "low rank": low_rank,
+    "sparse": sparse,
+    "mixed channels": mixed_channels,
+    "mixed norms": scaled(-6, 6),
+    "tiny": scaled(-22, -19),
+    "subnormal": scaled(-42, -36),
+    "huge": scaled(17, 18),
+    "beyond": scaled(19, 37),
+    "zeros": lambda n, m, d: (torch.zeros(n, d), torch.zeros(m, d)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_eleven_thousand_small_problems_in_all(name):
+    torch.manual_seed(len(name))
+    for _ in range(740):
+        n, more, d = (int(k) for k in torch.randint(1, 24, (3,)))
+        a, b = MAKERS[name](n, n + more - 1, 2 * d - 1)
+        ids = torch.randint(0, 6, (len(b),)) if more % 3 == 0 else None
+        check(a, b, None if ids is None else ids[:n].clone(), ids)
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "beyond"])
+def test_the_bound_holds(name):
+    """For every score, by rows and by columns."""
+    for seed, (n, m, d) in enumerate([(30, 40, 7), (65, 200, 64), (530, 610, 100), (17, 100, 1500)]):
+        torch.manual_seed(seed)
+        a, b = MAKERS[name](n, m, d)
+        score, *bounds = torch.ops.gssf.rounded_scores(a, b)
+        off = (score.double() - a.double() @ b.double().T).abs()
+        for bound in bounds:
+            assert (off <= bound).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", MAKERS)
+def test_winners_are_those_of_exact_scores(name, seed):
+    """Several tiles, and several columns of candidates to a row."""
+    torch.manual_seed(seed)
+    n, m, d = [(40, 60, 33), (65, 200, 8), (130, 131, 100), (17, 700, 257), (64, 64, 512), (520, 600, 16)][seed]
+    a, b = MAKERS[name](n, m, d)
+    for ids in (None, torch.arange(m) // 4, torch.randint(0, 5, (m,)), torch.zeros(m, dtype=torch.int64)):
+        check(a, b, None if ids is None else ids[:n].clone(), ids)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["", "one side twice"])
+def test_exact_ties_go_to_the_lowest_index(half):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        a = torch.randint(-2, 3, (300, 12)).float()
+        b = a if half else torch.randint(-2, 3, (420, 12)).float()
+        ids = torch.arange(len(b)) // 3 if seed % 2 else None
+        check(a, b, None if ids is None else ids[: len(a)], ids, ties=True)
+
+
+def test_one_side_twice():
+    x = unit(torch.randn(700, 50))
+    ids = torch.arange(700) % 50
+    for arguments in ((x, x), (x, x, ids, ids)):
+        other = [t.clone() if k % 2 else t for k, t in enumerate(arguments)]
+        for got, expected in zip(certified(*arguments)[0], certified(*other)[0], strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("special", [torch.nan, INF, -INF])
+def test_what_is_not_finite_is_as_in_a_sweep(special):
+    a, b = torch.randn(60, 20), torch.randn(90, 20)
+    a[3, 4], b[50, 1] = special, special
+    found, _ = certified(a, b)
+    *swept, _ = torch.ops.gssf.hardest_negatives_by(a, b, None, None, False)
+    for got, expected in zip(found, swept, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+def test_half_precision_inputs():
+    a, b = unit(torch.randn(200, 64)).half(), unit(torch.randn(300, 64)).half()
+    found, _ = certified(a, b)
+    for got, expected in zip(found, certified(a.float(), b.float())[0], strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_the_thread_count_changes_no_bit():
+    a, b = unit(torch.randn(1100, 64)), unit(torch.randn(1300, 64))
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found, rescored = certified(a, b)
+        results.append((*found, torch.tensor(rescored)))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
+
+
+def test_few_scores_are_made_again():
+    """Of random unit rows one or two a line; of copies all, by a sweep in fp64."""
+    a, b = unit(torch.randn(1500, 512)), unit(torch.randn(1500, 512))
+    assert 3000 <= check(a, b) <= 3 * 3000
+    same = unit(torch.randn(1, 64)).repeat(800, 1)
+    assert check(same, same.clone()) == 800 * 800
+
+
+def test_the_op_takes_it_where_it_pays():
+    a, b = unit(torch.randn(1100, 40)), unit(torch.randn(1100, 40))
+    for got, expected in zip(torch.ops.gssf.hardest_negatives(a, b, None, None), certified(a, b)[0], strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_score_that_only_exact_arithmetic_tells_apart():
+    """Two columns whose fp32 products come out in the wrong order."""
+    a = torch.tensor([[1.0, 2.0**-25, 2.0**-25, 2.0**-25]]).repeat(40, 1)
+    b = torch.zeros(41, 4)
+    b[:, 0] = 0.5
+    b[7] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    b[30] = torch.tensor([1.0, 1.0, 1.0, 1.0])  # 1 + 3 · 2⁻²⁵, which fp32 sums to 1, before and after index 7
+    found, _ = certified(a, b)
+    assert found[2][0] == 30
+    assert found[1][0] == torch.tensor(float(Fraction(1) + 3 * Fraction(1, 2**25)), dtype=torch.float32)
+
+
+def test_errors():
+    a = torch.randn(4, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="float32 or float16"):
+        certified(a, a)
