@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.h tests/*.cpp)
 
 .PHONY: help demo test lint format bench mutate clean
 help:

@@ -1,7 +1,8 @@
 """Builds the optional compiled part of gssf_kernels; everything else stands in pyproject.toml.
 
 Environment: GSSF_SKIP_NATIVE=1 builds none; FORCE_CUDA=1 / 0 forces csrc/cuda on or off (default: on where
-nvcc and a CUDA PyTorch are found); MAX_JOBS and TORCH_CUDA_ARCH_LIST are PyTorch's own.
+nvcc and a CUDA PyTorch are found); MAX_JOBS is PyTorch's own. TORCH_CUDA_ARCH_LIST has no say: all of csrc/cuda is
+written in the instructions of one architecture.
 """
 
 import os
@@ -21,7 +22,8 @@ CPU_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-unused-function",
 ]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+# wgmma and setmaxnreg are sm_90a's alone; PyTorch adds no architecture where one is named.
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def native_build() -> dict:
@@ -49,7 +51,7 @@ def native_build() -> dict:
         "gssf_kernels._C",
         sources + (cuda_sources if with_cuda else []),
         include_dirs=[str(ROOT / "csrc")],
-        depends=[str(path) for path in (ROOT / "csrc").rglob("*.h")],
+        depends=[str(path) for path in (ROOT / "csrc").glob("**/*.h" if with_cuda else "*.h")],
         extra_compile_args={"cxx": CPU_FLAGS, "nvcc": NVCC_FLAGS} if with_cuda else {"cxx": CPU_FLAGS},
         extra_link_args=["-fopenmp"],
         py_limited_api=True,
