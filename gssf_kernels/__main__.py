@@ -43,6 +43,7 @@ def triton_version() -> str:
 
 def report() -> str:
     """The environment report, as text."""
+    hopper = torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hardest_negatives_hopper", "CUDA")
     extension = "loaded" if _library.EXTENSION_ERROR is None else f"not loaded ({_library.EXTENSION_ERROR})"
     table = gk.backends()
     width = max(map(len, table)) + 2
@@ -55,6 +56,7 @@ def report() -> str:
         f"threads      {torch.get_num_threads()}",
         f"gpu          {gpu_description()}",
         f"extension    {extension}",
+        f"csrc/cuda    {'built' if hopper else 'not built'}",
         "",
         f"{'op':{width}}{'cpu':12}cuda",
     ]

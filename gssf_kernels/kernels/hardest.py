@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands
+from gssf_kernels.kernels import hopper, operands
 from gssf_kernels.kernels.sweep import Sweep
 
 
@@ -145,6 +145,8 @@ def hardest_negatives(
     Scores are fp32, indices int64. Raises TypeError for other dtypes. Where b is a, half of the tiles do.
     """
     operands.check_dtype("hardest_negatives", a, b)
+    if hopper.takes_over(a, b):
+        return hopper.hardest_negatives(a, b, a_ids, b_ids)
     pair_score, *found = nothing_found(a, b)
     if len(a) > 0:
         with torch.cuda.device_of(a):

@@ -70,6 +70,11 @@ SWEEP = {
     (90, "ieee", "sums"): Sweep(128, 64, 16, 8, 3),
 }
 
+# Lines of the sweep for hardest negatives, as (kind, size), that csrc/cuda takes over from Triton on sm_90. Empty: the
+# CUDA kernel has been compiled and emulated, but not run on a card. A line comes in once a card has shown its results
+# to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives, variant "hopper").
+HOPPER_CUDA: frozenset[tuple[str, str]] = frozenset()
+
 PROJECT = {
     "half": Project(32, 64, 8, 2),
     "tf32": Project(32, 32, 8, 2),
@@ -99,10 +104,14 @@ def architecture(device: torch.device) -> int:
     return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
 
 
+def sweep_size(N: int, M: int, D: int, sums: bool = False) -> str:
+    """The size of a sweep over [N, M] scores of D channels, as the table names it."""
+    return "small" if N * M <= 1 << 20 else "sums" if sums else "narrow" if D < 512 else "wide"
+
+
 def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False) -> Sweep:
     """The tile for a sweep over [N, M] scores of D channels, with an epilogue that sums terms of them if ``sums``."""
-    size = "small" if N * M <= 1 << 20 else "sums" if sums else "narrow" if D < 512 else "wide"
-    return SWEEP[architecture(device), kind(dtype), size]
+    return SWEEP[architecture(device), kind(dtype), sweep_size(N, M, D, sums)]
 
 
 def project_tile(dtype: torch.dtype) -> Project:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import accumulation_dtype, compose, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.pairs import pair_gradients
 
@@ -160,9 +160,13 @@ def _fake(a, b, a_ids, b_ids):
                  ((n, score), (n, score), (n, index), (m, score), (m, index)))  # fmt: skip
 
 
+_SIGNATURE = "(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+
 define(
-    "hardest_negatives(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "hardest_negatives" + _SIGNATURE,
     reference=_reference,
     fake=_fake,
     triton="hardest.hardest_negatives",
 )
+# The same by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing dispatches here.
+compose("hardest_negatives_hopper" + _SIGNATURE, implementation=_reference, fake=_fake)
