@@ -1,0 +1,309 @@
+"""The Hopper sweep of csrc/cuda: on an emulated card everywhere, on a real one where there is one and it was built.
+
+The emulator (hopper_emulator.h) runs the kernel sources themselves on the CPU, and copies and products happen at once,
+as late as can be or at random. It knows nothing of the card's speed, and takes the PTX ISA at its word.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+import gssf_kernels as gk
+from gssf_kernels.kernels import hopper, tiles
+
+ROOT = Path(__file__).parents[1]
+DTYPES = (torch.bfloat16, torch.float16)
+INF, NAN = float("inf"), float("nan")
+AT_ONCE, LATE, AT_RANDOM = range(3)
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and hopper.built()
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+needs_card = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
+
+
+class Emulator:
+    """The sources of csrc/cuda, compiled for the emulated card."""
+
+    def __init__(self, folder: Path) -> None:
+        library = folder / "hopper_emulated.so"
+        torch_library = Path(torch.__file__).parent / "lib"
+        command = ["g++", "-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-w"]
+        command += [*(f"-I{path}" for path in include_paths()), str(ROOT / "tests" / "hopper_emulated.cpp")]
+        command += ["-o", str(library), f"-L{torch_library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_library}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        torch.ops.load_library(library)
+        self._settings = ctypes.CDLL(str(library)).gssf_emulator
+
+    def settings(self, processors=3, copies=AT_ONCE, products=AT_ONCE, seed=0) -> None:
+        """Blocks that run at once, and when copies and products happen; seed 0: threads go on as they come."""
+        self._settings(processors, copies, products, seed)
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    return Emulator(tmp_path_factory.mktemp("hopper"))
+
+
+@pytest.fixture(
+    params=[pytest.param("emulated", marks=needs_compiler), pytest.param("cuda", marks=needs_card)],
+)
+def card(request, monkeypatch):
+    """card(a, b, a_ids, b_ids): the launcher's results, on the CPU."""
+    device = "cuda"
+    if request.param == "emulated":
+        device = "cpu"
+        request.getfixturevalue("emulator").settings()
+        monkeypatch.setattr(hopper, "op", torch.ops.gssf_emulated.hardest_negatives_hopper)
+
+    def run(a, b, a_ids=None, b_ids=None):
+        on = [None if x is None else x.to(device) for x in (a, b, a_ids, b_ids)]
+        return [x.cpu() for x in hopper.hardest_negatives(*on)]
+
+    return run
+
+
+def whole_numbers(n, m, d, dtype, low=-3, high=4):
+    """Numbers whose sums are exact in any order."""
+    return torch.randint(low, high, (n, d)).to(dtype), torch.randint(low, high, (m, d)).to(dtype)
+
+
+def truth(a, b, a_ids=None, b_ids=None):
+    a, b = a.double(), b.double()
+    return [gk.reference.pair_scores(a, b), *gk.reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)]
+
+
+def assert_exact(found, expected):
+    """Equal bits, NaN for NaN: pair_score, row_score, row_index, col_score, col_index."""
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.dtype == (torch.int64 if right.dtype == torch.int64 else torch.float32)
+        torch.testing.assert_close(ours.to(right.dtype), right, rtol=0, atol=0, equal_nan=True)
+
+
+# N and M on and around the edges of tiles (128, 256), D of swizzles (64) and of the two shapes (512)
+SHAPES = [(1, 1, 1), (1, 1, 8), (1, 40, 3), (3, 130, 8), (128, 128, 64), (127, 129, 63), (129, 257, 40), (130, 300, 72)]
+SHAPES += [(128, 256, 512), (127, 255, 511), (130, 513, 520), (257, 300, 1024), (300, 700, 100)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("ids", [False, True], ids=["no ids", "ids"])
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_shapes(card, n, m, d, ids, dtype):
+    a, b = whole_numbers(n, m, d, dtype)
+    labels = (torch.randint(0, max(n // 3, 1), (n,)), torch.randint(0, max(n // 3, 1), (m,))) if ids else (None, None)
+    assert_exact(card(a, b, *labels), truth(a, b, *labels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("d", [8, 200, 512, 1024])
+def test_error_is_that_of_an_fp32_product(card, d, dtype):
+    a, b = torch.randn(150, d).to(dtype), torch.randn(310, d).to(dtype)
+    found, expected = card(a, b), truth(a, b)
+    plain = (a.float() @ b.float().T).fill_diagonal_(-INF)
+    for ours, right, same in ((found[1], expected[1], plain.amax(1)), (found[3], expected[3], plain.amax(0))):
+        error, theirs = (ours.double() - right).abs().max(), (same.double() - right).abs().max()
+        assert error <= 2 * theirs + 4 * torch.finfo(torch.float32).eps * right.abs().max()
+    scores = (a.double() @ b.double().T).fill_diagonal_(-INF)
+    named = torch.cat((scores.gather(1, found[2][:, None])[:, 0], scores.gather(0, found[4][None])[0]))
+    torch.testing.assert_close(named, torch.cat((expected[1], expected[3])), rtol=1e-4, atol=1e-4)
+
+
+IDS = {
+    "distinct": lambda n: torch.arange(n),
+    "equal": lambda n: torch.zeros(n, dtype=torch.int64),
+    "fives": lambda n: torch.arange(n) // 5,
+    "far apart": lambda n: torch.arange(n) * 2 + (n == 400),
+    "low bits alike": lambda n: (torch.arange(n) % 7) * 2**32 + 5,
+    "extreme": lambda n: torch.where(torch.arange(n) % 2 == 0, 2**63 - 1, -(2**63)),
+}
+
+
+@pytest.mark.parametrize("d", [16, 512])
+@pytest.mark.parametrize("kind", IDS)
+def test_ids(card, kind, d):
+    labels = IDS[kind](270), IDS[kind](400)
+    for a, b in (
+        whole_numbers(270, 400, d, torch.bfloat16),
+        [2 * torch.nn.functional.one_hot(x % 89 % d, d).bfloat16() for x in labels],  # equal ids score highest
+    ):
+        assert_exact(card(a, b, *labels), truth(a, b, *labels))
+
+
+@pytest.mark.parametrize("d", [2, 512])
+def test_ties_go_to_the_lowest_index(card, d):
+    a, b = torch.ones(260, d).bfloat16(), torch.ones(530, d).bfloat16()
+    _, _, row_index, _, col_index = card(a, b)
+    assert row_index.tolist() == [1] + [0] * 259
+    assert col_index.tolist() == [1] + [0] * 529
+    a, b = torch.zeros(260, d).bfloat16(), torch.zeros(530, d).bfloat16()
+    a[:, 0], b[:, 0] = torch.randint(0, 2, (260,)), torch.randint(0, 2, (530,))
+    assert_exact(card(a, b), truth(a, b))
+
+
+@pytest.mark.parametrize("d", [16, 512])
+@pytest.mark.parametrize("place", [0, 7, 63, 64, 127, 128, 255, 256, 299])
+def test_nan_wins_and_the_first_one_stays(card, place, d):
+    a, b = whole_numbers(300, 300, d, torch.float16)
+    b[place, 1] = NAN
+    b[min(place + 30, 299)] = NAN
+    assert_exact(card(a, b), truth(a, b))
+    a[place, 3] = NAN
+    assert_exact(card(a, b), truth(a, b))
+
+
+@pytest.mark.parametrize("d", [16, 512])
+def test_nan_of_positives_counts_for_nothing(card, d):
+    a, b = whole_numbers(140, 140, d, torch.bfloat16)
+    a[5], b[5] = 0, 0
+    a[5, 0], b[5, 0] = INF, 0
+    b[:5, 0], b[6:, 0] = 1, 1  # s_55 = inf · 0 alone is NaN
+    found = card(a, b)
+    assert found[0].isnan().nonzero().flatten().tolist() == [5]
+    assert_exact(found, truth(a, b))
+
+
+@pytest.mark.parametrize("d", [16, 512])
+def test_infinities(card, d):
+    a, b = whole_numbers(200, 300, d, torch.bfloat16)
+    a, b = a.abs() + 1, b.abs() + 1
+    b[3], b[140] = -INF, INF
+    assert_exact(card(a, b), truth(a, b))
+    b[:] = -INF
+    found = card(a, b)
+    assert_exact(found, truth(a, b))
+    assert (found[2] == -1).all()
+    assert (found[4] == -1).all()
+
+
+def test_layouts(card):
+    a, b = whole_numbers(140, 2 * 150, 48, torch.bfloat16)
+    for left, right in (
+        (a.T.contiguous().T, b[::2]),
+        (a[:, 1:41], b[:150, 8:]),
+        (a[:1].expand(140, 48), b[:150]),
+        (a[:, ::2], b[:150, ::2]),
+    ):
+        assert_exact(card(left, right[:, : left.shape[1]]), truth(left, right[:, : left.shape[1]]))
+
+
+def test_no_rows(card):
+    found = card(torch.ones(0, 16).bfloat16(), torch.ones(3, 16).bfloat16())
+    assert [len(x) for x in found] == [0, 0, 0, 3, 3]
+    assert (found[3] == -INF).all()
+    assert (found[4] == -1).all()
+
+
+def test_equal_inputs_give_equal_bits(card):
+    a, b = torch.randn(300, 520).bfloat16(), torch.randn(610, 520).bfloat16()
+    first = card(a, b)
+    for _ in range(3):
+        for x, y in zip(card(a, b), first, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(4, 8), torch.ones(4, 8)), "bfloat16 or float16"),
+        ((torch.ones(4, 8).bfloat16(), torch.ones(4, 8).half()), "both bfloat16 or both float16"),
+        ((torch.ones(4, 8).half(), torch.ones(3, 8).half()), "M >= N"),
+        ((torch.ones(4, 0).half(), torch.ones(4, 0).half()), "D >= 1"),
+        ((torch.ones(4, 8).half(), torch.ones(4, 8).half(), torch.zeros(4, dtype=torch.int64)), "or neither"),
+    ],
+    ids=["fp32", "two dtypes", "fewer columns", "no channels", "one side's ids"],
+)
+def test_bad_input(card, arguments, message):
+    with pytest.raises((TypeError, RuntimeError), match=message):
+        card(*arguments)
+
+
+# What only the emulator can show.
+
+
+@needs_compiler
+def test_op_itself_asks_for_aligned_rows(emulator):
+    x = torch.ones(4, 9).half()
+    with pytest.raises(RuntimeError, match="rows that start on 16 bytes"):
+        torch.ops.gssf_emulated.hardest_negatives_hopper(x, x, None, None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [40, 400, 1032])  # one stage a tile; more than the ring has, in either shape
+@pytest.mark.parametrize("copies", [AT_ONCE, LATE, AT_RANDOM], ids=["copies at once", "late", "at random"])
+@pytest.mark.parametrize("products", [AT_ONCE, LATE, AT_RANDOM], ids=["products at once", "late", "at random"])
+def test_every_order_of_events_gives_the_same(emulator, products, copies, d):
+    a, b = whole_numbers(260, 530, d, torch.bfloat16)
+    labels = torch.randint(0, 50, (260,)), torch.randint(0, 50, (530,))
+    expected = truth(a, b, *labels)
+    for seed in range(4):
+        emulator.settings(1 + seed % 3, copies, products, seed)
+        assert_exact(torch.ops.gssf_emulated.hardest_negatives_hopper(a, b, *labels), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("processors", [1, 2, 5, 132])
+@pytest.mark.parametrize("d", [40, 512])
+def test_slabs_and_processors_change_nothing(emulator, d, processors):
+    a, b = whole_numbers(700, 900, d, torch.float16, -1, 2)
+    emulator.settings(processors)
+    assert_exact(torch.ops.gssf_emulated.in_slabs(a, b, None, None), truth(a, b))
+
+
+@needs_compiler
+def test_layout_agrees_with_brute_force(tmp_path):
+    binary = tmp_path / "hopper_layout"
+    source = str(ROOT / "tests" / "hopper_layout.cpp")
+    subprocess.run(["g++", "-O1", "-std=c++17", "-Wall", "-Werror", source, "-o", str(binary)], check=True)
+    done = subprocess.run([str(binary)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "agree with brute force" in done.stdout
+
+
+# What only a card can show.
+
+
+@needs_card
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("d", [8, 64, 200, 256, 511, 512, 1024])
+@pytest.mark.parametrize(("n", "m"), [(4096, 4096), (1000, 20_011), (8192, 8192)])
+def test_large(card, n, m, d, dtype):
+    a, b = whole_numbers(n, m, d, dtype, -1, 2)
+    expected = truth(a.cuda(), b.cuda())
+    for _ in range(3):
+        assert_exact(card(a, b), [x.cpu() for x in expected])
+
+
+@needs_card
+def test_on_another_stream(card):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        a, b = whole_numbers(500, 600, 128, torch.bfloat16)
+        assert_exact(card(a, b), truth(a, b))
+
+
+# Where it takes over.
+
+
+def test_nothing_is_dispatched_to_it_yet():
+    assert frozenset() == tiles.HOPPER_CUDA
+
+
+def test_the_table_sends_its_lines_here(monkeypatch):
+    hardest = pytest.importorskip("gssf_kernels.kernels.hardest")
+    monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: "hopper")
+    monkeypatch.setattr(hopper, "built", lambda: True)
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    a = torch.zeros(1100, 520, dtype=torch.bfloat16)
+    assert not hopper.takes_over(a, a)
+    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("half", "wide")}))
+    assert hardest.hardest_negatives(a, a, None, None) == "hopper"
+    assert not hopper.takes_over(a.float(), a.float())
+    assert not hopper.takes_over(a[:, :64], a[:, :64])
+    assert not hopper.takes_over(a[:100], a[:100])
+    monkeypatch.setattr(hopper, "built", lambda: False)
+    assert not hopper.takes_over(a, a)
