@@ -1,0 +1,117 @@
+"""csrc/cuda compiled by nvcc with setup.py's flags: what the machine code holds, what it asks of PyTorch. No GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+
+
+def nvcc_flags() -> list[str]:
+    """What setup.py gives nvcc."""
+    code = """
+import runpy, setuptools
+setuptools.setup = lambda **arguments: None
+print(*runpy.run_path("setup.py")["NVCC_FLAGS"], sep="\\n")
+"""
+    environment = {**os.environ, "GSSF_SKIP_NATIVE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return done.stdout.split()
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit, else the one that Triton carries."""
+    try:
+        import triton
+    except ImportError:
+        return shutil.which("cuobjdump")
+    carried = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or (str(carried) if carried.exists() else None)
+
+
+class Compiled:
+    """An object file, and what ptxas said of its kernels."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.object = folder / f"{source.stem}.o"
+        includes = [f"-I{path}" for path in include_paths()]
+        flags = ["-std=c++20", *nvcc_flags(), "-Xptxas", "-v", *includes]
+        done = subprocess.run(
+            ["nvcc", *flags, "-c", str(source), "-o", str(self.object)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        self.report = done.stderr
+        entry = r"Compiling entry function '(\S+)' for 'sm_90a'\n((?:.*\n)*?.*Used .*)"
+        self.kernels = dict(re.findall(entry, done.stderr))
+
+    def instructions(self) -> dict[str, str]:
+        """kernel: its machine code."""
+        tool = disassembler()
+        if tool is None:
+            pytest.skip("no cuobjdump: neither in the CUDA toolkit nor with Triton")
+        done = subprocess.run([tool, "-sass", str(self.object)], capture_output=True, text=True, check=True)
+        functions = done.stdout.split("Function : ")[1:]
+        return {name: code for name, _, code in (text.partition("\n") for text in functions)}
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
+def compiled(request, tmp_path_factory):
+    return Compiled(request.param, tmp_path_factory.mktemp("cuda"))
+
+
+def constant(name: str) -> int:
+    return int(re.search(rf"\b{name} = (\d+)", (ROOT / "csrc/cuda/hardest_sweep.h").read_text())[1])
+
+
+def test_there_is_something_to_compile():
+    assert [path.name for path in SOURCES] == ["hopper_hardest.cu"]
+
+
+def test_nothing_spills(compiled):
+    """Nor does ptxas warn: of wgmma that it serialises (C7510) or of setmaxnreg that it ignores (C7508)."""
+    assert len(compiled.kernels) == 6, compiled.report  # bf16 and fp16 by two shapes, ranges, merge
+    assert "warning" not in compiled.report.lower(), compiled.report
+    for name, usage in compiled.kernels.items():
+        print(f"sm_90a {name}: {re.search('Used .*', usage)[0]}")
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in usage, name
+        registers = int(re.search(r"Used (\d+) registers", usage)[1])
+        assert registers <= (168 if "sweep" in name else 64), name  # 384 threads x 168, the launch's share of 64 Ki
+
+
+def test_sweep_is_made_of_wgmma_and_bulk_tensor_copies(compiled):
+    sweeps = {name: code for name, code in compiled.instructions().items() if "sweep_kernel" in name}
+    assert len(sweeps) == 4
+    found = set()
+    for name, code in sweeps.items():
+        found |= set(re.findall(r"HGMMA\.\w+(?:\.\w+)*", code))
+        assert "UTMALDG.2D" in code, name
+        assert "USETMAXREG" in code, name
+        assert "SYNCS.PHASECHK" in code, name
+        assert not re.search(r"(?<![.\w])(LDL|STL|HMMA|ATOM|ATOMG|RED)\b", code), name
+        most = max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
+        assert constant("kLoaderRegisters") < most < constant("kConsumerRegisters"), name
+    expected = {f"HGMMA.64x{columns}x16.F32{kind}" for columns in (128, 256) for kind in ("", ".BF16")}
+    assert found == expected
+
+
+def test_only_the_stable_abi_is_used(compiled):
+    """PyTorch by C functions alone, and those as of 2.10: newer headers show no others (TORCH_TARGET_VERSION)."""
+    done = subprocess.run(["nm", "-u", "-C", str(compiled.object)], capture_output=True, text=True, check=True)
+    wanted = [line.split()[-1] if "(" not in line else line[2:].strip() for line in done.stdout.splitlines()]
+    torch_functions = [name for name in wanted if re.match(r"(aoti_)?torch_\w+$", name)]
+    assert "torch_library_impl" in torch_functions
+    assert not [name for name in wanted if re.search(r"\b(at|c10|torch)::", name)]
+    assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]  # the driver is not linked against
+    source = (ROOT / "csrc/cuda/hopper_hardest.cu").read_text()
+    assert "#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))" in source
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
