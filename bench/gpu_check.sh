@@ -50,7 +50,7 @@ stage build 150 "$python" setup.py build_ext --inplace
 stage backends 60 "$python" -m gssf_kernels
 if [ -n "$gpu" ]; then
   stage tests 240 "$python" -m pytest -q --durations=5 -p no:cacheprovider \
-    tests/test_triton.py tests/test_values.py tests/test_autograd.py tests/test_contracts.py tests/test_errors.py
+    tests/test_triton.py tests/test_hopper.py tests/test_values.py tests/test_autograd.py tests/test_contracts.py tests/test_errors.py
   if command -v compute-sanitizer > /dev/null; then
     stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m bench.sanitize
   else
@@ -59,7 +59,7 @@ if [ -n "$gpu" ]; then
   stage suite 180 "$python" -m bench suite quick --device cuda --out "$out/cuda-quick.json"
   [ -s "$out/cuda-quick.json" ] && stage page 60 "$python" -m bench report "$out/cuda-quick.json"
 else
-  stage lowering 500 "$python" -m pytest -q -s -p no:cacheprovider tests/test_lowering.py
+  stage lowering 500 "$python" -m pytest -q -s -p no:cacheprovider tests/test_lowering.py tests/test_cuda_build.py
   for name in tests sanitizer suite; do not_run "$name" "PyTorch sees no CUDA device"; done
 fi
 

@@ -4,6 +4,7 @@ import torch
 
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+from gssf_kernels.kernels import hopper
 
 
 def naive(problem: Problem):
@@ -15,6 +16,16 @@ def naive(problem: Problem):
 
 def ours(problem: Problem):
     return gk.hardest_negatives(problem.x, problem.y)
+
+
+def by_hopper(problem: Problem):
+    """The CUDA C++ sweep of csrc/cuda, which nothing is dispatched to; bf16 and fp16."""
+    return hopper.hardest_negatives(problem.x, problem.y, None, None)[1:]
+
+
+def on_hopper() -> bool:
+    """Whether that was built, and can run on this machine's first card."""
+    return hopper.built() and torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
 
 
 def outcome(outputs, exact: Problem):
@@ -41,7 +52,12 @@ OP = Op(
     "hardest negative of every row and column, with its place",
     inputs,
     naive,
-    {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
+    {
+        "ours": lambda: ours,
+        "naive": lambda: naive,
+        "compile": compiled(naive),
+        **({"hopper": lambda: by_hopper} if on_hopper() else {}),
+    },
     work,
     differentiable=False,
     outcome=outcome,
