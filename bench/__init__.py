@@ -4,5 +4,6 @@ ops/        what is measured: inputs, plain PyTorch, ours, truth, minimal work; 
 peers/      other packages computing the same; one small file each
 measure.py  correctness first, then interleaved turns; clock.py, memory.py and ceilings.py serve it
 worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
+lowering.py   every kernel compiled without a GPU: registers, spills, machine code
 report.py, compare.py, plots.py   what is done with the result files
 """

@@ -6,8 +6,8 @@
 # Needs Linux, Python with PyTorch, Triton, ninja, pytest and a C++ compiler; nvcc and compute-sanitizer are used
 # where they are. Builds the extension in place, runs the tests on the card, the memory checker and the quick suite;
 # logs, result file and report go to OUT, the table is printed last. A stage that fails or runs out of time is said
-# so, and the rest goes on. Without a GPU the kernels are compiled ahead of time for sm_80 and sm_90 and their
-# registers, stack and shared memory listed; what needs a card is labelled as not run.
+# so, and the rest goes on. Without a GPU the kernels are compiled ahead of time for sm_80 and sm_90a and what their
+# machine code is made of listed; what needs a card is labelled as not run.
 # PYTHON names the interpreter: .venv/bin/python where there is one, else python3. Exit status 1 if a stage failed.
 set -uo pipefail
 
@@ -50,7 +50,7 @@ stage build 150 "$python" setup.py build_ext --inplace
 stage backends 60 "$python" -m gssf_kernels
 if [ -n "$gpu" ]; then
   stage tests 240 "$python" -m pytest -q --durations=5 -p no:cacheprovider \
-    tests/test_triton.py tests/test_hopper.py tests/test_values.py tests/test_autograd.py tests/test_contracts.py tests/test_errors.py
+    tests/test_triton.py tests/test_values.py tests/test_autograd.py tests/test_contracts.py tests/test_errors.py
   if command -v compute-sanitizer > /dev/null; then
     stage sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m bench.sanitize
   else
@@ -59,7 +59,7 @@ if [ -n "$gpu" ]; then
   stage suite 180 "$python" -m bench suite quick --device cuda --out "$out/cuda-quick.json"
   [ -s "$out/cuda-quick.json" ] && stage page 60 "$python" -m bench report "$out/cuda-quick.json"
 else
-  stage lowering 500 "$python" -m pytest -q -s -p no:cacheprovider tests/test_lowering.py tests/test_cuda_build.py
+  stage lowering 500 "$python" -m bench.lowering --out "$out/machine-code.md"
   for name in tests sanitizer suite; do not_run "$name" "PyTorch sees no CUDA device"; done
 fi
 
@@ -68,9 +68,7 @@ if [ -n "$gpu" ]; then
   cat "$out/cuda-quick.md" 2> /dev/null || echo "no table: the suite measured nothing"
 else
   echo "Compiled ahead of time, not run:"
-  grep -oE 'sm_[0-9]+ [a-z_]+: [0-9]+ registers, [0-9]+ bytes of stack, [0-9]+ bytes shared' "$out/lowering.log" |
-    awk '{ k = $1 " " $2; n[k]++; if ($3 > r[k]) r[k] = $3; if ($5 > t[k]) t[k] = $5; if ($9 > m[k]) m[k] = $9 }
-         END { for (k in n) printf "%-32s %3d variants, at most %d registers, %d bytes of stack (spills), %d bytes shared\n", k, n[k], r[k], t[k], m[k] }' | sort
+  cat "$out/machine-code.md" 2> /dev/null
 fi
 echo
 cat "$out/stages.txt"

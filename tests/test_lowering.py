@@ -1,172 +1,166 @@
 """Every kernel compiled ahead of time for sm_80 and sm_90, as the launchers would compile it: no GPU needed.
 
-The launchers run on CPU tensors with a driver that names the target, and every launch is turned into a compilation.
-What comes out must not spill, must fit the card's shared memory, and on sm_90 the 16-bit sweep must use wgmma.
+`bench/lowering.py` has the list and says how. What comes out must not spill, must fit the card, and must do its
+products and copies by the instructions that the tile table counts on.
 """
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from gssf_kernels.kernels import tiles  # noqa: E402
-from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
-from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
-from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
-from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
+from bench import lowering  # noqa: E402
+from gssf_kernels.kernels import dense, hardest, pairs, project, relative, sweep, tiles  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+MODULES = (dense, hardest, pairs, project, relative, sweep)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
-SHARED_KIB = {80: 99, 90: 227}  # the lines of 80 serve 86 and 89 too, whose blocks have 99 KiB
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-class Target:
-    """A driver that only names what to compile for; each architecture is a device with caches of its own."""
-
-    def __init__(self, arch):
-        self.arch = arch
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self):
-        return self.arch
-
-    def get_current_stream(self, device):
-        return 0
+KIB = 1024
+SHARED = {80: 99 * KIB, 90: 227 * KIB}  # of a block; the lines of 80 serve 86 and 89 too, which have 99 KiB
+REGISTERS = 1 << 16  # of a multiprocessor
+seen = {}  # (architecture, case): what it compiled to
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
-def compiled(request, monkeypatch):
-    """compiled(launcher, ...) -> [(kernel name, compiled kernel)] for every launch."""
-    arch, run, kernels = request.param, JITFunction.run, []
-
-    def compile_only(self, *args, grid, warmup, **options):
-        kernels.append((self.__name__, run(self, *args, grid=grid, warmup=True, **options)))
-
-    def call(launcher, *args):
-        kernels.clear()
-        launcher(*args)
-        return list(kernels)
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(tiles, "architecture", lambda device: arch)
-    monkeypatch.setattr(driver, "_active", Target(arch))
-    call.arch = arch
-    return call
+def compiled(arch, case):
+    if (arch, case.name, case.product) not in seen:
+        seen[arch, case.name, case.product] = lowering.lower(case, arch)
+    return seen[arch, case.name, case.product]
 
 
-def resources(kernel, tmp_path):
-    """(registers a thread, stack bytes a thread) of the compiled kernel; a spill is on the stack."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return tuple(int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+every_architecture = pytest.mark.parametrize("arch", lowering.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+every_case = pytest.mark.parametrize("case", lowering.CASES, ids=str)
 
 
-def check(kernels, arch, expected, tmp_path):
-    assert {name for name, _ in kernels} == expected
-    for name, kernel in kernels:
-        registers, stack = resources(kernel, tmp_path)
-        shared = kernel.metadata.shared
-        print(f"sm_{arch} {name}: {registers} registers, {stack} bytes of stack, {shared} bytes shared")
-        assert stack == 0, name
-        assert shared <= SHARED_KIB[arch] * 1024, name
+@compiles
+@every_architecture
+@every_case
+def test_nothing_spills_and_all_fits(arch, case):
+    found = compiled(arch, case)
+    assert {lowered.name for lowered in found} == set(case.kernels)
+    for lowered in found:
+        used = lowering.resources(lowered)
+        print(f"sm_{arch} {lowered.name}: {used}")
+        assert used.stack == used.local == 0, f"{lowered.name} spills: {used}"
+        assert used.registers <= 255
+        assert -(-used.registers // 8) * 8 * lowered.threads <= REGISTERS, f"{lowered.name} cannot start: {used}"
+        assert used.shared <= SHARED[arch], f"{lowered.name}: {used}"
+        assert not re.search(r"\b(atom|red)\.", lowered.kernel.asm["ptx"]), f"{lowered.name} has atomics"
 
 
-every_product = pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest"), (torch.float16, "highest")],
-    ids=["ieee", "tf32", "bf16", "fp16"],
-)
-
-
-def matrix_instruction(arch, tile, dtype, precision):
-    """What the main loop must be made of."""
-    if dtype == torch.float32 and precision == "highest":
-        return "fma.rn.f32"
-    return "wgmma.mma_async" if arch == 90 and tile.BN >= 64 else "mma.sync"
-
-
-def check_sweep(compiled, launcher, arguments, kernels, tmp_path, dtype, size, ids, precision):
-    """Compile a launcher that sweeps, at the table's line for size, and check its kernels and main loop."""
-    N, D = {"small": (128, 256), "narrow": (1040, 256), "wide": (1040, 1024)}[size]
-    x = torch.zeros(N, D, dtype=dtype)
-    labels = torch.zeros(N, dtype=torch.int64) if ids else None
-    y = x.clone() if ids else x  # the same side twice leaves tiles out
-    found = compiled(launcher, x, y, labels, labels, *arguments)
-    check(found, compiled.arch, kernels, tmp_path)
-    line = "sums" if launcher is relative_negatives and size != "small" else size
-    tile = tiles.SWEEP[compiled.arch, tiles.kind(dtype), line]
-    ptx = dict(found)["sweep_kernel"].asm["ptx"]
-    assert matrix_instruction(compiled.arch, tile, dtype, precision) in ptx
+@compiles
+@every_architecture
+@pytest.mark.parametrize("case", [c for c in lowering.CASES if "sweep_kernel" in c.kernels], ids=str)
+def test_the_sweep_is_made_of_what_its_line_says(arch, case):
+    lowered = next(found for found in compiled(arch, case) if found.name == "sweep_kernel")
+    tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
+    product = "fma.rn.f32" if case.product == "ieee" else "wgmma.mma_async" if arch == 90 else "mma.sync"
+    assert product in ptx
     assert ("cp.async.bulk.tensor" if tile.tma else "cp.async") in ptx
-    assert not re.search(r"\b(atom|red)\.", ptx)
 
 
-every_size = pytest.mark.parametrize(
-    ("size", "ids"),
-    [("small", True), ("narrow", True), ("wide", True), ("wide", False)],
-    ids=["small", "narrow", "wide", "wide without ids"],
-)
+@compiles
+def test_no_load_or_store_of_a_spill_in_the_machine_code():
+    """The counts above, seen once from the other side: in the instructions of the kernels nearest to the limits."""
+    for arch, name, product in ((90, "hardest_negatives wide with ids", "bf16"), (80, "project_backward b=3", "ieee"),
+                                (90, "relative_negatives wide with ids beta=10.0", "tf32")):  # fmt: skip
+        (case,) = (case for case in lowering.CASES if (case.name, case.product) == (name, product))
+        for lowered in compiled(arch, case):
+            counts = lowering.instructions(lowered)
+            assert counts["all"] > 100
+            assert counts["STL"] == counts["LDL"] == counts["atomics"] == 0
+            if lowered.name == "sweep_kernel":
+                assert counts["wgmma"] > 0
+                assert counts["TMA"] > 0
+                assert counts["HMMA"] == counts["LDGSTS"] == 0
 
 
-@every_size
-@every_product
-def test_hardest_negatives(compiled, dtype, precision, size, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    kernels = {"sweep_kernel", "merge_kernel"}
-    check_sweep(compiled, hardest_negatives, (), kernels, tmp_path, dtype, size, ids, precision)
+@compiles
+def test_a_spill_would_be_seen(monkeypatch):
+    """A tile far too large for its warps."""
+    (case,) = (case for case in lowering.CASES if str(case) == "hardest_negatives-wide-ieee")
+    monkeypatch.setitem(tiles.SWEEP, (80, "ieee", "wide"), tiles.Sweep(128, 128, 16, 4, 3))
+    lowered = next(found for found in lowering.lower(case, 80) if found.name == "sweep_kernel")
+    assert lowering.resources(lowered).stack > 0
+    counts = lowering.instructions(lowered)
+    assert counts["STL"] > 0
+    assert counts["LDL"] > 0
 
 
-@every_size
-@every_product
-@pytest.mark.parametrize("beta", [None, 10.0], ids=["distances", "powers"])
-def test_relative_negatives(compiled, beta, dtype, precision, size, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    kernels, arguments = {"sweep_kernel", "merge_kernel", "terms_kernel"}, (torch.tensor(0.1), beta)
-    check_sweep(compiled, relative_negatives, arguments, kernels, tmp_path, dtype, size, ids, precision)
+@compiles
+def test_the_narrow_tile_of_hopper_fits_twice():
+    """As its line says."""
+    found = [compiled(90, case) for case in lowering.CASES if case.name.startswith("hardest_negatives narrow")]
+    narrow = [lowered for case in found for lowered in case if lowered.line[1:3] == (90, "half")]
+    assert narrow
+    for lowered in narrow:
+        used = lowering.resources(lowered)
+        assert 2 * used.registers * lowered.threads <= REGISTERS
+        assert 2 * (used.shared + KIB) <= 228 * KIB
 
 
-def test_every_line_of_the_sweep_table_is_compiled():
-    sizes, kinds = {"small", "narrow", "wide", "sums"}, {"half", "tf32", "ieee"}
-    assert set(tiles.SWEEP) == {(arch, kind, size) for arch in SHARED_KIB for kind in kinds for size in sizes}
-    assert set(tiles.PROJECT) == kinds
+@compiles
+def test_every_kernel_line_and_dtype_is_compiled():
+    kernels, lines = set(), set()
+    for arch in lowering.ARCHITECTURES:
+        for case in lowering.CASES:
+            for lowered in compiled(arch, case):
+                kernels.add(lowered.name)
+                if lowered.line:
+                    lines.add((lowered.line, arch, case.product))
+    defined = {name for module in MODULES for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    assert kernels == {name for name in defined if name.endswith("_kernel")}
+    kinds = {"ieee": ["ieee"], "tf32": ["tf32"], "half": ["bf16", "fp16"]}
+    expected = {(("SWEEP", *key), key[0], product) for key in tiles.SWEEP for product in kinds[key[1]]}
+    expected |= {
+        (("PROJECT", key), arch, product)
+        for key in tiles.PROJECT
+        for product in kinds[key]
+        for arch in lowering.ARCHITECTURES
+    }
+    assert lines == expected
 
 
-@pytest.mark.parametrize("D", [100, 1024])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_pair_scores(compiled, dtype, D, tmp_path):
-    a, index = torch.zeros(40, D, dtype=dtype), torch.zeros(80, dtype=torch.int64)
-    check(compiled(pair_scores, a, a, index, index), compiled.arch, {"pair_scores_kernel"}, tmp_path)
-    backward = compiled(pair_scores_backward, torch.zeros(80), index, index, a, a, [True, True])
-    check(backward, compiled.arch, {"segment_sum_kernel"}, tmp_path)
+def test_every_cell_of_the_table_is_there():
+    sizes, kinds = ("small", "narrow", "wide", "sums"), ("half", "tf32", "ieee")
+    assert set(tiles.SWEEP) == {
+        (arch, kind, size) for arch in lowering.ARCHITECTURES for kind in kinds for size in sizes
+    }
+    assert set(tiles.PROJECT) == set(kinds)
 
 
-@pytest.mark.parametrize(("block_size", "permuted"), [(3, True), (16, False), (16, True), (100, False), (1024, True)])
-@every_product
-def test_project(compiled, dtype, precision, block_size, permuted, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    D = 1024 // block_size * block_size
-    x, diag = torch.zeros(80, D, dtype=dtype), torch.zeros(D, dtype=dtype)
-    blocks = torch.zeros(D // block_size, block_size, block_size, dtype=dtype)
-    permutation = torch.arange(D) if permuted else None
-    check(compiled(project, x, diag, blocks, permutation, True), compiled.arch, {"project_kernel"}, tmp_path)
-    backward = compiled(project_backward, x, x, diag, blocks, permutation, True, [True] * 3)
-    check(backward, compiled.arch, {"project_kernel", "parameter_kernel"}, tmp_path)
-    if dtype != torch.float32:  # there the gathered gradient is of another dtype than x
-        index = torch.zeros(80, dtype=torch.int64)
-        weights = (diag, blocks, permutation)
-        backward = compiled(pairs_project_backward, torch.zeros(80), index, index, x, x, *weights, True, [True] * 3)
-        check(backward, compiled.arch, {"segment_sum_kernel", "project_kernel", "parameter_kernel"}, tmp_path)
+def test_every_module_of_kernels_is_looked_at():
+    """MODULES above is all there are: a new one needs its cases."""
+    folder = ROOT / "gssf_kernels" / "kernels"
+    with_kernels = {path.stem for path in folder.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert with_kernels == {module.__name__.rpartition(".")[2] for module in MODULES}
+
+
+def cuda_sources():
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
+def test_cuda_source_compiles(source, arch, tmp_path):
+    from torch.utils.cpp_extension import include_paths
+
+    includes = [f"-I{path}" for path in include_paths()]
+    run = subprocess.run(
+        ["nvcc", "-std=c++20", "-O2", f"-arch={arch}", "-Xptxas", "-v", *includes, "-c", source, "-o", tmp_path / "o"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert not re.search(r"\b[1-9]\d* bytes spill", run.stderr), run.stderr

@@ -1,7 +1,7 @@
 """The one table of tile sizes: static, so that every run and every rank does the same arithmetic.
 
 Chosen from ahead-of-time compilation (registers, spills, shared memory) and not yet timed on a GPU.
-`tests/test_lowering.py` compiles every line for its architecture.
+`tests/test_lowering.py` compiles every line for its architecture; none spills with Triton 3.6 nor 3.7.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SWEEP = {
     (80, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
     (80, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
     (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
-    (80, "ieee", "sums"): Sweep(128, 64, 16, 8, 3),
+    (80, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
     (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
     (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True),  # two to a processor: one sums, one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
@@ -67,7 +67,7 @@ SWEEP = {
     (90, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
     (90, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
     (90, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
-    (90, "ieee", "sums"): Sweep(128, 64, 16, 8, 3),
+    (90, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
 }
 
 # Lines of the sweep for hardest negatives, as (kind, size), that csrc/cuda takes over from Triton on sm_90. Empty: the
@@ -81,10 +81,10 @@ PROJECT = {
     "ieee": Project(32, 32, 8, 2),
 }
 
-PASS = Pass(16, 128, 4)
+PASS = Pass(16, 64, 8)
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
-MERGE_PARTS, MERGE_LANES = 32, 64  # partial results, and rows or columns, that a merge takes at a time
+MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
 PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
 
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more

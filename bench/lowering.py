@@ -1,0 +1,370 @@
+"""Every Triton kernel compiled ahead of time for sm_80 and sm_90, as the launchers would compile it: no GPU needed.
+
+    python -m bench.lowering [--out PAGE.md] [--only TEXT]
+
+The launchers run on CPU tensors with a driver that only names the target, and every launch is turned into a
+compilation. CASES is the one list: each line of the tile table, each dtype, and what launchers may leave out. The tests
+hold every binary to it (no spills, registers, shared memory); run as a program it lists what the machine code of each
+is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench.report import table
+from gssf_kernels.kernels import dense, hardest, pairs, project, relative, tiles
+
+ARCHITECTURES = (80, 90)
+ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# A product: dtype, and torch.get_float32_matmul_precision().
+PRODUCTS = {
+    "ieee": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp16": (torch.float16, "highest"),
+}
+
+
+class Case(NamedTuple):
+    """One call of a launcher."""
+
+    name: str
+    launcher: Callable
+    arguments: Callable[[], tuple]
+    kernels: tuple[str, ...]  # what it launches
+    product: str = "ieee"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.product}".replace(" ", "-")
+
+
+class Lowered(NamedTuple):
+    """A compiled kernel, and the line of the tile table it takes: ("SWEEP", 90, "half", "wide"), or () for none."""
+
+    name: str
+    kernel: Any  # triton's CompiledKernel
+    line: tuple
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.kernel.metadata.num_warps
+
+
+def _sweep(launcher: Callable, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any) -> tuple:
+    x = torch.zeros(n, d, dtype=dtype)
+    first = int(ids == "off 16 bytes")
+    labels = torch.zeros(n + first, dtype=torch.int64)[first:] if ids else None
+    return (x, x, labels, labels, *rest)
+
+
+def _sweeps() -> Iterator[Case]:
+    """N, D of a problem of each size; ragged ones have neither rows, channels nor ids on 16 bytes."""
+    sizes = {"small": (128, 256), "narrow": (1040, 256), "wide": (1040, 1024)}
+    ragged = {"small": (129, 200), "narrow": (1041, 200), "wide": (1041, 1000)}
+    aligned = "on 16 bytes"
+    for product, (dtype, _) in PRODUCTS.items():
+        launcher: Callable = hardest.hardest_negatives
+        kernels: tuple[str, ...] = ("sweep_kernel", "merge_kernel")
+        for size, shape in sizes.items():
+            for ids in ("", aligned):
+                make = partial(_sweep, launcher, dtype, *shape, ids)
+                yield Case(f"hardest_negatives {size}{' with ids' if ids else ''}", launcher, make, kernels, product)
+            make = partial(_sweep, launcher, dtype, *ragged[size], "off 16 bytes")
+            yield Case(f"hardest_negatives {size} with ids ragged", launcher, make, kernels, product)
+        launcher, kernels = relative.relative_negatives, (*kernels, "terms_kernel")
+        for size, ids, beta in (
+            ("small", aligned, None),
+            ("small", "", 10.0),
+            ("wide", aligned, None),
+            ("wide", aligned, 10.0),
+            ("wide", "", None),
+            ("wide", "", 10.0),
+            ("wide", "off 16 bytes", 10.0),
+        ):
+            shape = ragged[size] if ids == "off 16 bytes" else sizes[size]
+            make = partial(_sweep, launcher, dtype, *shape, ids, torch.tensor(0.1), beta)
+            words = (size, "with ids" if ids else "", "ragged" if shape is ragged[size] else "", f"beta={beta}")
+            yield Case(f"relative_negatives {' '.join(filter(None, words))}", launcher, make, kernels, product)
+
+
+def _pair_forward(dtype: torch.dtype, d: int) -> tuple:
+    a, index = torch.zeros(40, d, dtype=dtype), torch.zeros(80, dtype=torch.int64)
+    return a, a, index, index
+
+
+def _pair_backward(dtype: torch.dtype, d: int) -> tuple:
+    a, _, index, _ = _pair_forward(dtype, d)
+    return torch.zeros(80), index, index, a, a, [True, True]
+
+
+def _pairs() -> Iterator[Case]:
+    for product in ("ieee", "bf16", "fp16"):
+        for d in (100, 1024):
+            sides = PRODUCTS[product][0], d
+            forward, backward = partial(_pair_forward, *sides), partial(_pair_backward, *sides)
+            yield Case(f"pair_scores D={d}", pairs.pair_scores, forward, ("pair_scores_kernel",), product)
+            name, launcher = f"pair_scores_backward D={d}", pairs.pair_scores_backward
+            yield Case(name, launcher, backward, ("segment_sum_kernel",), product)
+
+
+class _Weights(NamedTuple):
+    """What a projection has of them."""
+
+    block: int
+    permuted: bool
+    normalize: bool
+    diag: bool
+    blocks: bool
+
+    def project(self, dtype: torch.dtype) -> tuple:
+        d = 1024 // self.block * self.block
+        return (
+            torch.zeros(80, d, dtype=dtype),
+            torch.zeros(d, dtype=dtype) if self.diag else None,
+            torch.zeros(d // self.block, self.block, self.block, dtype=dtype) if self.blocks else None,
+            torch.arange(d) if self.permuted else None,
+            self.normalize,
+        )
+
+    def project_backward(self, dtype: torch.dtype) -> tuple:
+        x, *rest = self.project(dtype)
+        return x, x, *rest, [True] * 3
+
+    def pairs_project_backward(self, dtype: torch.dtype) -> tuple:
+        x, *rest = self.project(dtype)
+        index = torch.zeros(80, dtype=torch.int64)
+        return torch.zeros(80), index, index, x, x, *rest, [True] * 3
+
+
+def _projections() -> Iterator[Case]:
+    variants = {
+        "b=3": _Weights(3, True, True, True, True),
+        "b=16": _Weights(16, False, True, True, True),
+        "b=1024": _Weights(1024, True, True, True, True),
+        "blocks alone": _Weights(32, True, False, False, True),
+        "diag alone": _Weights(1, False, True, True, False),
+        "no weights": _Weights(1, False, True, False, False),
+    }
+    for product, (dtype, _) in PRODUCTS.items():
+        for name, weights in variants.items():
+            whole = weights.diag and weights.blocks
+            if product == "tf32" and not whole:
+                continue  # only the products tell it from ieee
+            kernels: tuple[str, ...] = ("project_kernel",)
+            yield Case(f"project {name}", project.project, partial(weights.project, dtype), kernels, product)
+            kernels += ("parameter_kernel",) if weights.diag or weights.blocks else ()
+            make, launcher = partial(weights.project_backward, dtype), cast(Callable, project.project_backward)
+            yield Case(f"project_backward {name}", launcher, make, kernels, product)
+            if whole:  # what is gathered is fp32, whatever x is
+                kernels += ("segment_sum_kernel",)
+                make, launcher = partial(weights.pairs_project_backward, dtype), project.pairs_project_backward
+                yield Case(f"pairs_project_backward {name}", launcher, make, kernels, product)
+
+
+R, K = 64, 1024  # rows of a chunk of scores, and those of its columns that have a bias
+
+
+def _zeros(*sizes: int) -> list[torch.Tensor]:
+    return [torch.zeros(size) for size in sizes]
+
+
+def _logsumexp(m: int) -> tuple:
+    return torch.zeros(R, m), torch.ones(()), *_zeros(R, R, m, m)
+
+
+def _softmax(m: int, directions: str) -> tuple:
+    (row, row_grad, along), (col, col_grad) = _zeros(R, R, R), _zeros(m, m)
+    rows = (row, row, row_grad if directions != "columns" else None)
+    cols = (col, col, col_grad if directions != "rows" else None)
+    return torch.zeros(R, m), torch.ones(()), *rows, *cols, along
+
+
+def _score_sums(m: int, kind: str, positives: str, columns: bool, weighted: bool, gradient: bool) -> tuple:
+    row, col = _zeros(R, K)
+    terms = [row, row if weighted else None]
+    terms += [col, col if weighted else None] if columns else [None, None]
+    ids = [torch.zeros(size, dtype=torch.int64) if positives != "include" else None for size in (R, m)]
+    out = torch.zeros(3, R), torch.zeros(2, K if columns else 0)
+    return torch.zeros(R, m), torch.ones(()), *terms, *ids, 0, kind, positives, gradient, *out
+
+
+def _relation(m: int, kind: str, gradient: bool) -> tuple:
+    s = torch.zeros(R, m)
+    return s, s, s, torch.ones(()), kind, gradient, torch.zeros(3, R)
+
+
+def _passes() -> Iterator[Case]:
+    """Over chunks of fp32 scores [R, M]; ragged ones have odd rows."""
+
+    def case(name: str, make: Callable[[], tuple]) -> Case:
+        of = name.partition(" ")[0]
+        return Case(name, getattr(dense, of), make, (of.replace("_pass", "_kernel"),))
+
+    for m, ragged in ((4096, ""), (4099, " ragged")):
+        yield case("logsumexp_pass" + ragged, partial(_logsumexp, m))
+        for directions in ("both",) if ragged else ("both", "rows", "columns"):
+            yield case(f"softmax_pass {directions}{ragged}", partial(_softmax, m, directions))
+        for kind in ("softplus",) if ragged else ("hinge", "softplus", "abs", "square"):
+            for positives, *options in (
+                ("include", False, False, True),
+                ("exclude", True, True, True),
+                ("negate", False, True, False),
+            ):
+                make = partial(_score_sums, m, kind, positives, *options)
+                yield case(f"score_sums_pass {kind} {positives}{ragged}", make)
+        for kind in ("abs", "square"):
+            yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
+
+
+CASES = [*_sweeps(), *_pairs(), *_projections(), *_passes()]
+
+
+class _Target:
+    """A driver that only names what to compile for; each architecture is a device with caches of its own."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def lower(case: Case, arch: int) -> list[Lowered]:
+    """What the case's launches compile to."""
+    found: list[Lowered] = []
+    line: tuple = ()
+    run, sweep_tile, project_tile = JITFunction.run, tiles.sweep_tile, tiles.project_tile
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        found.append(Lowered(self.__name__, compiled, line if self.__name__ in ON_A_LINE else ()))
+
+    def seen(tile, which):
+        nonlocal line
+        (key,) = (key for key, entry in getattr(tiles, which).items() if entry is tile)
+        line = (which, *(key if isinstance(key, tuple) else (key,)))
+        return tile
+
+    with contextlib.ExitStack() as stack:
+        for place, name, instead in (
+            (JITFunction, "run", compile_only),
+            (tiles, "architecture", lambda device: arch),
+            (tiles, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
+            (tiles, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
+            (driver, "_active", _Target(arch)),
+            (torch, "get_float32_matmul_precision", lambda: PRODUCTS[case.product][1]),
+        ):
+            stack.enter_context(mock.patch.object(place, name, instead))
+        case.launcher(*case.arguments())
+    return found
+
+
+def tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of CUDA's tools, as Triton brings them, says of a binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / name), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Resources(NamedTuple):
+    """What one thread, and one block, of a kernel takes."""
+
+    registers: int
+    stack: int  # bytes; a spilled register is here
+    local: int  # bytes
+    shared: int  # bytes, of the block
+
+
+def resources(lowered: Lowered) -> Resources:
+    """From the binary, and shared memory from the launch."""
+    usage = tool("cuobjdump", lowered.kernel.asm["cubin"], "-res-usage")
+    found = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(found["REG"], found["STACK"], found["LOCAL"], lowered.kernel.metadata.shared)
+
+
+# Kinds of machine instructions: the matrix units (HGMMA is wgmma), copies that pass by the registers (LDGSTS is
+# cp.async, UTMALDG the tensor copy), atomics, and spills.
+OPCODES = {
+    "HMMA": r"HMMA",
+    "wgmma": r"[HQI]GMMA",
+    "FFMA": r"FFMA",
+    "LDGSTS": r"LDGSTS",
+    "TMA": r"UTMALDG",
+    "atomics": r"(?:ATOMG?|RED|ATOM)\b",
+    "STL": r"STL",
+    "LDL": r"LDL",
+}
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
+
+def instructions(lowered: Lowered) -> Counter[str]:
+    """How many machine instructions there are, by kind; "all" of them."""
+    opcodes = Counter(_INSTRUCTION.findall(tool("nvdisasm", lowered.kernel.asm["cubin"], "-c")))
+    counts = Counter({"all": opcodes.total()})
+    for kind, pattern in OPCODES.items():
+        counts[kind] = sum(n for opcode, n in opcodes.items() if re.match(pattern, opcode))
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.lowering", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="the page to write; printed otherwise")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    arguments = parser.parse_args()
+    said = time.perf_counter()
+    cases = [case for case in CASES if arguments.only in str(case)]
+    lines: dict[tuple, list[str]] = {}
+    spilling = 0
+    for arch in ARCHITECTURES:
+        for count, case in enumerate(cases):
+            for lowered in lower(case, arch):
+                key = (lowered.name, arch, lowered.kernel.hash)
+                if key not in lines:
+                    used, made_of = resources(lowered), instructions(lowered)
+                    spilling += bool(used.stack or used.local or made_of["STL"] or made_of["LDL"])
+                    numbers = (used.registers, used.stack, used.shared, *(made_of[kind] for kind in ("all", *OPCODES)))
+                    names = (f"`{lowered.name}`", f"sm_{arch}{'a' if arch >= 90 else ''}")
+                    lines[key] = [*names, " ".join(map(str, lowered.line)), str(case), *map(str, numbers)]
+            if time.perf_counter() - said > 10:
+                said = time.perf_counter()
+                print(f"sm_{arch}: {count + 1} of {len(cases)} calls", file=sys.stderr, flush=True)
+    head = ["kernel", "target", "line of the table", "call", "registers", "stack", "shared", "instructions", *OPCODES]
+    page = table(head, [line for _, line in sorted(lines.items())])
+    if arguments.out:
+        arguments.out.write_text(f"# Machine code of every kernel, compiled ahead of time\n\n{page}\n")
+    else:
+        print(page)
+    print(f"{len(lines)} binaries of Triton {triton.__version__}, {spilling} of them spill")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
