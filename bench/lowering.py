@@ -31,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, pairs, project, relative, tiles
+from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, tiles
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
@@ -125,6 +125,18 @@ def _pairs() -> Iterator[Case]:
             yield Case(f"pair_scores D={d}", pairs.pair_scores, forward, ("pair_scores_kernel",), product)
             name, launcher = f"pair_scores_backward D={d}", pairs.pair_scores_backward
             yield Case(name, launcher, backward, ("segment_sum_kernel",), product)
+
+
+def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:
+    return torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+
+
+def _positives() -> Iterator[Case]:
+    for product in ("ieee", "bf16", "fp16"):
+        for n, d in ((128, 256), (129, 100)):
+            make = partial(_labelled, PRODUCTS[product][0], n, d)
+            name, launcher = f"hardest_positives D={d}", positives.hardest_positives
+            yield Case(name, launcher, make, ("positives_kernel",), product)
 
 
 class _Weights(NamedTuple):
@@ -225,18 +237,18 @@ def _passes() -> Iterator[Case]:
         for directions in ("both",) if ragged else ("both", "rows", "columns"):
             yield case(f"softmax_pass {directions}{ragged}", partial(_softmax, m, directions))
         for kind in ("softplus",) if ragged else ("hinge", "softplus", "abs", "square"):
-            for positives, *options in (
+            for which, *options in (
                 ("include", False, False, True),
                 ("exclude", True, True, True),
                 ("negate", False, True, False),
             ):
-                make = partial(_score_sums, m, kind, positives, *options)
-                yield case(f"score_sums_pass {kind} {positives}{ragged}", make)
+                make = partial(_score_sums, m, kind, which, *options)
+                yield case(f"score_sums_pass {kind} {which}{ragged}", make)
         for kind in ("abs", "square"):
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
-CASES = [*_sweeps(), *_pairs(), *_projections(), *_passes()]
+CASES = [*_sweeps(), *_pairs(), *_positives(), *_projections(), *_passes()]
 
 
 class _Target:

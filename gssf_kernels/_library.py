@@ -23,6 +23,7 @@ from gssf_kernels._checks import AUTOCAST_DEVICES
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPS: dict[str, str] = {}  # name: the op whose backend does its work, most often itself
+_REFERENCES: dict[str, Callable] = {}  # name: plain PyTorch
 _LAUNCHERS: dict[str, str] = {}  # name: Triton launcher
 
 try:
@@ -46,32 +47,22 @@ def define(
         triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
         through: for an op whose reference serves every device, the op in it that has backends.
     """
-    name = compose(schema, implementation=reference, fake=fake)
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @functools.wraps(reference)
+    def call(*arguments):
+        device = next(t.device for t in arguments if isinstance(t, torch.Tensor))
+        with outside_autocast(device):
+            return reference(*arguments)
+
+    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
     if triton is not None and _HAS_TRITON:
         _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
     if triton is not None:
         _LAUNCHERS[name] = triton
-    _OPS[name] = through or name
-
-
-def compose(schema: str, *, implementation: Callable, fake: Callable) -> str:
-    """Register ``gssf::<schema>``, plain PyTorch on every device, so that torch.compile takes it whole.
-
-    For work whose course hangs on values, which cannot be traced. `backends` does not list it: nothing is dispatched.
-    Returns its name.
-    """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    @functools.wraps(implementation)
-    def call(*arguments):
-        device = next(t.device for t in arguments if isinstance(t, torch.Tensor))
-        with outside_autocast(device):
-            return implementation(*arguments)
-
-    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
-    return name
+    _OPS[name], _REFERENCES[name] = through or name, reference
 
 
 def _lazy(target: str, reference: Callable) -> Callable:

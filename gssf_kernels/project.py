@@ -101,11 +101,9 @@ def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
 
 
 def _reference_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
-    keep = (rows >= 0) & (cols >= 0) & (grad != 0)
     dtype = accumulation_dtype(x.dtype)
     other = reference.project(y.to(dtype), normalize=normalize)
-    upstream = torch.zeros_like(x, dtype=dtype)
-    upstream = upstream.index_add(0, rows[keep], grad[keep, None].to(dtype) * other[cols[keep]])
+    upstream = reference.weighted_sums(grad, rows, cols, other, x.shape[0])
     wide_x, wide_diag, wide_blocks = (None if t is None else t.to(dtype) for t in (x, diag, blocks))
     found = _reference_backward(upstream, wide_x, wide_diag, wide_blocks, permutation, normalize, needs)
     return tuple(g if t is None else g.to(t.dtype) for g, t in zip(found, (x, diag, blocks), strict=True))

@@ -51,6 +51,7 @@ def _op_samples():
         yield "pair_scores", (a, b, rows, cols)
         yield "pair_scores_backward", (*pairs, a, b, [True, True])
         yield "pair_scores_backward", (*pairs, a, b, [False, True])
+        yield "hardest_positives", (a, ids[0])
         yield from _dense_samples(a, b, g)
 
 

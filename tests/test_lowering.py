@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT))
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench import lowering  # noqa: E402
-from gssf_kernels.kernels import dense, hardest, pairs, project, relative, sweep, tiles  # noqa: E402
+from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, sweep, tiles  # noqa: E402
 
-MODULES = (dense, hardest, pairs, project, relative, sweep)
+MODULES = (dense, hardest, pairs, positives, project, relative, sweep)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -138,6 +138,7 @@ def test_every_cell_of_the_table_is_there():
         (arch, kind, size) for arch in lowering.ARCHITECTURES for kind in kinds for size in sizes
     }
     assert set(tiles.PROJECT) == set(kinds)
+    assert set(tiles.POSITIVES) == {"half", "ieee"}
 
 
 def test_every_module_of_kernels_is_looked_at():

@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
 from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
+from gssf_kernels.kernels.positives import hardest_positives  # noqa: E402
 from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
 from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
 
@@ -39,6 +40,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
     monkeypatch.setattr(tiles, "MERGE_PARTS", 4)
     monkeypatch.setattr(tiles, "MERGE_LANES", 32)
+    monkeypatch.setattr(tiles, "POSITIVES", {key: tiles.Sweep(16, 32, 16, 4, 2) for key in tiles.POSITIVES})
     monkeypatch.setattr(tiles, "PROJECT", {key: tiles.Project(16, 16, 4, 2) for key in tiles.PROJECT})
 
 
@@ -296,6 +298,58 @@ def test_relative_of_an_empty_batch():
     assert [t.tolist() for t in found] == [[], [], [], [-INF] * 5, [-1] * 5, [], [0.0] * 5]
 
 
+# hardest_positives
+
+
+def check_positives(x, labels, exact=True):
+    """Compare with fp64; exact: every index too, for data whose scores are exact in fp32."""
+    found = hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
+    assert found.dtype == torch.int64
+    s = x.double() @ x.double().T
+    no = (labels[:, None] != labels[None, :]) | torch.eye(len(x), dtype=torch.bool)
+    score, lowest = best((-s).masked_fill(no, -INF))
+    if exact:
+        assert torch.equal(found, lowest)
+    assert torch.equal(found == -1, lowest == -1)
+    some = lowest >= 0
+    assert not no[some].gather(1, found[some, None]).any()
+    taken = -s[some].gather(1, found[some, None])[:, 0]
+    assert_as_good(taken.float(), (-(x.float() @ x.float().T)).masked_fill(no, -INF).amax(1)[some], score[some])
+
+
+LABELS = {
+    "fours": lambda n: torch.arange(n) // 4,
+    "shuffled": lambda n: torch.randint(0, 6, (n,), generator=torch.Generator().manual_seed(n)) - 3,
+    "one": lambda n: torch.zeros(n, dtype=torch.int64),
+    "unique": lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(n)),
+    "giant beside singles": lambda n: torch.where(torch.arange(n) % 3 == 0, torch.arange(n), -(2**60)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "D"), [(1, 1), (2, 3), (16, 16), (33, 17), (90, 40)])
+def test_positives(N, D, dtype, kind):
+    check_positives(torch.randint(-2, 3, (N, D)).to(dtype), LABELS[kind](N))  # ties everywhere, and exact
+    check_positives(torch.randn(N, D).to(dtype), LABELS[kind](N), exact=False)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_positives_keep_nan_and_inf(value):
+    x, labels = torch.randint(1, 4, (50, 5)).float(), torch.arange(50) % 3
+    x[7, 1] = x[34, 0] = x[35, 2] = value
+    check_positives(x, labels)
+    x[:, 0] = value
+    check_positives(x, labels)
+
+
+def test_positives_take_any_layout_and_an_empty_batch():
+    wide = torch.randint(-9, 9, (60, 70)).float()
+    check_positives(wide[::2, 1:18], (torch.arange(90) // 6)[:60:2])
+    check_positives(wide.T[:45, :34:2], torch.arange(45) % 4)
+    assert hardest_positives(torch.randn(0, 8).to(DEVICE), torch.zeros(0, dtype=torch.int64).to(DEVICE)).shape == (0,)
+
+
 # pair_scores
 
 
@@ -517,6 +571,7 @@ def test_fp64_is_refused():
     for call in [
         lambda: hardest_negatives(x, x, None, None),
         lambda: relative_negatives(x, x, None, None, x[0, 0], None),
+        lambda: hardest_positives(x, index),
         lambda: pair_scores(x, x, index, index),
         lambda: pair_scores_backward(x[0], index, index, x, x, [True, True]),
         lambda: project(x, None, None, None, True),

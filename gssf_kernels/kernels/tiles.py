@@ -75,6 +75,11 @@ SWEEP = {
 # to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives, variant "hopper").
 HOPPER_CUDA: frozenset[tuple[str, str]] = frozenset()
 
+POSITIVES = {  # fp32 is always "ieee" there
+    "half": Sweep(64, 64, 64, 4, 3),
+    "ieee": Sweep(64, 64, 32, 4, 3),
+}
+
 PROJECT = {
     "half": Project(32, 64, 8, 2),
     "tf32": Project(32, 32, 8, 2),

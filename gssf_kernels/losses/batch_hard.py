@@ -16,8 +16,7 @@ def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction
     """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
 
     Scores are the plain products ``x xᵀ`` (normalise first). No N x N matrix is stored: negatives come from the
-    sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles within each label. On a GPU the
-    latter wait once, for the bounds of the labels.
+    sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles within each label.
 
     Args:
         x: [N, D] float.

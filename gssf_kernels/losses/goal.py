@@ -184,6 +184,7 @@ def goal_weights(
         a sparse COO tensor [N, M] of the scores' dtype, coalesced, of at most 3 N entries, without gradient:
         ``G_ii = −T_i P⁺_i − T'_i P'⁺_i``, and ``+T_i P⁻_i``, ``+T'_j P'⁻_j`` at the hardest negatives of row i and
         column j < N. Entries of anchors without a negative are absent. Plain PyTorch; weights in fp32 (fp64 for fp64).
+        On a GPU it waits, since how many entries there are hangs on values, and cannot be captured in a CUDA graph.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.

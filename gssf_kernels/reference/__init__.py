@@ -31,6 +31,7 @@ from gssf_kernels.reference.statistics import (
     relative_negatives,
     scores,
     similarity,
+    weighted_sums,
 )
 from gssf_kernels.reference.triplet import Diagnostics, batch_hard_loss, hinge, reduce, triplet_loss
 
@@ -61,4 +62,5 @@ __all__ = [
     "similarity",
     "sum_scores",
     "triplet_loss",
+    "weighted_sums",
 ]

@@ -99,6 +99,20 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     return torch.where(index < 0, -torch.inf, picked)
 
 
+def weighted_sums(grad: Tensor, starts: Tensor, ends: Tensor, source: Tensor, count: int) -> Tensor:
+    """``Σ_{e: starts_e = i} grad_e source[ends_e]`` [count, D], in the order of the edges; a zero edge adds nothing.
+
+    Edges that are none stay, with a term of 0: how many there are is not looked at, which would wait for a GPU.
+    """
+    source = accumulate(source)
+    sums = source.new_zeros(count, source.shape[1])
+    if count == 0 or source.shape[0] == 0:
+        return sums
+    keep = (starts >= 0) & (ends >= 0) & (grad != 0)
+    terms = torch.where(keep[:, None], grad[:, None].to(source.dtype) * source[ends.clamp_min(0)], 0)
+    return sums.index_put_((starts.clamp_min(0),), terms, accumulate=True)
+
+
 def relative_negatives(
     a: Tensor,
     b: Tensor,

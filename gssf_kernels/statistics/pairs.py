@@ -10,7 +10,7 @@ give the same bits.
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
+from gssf_kernels import _checks, reference
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
 
 
@@ -75,14 +75,11 @@ def _reference(a, b, rows, cols):
 
 
 def _reference_backward(grad, rows, cols, a, b, needs):
-    dtype = accumulation_dtype(a.dtype)
-    keep = (rows >= 0) & (cols >= 0) & (grad != 0)
-    grad, rows, cols = grad[keep, None].to(dtype), rows[keep], cols[keep]
     da, db = a.new_empty(0), b.new_empty(0)
     if needs[0]:
-        da = torch.zeros_like(a, dtype=dtype).index_add(0, rows, grad * b[cols].to(dtype)).to(a.dtype)
+        da = reference.weighted_sums(grad, rows, cols, b, a.shape[0]).to(a.dtype)
     if needs[1]:
-        db = torch.zeros_like(b, dtype=dtype).index_add(0, cols, grad * a[rows].to(dtype)).to(b.dtype)
+        db = reference.weighted_sums(grad, cols, rows, a, b.shape[0]).to(b.dtype)
     return da, db
 
 

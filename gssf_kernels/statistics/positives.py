@@ -1,8 +1,9 @@
 """Hardest positives of every row by label, ``argmin_{j ≠ i, label_j = label_i} x_i · x_j``, without the N x N matrix.
 
 Rows are sorted by label; then only blocks on the diagonal hold positives, and each is compared in tiles of bounded
-size. Products are taken in fp64 and rounded to the scores' dtype, so that the winner hangs on neither tile, thread
-count nor matmul precision. Plain PyTorch on every device; on a GPU it waits once, for the bounds of the labels.
+size. On CUDA that is a Triton kernel, which reads the bounds of the labels where they lie. Elsewhere it is plain
+PyTorch, with products in fp64 that are rounded to the scores' dtype, so that the winner hangs on neither tile, thread
+count nor matmul precision; where values cannot be looked at without waiting (fp64 on CUDA), all rows meet.
 
 Source of the statistic: batch-hard, arXiv 1703.07737.
 """
@@ -10,7 +11,8 @@ Source of the statistic: batch-hard, arXiv 1703.07737.
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import accumulation_dtype, compose
+from gssf_kernels import _checks
+from gssf_kernels._library import accumulation_dtype, define
 
 _ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
 
@@ -27,12 +29,9 @@ def hardest_positives(x: Tensor, labels: Tensor) -> Tensor:
 def _hardest_positives(x, labels):
     count, dtype = x.shape[0], accumulation_dtype(x.dtype)
     label, order = labels.sort(stable=True)  # stable: within a label, the lowest index comes first
-    heads = torch.arange(0, count, _ROWS, device=x.device)
-    tails = (heads + _ROWS).clamp_max(count) - 1
-    firsts = torch.searchsorted(label, label[heads]).tolist()
-    ends = torch.searchsorted(label, label[tails], right=True).tolist()
+    heads = range(0, count, _ROWS)
     index = torch.full_like(order, -1)
-    for i0, first, end in zip(range(0, count, _ROWS), firsts, ends, strict=True):
+    for i0, first, end in zip(heads, *_bounds(label, heads), strict=True):
         rows = slice(i0, i0 + _ROWS)
         wide = x[order[rows]].double()  # [R, D]
         best = wide.new_full((wide.shape[0],), torch.inf, dtype=dtype)
@@ -49,8 +48,23 @@ def _hardest_positives(x, labels):
     return index
 
 
+def _bounds(label, heads):
+    """For each tile's rows, where their labels begin and end among the sorted ones."""
+    count = label.shape[0]
+    if not _checks.readable(label):
+        return [0] * len(heads), [count] * len(heads)
+    first = torch.tensor(heads, dtype=torch.int64)
+    last = (first + _ROWS).clamp_max(count) - 1
+    return torch.searchsorted(label, label[first]).tolist(), torch.searchsorted(label, label[last], right=True).tolist()
+
+
 def _fake(x, labels):
-    return torch.empty_like(labels)
+    return labels.new_empty(labels.shape)
 
 
-compose("hardest_positives(Tensor x, Tensor labels) -> Tensor", implementation=_hardest_positives, fake=_fake)
+define(
+    "hardest_positives(Tensor x, Tensor labels) -> Tensor",
+    reference=_hardest_positives,
+    fake=_fake,
+    triton="positives.hardest_positives",
+)

@@ -1,0 +1,69 @@
+"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal meet.
+
+A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
+last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is
+stable: within a label the lowest position is the lowest index. fp32 products are never TF32, whatever
+`torch.get_float32_matmul_precision()` says: the winner must not hang on it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.kernels.hardest import best
+
+
+@triton.jit(do_not_specialize=["N"])
+def positives_kernel(
+    x, order, firsts, ends, place, stride, N, D, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """order [N]: rows by label; firsts, ends [N]: where the label of a sorted row begins and ends."""
+    p = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.load(order + p, mask=p < N, other=0)
+    first = tl.load(firsts + p, mask=p < N, other=N).to(tl.int32)
+    end = tl.load(ends + p, mask=p < N, other=0).to(tl.int32)
+    score = tl.full([BN], float("-inf"), tl.float32)  # the least is looked for as the greatest of -s
+    position = tl.full([BN], -1, tl.int32)
+    for q0 in range(tl.min(first, 0), tl.max(end, 0), BM):
+        q = q0 + tl.arange(0, BM)
+        col = tl.load(order + q, mask=q < N, other=0)
+        s = tl.zeros([BN, BM], tl.float32)
+        for k in range(0, D, BK):
+            c = k + tl.arange(0, BK)
+            u = tl.load(x + row[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BN, BK]
+            v = tl.load(x + col[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BM, BK]
+            s = tl.dot(u, v.T, s, input_precision="ieee")
+        met = (q[None, :] >= first[:, None]) & (q[None, :] < end[:, None]) & (q[None, :] != p[:, None])
+        new_score, new_position = best(tl.where(met, -s, float("-inf")), q[None, :], 1)
+        better = (new_score > score) | ((new_score != new_score) & (score == score))  # later tiles win no tie
+        position = tl.where(better, new_position, position)
+        score = tl.where(better, new_score, score)
+    winner = tl.load(order + position, mask=position >= 0, other=-1)
+    tl.store(place + row, winner, mask=p < N)
+
+
+def hardest_positives(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return place [N] int64: the lowest index on ties, the first NaN if there is one, -1 for none below +inf.
+
+    x: [N, D] fp32, bf16 or fp16
+    labels: [N] int64
+
+    Raises TypeError for other dtypes.
+    """
+    operands.check_dtype("hardest_positives", x)
+    x = operands.rows(x)
+    N, D = x.shape
+    place = labels.new_empty(N)
+    if N > 0:
+        tile = tiles.POSITIVES["ieee" if x.dtype == torch.float32 else "half"]
+        with torch.cuda.device_of(x):
+            label, order = labels.sort(stable=True)
+            firsts, ends = torch.searchsorted(label, label), torch.searchsorted(label, label, right=True)
+            positives_kernel[(triton.cdiv(N, tile.BN),)](
+                x, order, firsts, ends, place, x.stride(0), N, D, BN=tile.BN, BM=tile.BM, BK=tile.BK,
+                num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            )  # fmt: skip
+    return place

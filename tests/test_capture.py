@@ -1,0 +1,193 @@
+"""Nothing waits for the GPU: every function, forward and backward, can be captured in a CUDA graph.
+
+Without a card this is proved on tensors that have no values (`device_path.py`). With one, steps run under PyTorch's own
+alarm for waiting, and graphs are captured and replayed on new inputs.
+"""
+
+import pytest
+import torch
+from cases import CASES
+
+import gssf_kernels as gk
+
+pytest.importorskip("triton")
+
+from device_path import DEVICE, Waits, device_path
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # fp16 differs from bf16 in no choice made on the host
+# What a replay may be off, relative to the largest number: the library may choose another product while capturing.
+REPLAYED = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.int64: 0}
+SINGLE = [
+    "triplet-129x257x40-five",
+    "triplet-all-129x257x40",
+    "triplet-semihard-five",
+    "metric-130x200x64-b16",
+    "metric-permuted",
+    "infonce-129x257x40",
+    "infonce-ids-random",
+    "infonce-smoothed-ids",
+    "sum-softplus-negate",
+    "sigmoid-129x257x40",
+    "sigmoid-ids-random",
+    "distillation-mae-130x20",
+    "distillation-mse-40x9",
+    "goal-nca-con",
+    "goal-cir-lin_ms",
+    "metric-goal-nca-sig_ms",
+    "space-relative",
+    "batch-hard-random-300x24",
+    "batch-hard-one-33x8",
+    "hardest-129x257x40-random",
+    "logsumexp-129x257x40",
+    "pairs",
+    "project-b16-permuted-normalized",
+    "similarity",
+]
+REPRESENTATIVE = [case for case in CASES if case.name in SINGLE]
+
+
+def test_every_function_is_represented():
+    assert len(REPRESENTATIVE) == len(SINGLE)
+    assert {case.function for case in REPRESENTATIVE} == {case.function for case in CASES}
+
+
+def step(case, tensors, options, upstream=None):
+    """(outputs, gradients of all inputs), for given gradients of the outputs."""
+    found = case.ours(tensors, options)
+    upstream = [torch.ones_like(t) for t in found] if upstream is None else upstream
+    return [t.detach() for t in found], torch.autograd.grad(found, list(tensors.values()), upstream, allow_unused=True)
+
+
+def leaves(tensors):
+    return {name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_waits_and_nothing_leaves_the_device(case, dtype):
+    tensors, options = case.inputs(dtype, device=DEVICE)
+    tensors = leaves(tensors)
+    with device_path() as path:
+        found, gradients = step(case, tensors, options)
+    plain, expected = step(case, *_on_cpu(case, dtype))
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in plain]
+    for got, expected_gradient in zip(gradients, expected, strict=True):
+        assert (got is None) == (expected_gradient is None)
+        assert got is None or (got.shape, got.dtype) == (expected_gradient.shape, expected_gradient.dtype)
+    triton = [name for name in path.launches if not name.startswith("aten::")]
+    plain_pytorch = dtype == torch.float64 or case.name.startswith("triplet-semihard")
+    assert bool(triton) != plain_pytorch or not any(t.numel() for t in tensors.values())
+
+
+def _on_cpu(case, dtype):
+    tensors, options = case.inputs(dtype)
+    return leaves(tensors), options
+
+
+MODULES = {
+    "warm-up": lambda: gk.TripletLoss(warmup=3, diagnostics=True),
+    "diagnostics": lambda: gk.GoalLoss("cir", "sig_ms", diagnostics=True),
+    "info_nce": lambda: gk.InfoNCELoss(metric=gk.StructuredSimilarity(16, 4, permutation=torch.arange(16))),
+    "sigmoid": lambda: gk.SigmoidLoss(reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_waits(name):
+    module = MODULES[name]().to(DEVICE)
+    x, y = (torch.empty(12, 16, device=DEVICE, requires_grad=True) for _ in range(2))
+    ids = torch.empty(12, dtype=torch.int64, device=DEVICE)
+    with device_path():
+        for _ in range(5):
+            found = module(x, y, ids, ids)
+            loss = found[0] if isinstance(found, tuple) else found
+            torch.autograd.grad(loss.sum(), [x, y, *module.parameters()])
+
+
+def test_weights_of_given_scores_wait():
+    """`goal_weights` says so: how many entries its sparse result has hangs on values."""
+    with device_path(), pytest.raises(Waits):
+        gk.goal_weights(torch.empty(4, 6, device=DEVICE))
+
+
+PLANTED = {
+    "a number": lambda t: float(t.sum()),
+    "a condition": lambda t: 1 if t.any() else 0,
+    "a list": lambda t: t.tolist(),
+    "a mask": lambda t: t[t > 0],
+    "a mask written": lambda t: t.clone().index_put_((t > 0,), t.new_zeros(())),
+    "places": lambda t: t.nonzero(),
+    "distinct values": lambda t: t.unique(),
+    "a comparison": lambda t: torch.equal(t, t),
+    "a copy to the host": lambda t: t.cpu(),
+    "a copy from the host": lambda t: torch.tensor([1.0, 2.0]).to(t.device),
+    "an index on the host": lambda t: t[torch.arange(2)],
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_waits_is_caught(name):
+    t = torch.empty(4, device=DEVICE)
+    with device_path(), pytest.raises((Waits, RuntimeError, NotImplementedError)):
+        PLANTED[name](t)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+on_card = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+on_representatives = pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+
+
+def upstream_of(case, tensors, options):
+    """Gradients of the outputs, made before the step is watched: finite ones alone."""
+    return [torch.where(t.isfinite(), torch.rand_like(t) + 0.5, 0) for t in case.ours(tensors, options)]
+
+
+@needs_cuda
+@on_card
+@on_representatives
+def test_no_step_waits_on_a_card(case, dtype):
+    tensors, options = case.inputs(dtype, device="cuda")
+    tensors = leaves(tensors)
+    upstream = upstream_of(case, tensors, options)
+    step(case, tensors, options, upstream)  # what is compiled and loaded once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(case, tensors, options, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
+@on_card
+@on_representatives
+def test_a_captured_step_gives_what_an_eager_one_does(case, dtype):
+    tensors, options = case.inputs(dtype, device="cuda")
+    static = leaves(tensors)
+    upstream = upstream_of(case, static, options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(case, static, options, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case, static, options, upstream)
+    fresh, fresh_options = case.inputs(dtype, seed=1, device="cuda")
+    with torch.no_grad():
+        for name, t in fresh.items():
+            static[name].copy_(t)
+    for name, value in fresh_options.items():
+        if isinstance(value, torch.Tensor):
+            options[name].copy_(value)
+        elif isinstance(value, torch.nn.Module):  # its permutation
+            options[name].load_state_dict(value.state_dict())
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = step(case, leaves(fresh), fresh_options, upstream)
+    for got, truth in zip((*captured[0], *captured[1]), (*expected[0], *expected[1]), strict=True):
+        if truth is not None:
+            allowed = REPLAYED[truth.dtype]
+            size = float(truth.nan_to_num(0, 0, 0).abs().max()) if truth.numel() else 0.0
+            torch.testing.assert_close(got, truth, rtol=allowed, atol=allowed * size, equal_nan=True)
