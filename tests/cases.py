@@ -432,3 +432,40 @@ CASES = [
     *_gradient_space_cases(),
     *_batch_hard_cases(),
 ]
+
+
+def _large_cases():
+    """More than 2^20 scores, fewer and more than 512 channels, rows on and off 16 bytes: for a card."""
+    shapes = {
+        "narrow": (1100, 1300, 256),
+        "wide": (1040, 1300, 1024),
+        "ragged": (1101, 1299, 520),
+        "odd": (1101, 1299, 577),
+    }
+    for name, shape in shapes.items():
+        for ids in ("none", "random"):
+            yield Case(f"large-hardest-{name}-{ids}", "hardest_negatives", _scored(*shape, ids))
+        for pair in ("lin_ms", "sig_ms"):
+            goal = _cosines(_scored(*shape, "five", names=_XY, triplet="nca", pair=pair))
+            yield Case(f"large-goal-{pair}-{name}", "goal_loss", goal, integrable=False)
+        scale = 2 * shape[2] ** -0.5
+        scored = _scored(*shape, "random", names=_XY, scale=scale)
+        yield Case(f"large-infonce-{name}", "info_nce_loss", scored)
+    n, m, d = shapes["narrow"]
+    yield Case("large-metric", "triplet_loss", _metric_loss(n, m, d, 32, "five", margin=0.5))
+    yield Case("large-metric-permuted", "triplet_loss", _metric_loss(n, m, 384, 24, permuted=True, margin=0.5))
+    yield Case("large-all", "triplet_loss", _scored(n, m, d, "five", names=_XY, negatives="all", margin=0.5))
+    yield Case("large-sigmoid", "sigmoid_loss", _scored(n, m, d, "five", names=_XY, scale=d**-0.5, bias=-1.0))
+    for kind in ("square", "softplus"):
+        yield Case(f"large-sum-{kind}", "sum_scores", _scored(n, m, d, kind=kind, scale=d**-0.5, reduction="none"))
+    yield Case("large-project", "project", _metric(5000, 1024, 32, permuted=True))
+    yield Case("large-batch-hard", "batch_hard_loss", _labelled(1300, 256, lambda g, n: torch.arange(n) // 3 % 200))
+
+    def distillation(g):
+        teachers = {"image_teacher": randn(g, 1100, 200) / 14, "text_teacher": randn(g, 1100, 300) / 17}
+        return {"student": randn(g, 1100, 256) / 16}, {"lam": 0.3, "tau": 0.5, "kind": "mse", **teachers}
+
+    yield Case("large-distillation", "relational_distillation_loss", distillation)
+
+
+LARGE = list(_large_cases())

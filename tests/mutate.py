@@ -245,7 +245,7 @@ FAULTS = [
         "batch-hard: a later tile of the GPU's kernel wins a tie",
         "gssf_kernels/kernels/positives.py",
         "better = (new_score > score)",
-        "better = (new_score >= score) & (new_score > float(\"-inf\"))",
+        'better = (new_score >= score) & (new_score > float("-inf"))',
         "tests/test_triton.py",
     ),
     Fault(
