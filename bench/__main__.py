@@ -131,13 +131,14 @@ def list_all(parser: Parser, arguments: argparse.Namespace) -> int:
 def make_report(parser: Parser, arguments: argparse.Namespace) -> int:
     book = results.load(arguments.file)
     page, picture = arguments.file.with_suffix(".md"), arguments.file.with_suffix(".png")
+    roofline = arguments.file.with_name(arguments.file.stem + "-roofline.png")
     try:
-        drawn = plots.draw(book, picture)
+        drawn, roofed = plots.draw(book, picture), plots.draw_roofline(book, roofline)
     except ImportError:
-        drawn = picture.exists()
+        drawn, roofed = picture.exists(), roofline.exists()
         print("plots left as they are: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-    page.write_text(report.whole(book, picture.name if drawn else None))
-    print(f"wrote {page}{f' and {picture}' if drawn else ''}")
+    page.write_text(report.whole(book, picture.name if drawn else None, roofline.name if roofed else None))
+    print(f"wrote {', '.join(map(str, [page, *[picture] * drawn, *[roofline] * roofed]))}")
     if arguments.into:
         plot = Path(os.path.relpath(picture, arguments.into.parent)).as_posix() if drawn else None
         report.into(arguments.into, book, plot)

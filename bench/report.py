@@ -9,18 +9,24 @@ from pathlib import Path
 from bench import results
 from bench.ceilings import Ceilings
 from bench.ops import OPS
-from bench.problem import Shape
+from bench.problem import Shape, Work
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 TITLES = {"ours": "ours", "naive": "plain PyTorch", "compile": "`torch.compile`"}
 
 
+def work_of(row: dict) -> Work | None:
+    """The least that the row's case must do; None for an op that is no longer there."""
+    if row["op"] not in OPS:
+        return None
+    return OPS[row["op"]].work(Shape(row["n"], row["d"], row["block"]), ITEM_BYTES[row["dtype"]])
+
+
 def floor_ms(book: dict, row: dict) -> tuple[float, float] | None:
     """(forward, backward) floor of the row's case under the ceilings of its own run; None where none was taken."""
+    work = work_of(row)
     for found in book["ceilings"]:
-        if (found["device"], found["dtype"]) == (row["device"], row["dtype"]) and row["op"] in OPS:
-            shape = Shape(row["n"], row["d"], row["block"])
-            work = OPS[row["op"]].work(shape, ITEM_BYTES[row["dtype"]])
+        if (found["device"], found["dtype"]) == (row["device"], row["dtype"]) and work:
             return Ceilings(found["tflop_per_s"], found["gb_per_s"]).floor_ms(work)
     return None
 
@@ -33,10 +39,9 @@ def achieved(book: dict, row: dict) -> float | None:
 
 def tflop_per_s(row: dict) -> float | None:
     """Minimal work over time, forward + backward."""
-    took = results.spread(results.both_ms(row))
-    if not took or row["op"] not in OPS:
+    took, work = results.spread(results.both_ms(row)), work_of(row)
+    if not took or not work:
         return None
-    work = OPS[row["op"]].work(Shape(row["n"], row["d"], row["block"]), ITEM_BYTES[row["dtype"]])
     return (work.forward_flop + work.backward_flop) / took.median / 1e9
 
 
@@ -159,13 +164,14 @@ READING = (
 )
 
 
-def whole(book: dict, plot: str | None) -> str:
+def whole(book: dict, plot: str | None, roofline: str | None = None) -> str:
     """The report as a page."""
     parts = [f"# Measured on {book['machine']['gpu'] or book['machine']['cpu']}", provenance(book), READING]
     parts += [f"![Time over N]({plot})"] if plot else []
     parts += [summary(book)]
     found = memory(book)
     parts += ["## Peak extra memory of one step", found] if found else []
+    parts += ["## Roofline", f"![TFLOP/s over arithmetic intensity]({roofline})"] if roofline else []
     parts += ["## Every row", details(book)]
     return "\n\n".join(parts) + "\n"
 

@@ -1,23 +1,79 @@
-"""Every GPU kernel once, on ragged sizes, for compute-sanitizer: ``compute-sanitizer python -m bench.sanitize``."""
+"""Every Triton kernel in every dtype once, on ragged sizes, for compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m bench.sanitize [--seconds 50]
+
+Without PyTorch's cache each tensor is an allocation of its own, so that a step past its end is seen. The calls are the
+ragged ones of `bench/lowering.py`, on random numbers. They come in turns, kernel by kernel: where time runs out, what
+was left out is said, and every kernel has had its share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from typing import Any
 
 import torch
 
-from bench import measure
-from bench.measure import Case
-from bench.ops import OPS
+from bench import lowering
+
+RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows")
 
 
-def main() -> None:
-    for dtype in ("float32", "bfloat16"):
-        for name, op in OPS.items():
-            for way in ("ours", "hopper"):
-                variant = op.variants[way]() if way in op.variants else None
-                if variant is not None and (way, dtype) != ("hopper", "float32"):
-                    case = Case(name, 333, 96, 16, dtype, "cuda")
-                    problem = op.inputs(case.shape, case.torch_dtype, torch.device("cuda"), 0)
-                    measure.turn(op, case, variant, problem)
-                    print(f"{case} {way}: done", flush=True)
+def calls() -> list[lowering.Case]:
+    """Kernel by kernel in turns, the products of each one after the other."""
+    by_launcher: dict[str, list[lowering.Case]] = {}
+    for case in lowering.CASES:
+        if any(word in case.name for word in RAGGED):
+            by_launcher.setdefault(case.name.partition(" ")[0], []).append(case)
+    turns = itertools.zip_longest(*(sorted(cases, key=_turn) for cases in by_launcher.values()))
+    return [case for turn in turns for case in turn if case is not None]
+
+
+def _turn(case: lowering.Case) -> tuple[int, str]:
+    return ("ieee", "bf16", "fp16", "tf32").index(case.product), case.name
+
+
+def arguments(case: lowering.Case, device: str) -> list[Any]:
+    """The case's own, random: labels of some groups, and places within bounds."""
+    g = torch.Generator().manual_seed(0)
+
+    def filled(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=g).to(value).to(device)
+        if value.any():  # a permutation
+            return torch.randperm(len(value), generator=g).to(device)
+        return torch.randint(0, 40, value.shape, generator=g).to(device)
+
+    return [filled(value) for value in case.arguments()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no call after this")
+    seconds = parser.parse_args().seconds
+    if not torch.cuda.is_available():
+        parser.exit(2, "python -m bench.sanitize: PyTorch sees no CUDA device\n")
+    start, wanted = time.perf_counter(), calls()
+    done: set[str] = set()
+    for count, case in enumerate(wanted):
+        if time.perf_counter() - start > seconds:
+            missing = {kernel for left in wanted[count:] for kernel in left.kernels} - done
+            left_out = f"; not reached: {', '.join(sorted(missing))}" if missing else ""
+            print(f"out of time: {count} of {len(wanted)} calls, {len(done)} kernels{left_out}")
+            return 0
+        torch.set_float32_matmul_precision(lowering.PRODUCTS[case.product][1])
+        case.launcher(*arguments(case, "cuda"))
+        torch.cuda.synchronize()
+        done.update(case.kernels)
+        print(f"{case}: done", flush=True)
+    print(f"{len(wanted)} calls of {len(done)} kernels")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,15 +10,22 @@ from bench.runner import Entry
 CURVE = {"cpu": (128, 256, 512, 1024, 2048, 4096, 8192), "cuda": (128, 512, 2048, 8192, 16384, 32768)}
 
 
+# Where the curve meets torch.compile, the peers and the memory's measure: sizes that are on it.
+COMPILED = {"cpu": (1024, 4096), "cuda": (2048, 8192)}
+PEERS = {"cpu": 1024, "cuda": 2048}
+MEMORY = {"cpu": 4096, "cuda": 8192}
+
+
 def quick(device: str) -> list[Entry]:
     """A curve over N of the triplet loss, and one point of everything else: under three minutes on two cores."""
     n, dtype, seconds = (2048, "float32", 3.0) if device == "cpu" else (8192, "bfloat16", 2.0)
     entries = []
     for size in CURVE[device]:
         others = ["naive"]
-        others += ["compile"] if size in (1024, 4096) else []
-        others += peers.serving("triplet", device) if size == 1024 else []
-        entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory=size == 4096))
+        others += ["compile"] if size in COMPILED[device] else []
+        others += peers.serving("triplet", device) if size == PEERS[device] else []
+        memory = size == MEMORY[device]
+        entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory))
     points = ("hardest_negatives", "goal_nca_sig_ms", "info_nce", "sigmoid", "sum_hinge", "distillation")
     for op in (*points, "nearest", "top_scores"):
         others = ["naive", *peers.serving(op, device)]
