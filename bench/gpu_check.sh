@@ -8,7 +8,7 @@
 # bad memory accesses and races. --wheels: peers to measure beside ours, installed from the wheels in DIR into a
 # folder of this run's own. --tune: times other tiles too and writes a proposed table (bench/tune.py); nothing in the
 # tree is changed. Both take of the time of what comes behind them. --only: these stages alone, of build, backends,
-# wheels, tests, suite, page, tune, memcheck, racecheck, machine-code: for what a first call had no time for.
+# wheels, tests, suite, page, tune, cuda-build, hopper, memcheck, racecheck, machine-code: for what a first call had no time for.
 #
 # OUT gets at most eight files: stages.txt (a line each), log.txt (what they said), cuda-quick.json, .md, .png,
 # cuda-quick-roofline.png, tiles.md. The table is printed last. A stage that fails or runs out of time is said so, and
@@ -133,12 +133,21 @@ if [ -n "$gpu" ]; then
     not_run page "the suite measured nothing"
   fi
   [ -z "$tune" ] || stage tune 170 "$python" -m bench.tune --out "$out/tiles.md" --seconds $(($(left 170) - 30))
+  if command -v nvcc > /dev/null; then
+    if stage cuda-build 120 env FORCE_CUDA=1 "$python" setup.py build_ext --inplace; then
+      stage hopper 60 "$python" -m pytest -q -p no:cacheprovider tests/test_hopper.py
+    else
+      not_run hopper "csrc/cuda was not built"
+    fi
+  else
+    not_run hopper "nvcc not found"
+  fi
   sanitizer memcheck 75
   sanitizer racecheck 75
   [ -z "$only" ] || stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"
 else
   stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"
-  for name in tests suite memcheck racecheck ${tune:+tune}; do not_run "$name" "PyTorch sees no CUDA device"; done
+  for name in tests suite hopper memcheck racecheck ${tune:+tune}; do not_run "$name" "PyTorch sees no CUDA device"; done
 fi
 
 echo

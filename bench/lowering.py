@@ -71,11 +71,12 @@ class Lowered(NamedTuple):
         return 32 * self.kernel.metadata.num_warps
 
 
-def _sweep(launcher: Callable, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any) -> tuple:
+def _sweep(launcher: Callable, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
     x = torch.zeros(n, d, dtype=dtype)
+    y = x if twice else x.clone()  # one side twice leaves tiles out
     first = int(ids == "off 16 bytes")
     labels = torch.zeros(n + first, dtype=torch.int64)[first:] if ids else None
-    return (x, x, labels, labels, *rest)
+    return (x, y, labels, labels, *rest)
 
 
 def _sweeps() -> Iterator[Case]:
@@ -90,6 +91,8 @@ def _sweeps() -> Iterator[Case]:
             for ids in ("", aligned):
                 make = partial(_sweep, launcher, dtype, *shape, ids)
                 yield Case(f"hardest_negatives {size}{' with ids' if ids else ''}", launcher, make, kernels, product)
+            make = partial(_sweep, launcher, dtype, *shape, aligned, twice=True)
+            yield Case(f"hardest_negatives {size} of one side twice", launcher, make, kernels, product)
             make = partial(_sweep, launcher, dtype, *ragged[size], "off 16 bytes")
             yield Case(f"hardest_negatives {size} with ids ragged", launcher, make, kernels, product)
         launcher, kernels = relative.relative_negatives, (*kernels, "terms_kernel")

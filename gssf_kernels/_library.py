@@ -36,7 +36,13 @@ except ImportError as error:
 
 
 def define(
-    schema: str, *, reference: Callable, fake: Callable, triton: str | None = None, through: str | None = None
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None = None,
+    through: str | None = None,
+    dispatched: bool = True,
 ) -> None:
     """Register ``gssf::<schema>``.
 
@@ -46,6 +52,7 @@ def define(
         fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
         triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
         through: for an op whose reference serves every device, the op in it that has backends.
+        dispatched: whether the package calls it; `backends` lists only what it does.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,7 +69,8 @@ def define(
         _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
     if triton is not None:
         _LAUNCHERS[name] = triton
-    _OPS[name], _REFERENCES[name] = through or name, reference
+    if dispatched:
+        _OPS[name], _REFERENCES[name] = through or name, reference
 
 
 def _lazy(target: str, reference: Callable) -> Callable:

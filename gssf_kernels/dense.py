@@ -89,7 +89,7 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a product's left side: on CUDA matrix units multiply 16-bit numbers and sum in fp32; elsewhere they are fp32."""
+    """x as a product's left side: 16-bit numbers on CUDA, whose matrix units sum them in fp32; elsewhere fp32."""
     return x if x.is_cuda else x.to(dtype)
 
 

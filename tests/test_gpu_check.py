@@ -43,7 +43,7 @@ def check(tmp_path):
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     card = "#!/bin/sh\necho 'NVIDIA H200, 580, 143771 MiB'\n"
-    for name, text in (("fakepython", PYTHON), ("compute-sanitizer", SANITIZER), ("nvidia-smi", card)):
+    for name, text in (("fakepython", PYTHON), ("compute-sanitizer", SANITIZER), ("nvidia-smi", card), ("nvcc", card)):
         (stubs / name).write_text(text)
         (stubs / name).chmod(0o755)
 
@@ -73,7 +73,8 @@ def test_all_of_it_on_a_card(check, tmp_path):
     (wheels / "one.whl").touch()
     status, stages, files, said = check("--wheels", wheels, "--tune")
     assert status == 0, said
-    order = ["build", "backends", "wheels", "tests", "suite", "page", "tune", "memcheck", "racecheck"]
+    order = ["build", "backends", "wheels", "tests", "suite", "page", "tune"]
+    order += ["cuda-build", "hopper", "memcheck", "racecheck"]
     assert ran(stages) == order
     assert "H200" in stages["GPU"]
     assert "-n 4" in stages["tests"]
@@ -92,7 +93,7 @@ def test_the_rest_goes_on_past_what_fails(check):
     assert stages["tests"].startswith("FAILED, status 3")
     assert "broken at durations" in stages["tests"]
     assert stages["memcheck"].startswith("FAILED, status 3")
-    assert ran(stages) == ["build", "backends", "suite", "page"]
+    assert ran(stages) == ["build", "backends", "suite", "page", "cuda-build", "hopper"]
     assert "the table" in said
 
 
@@ -103,6 +104,14 @@ def test_what_hangs_takes_the_time_that_is_left_and_no_more(check):
     assert stages["backends"].startswith("FAILED, out of time (1")
     for name in ("tests", "suite", "memcheck", "racecheck"):
         assert stages[name] == "NOT RUN, no time left"
+
+
+def test_csrc_cuda_that_does_not_build(check):
+    status, stages, _, _ = check(FAIL="build_ext")
+    assert status == 1
+    assert stages["cuda-build"].startswith("FAILED")
+    assert stages["hopper"] == "NOT RUN, csrc/cuda was not built"
+    assert "memcheck" in ran(stages)
 
 
 def test_a_suite_that_measures_nothing(check):

@@ -141,7 +141,7 @@ assert not seen, seen
 @pytest.mark.parametrize("force", ["1", "0", None])
 @pytest.mark.parametrize("cuda_torch", [True, False])
 def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
-    """csrc/cuda is built where FORCE_CUDA or a CUDA PyTorch with nvcc says so; nothing is compiled here."""
+    """csrc/cuda is built where FORCE_CUDA says so, and only there; nothing is compiled here."""
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu.cpp").touch()
     if with_sources:
@@ -159,7 +159,7 @@ runpy.run_path("setup.py", run_name="__main__")
 """
     status, out, err = run(code, tmp_path, FORCE_CUDA=force)
     assert status == 0, err
-    wanted = with_sources and (cuda_torch if force is None else force == "1")
+    wanted = with_sources and force == "1"
     assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])
 
 

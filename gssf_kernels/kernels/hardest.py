@@ -150,14 +150,14 @@ def hardest_negatives(
     pair_score, *found = nothing_found(a, b)
     if len(a) > 0:
         with torch.cuda.device_of(a):
-            half = operands.same(a, b) and (a_ids is None or operands.same(a_ids, b_ids))
+            half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
             sweep = Sweep(a, b, half=half)
             rows, cols = sweep.partial_results(torch.float32, torch.int16)
             state = (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols)
             for first, blocks in sweep.slabs():
-                if half:
-                    rows[0].fill_(float("-inf"))
-                    cols[0].fill_(float("-inf"))
+                for score in (rows[0], cols[0]):
+                    if half and score is not None:
+                        score.fill_(float("-inf"))
                 sweep.run(hardest_tile, state, first, blocks)
                 sweep.merge(merge_kernel, first, blocks, (*rows, *cols), *found)
             if half:

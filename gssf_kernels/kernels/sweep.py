@@ -51,9 +51,9 @@ def sweep_kernel(
     height = tl.minimum(blocks - group * GROUP, GROUP)
     tile_i = group * GROUP + within % height
     tile_j = within // height
-    if HALF:  # of a symmetric s: tiles below the diagonal are left out
-        if (tile_j + 1) * BM <= (first + tile_i) * BN:
-            return
+    below = (tile_j + 1) * BM <= (first + tile_i) * BN
+    if HALF and below:  # s is symmetric: tiles below the diagonal are left out
+        return
 
     s = tl.zeros([BN, BM], tl.float32)
     for k in range(0, D, BK):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, compose, define, distinct, last_derivative
+from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.pairs import pair_gradients
 
@@ -169,4 +169,4 @@ define(
     triton="hardest.hardest_negatives",
 )
 # The same by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing dispatches here.
-compose("hardest_negatives_hopper" + _SIGNATURE, implementation=_reference, fake=_fake)
+define("hardest_negatives_hopper" + _SIGNATURE, reference=_reference, fake=_fake, dispatched=False)

@@ -104,7 +104,7 @@ def _forward(a, b, scale):
 
 
 def _together(maxima, sums):
-    """(max, Σ e^(· − max)) [K] of those of several parts [P, K]; a maximum of +inf stands for any that is not finite."""
+    """(max, Σ e^(· − max)) [K] of those of several parts [P, K]; +inf stands for any maximum that is not finite."""
     new = maxima.amax(0)
     shift = torch.where(new.isfinite(), new, 0)
     return new, torch.where(maxima == new, sums, sums * torch.exp(maxima - shift)).sum(0)
