@@ -31,7 +31,7 @@ from gssf_kernels.losses import (
 from gssf_kernels.project import project
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, HardestNegatives, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, similarity
-from gssf_kernels.statistics import hardest_negatives, logsumexp_scores, pair_scores, sum_scores
+from gssf_kernels.statistics import hardest_negatives, logsumexp_scores, pair_scores, rescored_candidates, sum_scores
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "project",
     "reference",
     "relational_distillation_loss",
+    "rescored_candidates",
     "sigmoid_loss",
     "similarity",
     "sum_scores",

@@ -57,6 +57,7 @@ def report() -> str:
         f"gpu          {gpu_description()}",
         f"extension    {extension}",
         f"csrc/cuda    {'built' if hopper else 'not built'}",
+        f"certified    {table['hardest_negatives']['certified']} (mining of fp32 on the CPU's bf16 unit)",
         "",
         f"{'op':{width}}{'cpu':12}cuda",
     ]

@@ -90,7 +90,8 @@ def backends() -> dict[str, dict[str, str]]:
     """What will really run: ``{op: {"cpu": "cpp" | "reference", "cuda": "triton" | "reference" | "unavailable"}}``.
 
     ``"unavailable"`` means that PyTorch sees no CUDA device on this machine. fp64 on CUDA always
-    takes the reference.
+    takes the reference. ``"hardest_negatives"`` has a third key, ``"certified"``: the unit for bf16 products by which
+    fp32 inputs are mined exactly on this CPU ("amx" or "avx512_bf16"), or "no": then fp32 products do it.
     """
     has_cuda = torch.cuda.is_available()
     table = {}
@@ -99,6 +100,8 @@ def backends() -> dict[str, dict[str, str]]:
         cpu = "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU") else "reference"
         cuda = "triton" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "reference"
         table[name] = {"cpu": cpu, "cuda": cuda if has_cuda else "unavailable"}
+    unit = torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
+    table["hardest_negatives"]["certified"] = unit if unit != "none" else "no"
     return table
 
 

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-import gssf_kernels  # noqa: F401  (registers the ops)
+import gssf_kernels as gk
 
 INF = torch.inf
 UNIT = torch.ops.gssf.bf16_unit() if hasattr(torch.ops.gssf, "bf16_unit") else "none"
@@ -233,6 +233,18 @@ def test_a_score_that_only_exact_arithmetic_tells_apart():
     found, _ = certified(a, b)
     assert found[2][0] == 30
     assert found[1][0] == torch.tensor(float(Fraction(1) + 3 * Fraction(1, 2**25)), dtype=torch.float32)
+
+
+def test_what_the_user_sees():
+    assert gk.backends()["hardest_negatives"]["certified"] == UNIT
+    a, b = unit(torch.randn(300, 64)), unit(torch.randn(400, 64))
+    assert gk.rescored_candidates(a, b) == certified(a, b)[1] >= 400
+    ids = torch.zeros(300, dtype=torch.int64)
+    assert gk.rescored_candidates(a, a, a_ids=ids) == 0
+    with pytest.raises(TypeError, match=r"^a: expected dtype float32 or float16, got torch\.float64"):
+        gk.rescored_candidates(a.double(), b.double())
+    with pytest.raises(ValueError, match=r"^b: "):
+        gk.rescored_candidates(a, b[:7])
 
 
 def test_errors():

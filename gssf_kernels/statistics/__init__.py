@@ -4,6 +4,7 @@ from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
     paired_relative_negatives,
+    rescored_candidates,
 )
 from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
 from gssf_kernels.statistics.pairs import pair_scores
@@ -20,5 +21,6 @@ __all__ = [
     "paired_logsumexp",
     "paired_relative_negatives",
     "relative_positives",
+    "rescored_candidates",
     "sum_scores",
 ]

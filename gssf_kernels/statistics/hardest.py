@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import accumulation_dtype, backends, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.pairs import pair_gradients
 
@@ -21,7 +21,8 @@ def hardest_negatives(
 ) -> HardestNegatives:
     """Row and column maximum of ``s = a bᵀ`` over negatives, with their places, without storing s.
 
-    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index.
+    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index. Where b is a, half
+    of the scores do.
     NaN propagates: a NaN score wins, the first one if several. Where nothing scores above -inf (no
     valid negative, say) the score is -inf and the index -1.
 
@@ -34,6 +35,11 @@ def hardest_negatives(
     Returns:
         named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``; scores in fp32
         (fp64 for fp64) and differentiable once, indices int64.
+
+    On a CPU with a unit for bf16 products (AVX-512 BF16, AMX), fp32 and fp16 inputs of a million scores and more are
+    mined exactly: the winners are those of the exact scores, which are returned rounded to fp32, at about the price of
+    the bf16 product (``csrc/certified.h``; :func:`rescored_candidates` tells how many scores it made again). With
+    ``torch.set_float32_matmul_precision("medium")``, where PyTorch's own products round to bf16, so do ours.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
@@ -56,6 +62,27 @@ def paired_relative_negatives(
     """The same and, from the same sweep, GOAL's r⁻ of the rows [N] and of the columns [M], which carry no gradient."""
     pair_score, *hardest, row_terms, col_terms = _paired(x, y, x_ids, y_ids, names, metric, relative)
     return pair_score, HardestNegatives(*hardest), (row_terms, col_terms)
+
+
+def rescored_candidates(
+    a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
+) -> int | None:
+    """How many scores certified mining makes again in fp64 for these inputs: a diagnosis, not differentiable.
+
+    One or two for every row and column is what embeddings in training give. ``N * M`` says that the bound told too few
+    scores apart (copies of one row, lengths over many decades) and that all were made in fp64, at some four times the
+    time. None where this processor has no bf16 unit. Arguments and errors as in :func:`hardest_negatives`; fp32 or fp16
+    on the CPU.
+    """
+    _checks.sides(a, b, "a", "b")
+    a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
+    if a.dtype not in (torch.float32, torch.float16):
+        raise TypeError(f"a: expected dtype float32 or float16, got {a.dtype}")
+    if a.device.type != "cpu":
+        raise ValueError(f"a: expected device cpu, got {a.device}")
+    if backends()["hardest_negatives"]["certified"] == "no":
+        return None
+    return torch.ops.gssf.hardest_negatives_by(a.detach(), b.detach(), a_ids, b_ids, True)[-1]
 
 
 def _paired(x, y, x_ids, y_ids, names, metric, relative):
