@@ -15,7 +15,6 @@ from triton.runtime.jit import JITFunction
 
 from gssf_kernels import _library, dense
 from gssf_kernels.kernels import tiles
-from gssf_kernels.statistics import relations
 
 DEVICE = "meta"
 
@@ -102,7 +101,6 @@ def device_path(arch: int = 90):
         mock.patch.object(tiles, "architecture", return_value=arch),
         mock.patch.object(dense, "CHUNK_SCORES", chunk),
         mock.patch.object(dense, "operand", lambda x, dtype: x),  # as on CUDA
-        mock.patch.object(relations, "operand", lambda x, dtype: x),
         path,
     ):
         yield path

@@ -135,9 +135,9 @@ FAULTS = [
     Fault("NaN: not sticky", "csrc/vector_maxima.h", "((v != v) & (m == m))", "((v != v) & (m != m))"),
     Fault(
         "edge: the last column of a tile is dropped",
-        "csrc/sweep.h",
-        "narrow(1, 0, tile.m);",
-        "narrow(1, 0, tile.m - 1);",
+        "csrc/factors.h",
+        ".m = at.m,",
+        ".m = at.m - 1,",
     ),
     Fault(
         "edge: padding behind a tile is not cleared",
