@@ -89,6 +89,16 @@ def test_tiles_of_any_size_give_the_same(labels, rows, cols, monkeypatch):
             assert torch.equal(hardest_positives(x, chosen), plain_positives(x, chosen))
 
 
+@pytest.mark.parametrize("labels", sorted(LABELS))
+def test_bounds_that_may_not_be_looked_at(labels, monkeypatch):
+    """As on a GPU in fp64: all rows meet."""
+    monkeypatch.setattr(positives._checks, "readable", lambda t: False)
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 41, 300):
+        x, chosen = torch.randint(-2, 3, (n, 3), generator=g).double(), LABELS[labels](g, n)
+        assert torch.equal(hardest_positives(x, chosen), plain_positives(x, chosen))
+
+
 def test_one_giant_label_and_singletons():
     """A label of 3,000 rows beside 500 of one row each, in mixed order."""
     labels = torch.cat((torch.zeros(3000, dtype=torch.long), torch.arange(1, 501)))[torch.randperm(3500)]
