@@ -32,7 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, tiles
+from gssf_kernels.kernels import dense, hardest, hinge, pairs, positives, project, relative, tiles
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
@@ -129,6 +129,34 @@ def _pairs() -> Iterator[Case]:
             yield Case(f"pair_scores D={d}", pairs.pair_scores, forward, ("pair_scores_kernel",), product)
             name, launcher = f"pair_scores_backward D={d}", pairs.pair_scores_backward
             yield Case(name, launcher, backward, ("segment_sum_kernel",), product)
+
+
+def _hardest_backward(dtype: torch.dtype, d: int, needs: list[bool]) -> tuple:
+    a, index = torch.zeros(40, d, dtype=dtype), torch.zeros(40, dtype=torch.int64)
+    return (*_zeros(40, 40, 40), index, index, a, a, needs)
+
+
+def _hinges() -> Iterator[Case]:
+    """And the gradient of hardest negatives, which goes with them."""
+    for product in ("ieee", "bf16", "fp16"):
+        for d, needs in ((100, [True, True]), (1024, [True, True]), (1024, [True, False]), (1024, [False, True])):
+            name = f"hardest_negatives_backward D={d}{'' if all(needs) else f' {needs}'}"
+            make = partial(_hardest_backward, PRODUCTS[product][0], d, needs)
+            yield Case(name, pairs.hardest_negatives_backward, make, ("scan_kernel",), product)
+    for reduction in ("sum", "mean", "none"):
+        n = 129 if reduction == "none" else 128
+        lines = partial(_hinge, n, reduction)
+        yield Case(f"hinge_terms {reduction}", hinge.hinge_terms, lines, ("hinge_kernel",))
+        lines, launcher = partial(_hinge_backward, n, reduction), cast(Callable, hinge.hinge_terms_backward)
+        yield Case(f"hinge_terms_backward {reduction}", launcher, lines, ("hinge_backward_kernel",))
+
+
+def _hinge(n: int, reduction: str) -> tuple:
+    return (*_zeros(n, n, n + 7), 0.2, reduction)
+
+
+def _hinge_backward(n: int, reduction: str) -> tuple:
+    return torch.zeros(n if reduction == "none" else ()), *_hinge(n, reduction)
 
 
 def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:
@@ -252,7 +280,7 @@ def _passes() -> Iterator[Case]:
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
-CASES = [*_sweeps(), *_pairs(), *_positives(), *_projections(), *_passes()]
+CASES = [*_sweeps(), *_pairs(), *_hinges(), *_positives(), *_projections(), *_passes()]
 
 
 class _Target:

@@ -31,15 +31,15 @@ HOPPER = "tests/test_hopper.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
-        "gssf_kernels/losses/triplet.py",
-        "margin + hardest.row_score - positive",
-        "-margin + hardest.row_score - positive",
+        "csrc/hinge.cpp",
+        "return margin + row[i]",
+        "return -margin + row[i]",
     ),
     Fault(
-        "direction: columns past N give terms",
-        "gssf_kernels/losses/triplet.py",
-        "hardest.col_score[:count]",
-        "hardest.col_score[-count:]",
+        "direction: columns give the rows' terms",
+        "csrc/hinge.cpp",
+        "return margin + col[i]",
+        "return margin + row[i]",
     ),
     Fault(
         "mask: the diagonal stays a negative",
@@ -204,9 +204,9 @@ FAULTS = [
     ),
     Fault(
         "backward: grad_output is ignored",
-        "gssf_kernels/statistics/hardest.py",
-        "grad = torch.cat((dpair, drow, dcol))",
-        "grad = torch.cat((dpair, drow, dcol)).sign()",
+        "csrc/hinge.cpp",
+        "const A g = above[i * stride] / share;",
+        "const A g = A(1) / share;",
     ),
     Fault(
         "transpose: y's gradient goes through Wᵀ too",

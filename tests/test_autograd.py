@@ -52,6 +52,14 @@ def _op_samples():
         yield "pair_scores_backward", (*pairs, a, b, [True, True])
         yield "pair_scores_backward", (*pairs, a, b, [False, True])
         yield "hardest_positives", (a, ids[0])
+        places = torch.randint(-1, 14, (9,), generator=g), torch.randint(-1, 9, (14,), generator=g)
+        lines = [randn(g, n).to(_library.accumulation_dtype(dtype)) for n in (9, 9, 14)]
+        yield "hardest_negatives_backward", (*lines, *places, a, b, [True, True])
+        yield "hardest_negatives_backward", (*lines, *places, a, b, [False, True])
+        for reduction in ("sum", "mean", "none"):
+            above = lines[0] if reduction == "none" else lines[0][0].clone()
+            yield "hinge_terms", (*lines, 0.2, reduction)
+            yield "hinge_terms_backward", (above, *lines, 0.2, reduction)
         yield from _dense_samples(a, b, g)
 
 

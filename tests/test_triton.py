@@ -20,7 +20,8 @@ triton = pytest.importorskip("triton")
 
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
-from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward  # noqa: E402
+from gssf_kernels.kernels.hinge import hinge_terms, hinge_terms_backward  # noqa: E402
+from gssf_kernels.kernels.pairs import hardest_negatives_backward, pair_scores, pair_scores_backward  # noqa: E402
 from gssf_kernels.kernels.positives import hardest_positives  # noqa: E402
 from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
 from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
@@ -417,6 +418,84 @@ def test_pair_scores_backward_takes_an_expanded_gradient_and_no_edges():
     assert not da.any()
     assert not db.any()
     assert pair_scores(a.to(DEVICE), b.to(DEVICE), none, none).shape == (0,)
+
+
+# the gradient of hardest negatives, and the triplet formula
+
+
+@pytest.mark.parametrize("needs", [[True, True], [True, False], [False, True]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "M", "D"), [(1, 1, 1), (1, 40, 3), (33, 50, 130), (70, 70, 17)])
+def test_hardest_backward_scanning_is_the_sum_of_its_pairs(N, M, D, dtype, needs, monkeypatch):
+    a, b = torch.randn(N, D).to(dtype), torch.randn(D, M).to(dtype).T
+    rows, cols = torch.randint(-1, M, (N,)), torch.randint(-1, N, (M,))
+    cols[::2] = N // 2  # a hub of more edges than one step takes
+    dpair, drow, dcol = torch.randn(N), torch.randn(N), torch.randn(M)
+    dpair[::3] = dcol[1::5] = 0
+    on = [t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, a, b)]
+    scanned = hardest_negatives_backward(*on, needs)
+    monkeypatch.setattr(tiles, "SCAN_ROWS", 0)
+    summed = hardest_negatives_backward(*on, needs)
+    i, j = torch.arange(N), torch.arange(M)
+    edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))
+    weight = torch.cat((dpair, drow, dcol)).double()
+    real = (edges[0] >= 0) & (edges[1] >= 0)
+    g = torch.zeros(N, M, dtype=torch.float64)
+    g.index_put_((edges[0][real], edges[1][real]), weight[real], accumulate=True)
+    for k, exact in enumerate((g @ b.double(), g.T @ a.double())):
+        for found in (scanned[k], summed[k]):
+            if needs[k]:
+                assert found.dtype == dtype
+                floor = 8 * torch.finfo(dtype).eps * float(exact.abs().max())
+                assert float((found.cpu().double() - exact).abs().max()) <= floor
+            else:
+                assert found.numel() == 0
+
+
+def test_hardest_backward_lets_through_no_nan_of_absent_edges_or_zero_gradients():
+    a, b = torch.ones(4, 3), torch.full((5, 3), INF)
+    rows, cols = torch.full((4,), -1), torch.full((5,), -1)
+    lines = torch.zeros(4), torch.full((4,), NAN), torch.full((5,), NAN)
+    da, db = hardest_negatives_backward(*(t.to(DEVICE) for t in (*lines, rows, cols, a, b)), [True, True])
+    assert not da.any()
+    assert not db.any()
+    da, db = hardest_negatives_backward(*(t.to(DEVICE) for t in (*lines, rows, cols, a[:0], b)), [True, True])
+    assert da.shape == (0, 3)
+    assert not db.any()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (7, 9), (32, 32), (70, 100)])
+def test_hinge_terms(N, M, reduction, monkeypatch):
+    monkeypatch.setattr(tiles, "TERMS", 16)
+    positive, row, col = torch.randn(N), torch.randn(N), torch.randn(M)
+    row[0], col[M // 2] = -INF, -INF
+    row[N // 2] = positive[N // 2] - 0.25  # exactly on the hinge, for a margin that is exact too
+    for special in (None, NAN, INF):
+        if special is not None:
+            row[N - 1] = special
+        exact = [t.double().requires_grad_() for t in (positive, row, col)]
+        terms = sum(torch.where(0.25 + n - exact[0] < 0, 0, 0.25 + n - exact[0]) for n in (exact[1], exact[2][:N]))
+        truth = terms if reduction == "none" else terms.sum() / (N if reduction == "mean" else 1)
+        grad = torch.randn(truth.shape)
+        truth.backward(grad.double())
+        on = [t.to(DEVICE) for t in (positive, row, col)]
+        found = hinge_terms(*on, 0.25, reduction)
+        torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        for got, leaf in zip(hinge_terms_backward(grad.to(DEVICE), *on, 0.25, reduction), exact, strict=True):
+            torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
+    lines = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
+    grad = torch.tensor(2.0).expand(9).to(DEVICE)
+    dpositive, drow, dcol = hinge_terms_backward(grad, *lines, 0.25, "none")
+    assert (dpositive.tolist(), drow.tolist(), dcol.tolist()) == ([-4.0] * 9, [2.0] * 9, [2.0] * 9 + [0.0] * 3)
+    none = [t[:0] for t in lines[:2]]
+    assert hinge_terms(*none, lines[2], 0.25, "mean").tolist() == 0
+    assert hinge_terms(*none, lines[2], 0.25, "none").shape == (0,)
+    one = torch.ones(()).to(DEVICE)
+    assert hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
 
 
 # project

@@ -128,8 +128,11 @@ def nothing_found(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """pair_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
     N, M = len(a), len(b)
     pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
-    col_score = a.new_full((M,), float("-inf"), dtype=torch.float32)
-    row_index, col_index = a.new_empty(N, dtype=torch.int64), a.new_full((M,), -1, dtype=torch.int64)
+    col_score, col_index = a.new_empty(M, dtype=torch.float32), a.new_empty(M, dtype=torch.int64)
+    row_index = a.new_empty(N, dtype=torch.int64)
+    if N == 0:
+        col_score.fill_(float("-inf"))
+        col_index.fill_(-1)
     return pair_score, row_score, row_index, col_score, col_index
 
 

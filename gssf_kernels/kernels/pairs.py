@@ -52,6 +52,49 @@ def segment_sum_kernel(
     tl.store(out + i * D + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < D)
 
 
+@triton.jit
+def add_row(total, source, stride, row, weight, d, D):
+    """total [BD] and weight times a row of source; none at -1, and a zero weight adds nothing."""
+    weight = tl.zeros_like(total) + tl.where(row >= 0, weight, 0.0)
+    x = tl.load(source + row * stride + d, mask=(weight != 0) & (d < D), other=0.0)
+    return total + weight * x.to(tl.float32)
+
+
+@triton.jit
+def side(
+    i, pairs, dpair, down, dother, index, other_index, source, stride, out, K, D, BE: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Row i of one side's gradient: from its pair, its own hardest negative, and all whose hardest negative it is."""
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    weight = tl.load(dpair + i, mask=i < pairs, other=0.0)
+    total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D)
+    total = add_row(total, source, stride, tl.load(index + i), tl.load(down + i), d, D)
+    for e0 in range(0, K, BE):
+        e = e0 + tl.arange(0, BE)
+        mine = tl.load(other_index + e, mask=e < K, other=-1) == i
+        if tl.max(mine.to(tl.int32), 0) > 0:
+            weights = tl.load(dother + e, mask=mine, other=0.0)
+            inside = (mine & (weights != 0))[:, None] & (d < D)[None, :]
+            x = tl.load(source + e.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+            total += tl.sum(weights[:, None] * x.to(tl.float32), 0)
+    tl.store(out + i * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def scan_kernel(
+    dpair, drow, dcol, row_index, col_index, a, b, da, db, a_stride, b_stride, N, M, D,
+    BE: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """A program for every row of da, then for every row of db; of one alone where the other is None."""
+    p = tl.program_id(0).to(tl.int64)
+    if da is None:
+        side(p, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, BE, BD)
+    elif db is None or p < N:
+        side(p, N, dpair, drow, dcol, row_index, col_index, b, b_stride, da, M, D, BE, BD)
+    else:
+        side(p - N, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, BE, BD)
+
+
 def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
     """Return scores [E] fp32.
 
@@ -104,3 +147,40 @@ def pair_scores_backward(
         da = segment_sum(grad, rows, cols, operands.rows(b), like=a) if needs[0] else a.new_empty(0)
         db = segment_sum(grad, cols, rows, operands.rows(a), like=b) if needs[1] else b.new_empty(0)
     return da, db
+
+
+def hardest_negatives_backward(
+    dpair: torch.Tensor,
+    drow: torch.Tensor,
+    dcol: torch.Tensor,
+    row_index: torch.Tensor,
+    col_index: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`pair_scores_backward` of the pairs (i, i), (i, row_index[i]) and (col_index[j], j), in one launch if small.
+
+    dpair, drow: [N] fp32; dcol: [M] fp32; row_index, col_index: [N], [M] int64, -1 for none
+
+    Raises TypeError for other dtypes.
+    """
+    operands.check_dtype("hardest_negatives_backward", dpair, drow, dcol, a, b)
+    (N, D), M = a.shape, len(b)
+    if M > tiles.SCAN_ROWS:
+        i, j = torch.arange(N, device=a.device), torch.arange(M, device=a.device)
+        rows, cols = torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
+        return pair_scores_backward(torch.cat((dpair, drow, dcol)), rows, cols, a, b, needs)
+    da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+              for x, need in zip((a, b), needs, strict=True))  # fmt: skip
+    programs = (N if needs[0] else 0) + (M if needs[1] else 0)
+    if programs > 0:
+        given = operands.contiguous(dpair, drow, dcol, row_index, col_index)
+        a, b = operands.rows(a), operands.rows(b)
+        BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
+        with torch.cuda.device_of(a):
+            scan_kernel[(programs, triton.cdiv(D, BD))](
+                *given, a, b, da, db, a.stride(0), b.stride(0), N, M, D,
+                BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
+            )  # fmt: skip
+    return da if da is not None else a.new_empty(0), db if db is not None else b.new_empty(0)

@@ -90,7 +90,11 @@ PASS = Pass(16, 64, 8)
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
+TERMS = 1024  # terms of a loss that a program takes at a time
 PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
+
+SCAN_ROWS = 2048  # of either side, up to which a gradient's row looks for its edges itself: cheaper than a sort
+SCAN_EDGES = 32  # edges abreast there
 
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card

@@ -16,7 +16,7 @@ from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import paired_hardest_negatives
+from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -89,10 +89,7 @@ def triplet_loss(
         found = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
         return loss, diagnose(x, y, margin, *found)
     positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
-    count = positive.shape[0]
-    rows = reference.hinge(margin + hardest.row_score - positive)  # [N]
-    cols = reference.hinge(margin + hardest.col_score[:count] - positive)  # [N]
-    loss = reference.reduce(rows + cols, reduction)
+    loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
     return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
 
 

@@ -6,6 +6,7 @@ from gssf_kernels.statistics.hardest import (
     paired_relative_negatives,
     rescored_candidates,
 )
+from gssf_kernels.statistics.hinge import hinge_terms
 from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
@@ -15,6 +16,7 @@ from gssf_kernels.statistics.sums import sum_scores
 __all__ = [
     "hardest_negatives",
     "hardest_positives",
+    "hinge_terms",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",

@@ -13,7 +13,6 @@ from torch import Tensor
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import accumulation_dtype, backends, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
-from gssf_kernels.statistics.pairs import pair_gradients
 
 
 def hardest_negatives(
@@ -128,13 +127,17 @@ class _PairedHardestNegatives(torch.autograd.Function):
         a, b, *_ = inputs
         _, _, row_index, _, col_index, *terms = output
         ctx.mark_non_differentiable(row_index, col_index, *terms)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, b, row_index, col_index)
 
     @staticmethod
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index, *_dterms):
         a, b, row_index, col_index = ctx.saved_tensors
-        grad = torch.cat((dpair, drow, dcol))
-        return (*pair_gradients(ctx, grad, *_edges(row_index, col_index), a, b), None, None, None)
+        needs = list(ctx.needs_input_grad[:2])
+        op = torch.ops.gssf.hardest_negatives_backward
+        grads = _whole((dpair, drow, dcol), a, b)
+        found = last_derivative(op, *grads, row_index, col_index, a, b, needs)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
 class _StructuredHardestNegatives(torch.autograd.Function):
@@ -154,12 +157,13 @@ class _StructuredHardestNegatives(torch.autograd.Function):
         x, y, diag, blocks, permutation, ctx.normalize, *_ = inputs
         _, _, row_index, _, col_index, *terms = output
         ctx.mark_non_differentiable(row_index, col_index, *terms)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, diag, blocks, permutation, row_index, col_index)
 
     @staticmethod
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index, *_dterms):
         x, y, diag, blocks, permutation, row_index, col_index = ctx.saved_tensors
-        grad = torch.cat((dpair, drow, dcol))
+        grad = torch.cat(_whole((dpair, drow, dcol), x, y))
         rows, cols = _edges(row_index, col_index)
         op = torch.ops.gssf.pairs_project_backward
         dx = ddiag = dblocks = dy = None
@@ -187,6 +191,28 @@ def _fake(a, b, a_ids, b_ids):
                  ((n, score), (n, score), (n, index), (m, score), (m, index)))  # fmt: skip
 
 
+def _whole(grads, a, b) -> tuple[Tensor, ...]:
+    """The gradients of the pairs [N], row maxima [N] and column maxima [M], zeros for what was not used."""
+    sizes, dtype = (a.shape[0], a.shape[0], b.shape[0]), accumulation_dtype(a.dtype)
+    return tuple(a.new_zeros(n, dtype=dtype) if g is None else g for g, n in zip(grads, sizes, strict=True))
+
+
+def _reference_backward(dpair, drow, dcol, row_index, col_index, a, b, needs):
+    grad = torch.cat((dpair, drow, dcol))
+    return torch.ops.gssf.pair_scores_backward(grad, *_edges(row_index, col_index), a, b, needs)
+
+
+def _fake_backward(dpair, drow, dcol, row_index, col_index, a, b, needs):
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True))
+
+
+define(
+    "hardest_negatives_backward(Tensor dpair, Tensor drow, Tensor dcol, Tensor row_index, Tensor col_index, Tensor a, "
+    "Tensor b, bool[] needs) -> (Tensor, Tensor)",
+    reference=_reference_backward,
+    fake=_fake_backward,
+    triton="pairs.hardest_negatives_backward",
+)
 _SIGNATURE = "(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 define(
