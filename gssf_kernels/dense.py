@@ -43,7 +43,7 @@ def chunks(
     channels = Right(b, dtype) if needs[0] else None
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
-    db = b.new_zeros(b.shape, dtype=dtype) if needs[1] else None
+    db = (b.new_empty if a.shape[0] else b.new_zeros)(b.shape, dtype=dtype) if needs[1] else None
     for first in range(0, a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
@@ -53,7 +53,7 @@ def chunks(
         if da is not None and channels is not None:
             channels.product(ds, da[first : first + rows])
         if db is not None:
-            Right(part, dtype).product(ds.mT, db, add=True)
+            Right(part, dtype).product(ds.mT, db, add=first > 0)
     return da, db
 
 

@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         "dense: db keeps the last chunk alone",
         "gssf_kernels/dense.py",
-        "Right(part, dtype).product(ds.mT, db, add=True)",
+        "Right(part, dtype).product(ds.mT, db, add=first > 0)",
         "Right(part, dtype).product(ds.mT, db)",
         "tests/test_dense.py",
     ),

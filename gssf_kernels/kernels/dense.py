@@ -1,8 +1,8 @@
 """The passes over a chunk of scores s [R, M]: statistics of rows and columns, and s turned into ds in place.
 
-A program reduces one tile [BR, BM] to partial results of its rows and its columns, each in a place of its own; plain
-PyTorch folds them in the tiles' order. No atomics: the same inputs give the same bits. The formulas stand in
-`gssf_kernels/statistics/logsumexp.py` and `sums.py`.
+A program reduces one tile [BR, BM] to partial results of its rows and its columns, each in a place of its own; a second
+kernel, or for sums PyTorch's, folds them in the tiles' order. No atomics: the same inputs give the same bits. The
+formulas stand in `gssf_kernels/statistics/logsumexp.py` and `sums.py`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,46 @@ def logsumexp_kernel(
     at = tl.program_id(0).to(tl.int64) * M + j
     tl.store(col_max + at, top, mask=j < M)
     tl.store(col_sum + at, total, mask=j < M)
+
+
+@triton.jit
+def merge_logs(top, total, tops, totals, lane, length, parts, BP: tl.constexpr):
+    """(max, Σ e^(· - max)) [BL] merged with the partial ones tops, totals [parts, length] at the given lanes."""
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
+        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        t = tl.load(tops + at, mask=inside, other=float("-inf"))
+        sums = tl.load(totals + at, mask=inside, other=0.0)
+        new = tl.maximum(top, tl.max(t, 0))
+        factor = tl.where(t == new[None, :], 1.0, tl.exp(t - new[None, :]))  # infinite ones too
+        found = tl.sum(tl.where(t == float("-inf"), 0.0, sums * factor), 0)
+        before = tl.where(top == float("-inf"), 0.0, total * tl.where(top == new, 1.0, tl.exp(top - new)))
+        top, total = new, before + found
+    return top, total
+
+
+@triton.jit(do_not_specialize=["R", "M", "down", "across"])
+def merge_logs_kernel(
+    rows, cols, row_max, row_sum, col_max, col_sum, R, M, down, across, BP: tl.constexpr, BL: tl.constexpr
+):  # fmt: skip
+    """Finish the chunk's rows, BL to a program, and merge its columns into those of the chunks before."""
+    row_programs = tl.cdiv(R, BL)
+    if tl.program_id(0) < row_programs:
+        i = tl.program_id(0) * BL + tl.arange(0, BL)
+        top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
+        half = across.to(tl.int64) * R
+        top, total = merge_logs(top, total, rows, rows + half, i, R, across, BP)
+        tl.store(row_max + i, top, mask=i < R)
+        tl.store(row_sum + i, total, mask=i < R)
+    else:
+        j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+        top = tl.load(col_max + j, mask=j < M, other=float("-inf"))
+        total = tl.load(col_sum + j, mask=j < M, other=0.0)
+        half = down.to(tl.int64) * M
+        top, total = merge_logs(top, total, cols, cols + half, j, M, down, BP)
+        tl.store(col_max + j, top, mask=j < M)
+        tl.store(col_sum + j, total, mask=j < M)
 
 
 @triton.jit(do_not_specialize=["R", "M"])
@@ -178,13 +218,6 @@ def grid(s: torch.Tensor) -> tuple[int, int, dict[str, int]]:
     return triton.cdiv(s.shape[0], tile.BR), triton.cdiv(s.shape[1], tile.BM), options
 
 
-def merged(tops: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(max, Σ e^(· - max)) over the first dimension of partial ones."""
-    top = tops.amax(0)
-    factor = torch.where(tops == top, 1.0, torch.exp(tops - top))  # infinite ones too
-    return top, torch.where(tops == -torch.inf, 0.0, sums * factor).sum(0)
-
-
 def logsumexp_pass(
     s: torch.Tensor,
     scale: torch.Tensor,
@@ -203,14 +236,14 @@ def logsumexp_pass(
         row_max.fill_(float("-inf"))
         row_sum.zero_()
         return
-    row_parts, col_parts = s.new_empty(2, across, R), s.new_empty(2, down + 1, M)
+    rows, cols = s.new_empty(2, across, R), s.new_empty(2, down, M)
+    BL = tiles.MERGE_LANES
     with torch.cuda.device_of(s):
-        logsumexp_kernel[(down, across)](s, scale, *row_parts, *col_parts[:, 1:], s.stride(0), R, M, **options)
-    col_parts[0, 0], col_parts[1, 0] = col_max, col_sum
-    for out, found in zip(
-        (row_max, row_sum, col_max, col_sum), (*merged(*row_parts), *merged(*col_parts)), strict=True
-    ):
-        out.copy_(found)
+        logsumexp_kernel[(down, across)](s, scale, *rows, *cols, s.stride(0), R, M, **options)
+        merge_logs_kernel[(triton.cdiv(R, BL) + triton.cdiv(M, BL),)](
+            rows, cols, row_max, row_sum, col_max, col_sum, R, M, down, across,
+            BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2,
+        )  # fmt: skip
 
 
 def softmax_pass(
@@ -238,7 +271,7 @@ def softmax_pass(
         softmax_kernel[(down, across)](
             s, scale, row_max, row_log, row_grad, col_max, col_log, col_grad, parts, s.stride(0), R, M, **options
         )  # fmt: skip
-    along.copy_(parts.sum(0))
+    torch.sum(parts, 0, out=along)
 
 
 def score_sums_pass(
@@ -275,8 +308,9 @@ def score_sums_pass(
             s, scale, row_bias, row_weight, col_bias, col_weight, row_ids, col_ids, row_parts, col_parts, s.stride(0),
             R, M, K, first, KIND=kind, POSITIVES=positives, COLUMNS=K > 0, GRADIENT=gradient, **options,
         )  # fmt: skip
-    rows.copy_(row_parts.sum(0))
-    cols.add_(col_parts.sum(0))
+    torch.sum(row_parts, 0, out=rows)
+    if K:
+        cols.add_(col_parts.sum(0))
 
 
 def relation_pass(
@@ -294,4 +328,4 @@ def relation_pass(
         relation_kernel[(down, across)](
             f, u, w, lam, parts, f.stride(0), R, M, KIND=kind, GRADIENT=gradient, **options
         )  # fmt: skip
-    rows.copy_(parts.sum(0))
+    torch.sum(parts, 0, out=rows)

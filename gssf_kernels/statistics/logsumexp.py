@@ -111,9 +111,9 @@ def _together(maxima, sums):
 
 
 def _backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
-    # Where all is -inf, e^{t − 0 − 0} is the 0 that belongs there.
-    rows = [torch.where(row_max == -torch.inf, 0, t) for t in (row_max, row_log)]
-    cols = [torch.where(col_max == -torch.inf, 0, t) for t in (col_max, col_log)]
+    # Where all is -inf, e^{t − l − l} with the least number l is the 0 that belongs there.
+    least = torch.finfo(row_max.dtype).min
+    rows, cols = ([t.clamp_min(least) for t in line] for line in ((row_max, row_log), (col_max, col_log)))
     unit = unit_of(a.dtype, drow, dcol, dpair)
     if unit is not None:
         drow, dcol, dpair = (g / unit if g is not None else None for g in (drow, dcol, dpair))
