@@ -5,9 +5,9 @@
 //
 //     |s - ŝ| <= ‖δa‖ ‖b̂‖ + ‖a‖ ‖δb‖ + γ ‖â‖ ‖b̂‖ + τ,   since s - â·b̂ = δa·b̂ + a·δb (Cauchy and Schwarz).
 //
-// γ = D u bounds the rounding of a sum of D exact products in any order (Higham, Accuracy and Stability of Numerical
-// Algorithms, 2nd ed., section 4.2), because Σ |â b̂| <= ‖â‖ ‖b̂‖; τ what units lose that take subnormals for zero. All
-// norms are those measured of the rows at hand, rounded up, so this holds for every finite input.
+// γ = D u / (1 - D u) bounds the rounding of a sum of D exact products in any order (Higham, Accuracy and Stability of
+// Numerical Algorithms, 2nd ed., section 4.2), because Σ |â b̂| <= ‖â‖ ‖b̂‖; τ what units lose that take subnormals for
+// zero. All norms are those measured of the rows at hand, rounded up, so this holds for every finite input.
 //
 // A tile's ŝ thus bound each line's best from below, and whatever cannot reach the best bound so far is passed over.
 // What is left, one or two scores a line, is made again in fp64, in which products of fp32 numbers are exact. Where the
@@ -36,7 +36,8 @@ class ErrorBound {
       }
       longest_.push_back(found);
     }
-    sum_ = double(depth + 32) * 0x1p-24;  // and the few roundings of the bound itself
+    const double roundings = double(depth + 32) * 0x1p-24;  // with the few of the bound itself
+    sum_ = roundings < 0.5 ? roundings / (1 - roundings) : INFINITY;
     flushed_ = double(depth) * 0x1p-124;
   }
 
@@ -49,7 +50,7 @@ class ErrorBound {
 
   // Whether no sum of any line can leave fp32's range; false too where an input is not finite.
   bool sums_are_finite() const {
-    double most = 0;
+    double most = std::isfinite(sum_) ? 0 : INFINITY;
     for (const auto& block : longest_) most = std::isfinite(block.norm) ? std::max(most, block.norm) : INFINITY;
     for (size_t i = 0; i < lines_.norm.size(); ++i)
       if (!((double(lines_.norm[i]) + lines_.residue[i]) * most < 0x1p126)) return false;

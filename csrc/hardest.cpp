@@ -277,9 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
 
 TORCH_LIBRARY_FRAGMENT(gssf, library) {
   library.def(
-      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify) -> (Tensor, Tensor, "
-      "Tensor, "
-      "Tensor, Tensor, int)");
+      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, int)");
   library.def("rounded_scores(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
   library.def("bf16_unit() -> str", []() -> std::string {
     switch (bf16_unit()) {

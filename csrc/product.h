@@ -1,7 +1,7 @@
 // Products of matrices, which the sweeps are made of.
 //
 // Written here and not a library's: the sums of a score are in an order of their own, so that equal rows have equal
-// scores wherever they stand and no thread count, tile or processor changes a bit; an operand is packed once for many
+// scores wherever they stand and no thread count or tile changes a bit; an operand is packed once for many
 // products; and a tile is still in the cache when its epilogue comes.
 #pragma once
 

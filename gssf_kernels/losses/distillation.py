@@ -47,7 +47,7 @@ def relational_distillation_loss(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: three half products, and one whole for the gradient. Extra memory: three half-sized chunks of scores besides
-    the gradient, and for fp16 and bf16 on the CPU fp32 copies of the inputs.
+    the gradient, and on the CPU fp32 copies of the three inputs, of student's two with a gradient.
     """
     _checks.choice(kind, "kind", tuple(KINDS))
     shares = _weights(weights)

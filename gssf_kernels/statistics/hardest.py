@@ -35,16 +35,18 @@ def hardest_negatives(
         named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``; scores in fp32
         (fp64 for fp64) and differentiable once, indices int64.
 
-    On a CPU with a unit for bf16 products (AVX-512 BF16, AMX), fp32 and fp16 inputs of a million scores and more are
-    mined exactly: the winners are those of the exact scores, which are returned rounded to fp32, at about the price of
-    the bf16 product (``csrc/certified.h``; :func:`rescored_candidates` tells how many scores it made again). With
-    ``torch.set_float32_matmul_precision("medium")``, where PyTorch's own products round to bf16, so do ours.
+    On a CPU with a unit for bf16 products (AVX-512 BF16, AMX), fp32 and fp16 inputs of so many scores that it pays (a
+    million, with AMX a quarter of that) are mined exactly: the winners are those of the exact scores, which are
+    returned rounded to fp32, at about the price of the bf16 product (``csrc/certified.h``; :func:`rescored_candidates`
+    tells how many scores it made again). With ``torch.set_float32_matmul_precision("medium")``, where PyTorch's own
+    products round to bf16, so do ours.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one N x M x D product; extra memory O(N + M) on the CPU (for fp16 and bf16 there, fp32 copies of a
-    and b besides), and a fixed number of partial results on a GPU.
+    Time: one N x M x D product. Extra memory: O(N + M), and on the CPU b packed for the products (an fp32 copy, and of
+    fp16 inputs one of a too; on a bf16 unit bf16 copies of a and, twice, of b); on a GPU a fixed number of partial
+    results.
     """
     return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
 
@@ -69,7 +71,7 @@ def rescored_candidates(
     """How many scores certified mining makes again in fp64 for these inputs: a diagnosis, not differentiable.
 
     One or two for every row and column is what embeddings in training give. ``N * M`` says that the bound told too few
-    scores apart (copies of one row, lengths over many decades) and that all were made in fp64, at some four times the
+    scores apart (copies of one row, lengths over many decades) and that all were made in fp64, at some five times the
     time. None where this processor has no bf16 unit. Arguments and errors as in :func:`hardest_negatives`; fp32 or fp16
     on the CPU.
     """
