@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import re
 import signal
 import subprocess
@@ -95,6 +96,8 @@ def _sweeps() -> Iterator[Case]:
             yield Case(f"hardest_negatives {size} of one side twice", launcher, make, kernels, product)
             make = partial(_sweep, launcher, dtype, *ragged[size], "off 16 bytes")
             yield Case(f"hardest_negatives {size} with ids ragged", launcher, make, kernels, product)
+        if product == "ieee":
+            yield from _certified(aligned)
         launcher, kernels = relative.relative_negatives, (*kernels, "terms_kernel")
         for size, ids, beta in (
             ("small", aligned, None),
@@ -109,6 +112,21 @@ def _sweeps() -> Iterator[Case]:
             make = partial(_sweep, launcher, dtype, *shape, ids, torch.tensor(0.1), beta)
             words = (size, "with ids" if ids else "", "ragged" if shape is ragged[size] else "", f"beta={beta}")
             yield Case(f"relative_negatives {' '.join(filter(None, words))}", launcher, make, kernels, product)
+
+
+def _certified(aligned: str) -> Iterator[Case]:
+    """The launcher of hardest negatives takes this way from `tiles.CERTIFIED_SCORES` on."""
+    kernels = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
+    n = math.isqrt(tiles.CERTIFIED_SCORES - 1) + 1
+    for size, d in (("narrow", 256), ("wide", 1024)):
+        for words, shape, ids, twice in (
+            ("", (n, d), "", False),
+            (" with ids", (n, d), aligned, False),
+            (" of one side twice", (n, d), aligned, True),
+            (" with ids ragged", (n + 1, d - 23), "off 16 bytes", False),
+        ):
+            make = partial(_sweep, hardest.hardest_negatives, torch.float32, *shape, ids, twice=twice)
+            yield Case(f"hardest_negatives certified {size}{words}", hardest.hardest_negatives, make, kernels)
 
 
 def _pair_forward(dtype: torch.dtype, d: int) -> tuple:

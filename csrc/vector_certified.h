@@ -44,7 +44,8 @@ static void pack_pairs_of(const uint32_t* rows, int64_t ld, int64_t pairs, int64
   }
 }
 
-// x · y in fp64, where products of fp32 numbers are exact; in an order that is the same for all instruction sets.
+// x · y in fp64, where products of fp32 numbers are exact. Channel c is added to sum c mod 32, and those are folded in
+// halves: the same bits by every instruction set, and by kernels/certified.py.
 template <class T>
 GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n) {
   using V = Simd<double>::Vector;
@@ -64,7 +65,10 @@ GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n) {
   for (int64_t k = 0; k < n; k += 4 * L)
     for (int64_t part = 0; part < 4 && k + part * L < n; ++part)
       sum[part] += wide(x + k + part * L, n - k - part * L) * wide(y + k + part * L, n - k - part * L);
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  V total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  for (int64_t half = L / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) total[l] += total[l + half];
+  return total[0];
 }
 
 // -inf at those of s [n, m] whose ids are equal.

@@ -29,9 +29,9 @@ def exact(a, b, a_ids=None, b_ids=None):
     return s, pair
 
 
-def check(a, b, a_ids=None, b_ids=None, ties=False):
+def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified):
     """Winners to the bit; where scores tie in fp64 but for its own rounding, by their scores, and exactly if `ties`."""
-    (pair, row_score, row_index, col_score, col_index), rescored = certified(a, b, a_ids, b_ids)
+    (pair, row_score, row_index, col_score, col_index), rescored = by(a, b, a_ids, b_ids)
     s, pairs = exact(a, b, a_ids, b_ids)
     size = a.double().abs() @ b.double().abs().T  # what fp64's own rounding of a score is relative to
     noise = 2.0**-50 * max(a.shape[1], 8)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.hardest import best
+from gssf_kernels.kernels.epilogues import best
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands
-from gssf_kernels.kernels.hardest import best, merge_kernel, nothing_found, only_negatives, tile_lines
+from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
+from gssf_kernels.kernels.hardest import merge_kernel, nothing_found
 from gssf_kernels.kernels.sweep import Sweep
 
 

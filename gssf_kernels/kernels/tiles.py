@@ -39,6 +39,16 @@ class Pass(NamedTuple):
     num_warps: int
 
 
+class Rescore(NamedTuple):
+    """A tile of what makes scores again: BL lines, BP parts looked at and BC scores of each made at a time."""
+
+    BL: int
+    BP: int
+    BC: int
+    unroll: int
+    num_warps: int
+
+
 # kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
 # for epilogues that sum terms of every score (`relative`): with more scores in registers they would spill.
@@ -87,6 +97,9 @@ PROJECT = {
 }
 
 PASS = Pass(16, 64, 8)
+ROUND = Pass(4, 256, 4)
+RESCORE = {"best": Rescore(8, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
+CERTIFIED_SCORES = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
