@@ -30,6 +30,8 @@ def quick(device: str) -> list[Entry]:
     for op in (*points, "nearest", "top_scores"):
         others = ["naive", *peers.serving(op, device)]
         entries.append(_entry(op, n, 512, dtype, device, others, seconds))
+    if device == "cuda":
+        entries.append(_entry("hardest_negatives", 16384, 1024, "float32", device, ["naive", "swept"], seconds))
     for op in ("project", "pair_scores"):
         entries.append(_entry(op, 4 * n, 512, dtype, device, ["naive", "compile"], seconds))
     return entries

@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from device_path import DEVICE, Waits, device_path
 
+from gssf_kernels.kernels import tiles
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # fp16 differs from bf16 in no choice made on the host
 # What a replay may be off, relative to the largest number: the library may choose another product while capturing.
 REPLAYED = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.int64: 0}
@@ -77,6 +79,17 @@ def test_nothing_waits_and_nothing_leaves_the_device(case, dtype):
     triton = [name for name in path.launches if not name.startswith("aten::")]
     plain_pytorch = dtype == torch.float64 or case.name.startswith("triplet-semihard")
     assert bool(triton) != plain_pytorch or not any(t.numel() for t in tensors.values())
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.function in ("hardest_negatives", "triplet_loss")], ids=str)
+def test_certified_mining_does_not_wait(case, monkeypatch):
+    """Which takes more scores than the table's cases have."""
+    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 1)
+    tensors, options = case.inputs(torch.float32, device=DEVICE)
+    with device_path() as path:
+        step(case, leaves(tensors), options)
+    if case.name in SINGLE and "all" not in case.name and "semihard" not in case.name:
+        assert "rescore_kernel" in path.launches
 
 
 def _on_cpu(case, dtype):

@@ -90,6 +90,41 @@ def test_what_tf32_chooses_is_nearly_the_best(precision):
             assert float((best[some] - taken).max()) <= floor * float(best[some].abs().max())
 
 
+@pytest.mark.parametrize("precision", ["highest"], indirect=True)
+@pytest.mark.parametrize(("n", "m", "d"), [(4096, 4096, 512), (2500, 3001, 77)])
+def test_certified_mining_gives_the_bits_of_the_cpu(n, m, d, precision):
+    a, b = (torch.nn.functional.normalize(torch.randn(k, d), dim=1) for k in (n, m))
+    b[40:80] = b[1000:1040]  # ties
+    ids = torch.arange(m) // 3
+    for labels in (None, ids):
+        mine = None if labels is None else labels[:n].clone()
+        found = gk.hardest_negatives(a.to(CUDA), b.to(CUDA), a_ids=None if mine is None else mine.to(CUDA),
+                                     b_ids=None if labels is None else labels.to(CUDA))  # fmt: skip
+        for got, expected in zip(found, gk.hardest_negatives(a, b, a_ids=mine, b_ids=labels), strict=True):
+            assert torch.equal(got.cpu(), expected)
+    made = gk.rescored_candidates(a.to(CUDA), b.to(CUDA))
+    assert n + m <= made <= 40 * (n + m)
+
+
+@pytest.mark.parametrize("d", [64, 1024, 8192])
+@pytest.mark.parametrize("kind", ["normal", "of one sign", "of many sizes"])
+def test_what_a_tensor_core_loses_is_within_what_the_bound_allows(kind, d):
+    """Four roundings of fp32 for every term: the γ of kernels/certified.py."""
+    a, b = torch.randn(2, 512, d, device=CUDA).unbind()
+    if kind == "of one sign":
+        a, b = a.abs(), b.abs()
+    if kind == "of many sizes":
+        a, b = (x * 10.0 ** torch.empty(512, d, device=CUDA).uniform_(-6, 6) for x in (a, b))
+    a, b = a.bfloat16(), b.bfloat16()
+    found = gk.hardest_negatives(a, b)
+    x, y = a.double(), b.double()
+    off = (found.row_score.double() - (x * y[found.row_index]).sum(1)).abs()
+    size = x.norm(dim=1) * y[found.row_index].norm(dim=1)
+    share = float((off / size).max()) / (d * 2.0**-22)
+    print(f"{kind}, D {d}: {share:.2g} of what is allowed")
+    assert share <= 1
+
+
 def test_nothing_spills_on_the_card():
     """What the driver says of every kernel of the table's lines that runs here."""
     kernels = [value for module in MODULES for value in vars(module).values() if isinstance(value, JITFunction)]

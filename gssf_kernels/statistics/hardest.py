@@ -7,6 +7,8 @@ scores come free. Only 2N + M scores carry gradient; the backward gathers exactl
 (:mod:`gssf_kernels.statistics.pairs`). Source of the statistic: VSE++, arXiv 1707.05612.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -38,15 +40,16 @@ def hardest_negatives(
     On a CPU with a unit for bf16 products (AVX-512 BF16, AMX), fp32 and fp16 inputs of so many scores that it pays (a
     million, with AMX a quarter of that) are mined exactly: the winners are those of the exact scores, which are
     returned rounded to fp32, at about the price of the bf16 product (``csrc/certified.h``; :func:`rescored_candidates`
-    tells how many scores it made again). With ``torch.set_float32_matmul_precision("medium")``, where PyTorch's own
-    products round to bf16, so do ours.
+    tells how many scores it made again). So, to the same bits, are fp32 inputs of four million scores and more on a GPU
+    (``kernels/certified.py``). ``torch.set_float32_matmul_precision`` governs both: where "high" lets PyTorch's own
+    products be TF32, or "medium" bf16, ours are.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: one N x M x D product. Extra memory: O(N + M), and on the CPU b packed for the products (an fp32 copy, and of
     fp16 inputs one of a too; on a bf16 unit bf16 copies of a and, twice, of b); on a GPU a fixed number of partial
-    results.
+    results, and for certified mining bf16 copies of a and b.
     """
     return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
 
@@ -70,20 +73,32 @@ def rescored_candidates(
 ) -> int | None:
     """How many scores certified mining makes again in fp64 for these inputs: a diagnosis, not differentiable.
 
-    One or two for every row and column is what embeddings in training give. ``N * M`` says that the bound told too few
-    scores apart (copies of one row, lengths over many decades) and that all were made in fp64, at some five times the
-    time. None where this processor has no bf16 unit. Arguments and errors as in :func:`hardest_negatives`; fp32 or fp16
-    on the CPU.
+    One or two for every row and column is what embeddings in training give. ``N * M`` and more says that the bound told
+    too few scores apart (copies of one row, lengths over many decades) and that all were made in fp64, on the CPU at
+    some five times the time. None where this processor has no bf16 unit. On a GPU a tile's scores of a row, or of a
+    column, are all made where two of them are too near each other, and the caller waits for the number. Arguments and
+    errors as in :func:`hardest_negatives`; fp32, on the CPU also fp16.
     """
     _checks.sides(a, b, "a", "b")
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
-    if a.dtype not in (torch.float32, torch.float16):
-        raise TypeError(f"a: expected dtype float32 or float16, got {a.dtype}")
-    if a.device.type != "cpu":
-        raise ValueError(f"a: expected device cpu, got {a.device}")
+    served = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32,)}
+    if a.device.type not in served:
+        raise ValueError(f"a: expected device cpu or cuda, got {a.device}")
+    if a.dtype not in served[a.device.type]:
+        names = " or ".join(str(dtype)[6:] for dtype in served[a.device.type])
+        raise TypeError(f"a: expected dtype {names}, got {a.dtype}")
+    if a.device.type == "cuda":
+        return _rescored_on_cuda(a.detach(), b.detach(), a_ids, b_ids)
     if backends()["hardest_negatives"]["certified"] == "no":
         return None
     return torch.ops.gssf.hardest_negatives_by(a.detach(), b.detach(), a_ids, b_ids, True)[-1]
+
+
+def _rescored_on_cuda(a, b, a_ids, b_ids) -> int | None:
+    if backends()["hardest_negatives"]["cuda"] != "triton":
+        return None
+    certified = importlib.import_module("gssf_kernels.kernels.certified")
+    return int(certified.hardest_negatives(a, b, a_ids, b_ids)[-1]) if len(a) else 0
 
 
 def _paired(x, y, x_ids, y_ids, names, metric, relative):
