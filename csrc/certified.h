@@ -18,6 +18,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
 #include "epilogues.h"
@@ -131,9 +132,11 @@ class Candidates {
   static void fold_rows(const Tile&, const Slot&) {}
   static void fold_cols(const Tile&, const Slot&) {}
 
-  // Those that may be a best one, now that all scores were seen.
+  // Those that may be a best one, now that all scores were seen; by rows, which are then read once.
   const std::vector<Candidate>& left() {
     prune();
+    std::sort(found_.begin(), found_.end(),
+              [](const Candidate& x, const Candidate& y) { return std::tie(x.i, x.j) < std::tie(y.i, y.j); });
     return found_;
   }
 

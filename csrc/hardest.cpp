@@ -111,6 +111,7 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
 // s_ij of the rows of a and b in fp64, for both fp32 or both fp16.
 template <class Index>
 std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count, Index index) {
+  RECORD_FUNCTION("gssf::stage::rescore", {});
   std::vector<double> out(count);
   const Tensor x = a.contiguous(), y = b.contiguous();
   const int64_t depth = x.size(1);
@@ -118,7 +119,9 @@ std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count
     at::parallel_for(0, count, ceil_div(1 << 14, std::max<int64_t>(depth, 1)), [&](int64_t k, int64_t end) {
       for (; k < end; ++k) {
         const auto [i, j] = index(k);
-        out[k] = GSSF_VECTORIZED(exact_dot_of, p + i * depth, q + j * depth, depth);
+        const auto [next_i, next_j] = index(std::min(k + 1, end - 1));
+        out[k] = GSSF_VECTORIZED(exact_dot_of, p + i * depth, q + j * depth, depth, p + next_i * depth,
+                                 q + next_j * depth);
       }
     });
   };

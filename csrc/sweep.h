@@ -10,10 +10,13 @@
 // row belong to it too. The tiles of one block of rows are folded in the order of their columns, those of one
 // block of columns in the order of their rows, so that even sums have the same bits whatever the thread count.
 // Row blocks go through in rounds, which bounds the slots and, the order being the same, changes no bit either.
+//
+// Stages are named for PyTorch's profiler ("gssf::stage::…"), which sees those of the calling thread.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
 #include <atomic>
@@ -64,11 +67,16 @@ void sweep(const Factors& factors, const Blocks& rows, const Blocks& cols, Epilo
       for (int64_t t; (t = next.fetch_add(1)) < tiles;) {
         const Tile tile = at_place(t);
         if (left_out(tile)) continue;
-        factors.tile(tile, s);
+        {
+          RECORD_FUNCTION("gssf::stage::product", {});
+          factors.tile(tile, s);
+        }
+        RECORD_FUNCTION("gssf::stage::epilogue", {});
         epilogue.tile(s, tile, slots[t]);
       }
       Factors::leave_thread();
     });
+    RECORD_FUNCTION("gssf::stage::fold", {});
     const int64_t lines = blocks + cols.count;
     const bool few = tiles * (rows.size + cols.size) < 4096;  // less work than threads take to start
     at::parallel_for(0, lines, few ? lines : 1, [&](int64_t begin, int64_t end) {

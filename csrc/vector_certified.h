@@ -15,9 +15,9 @@ GSSF_INLINE void round_row(const T* x, int64_t n, int64_t padded, uint16_t* out,
   } else {
     V whole{}, lost{};
     for (int64_t k = 0; k < padded; k += L) {
-      float wide[L] = {};
-      if (k < n) convert(wide, x + k, std::min(n - k, L));
-      const V v = load<V>(wide);
+      V v{};
+      if (k + L <= n) convert(reinterpret_cast<float*>(&v), x + k, L);
+      else if (k < n) convert(reinterpret_cast<float*>(&v), x + k, n - k);
       const I bits = (I)v, kept = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
       const I normal = (kept & 0x7f800000) == 0 ? I{} : kept;
       const V rest = v - (V)normal;
@@ -45,26 +45,33 @@ static void pack_pairs_of(const uint32_t* rows, int64_t ld, int64_t pairs, int64
 }
 
 // x · y in fp64, where products of fp32 numbers are exact. Channel c is added to sum c mod 32, and those are folded in
-// halves: the same bits by every instruction set, and by kernels/certified.py.
+// halves: the same bits by every instruction set, and by kernels/certified.py. Meanwhile the rows that come next are
+// fetched, which lie anywhere.
 template <class T>
-GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n) {
+GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x, const T* next_y) {
   using V = Simd<double>::Vector;
   typedef float Narrow __attribute__((vector_size(32)));
-  constexpr int64_t L = Simd<double>::lanes;
-  const auto wide = [](const T* p, int64_t count) {
-    constexpr int64_t L = Simd<double>::lanes;
-    Narrow v{};
-    if constexpr (std::is_same_v<T, float>) {
-      std::memcpy(&v, p, std::min(count, L) * sizeof(float));
-    } else {
-      for (int64_t l = 0; l < std::min(count, L); ++l) v[l] = static_cast<float>(p[l]);
-    }
+  constexpr int64_t L = Simd<double>::lanes, kStep = 4 * L;
+  const auto wide = [](const T* p) {
+    Narrow v;
+    convert(reinterpret_cast<float*>(&v), p, L);
     return __builtin_convertvector(v, V);
   };
   V sum[4] = {};
-  for (int64_t k = 0; k < n; k += 4 * L)
-    for (int64_t part = 0; part < 4 && k + part * L < n; ++part)
-      sum[part] += wide(x + k + part * L, n - k - part * L) * wide(y + k + part * L, n - k - part * L);
+  const auto add = [&](const T* p, const T* q) {
+    for (int64_t part = 0; part < 4; ++part) sum[part] += wide(p + part * L) * wide(q + part * L);
+  };
+  int64_t k = 0;
+  for (; k + kStep <= n; k += kStep) {
+    for (int64_t line = k; line < k + kStep; line += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(next_x + line), __builtin_prefetch(next_y + line);
+    add(x + k, y + k);
+  }
+  if (k < n) {
+    T last_x[kStep] = {}, last_y[kStep] = {};
+    std::copy(x + k, x + n, last_x), std::copy(y + k, y + n, last_y);
+    add(last_x, last_y);
+  }
   V total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
   for (int64_t half = L / 2; half > 0; half /= 2)
     for (int64_t l = 0; l < half; ++l) total[l] += total[l + half];
@@ -135,11 +142,13 @@ static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* ro
   return count;
 }
 
-#define GSSF_CERTIFIED_KERNELS(T)                                                                  \
-  static void round_row_of(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) { \
-    round_row(x, n, padded, out, squares);                                                         \
-  }                                                                                                \
-  static double exact_dot_of(const T* x, const T* y, int64_t n) { return exact_dot(x, y, n); }
+#define GSSF_CERTIFIED_KERNELS(T)                                                                   \
+  static void round_row_of(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) {  \
+    round_row(x, n, padded, out, squares);                                                          \
+  }                                                                                                 \
+  static double exact_dot_of(const T* x, const T* y, int64_t n, const T* next_x, const T* next_y) { \
+    return exact_dot(x, y, n, next_x, next_y);                                                      \
+  }
 GSSF_CERTIFIED_KERNELS(float)
 GSSF_CERTIFIED_KERNELS(c10::Half)
 GSSF_CERTIFIED_KERNELS(c10::BFloat16)
