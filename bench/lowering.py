@@ -37,6 +37,7 @@ from gssf_kernels.kernels import dense, hardest, hinge, pairs, positives, projec
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
+PROCESSORS = 4  # of the card that is not there
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # A product: dtype, and torch.get_float32_matmul_precision().
 PRODUCTS = {
@@ -338,6 +339,7 @@ def lower(case: Case, arch: int) -> list[Lowered]:
         for place, name, instead in (
             (JITFunction, "run", compile_only),
             (tiles, "architecture", lambda device: arch),
+            (tiles, "processors", lambda device: PROCESSORS),
             (tiles, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
             (tiles, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
             (driver, "_active", _Target(arch)),

@@ -57,6 +57,7 @@ def candidates(line: tiles.Sweep, arch: int) -> list[tiles.Sweep]:
         ("num_warps", (line.num_warps // 2, line.num_warps * 2)),
         ("num_stages", (line.num_stages - 1, line.num_stages + 1)),
         ("tma", (not line.tma,) if arch == 90 else ()),
+        ("persistent", tuple({0, 1, 2} - {line.persistent}) if arch == 90 and line.tma else ()),
     )
     for name, values in numbers:
         found += [line._replace(**{name: value}) for value in values]
@@ -209,7 +210,8 @@ def page(found: dict[Key, list[Timed]], card: str, finished: bool) -> str:
 def source(tile: tiles.Sweep) -> str:
     """As the table writes it."""
     numbers = ", ".join(map(str, tile[:5]))
-    return f"Sweep({numbers}{', tma=True' if tile.tma else ''})"
+    persistent = f", persistent={tile.persistent}" if tile.persistent else ""
+    return f"Sweep({numbers}{', tma=True' if tile.tma else ''}{persistent})"
 
 
 def answer(asked: concurrent.futures.Future) -> str:

@@ -99,6 +99,7 @@ def device_path(arch: int = 90):
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *a, **options: path.note(kernel, *a, **options)),
         mock.patch.object(tiles, "architecture", return_value=arch),
+        mock.patch.object(tiles, "processors", return_value=132),
         mock.patch.object(dense, "CHUNK_SCORES", chunk),
         mock.patch.object(dense, "operand", lambda x, dtype: x),  # as on CUDA
         path,

@@ -28,6 +28,7 @@ class Fault:
 
 GOAL = "tests/test_goal.py"
 HOPPER = "tests/test_hopper.py"
+PERSISTENT = "tests/test_persistent.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
@@ -345,6 +346,27 @@ FAULTS = [
         "hardest.col_score.detach()[:count]",
         "hardest.col_score.detach()[-count:]",
         "tests/test_diagnostics.py",
+    ),
+    Fault(
+        "persistent: a program makes its first tile alone",
+        "gssf_kernels/kernels/sweep.py",
+        "tl.range(tl.program_id(0), rows * columns, tl.num_programs(0)",
+        "tl.range(tl.program_id(0), tl.num_programs(0), tl.num_programs(0)",
+        PERSISTENT,
+    ),
+    Fault(
+        "persistent: half of the tiles, and some below the diagonal",
+        "gssf_kernels/kernels/sweep.py",
+        "column < length, row, 2 * rows - 1 - row",
+        "column < length, row, 2 * rows - 2 - row",
+        PERSISTENT,
+    ),
+    Fault(
+        "persistent: the epilogue's branches wait for the products, each for itself",
+        "gssf_kernels/kernels/sweep.py",
+        "        s = complete(s)\n",
+        "        pass\n",
+        "tests/test_lowering.py",
     ),
     Fault(
         "hopper: a stage is released while its products run",

@@ -108,6 +108,35 @@ def test_the_narrow_tile_of_hopper_fits_twice():
         assert 2 * (used.shared + KIB) <= 228 * KIB
 
 
+persistent = [
+    case for case in lowering.CASES
+    if case.name.startswith("hardest_negatives") and case.name.split()[1] != "small" and case.product != "ieee"
+]  # fmt: skip
+
+
+@compiles
+@pytest.mark.parametrize("case", persistent, ids=str)
+def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
+    """One loop over tiles and channels, in which the copies of steps to come stand before a complete tile's epilogue.
+
+    And products that do not wait for one another, which they do when ptxas finds a sum read too early.
+    """
+    lowered = next(found for found in compiled(90, case) if found.name == "sweep_kernel")
+    looped = lowered.kernel.asm["ttgir"].partition("scf.for ")[2]
+    if not tiles.SWEEP[lowered.line[1:]].persistent:
+        assert looped.index("scf.yield") < looped.index('"tt.reduce"')  # the epilogue comes after the loop
+        return
+    assert "scf.for " not in looped
+    assert looped.rindex("tt.store") < looped.rindex("scf.yield")
+    assert looped.rindex("async_tma_copy") < looped.index('"tt.reduce"')
+    steps = "warp_group_dot ", "pendings = 1", "async_tma_copy", "pendings = 0", '"tt.reduce"', "tt.store"
+    places = [looped.index(step) for step in steps]
+    assert places == sorted(places)
+    code = lowering.tool("nvdisasm", lowered.kernel.asm["cubin"], "-c")
+    waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code)
+    assert waits == ["1", "0", "0"]  # of a step, of a tile, and at the end
+
+
 @compiles
 def test_every_kernel_line_and_dtype_is_compiled():
     kernels, lines = set(), set()

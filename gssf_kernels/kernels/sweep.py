@@ -13,6 +13,8 @@ An epilogue is a `@triton.jit` function that reduces a tile to partial results:
 
 Partial results belong to one tile each, so they need no initialisation and no atomics; a second small kernel
 merges them, in the order of the tiles. Row blocks go through in slabs, which bounds their memory.
+
+A program makes one tile, or, where the tile table says `persistent`, goes on from tile to tile.
 """
 
 from __future__ import annotations
@@ -39,35 +41,84 @@ def load_tile(x, stride, row, k, R, D, B: tl.constexpr, BK: tl.constexpr, TMA: t
         return tl.load(x + i[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)
 
 
-@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
-def sweep_kernel(
-    a, b, a_stride, b_stride, N, M, D, first, blocks, state,
-    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+@triton.jit
+def tile_of(
+    t, first, rows, columns, column_blocks, GROUP: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+):
+    """(tile_i, tile_j) of number t < rows · columns, which `Sweep.numbering` gives.
+
+    GROUP rows at a time walk along the columns together, so that both operands stay in L2. With HALF only tiles on and
+    above the diagonal have a number: row block i shares its row with row block 2 rows − 1 − i, the longest with the
+    shortest and so on inwards. The one goes from the last column block back to the diagonal, the other from its own
+    diagonal on to the last, so that rows side by side are at the same column block.
+    """
+    group = t // (GROUP * columns)
+    within = t % (GROUP * columns)
+    height = tl.minimum(rows - group * GROUP, GROUP)
+    row, column = group * GROUP + within % height, within // height
+    if HALF:
+        length = column_blocks - (first + row) * BN // BM  # tiles of row block `row`
+        tile_i = tl.where(column < length, row, 2 * rows - 1 - row)
+        tile_j = tl.where(column < length, column_blocks - 1 - column, column_blocks - columns + column)
+    else:
+        tile_i, tile_j = row, column
+    return tile_i, tile_j
+
+
+@triton.jit
+def complete(s):
+    """s, read by an operation that does nothing, before which the wait for its products goes.
+
+    In a flattened loop Triton 3.6 and 3.7 wait before the first use in each block of the epilogue, and nowhere where a
+    branch hands s on as it is. ptxas sees sums read too early, and lets products of the whole loop wait one by one.
+    """
+    return s.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reduce_tile(
+    t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    # GROUP row blocks at a time walk along the columns together, so that both operands stay in L2.
-    group = tl.program_id(0) // (GROUP * tl.cdiv(M, BM))
-    within = tl.program_id(0) % (GROUP * tl.cdiv(M, BM))
-    height = tl.minimum(blocks - group * GROUP, GROUP)
-    tile_i = group * GROUP + within % height
-    tile_j = within // height
-    below = (tile_j + 1) * BM <= (first + tile_i) * BN
-    if HALF and below:  # s is symmetric: tiles below the diagonal are left out
-        return
-
+    tile_i, tile_j = tile_of(t, first, rows, columns, column_blocks, GROUP, HALF, BN, BM)
     s = tl.zeros([BN, BM], tl.float32)
     for k in range(0, D, BK):
         x = load_tile(a, a_stride, (first + tile_i) * BN, k, N, D, BN, BK, TMA)  # [BN, BK]
         y = load_tile(b, b_stride, tile_j * BM, k, M, D, BM, BK, TMA)  # [BM, BK]
         s = tl.dot(x, y.T, s, input_precision=PRECISION)
+    if PERSISTENT:
+        s = complete(s)
     EPILOGUE(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks", "rows", "columns", "column_blocks"])
+def sweep_kernel(
+    a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        # Tiles and channels become one loop, so the next tile's operands are on their way while this one is reduced.
+        # Nothing is carried from tile to tile: s starts at zero.
+        tl.assume(D > 0)  # else the loop would be there twice, for no channels too
+        for t in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
+            reduce_tile(
+                t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+                EPILOGUE, PRECISION, TMA, True, BN, BM, BK, GROUP, HALF,
+            )  # fmt: skip
+    else:
+        reduce_tile(
+            tl.program_id(0), a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+            EPILOGUE, PRECISION, TMA, False, BN, BM, BK, GROUP, HALF,
+        )  # fmt: skip
 
 
 class Sweep:
     """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
 
     N and M stay below 2³¹; addresses are 64-bit. With ``half``, for a symmetric s, tiles below the diagonal are left
-    out, and their partial results as they were.
+    out, and their partial results as they were; one may lie past N or M altogether.
     """
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor, sums: bool = False, half: bool = False) -> None:
@@ -76,7 +127,10 @@ class Sweep:
         self.precision = "ieee" if tiles.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
-        self.row_blocks, self.column_blocks = triton.cdiv(self.N, tile.BN), triton.cdiv(self.M, tile.BM)
+        # Of a symmetric s row blocks and column blocks end together, so that pairs of row blocks have as many tiles.
+        unit = max(tile.BN, tile.BM) if half else 1
+        self.row_blocks = triton.cdiv(triton.cdiv(self.N, unit) * unit, tile.BN)
+        self.column_blocks = triton.cdiv(triton.cdiv(self.M, unit) * unit, tile.BM)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Yield (first row block, row blocks) so that one slab's partial results stay O(N + M)."""
@@ -87,19 +141,34 @@ class Sweep:
     def slab_blocks(self) -> int:
         """Row blocks in a slab, for one partial result per row and column block, and per column and row block."""
         entries = self.M + self.tile.BN * self.column_blocks
-        return min(self.row_blocks, max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries))
+        multiple = max(self.tile.BM // self.tile.BN, 2) if self.half else 1  # of which pairs are made
+        blocks = max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries)
+        return min(self.row_blocks, triton.cdiv(blocks, multiple) * multiple)
 
     def run(self, epilogue: Any, state: tuple, first: int, blocks: int) -> None:
         """Launch one slab."""
         a, b, tile = self.a, self.b, self.tile
-        sweep_kernel[(blocks * self.column_blocks,)](
+        rows, columns = self.numbering(first, blocks)
+        programs = rows * columns
+        if tile.persistent:
+            programs = min(programs, tile.persistent * tiles.processors(a.device))
+        sweep_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [tile.BN, tile.BK]) if tile.tma else a,
             TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
-            a.stride(0), b.stride(0), self.N, self.M, a.shape[1], first, blocks, state,
-            EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma,
+            a.stride(0), b.stride(0), self.N, self.M, a.shape[1],
+            first, blocks, rows, columns, self.column_blocks, state,
+            EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, PERSISTENT=tile.persistent > 0,
             BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, HALF=self.half,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
+
+    def numbering(self, first: int, blocks: int) -> tuple[int, int]:
+        """The (rows, columns) that a slab's tiles are numbered by: with ``half`` two row blocks share a row."""
+        if not self.half:
+            return blocks, self.column_blocks
+        rows = triton.cdiv(blocks, 2)
+        longest, shortest = (i * self.tile.BN // self.tile.BM for i in (first, first + 2 * rows - 1))
+        return rows, 2 * self.column_blocks - longest - shortest
 
     def partial_results(self, *dtypes: torch.dtype | None) -> list[tuple[torch.Tensor | None, ...]]:
         """Room for one value of each dtype (None: for none) per row of every tile of a slab, and per column.

@@ -6,6 +6,7 @@ Chosen from ahead-of-time compilation (registers, spills, shared memory) and not
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Sweep(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool = False  # operands come as tensor descriptors (sm_90), else by pointers
+    persistent: int = 0  # programs per processor, which go from tile to tile; 0: a program for each tile
 
 
 class Project(NamedTuple):
@@ -52,6 +54,7 @@ class Rescore(NamedTuple):
 # kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
 # for epilogues that sum terms of every score (`relative`): with more scores in registers they would spill.
+# Persistent are the lines of 90 that do not spill so: half wide does with Triton 3.6, sums with both (docs/gpu.md).
 # The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 SWEEP = {
     (80, "half", "small"): Sweep(64, 64, 64, 4, 3),
@@ -67,12 +70,12 @@ SWEEP = {
     (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
     (80, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
     (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
-    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True),  # two to a processor: one sums, one reduces
+    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one sums, one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
     (90, "half", "sums"): Sweep(128, 128, 64, 8, 4, tma=True),
     (90, "tf32", "small"): Sweep(64, 64, 32, 4, 4, tma=True),
-    (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True),
-    (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True),
+    (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True, persistent=2),
+    (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True, persistent=1),
     (90, "tf32", "sums"): Sweep(128, 128, 32, 8, 4, tma=True),
     (90, "ieee", "small"): Sweep(64, 64, 32, 4, 3),
     (90, "ieee", "narrow"): Sweep(128, 64, 16, 8, 3),
@@ -124,6 +127,12 @@ def kind(dtype: torch.dtype) -> str:
 def architecture(device: torch.device) -> int:
     """The part of the table for device: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
     return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors device has. Asked once, and nothing waits for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sweep_size(N: int, M: int, D: int, sums: bool = False) -> str:
