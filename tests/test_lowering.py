@@ -108,14 +108,15 @@ def test_the_narrow_tile_of_hopper_fits_twice():
         assert 2 * (used.shared + KIB) <= 228 * KIB
 
 
-persistent = [
-    case for case in lowering.CASES
-    if case.name.startswith("hardest_negatives") and case.name.split()[1] != "small" and case.product != "ieee"
-]  # fmt: skip
+large_hardest = [
+    case
+    for case in lowering.CASES
+    if case.name.startswith(("hardest_negatives narrow", "hardest_negatives wide")) and case.product != "ieee"
+]
 
 
 @compiles
-@pytest.mark.parametrize("case", persistent, ids=str)
+@pytest.mark.parametrize("case", large_hardest, ids=str)
 def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
     """One loop over tiles and channels, in which the copies of steps to come stand before a complete tile's epilogue.
 
