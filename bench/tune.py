@@ -3,9 +3,10 @@
     python -m bench.tune --out PAGE.md [--seconds 100]
 
 For every line of this card's architecture in ``tiles.SWEEP`` the candidates are the line itself and those that differ
-in one number. They are compiled first, side by side: what spills or does not fit is left out. Each must give the line's
-own results. Then they take turns behind a cold L2, each a CUDA graph, so that the host's share does not count, and are
-compared turn by turn. A line is replaced where another was faster in nine turns of ten, and by 3 % in the median.
+in one number, or in whether programs are persistent. They are compiled first, side by side: what spills or does not fit
+is left out. Each must give the line's own results. Then they take turns behind a cold L2, each a CUDA graph, so that
+the host's share does not count, and are compared turn by turn. A line is replaced where another was faster in nine
+turns of ten, and by 3 % in the median.
 """
 
 from __future__ import annotations

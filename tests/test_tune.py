@@ -27,6 +27,7 @@ def test_candidates_differ_in_one_number(key):
     assert len({line, *others}) == len(others) + 1 >= 8
     assert all(sum(a != b for a, b in zip(line, other, strict=True)) == 1 for other in others)
     assert key[0] == 90 or not any(other.tma for other in others)
+    assert {other.persistent for other in (line, *others)} == ({0, 1, 2} if line.tma else {0})
 
 
 def test_every_line_has_a_problem_of_its_size():
@@ -91,7 +92,7 @@ def test_turns_are_taken_and_wrong_results_are_not_timed(monkeypatch):
 
 
 def test_the_page_holds_lines_that_can_be_pasted():
-    key, other = (90, "half", "wide"), LINE._replace(BK=32, tma=False)
+    key, other = (90, "half", "wide"), LINE._replace(BK=32, tma=False, persistent=2)
     page = tune.page({key: [*timed((LINE, [2.0] * 9), (other, [1.0] * 9)), tune.Timed(LINE, "spills 8 bytes", [])]},
                      "a card", False)  # fmt: skip
     block = page.partition("```python\n")[2].partition("```")[0]
