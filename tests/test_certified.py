@@ -247,6 +247,16 @@ def test_what_the_user_sees():
         gk.rescored_candidates(a, b[:7])
 
 
+def test_stages_have_names_in_a_profile():
+    a, b = unit(torch.randn(600, 64)), unit(torch.randn(700, 64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        certified(a, b)
+    found = {event.key.rpartition("::")[2]: event for event in profile.key_averages() if "::stage::" in event.key}
+    assert set(found) == {"pack", "product", "epilogue", "fold", "rescore"}
+    assert 1 <= found["product"].count == found["epilogue"].count <= 4  # tiles, of this thread
+    assert found["rescore"].count == 1
+
+
 def test_errors():
     a = torch.randn(4, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match="float32 or float16"):

@@ -53,7 +53,8 @@ def round_kernel(
         kept = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         near = tl.where((kept & 0x7F800000) == 0, 0, kept).to(tl.float32, bitcast=True)
         tl.store(rounded + row * WIDTH + c, near.to(rounded.dtype.element_ty), mask=(i < N)[:, None] & (c < WIDTH))
-        wide, rest = v.to(tl.float64), (v - near).to(tl.float64)  # of two near numbers, so exact
+        wide = v.to(tl.float64)
+        rest = wide - near.to(tl.float64)
         whole += tl.sum(wide * wide, 1)
         lost += tl.sum(rest * rest, 1)
     more = 1.0 + 9.5367431640625e-07  # 2⁻²⁰, for the roundings of these sums
