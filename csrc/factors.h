@@ -1,11 +1,9 @@
 // The two sides of a sweep, ready to be multiplied tile by tile.
 #pragma once
 
-#include <ATen/native/CPUBlas.h>
-
 #include <vector>
 
-#include "product.h"
+#include "bf16.h"
 
 namespace gssf {
 
@@ -48,10 +46,6 @@ class Panels {
   at::Tensor a_, b_;
 };
 
-// Whether this processor multiplies bf16 numbers faster than fp32, and by what unit; the library's kernels use it.
-enum class Bf16Unit { none, avx512_bf16, amx };
-Bf16Unit bf16_unit();
-
 // One side rounded to bf16, and what bounds the error of that: ‖x‖ and ‖x - x̂‖ of every row, never too small.
 struct Rounded {
   at::Tensor values;  // [N, padded] bf16
@@ -72,8 +66,6 @@ class Bf16Panels {
   static void leave_thread() { at::native::cpublas::brgemm_release(); }
 
  private:
-  static constexpr int64_t kWidth = 64;  // columns of a panel [depth / 2, kWidth, 2]
-
   Rounded a_, b_;
   at::Tensor panels_;
 };

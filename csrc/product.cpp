@@ -1,5 +1,5 @@
 // The products of the gradient sweep: see gssf_kernels/dense.py.
-#include "product.h"
+#include "bf16.h"
 
 #include <torch/library.h>
 
@@ -15,12 +15,26 @@ constexpr int64_t kTaskRows = 256, kTaskCols = 256;
 
 Tensor pack(const Tensor& y, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(y.dim() == 2 && at::isFloatingType(y.scalar_type()), "pack: expected a matrix, got ", y.sizes());
+  if (dtype == at::kBFloat16) {
+    TORCH_CHECK_VALUE(bf16_unit() != Bf16Unit::none, "pack: this processor has no bf16 unit");
+    return packed_bf16(y);
+  }
   return dtype == at::kDouble ? packed<double>(y) : packed<float>(y);
 }
 
-// out [n, m] = x [n, k] y or += it, y as pack() left it; x and out in its dtype.
+// out [n, m] = x [n, k] y or += it, y as pack() left it; x and out in its dtype, or with panels of bf16 out in fp32 and
+// x in what rounds to bf16.
 void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
   const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
+  if (panels.scalar_type() == at::kBFloat16) {
+    TORCH_CHECK_VALUE(panels.dim() == 3 && panels.size(0) == ceil_div(m, kPairPanel) &&
+                          panels.size(1) == ceil_div(k, kPairStep) * kPairStep && panels.size(2) == kPairPanel &&
+                          panels.stride(1) == kPairPanel && panels.stride(2) == 1 && out.size(0) == n &&
+                          out.stride(1) == 1,
+                      "multiply: expected x [n, k], panels of y [k, m] and out [n, m], got ", x.sizes(), ", ",
+                      panels.sizes(), " and ", out.sizes());
+    return multiply_bf16(x, panels, out, add);
+  }
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "multiply", [&] {
     using A = scalar_t;
     constexpr int64_t P = kPanel<A>;

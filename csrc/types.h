@@ -66,6 +66,20 @@ struct Packing {
   int64_t k, width, row, col;  // element (l, j) of y lies at l * row + j * col
 };
 
+// Operands of the bf16 unit hold channels in pairs, two bf16 in 32 bits, padded with zeros to whole matrix instructions
+// of kPairStep channels: a right one in panels of kPairPanel columns.
+constexpr int64_t kPairPanel = 64, kPairStep = 32;
+
+// x rounded to pairs: lines of a left operand, columns of a right one. Element (i, l) lies at i * line + l * channel of
+// x, and pair l / 2 of it at i * out_line + l / 2 * out_pair, one of which is 1. Zeros stand behind the last line, up
+// to padded_lines, and behind the last channel; up to 15 lines beyond may be written.
+template <class T>
+struct Pairing {
+  const T* x;
+  uint32_t* out;
+  int64_t lines, channels, line, channel, padded_lines, out_line, out_pair;
+};
+
 // One entry per row, or per column, of a tile. What tiles leave behind lies in such arrays, uninitialised until
 // a vector kernel fills them.
 template <class T>

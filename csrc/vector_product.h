@@ -103,6 +103,77 @@ GSSF_INLINE void pack(const Packing<T, A>& p) {
   }
 }
 
+typedef uint32_t Pairs __attribute__((vector_size(64)));  // of bf16
+
+// The bits of 16 adjacent numbers rounded to bf16, ties to even, each in 32; NaN stays NaN.
+template <class T>
+GSSF_INLINE Pairs bf16_bits(const T* x) {
+  using V = Simd<float>::Vector;
+  typedef uint16_t Narrow __attribute__((vector_size(32)));
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return __builtin_convertvector(load<Narrow>(static_cast<const void*>(x)), Pairs);
+  } else {
+    float wide[Simd<float>::lanes];
+    convert(wide, x, Simd<float>::lanes);
+    const V v = load<V>(wide);
+    const Pairs bits = (Pairs)v;
+    return v == v ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : Pairs{} + 0x7fc0;
+  }
+}
+
+// A block of 16 lines and 32 channels. block[r]: the pairs of line r (`along` the lines), or pair r of all lines.
+template <class T>
+GSSF_INLINE void pair_block(const T* x, int64_t line, int64_t channel, bool along, uint32_t* block) {
+  constexpr int64_t L = Simd<float>::lanes;
+  typedef uint16_t Narrow __attribute__((vector_size(32)));
+  for (int64_t r = 0; r < L; ++r) {
+    if (!along) {
+      store(block + r * L, bf16_bits(x + 2 * r * channel) | (bf16_bits(x + (2 * r + 1) * channel) << 16));
+    } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      std::memcpy(block + r * L, x + r * line, 64);
+    } else {
+      store(block + r * L, __builtin_convertvector(bf16_bits(x + r * line), Narrow));
+      store(block + r * L + L / 2, __builtin_convertvector(bf16_bits(x + r * line + L), Narrow));
+    }
+  }
+}
+
+template <class T>
+GSSF_INLINE void pairs(const Pairing<T>& p) {
+  constexpr int64_t L = Simd<float>::lanes, C = 2 * L;  // lines and channels of a block
+  const auto round = [&](int64_t i, int64_t l) {
+    const T* x = p.x + i * p.line + l * p.channel;
+    alignas(64) uint32_t block[L * L];
+    const int64_t lines = std::min(p.lines - i, L), channels = std::min(p.channels - l, C);
+    bool along = p.channel == 1;
+    if (lines == L && channels == C && (along || p.line == 1)) {
+      pair_block(x, p.line, p.channel, along, block);
+    } else {  // an edge, or neither lines nor channels are adjacent
+      T part[L * C];
+      std::memset(static_cast<void*>(part), 0, sizeof(part));
+      for (int64_t r = 0; r < lines; ++r)
+        for (int64_t k = 0; k < channels; ++k) part[r * C + k] = x[r * p.line + k * p.channel];
+      pair_block(part, C, 1, along = true, block);
+    }
+    const bool lies_along = p.out_pair == 1;
+    uint32_t* out = p.out + i * p.out_line + l / 2 * p.out_pair;
+    const int64_t step = lies_along ? p.out_line : p.out_pair;
+    if (along != lies_along) {
+      transpose<Simd<float>::Index>(block, L, out, step);
+    } else {
+      for (int64_t r = 0; r < L; ++r) store(out + r * step, load<Pairs>(block + r * L));
+    }
+  };
+  // In the order in which x lies in memory.
+  if (p.line == 1) {
+    for (int64_t l = 0; l < p.channels; l += C)
+      for (int64_t i = 0; i < p.padded_lines; i += L) round(i, l);
+  } else {
+    for (int64_t i = 0; i < p.padded_lines; i += L)
+      for (int64_t l = 0; l < p.channels; l += C) round(i, l);
+  }
+}
+
 #define GSSF_PRODUCT_KERNELS(T, A) \
   static void pack_of(const Packing<T, A>& p) { pack<T, A>(p); }
 static void product_of(const Product<float>& p) { product(p); }
@@ -112,3 +183,6 @@ GSSF_PRODUCT_KERNELS(double, double)
 GSSF_PRODUCT_KERNELS(c10::Half, float)
 GSSF_PRODUCT_KERNELS(c10::BFloat16, float)
 #undef GSSF_PRODUCT_KERNELS
+static void pairs_of(const Pairing<float>& p) { pairs(p); }
+static void pairs_of(const Pairing<c10::Half>& p) { pairs(p); }
+static void pairs_of(const Pairing<c10::BFloat16>& p) { pairs(p); }

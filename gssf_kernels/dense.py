@@ -49,7 +49,7 @@ def chunks(
         s = buffer[: part.shape[0]]  # [R, M]
         columns.product(part, s)
         visit(s, first)
-        ds = s.to(part.dtype) if any(needs) else s
+        ds = gradient(s, part) if any(needs) else s
         if da is not None and channels is not None:
             channels.product(ds, da[first : first + rows])
         if db is not None:
@@ -69,19 +69,20 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
     rights = [Right(x.mT, dtype) for x in lefts]
     x, channels = lefts[0], Right(lefts[0], dtype) if need else None
     limit = max(2 * chunk_rows(x, x) * n // (1 + len(sides)), 1)  # scores of one of the chunks there are
-    buffers = x.new_empty(len(sides), min(max(limit, Right.PANEL * n), n * n), dtype=dtype)
+    step = max(right.width for right in rights)
+    buffers = x.new_empty(len(sides), min(max(limit, step * n), n * n), dtype=dtype)
     dx = x.new_zeros(x.shape, dtype=dtype) if need else None
     first = 0
     while first < n:
         width = n - first
-        count = min(max(limit // width // Right.PANEL, 1) * Right.PANEL, width)
+        count = min(max(limit // width // step, 1) * step, width)
         rows = slice(first, first + count)
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):
             right.after(column=first).product(left[rows], s)
         visit(scores, first)
         if channels is not None and dx is not None:
-            ds = scores[0].to(x.dtype)
+            ds = gradient(scores[0], x)
             channels.after(row=first).product(ds, dx[rows], add=True)
             Right(x[rows], dtype).product(ds[:, count:].mT, dx[rows.stop :], add=True)
         first += count
@@ -89,25 +90,38 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a product's left side: 16-bit numbers on CUDA, whose matrix units sum them in fp32; elsewhere fp32."""
-    return x if x.is_cuda else x.to(dtype)
+    """x as a product's left side: 16-bit numbers where a unit sums them in fp32, as all GPUs have one; else in dtype."""
+    return x if x.is_cuda or on_bf16_unit(x) else x.to(dtype)
+
+
+def gradient(s: Tensor, part: Tensor) -> Tensor:
+    """ds as a product's left side beside ``part``; on the CPU the product itself rounds it."""
+    return s.to(part.dtype) if s.is_cuda else s
+
+
+def on_bf16_unit(x: Tensor) -> bool:
+    """Whether x is bf16 on a CPU that has a unit for products of such numbers, which the extension uses."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or EXTENSION_ERROR is not None:
+        return False
+    return torch.ops.gssf.bf16_unit() != "none"
 
 
 class Right:
     """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy.
 
-    The library multiplies where the extension is not built, and fp32 at the precision "medium", which may round it.
+    bf16 stays so on a bf16 unit, and left sides are rounded to it: only ds is wider. The library multiplies where the
+    extension is not built, and fp32 at the precision "medium", which may round it.
     """
-
-    PANEL = 32  # multiples of it are where columns may begin
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
         rough = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-        self.packed = y.device.type == "cpu" and EXTENSION_ERROR is None and not rough
-        self.y = torch.ops.gssf.pack(y, dtype) if self.packed else operand(y, dtype)
+        unit = on_bf16_unit(y)
+        self.packed = unit or (y.device.type == "cpu" and EXTENSION_ERROR is None and not rough)
+        self.width = 64 if unit else 32  # multiples of it are where columns may begin, and rows
+        self.y = torch.ops.gssf.pack(y, y.dtype if unit else dtype) if self.packed else operand(y, dtype)
 
     def after(self, row: int = 0, column: int = 0) -> "Right":
-        """y[row:, column:], not copied; column a multiple of PANEL."""
+        """y[row:, column:], not copied; row and column multiples of ``width``."""
         part = copy.copy(self)
         part.y = self.y[column // self.y.shape[2] :, row:] if self.packed else self.y[row:, column:]
         return part
