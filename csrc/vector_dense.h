@@ -12,7 +12,8 @@ GSSF_INLINE V load_some(const A* p, int64_t count) {
 
 template <class V, class A>
 GSSF_INLINE void store_some(A* p, const V& v, int64_t count) {
-  std::memcpy(p, &v, std::min(count, Simd<A>::lanes) * sizeof(A));
+  if (count >= Simd<A>::lanes) store(p, v);
+  else std::memcpy(p, &v, count * sizeof(A));
 }
 
 template <class A>
@@ -157,8 +158,10 @@ GSSF_INLINE void sum_tile(const SumTile<A>& tile, Sums<A>& out) {
         const int64_t diagonal = i - tile.offset - j;
         I positive = lane == static_cast<Lane>(diagonal >= 0 && diagonal < L ? diagonal : -1);
         if (tile.rows.ids) {
+          Lane equal[L] = {};  // and not lanes of `positive`, which would then be kept in memory
           for (int64_t k = 0; k < std::min(rest, L); ++k)
-            if (tile.rows.ids[i] == tile.columns.ids[j + k]) positive[k] = -1;
+            equal[k] = tile.rows.ids[i] == tile.columns.ids[j + k] ? -1 : 0;
+          positive |= load<I>(equal);
         }
         if (tile.positives == Positives::exclude) counted &= ~positive;
         else negated = positive;
