@@ -7,9 +7,13 @@ an op: C++ on the CPU, Triton on CUDA, plain PyTorch elsewhere. Where s is symme
 column and half of the work is left out (:func:`triangle`). The products are our own on the CPU (``csrc/product.h``) and
 the library's elsewhere. Extra memory is one chunk besides the gradients and, on the CPU, b packed for the products: an
 fp32 copy forward, two with a gradient. The same inputs give the same bits, on the CPU whatever the number of threads.
+
+bf16 sides stay bf16 on CUDA and on CPUs with a unit for it (AVX-512 BF16, AMX): the products of scores are exact there
+and their sums fp32; ds is rounded to bf16 before its own two, as in plain PyTorch, and da and db are summed in fp32.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,27 +94,31 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
 
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a product's left side: 16-bit numbers where a unit sums them in fp32, as all GPUs have one; else in dtype."""
+    """x as a product's left side: 16-bit numbers where a unit sums them in fp32, as on CUDA; else in ``dtype``."""
     return x if x.is_cuda or on_bf16_unit(x) else x.to(dtype)
 
 
 def gradient(s: Tensor, part: Tensor) -> Tensor:
-    """ds as a product's left side beside ``part``; on the CPU the product itself rounds it."""
+    """ds as a product's left side, in the place of ``part``: of its dtype on CUDA. On the CPU the product rounds it."""
     return s.to(part.dtype) if s.is_cuda else s
 
 
 def on_bf16_unit(x: Tensor) -> bool:
-    """Whether x is bf16 on a CPU that has a unit for products of such numbers, which the extension uses."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or EXTENSION_ERROR is not None:
-        return False
-    return torch.ops.gssf.bf16_unit() != "none"
+    """Whether x is bf16 on a CPU with a unit for products of such numbers."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and bf16_unit() != "none"
+
+
+@functools.cache
+def bf16_unit() -> str:
+    """amx, avx512_bf16 or none, which it is too where the extension is not built."""
+    return torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
 
 
 class Right:
     """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy.
 
-    bf16 stays so on a bf16 unit, and left sides are rounded to it: only ds is wider. The library multiplies where the
-    extension is not built, and fp32 at the precision "medium", which may round it.
+    bf16 stays bf16 on a unit for it, and left sides are rounded to it, of which ds alone is wider. The library
+    multiplies where the extension is not built, and fp32 at the precision "medium", which may round it.
     """
 
     def __init__(self, y: Tensor, dtype: torch.dtype):

@@ -8,14 +8,16 @@ from gssf_kernels import dense
 from gssf_kernels.dense import Right
 
 DTYPES = [torch.float32, torch.float64]
+BF16 = torch.bfloat16
 native = pytest.mark.skipif(gk.backends()["hardest_negatives"]["cpu"] != "cpp", reason="the library's products")
+unit = pytest.mark.skipif(dense.bf16_unit() == "none", reason="no bf16 unit on this processor, or no extension")
+
+
+SHAPES = [(1, 1, 1), (5, 0, 3), (0, 4, 3), (2, 7, 31), (6, 9, 33), (13, 257, 70), (70, 600, 300), (300, 8, 65)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("n", "k", "m"),
-    [(1, 1, 1), (5, 0, 3), (0, 4, 3), (2, 7, 31), (6, 9, 33), (13, 257, 70), (70, 600, 300), (300, 8, 65)],
-)
+@pytest.mark.parametrize(("n", "k", "m"), SHAPES)
 def test_products_of_any_shape_and_layout(n, k, m, dtype):
     for left in ("rows", "columns"):
         for right in ("rows", "columns"):
@@ -36,12 +38,61 @@ def test_products_of_any_shape_and_layout(n, k, m, dtype):
             assert (edges == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@unit
+@pytest.mark.parametrize("left_dtype", [torch.float32, BF16])
+@pytest.mark.parametrize(("n", "k", "m"), [*SHAPES, (64, 32, 64), (129, 1056, 96), (33, 1100, 129), (16, 512, 16)])
+def test_bf16_products_of_any_shape_and_layout(n, k, m, left_dtype):
+    """Those of the numbers rounded to bf16, but for a sum in fp32: of one product, to the bit."""
+    for left in ("rows", "columns", "apart", "odd"):
+        for right in ("rows", "columns", "apart"):
+            x, y, start = torch.randn(n, k).to(left_dtype), torch.randn(k, m).to(BF16), torch.randn(n, m)
+            out = torch.full((n + 2, m + 3), 7.0)[1 : n + 1, 2 : m + 2]
+            rounded = x.to(BF16).double()
+            truth, size = rounded @ y.double(), rounded.abs() @ y.double().abs()
+            x, y = laid_out(x, left), laid_out(y, right)
+            factor = Right(y, torch.float32)
+            assert factor.y.dtype == BF16
+            factor.product(x, out)
+            assert ((out - truth).abs() <= 1.2e-7 * size * (0 if k == 1 else k / 8 + 8)).all()
+            out.copy_(start)
+            factor.product(x, out, add=True)
+            assert ((out - truth - start).abs() <= 1.2e-7 * (size + start.abs()) * (k / 8 + 8)).all()
+            frame = out._base
+            assert (torch.cat((frame[0], frame[-1], frame[1:-1, :2].flatten(), frame[1:-1, -1])) == 7).all()
+
+
+def laid_out(x, how):
+    if how == "columns":
+        return x.mT.contiguous().mT
+    if how == "apart":  # neither rows nor columns adjacent
+        return x.repeat_interleave(3, 1)[:, ::3]
+    return torch.nn.functional.pad(x, (1, 2))[:, 1:-2] if how == "odd" else x
+
+
+@unit
+@pytest.mark.parametrize("layout", ["rows", "columns", "apart"])
+def test_a_left_side_is_rounded_as_pytorch_rounds(layout):
+    """Ties to even, infinities, what overflows to them and NaN of any bits; what is subnormal may become 0."""
+    bits = torch.arange(-(2**31), 2**31, 65_521, dtype=torch.int64).to(torch.int32)
+    ties = torch.arange(0x3F808000, 0x3F908000, 0x10000).to(torch.int32)
+    special = torch.tensor([0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF, 0x7F800001, -1, -0x80000000, -0x800000, 0x3F80FFFF])
+    x = torch.cat((bits, ties, ties + 1, ties - 1, special.to(torch.int32))).view(torch.float32)[:, None]
+    out, expected = torch.empty(len(x), 1), x.to(BF16).float()
+    x = laid_out(torch.nn.functional.pad(x, (7, 24)), layout)  # 32 channels, of which one is not 0
+    Right(torch.ones(32, 1, dtype=BF16), torch.float32).product(x, out)
+    normal = ~(expected.abs() < torch.finfo(BF16).tiny)
+    assert torch.equal(out[normal].nan_to_num(nan=123.0), expected[normal].nan_to_num(nan=123.0))
+    assert ((out == expected) | (out == 0))[~normal].all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, BF16])
 def test_parts_of_a_packed_factor(dtype):
-    x, y = torch.randn(9, 40, dtype=dtype), torch.randn(40, 200, dtype=dtype)
-    part, out = Right(y, dtype).after(row=11, column=64), torch.empty(9, 136, dtype=dtype)
-    part.product(x[:, 11:], out)
-    torch.testing.assert_close(out, x[:, 11:] @ y[11:, 64:], rtol=1e-4, atol=1e-4)
+    x, y = torch.randn(9, 140).to(dtype), torch.randn(140, 200).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    row = 64 if dtype == BF16 else 11
+    part, out = Right(y, wide).after(row=row, column=64), torch.empty(9, 136, dtype=wide)
+    part.product(dense.operand(x[:, row:], wide), out)
+    torch.testing.assert_close(out, (x[:, row:].double() @ y[row:, 64:].double()).to(wide), rtol=1e-4, atol=1e-4)
 
 
 @native
@@ -91,10 +142,10 @@ LOSSES = {
 
 
 @native
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, BF16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_thread_count_changes_no_bit_of_dense_losses(name, dtype):
-    x, y = torch.randn(700, 70, dtype=dtype), torch.randn(700, 70, dtype=dtype)
+    x, y = torch.randn(700, 70).to(dtype), torch.randn(700, 70).to(dtype)
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -103,6 +154,56 @@ def test_the_thread_count_changes_no_bit_of_dense_losses(name, dtype):
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     for other in results[1:]:
         assert all(torch.equal(t, u) for t, u in zip(other, results[0], strict=True))
+
+
+@unit
+@pytest.mark.parametrize(("n", "k", "m"), [(700, 1100, 333), (64, 64, 64), (257, 40, 1000)])
+def test_the_thread_count_changes_no_bit_of_bf16_products(n, k, m):
+    x, y, start = torch.randn(n, k), torch.randn(k, m).to(BF16), torch.randn(n, m)
+    results = []
+    for threads in (1, 2, 3, 7, 40):
+        torch.set_num_threads(threads)
+        out = start.clone()
+        Right(y, torch.float32).product(x, out, add=True)
+        results.append(out)
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_bf16_gradients_are_summed_in_fp32_over_chunks(symmetric, monkeypatch):
+    """The slopes of hinges are 0 and 1, exact in bf16; what is left is the rounding of fp32 sums."""
+    monkeypatch.setitem(dense.CHUNK_SCORES, "cpu", 5000)
+    a, b = torch.randn(500, 40).to(BF16), torch.randn(300, 40).to(BF16)
+    one, bias = torch.ones(()), torch.full((500,), 0.5)
+    arguments = (one, bias, None, None, None, None, None, "hinge", "include")
+    rows, _, _, _, _, da, db = torch.ops.gssf.score_sums(a, None if symmetric else b, *arguments, [True, True])
+    x, y = a.double(), (a if symmetric else b).double()
+    t = x @ y.mT + 0.5
+    ds = (t > 0).double()
+    assert (rows.sum() - t.clamp_min(0).sum()).abs() < 1e-5 * rows.sum()
+    for got, truth in [(da, ds @ y * (1 + symmetric)), (db, ds.mT @ x)][: 2 - symmetric]:
+        assert got.dtype == torch.float32
+        assert (got - truth).norm() < 2e-6 * truth.norm()
+
+
+@unit
+@pytest.mark.parametrize("name", LOSSES)
+def test_bf16_losses_on_the_unit_are_those_of_fp32_products(name, monkeypatch):
+    """But for ds, which is rounded to bf16 as the result is."""
+    x, y = torch.nn.functional.normalize(torch.randn(2, 300, 70), dim=2).to(BF16)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        value = LOSSES[name](leaf, y)
+        return value.detach(), torch.autograd.grad(value, leaf)[0].float()
+
+    value, grad = run()
+    monkeypatch.setattr(dense, "bf16_unit", lambda: "none")
+    assert Right(x, torch.float32).y.dtype == torch.float32
+    plain_value, plain_grad = run()
+    torch.testing.assert_close(value, plain_value, rtol=2e-6, atol=1e-6)
+    assert (grad - plain_grad).norm() < 2**-8 * plain_grad.norm()
 
 
 # b is a: half of the scores are left out
