@@ -126,8 +126,12 @@ class _Once(torch.autograd.Function):
 
 
 def last_derivative(op: Callable, *arguments):
-    """``op(*arguments)`` for use in a backward: its result cannot be differentiated again."""
-    return op(*arguments) if torch.compiler.is_compiling() else _Once.apply(op, *arguments)
+    """``op(*arguments)`` for use in a backward: its result cannot be differentiated again.
+
+    Without ``create_graph`` it has no history in any case, and the time of a Function is saved.
+    """
+    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
+    return op(*arguments) if plain else _Once.apply(op, *arguments)
 
 
 def outside_autocast(device: torch.device):
