@@ -8,8 +8,9 @@ column and half of the work is left out (:func:`triangle`). The products are our
 the library's elsewhere. Extra memory is one chunk besides the gradients and, on the CPU, b packed for the products: an
 fp32 copy forward, two with a gradient. The same inputs give the same bits, on the CPU whatever the number of threads.
 
-bf16 sides stay bf16 on CUDA and on CPUs with a unit for it (AVX-512 BF16, AMX): the products of scores are exact there
-and their sums fp32; ds is rounded to bf16 before its own two, as in plain PyTorch, and da and db are summed in fp32.
+bf16 sides stay bf16 on CUDA and on CPUs with a unit for it (AVX-512 BF16, AMX; ``csrc/bf16.h``): the products of scores
+are exact there and their sums fp32; ds is rounded to bf16 before its own two, as in plain PyTorch, and da and db are
+summed in fp32.
 """
 
 import copy

@@ -185,6 +185,34 @@ static std::vector<A> products(Pack pack, Multiply multiply) {
   return out;
 }
 
+// Operands of the bf16 unit, of every remainder of lines and channels, from rows, columns and neither, into rows and
+// panels.
+template <class T, class Round>
+static std::vector<uint32_t> pairs(Round round) {
+  generator.seed(7);
+  std::vector<uint32_t> out;
+  for (const int64_t lines : {1, 16, 45})
+    for (const int64_t channels : {1, 32, 71})
+      for (const auto& [line, channel] : {std::pair{channels, int64_t(1)}, {int64_t(1), lines}, {2 * channels, 2l}})
+        for (const bool panel : {false, true}) {
+          const int64_t padded = ceil_div(channels, kPairStep) * kPairStep / 2;
+          const auto x = normal<float>(2 * lines * channels);
+          const std::vector<T> narrow(x.begin(), x.end());
+          std::vector<uint32_t> to(64 * padded, 7);
+          round(Pairing<T>{narrow.data(), to.data(), lines, channels, line, channel, panel ? 64 : lines,
+                           panel ? 1 : padded, panel ? 64 : 1});
+          for (int64_t i = 0; i < lines; ++i)
+            for (int64_t l = 0; l < 2 * padded; ++l) {
+              const uint32_t both = to[panel ? l / 2 * 64 + i : i * padded + l / 2];
+              const T value = l < channels ? narrow[i * line + l * channel] : T(0);
+              const c10::BFloat16 rounded(static_cast<float>(value));
+              check((l % 2 ? both >> 16 : both & 0xffff) == rounded.x, "rounding to pairs");
+            }
+          out.insert(out.end(), to.begin(), to.end());
+        }
+  return out;
+}
+
 // The passes over a ragged tile of scores: everything that they leave.
 template <class A, class LogSum, class Soft, class Sum, class Relation>
 static std::vector<A> passes(LogSum log_sum, Soft soft, Sum sum, Relation relation) {
@@ -259,17 +287,25 @@ Groups::Groups(const int64_t*, const int64_t*, int64_t edges, int64_t destinatio
                         CALL(plain, relation_tile_of)),                                                           \
               "passes over scores");
 
+#define COMPARE_PAIRS(level)                                                                            \
+  check(pairs<float>(CALL(level, pairs_of)) == pairs<float>(CALL(plain, pairs_of)) &&                   \
+            pairs<c10::Half>(CALL(level, pairs_of)) == pairs<c10::Half>(CALL(plain, pairs_of)) &&       \
+            pairs<c10::BFloat16>(CALL(level, pairs_of)) == pairs<c10::BFloat16>(CALL(plain, pairs_of)), \
+        "pairs of bf16, to the bit")
+
 int main() {
   exponential<float>(CALL(plain, tile_terms_of));
   exponential<double>(CALL(plain, tile_terms_of));
 #ifdef GSSF_X86_LEVELS
   if (__builtin_cpu_supports("x86-64-v3")) {
+    COMPARE_PAIRS(v3);
     COMPARE(v3, float) COMPARE(v3, double) std::printf("x86-64-v3 agrees\n");
   }
   if (__builtin_cpu_supports("x86-64-v4")) {
     check(products<float>(CALL(v4, pack_of), CALL(v4, product_of)) ==
               products<float>(CALL(v3, pack_of), CALL(v3, product_of)),
           "products of both sets of fused multiply-adds, to the bit");
+    COMPARE_PAIRS(v4);
     COMPARE(v4, float) COMPARE(v4, double) std::printf("x86-64-v4 agrees\n");
   }
 #endif

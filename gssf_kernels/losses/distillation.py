@@ -47,7 +47,8 @@ def relational_distillation_loss(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: three half products, and one whole for the gradient. Extra memory: three half-sized chunks of scores besides
-    the gradient, and on the CPU fp32 copies of the three inputs, of student's two with a gradient.
+    the gradient, and on the CPU fp32 copies of the three inputs (of bf16 where there is a unit for it), two of
+    student's with a gradient.
     """
     _checks.choice(kind, "kind", tuple(KINDS))
     shares = _weights(weights)

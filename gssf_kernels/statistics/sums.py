@@ -50,8 +50,8 @@ def sum_scores(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: one product; with a gradient two more ("none": three more, in the backward); where b is a and ``reduction``
-    "sum", half of each. Extra memory: one chunk of scores besides the gradients, and on the CPU an fp32 copy of b, two
-    with a gradient.
+    "sum", half of each. Extra memory: one chunk of scores besides the gradients, and on the CPU an fp32 copy of b (of
+    bf16 where there is a unit for it), two with a gradient.
     """
     _checks.choice(kind, "kind", KINDS)
     _checks.choice(positives, "positives", POSITIVES)
