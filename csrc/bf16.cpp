@@ -12,8 +12,37 @@ using at::Tensor;
 // of them and so change no sum. A block of x and a part of a panel lie in the L2 cache together.
 constexpr int64_t kUnitRows = 64, kUnitDepth = 512;
 
-// What one task copies of x at once.
+// Rows of x that one task copies at once.
 constexpr int64_t kTaskRows = 256;
+
+// c [n, m] = a [n, depth] times a part of panels, `panel` apart, or += it; rows of c are c_row apart, those of a
+// `depth`.
+struct UnitProduct {
+  const at::BFloat16 *a, *panels;
+  float* c;
+  int64_t n, depth, m, panel, c_row;
+  bool add;
+
+  void run() const {
+    for (int64_t j = 0; j < m; j += kPairPanel)
+      for (int64_t i = 0; i < n; i += kUnitRows) {
+        const at::BFloat16 *rows = a + i * depth, *part = panels + j / kPairPanel * panel;
+        const int64_t height = std::min(kUnitRows, n - i), width = std::min(kPairPanel, m - j);
+        float* to = c + i * c_row + j;
+        if (width == kPairPanel) {
+          at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, c_row, add, rows, part, to);
+          continue;
+        }
+        alignas(64) float edge[kUnitRows * kPairPanel];  // the unit writes whole panels
+        at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, kPairPanel, false, rows, part, edge);
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t at = 0; at < width; ++at) {
+            const float sum = edge[r * kPairPanel + at];
+            to[r * c_row + at] = add ? to[r * c_row + at] + sum : sum;
+          }
+      }
+  }
+};
 
 }  // namespace
 
@@ -75,16 +104,13 @@ void multiply_bf16(const Tensor& x, const Tensor& panels, Tensor& out, bool add)
   with_narrow(x, [&](const auto* data) {
     using T = std::remove_cvref_t<decltype(*data)>;
     at::parallel_for(0, tasks(), 1, [&](int64_t task, int64_t end) {
-      const int64_t deepest = std::min(padded, kUnitDepth);
-      const Tensor copy = at::empty({rows, deepest}, panels.options());
+      const Tensor copy = at::empty({rows, std::min(padded, kUnitDepth)}, panels.options());
       at::BFloat16* a = copy.mutable_data_ptr<at::BFloat16>();
-      alignas(64) float edge[kUnitRows * kPairPanel];  // of columns behind the last
       for (; task < end; ++task) {
-        const int64_t i0 = task / across * rows, j0 = task % across * cols;
-        const int64_t count = std::min(rows, n - i0), j1 = std::min(j0 + cols, m);
+        const int64_t i = task / across * rows, j = task % across * cols, count = std::min(rows, n - i);
         for (int64_t l = 0; l < k; l += kUnitDepth) {
           const int64_t depth = std::min(kUnitDepth, padded - l);
-          GSSF_VECTORIZED(pairs_of, Pairing<T>{.x = data + i0 * x.stride(0) + l * x.stride(1),
+          GSSF_VECTORIZED(pairs_of, Pairing<T>{.x = data + i * x.stride(0) + l * x.stride(1),
                                                .out = reinterpret_cast<uint32_t*>(a),
                                                .lines = count,
                                                .channels = std::min(depth, k - l),
@@ -93,24 +119,16 @@ void multiply_bf16(const Tensor& x, const Tensor& panels, Tensor& out, bool add)
                                                .padded_lines = count,
                                                .out_line = depth / 2,
                                                .out_pair = 1});
-          const bool more = add || l > 0;
-          for (int64_t j = j0; j < j1; j += kPairPanel) {
-            const at::BFloat16* panel = y + j / kPairPanel * panels.stride(0) + l * kPairPanel;
-            const int64_t width = std::min(kPairPanel, j1 - j);
-            for (int64_t i = 0; i < count; i += kUnitRows) {
-              const int64_t height = std::min(kUnitRows, count - i);
-              float* to = c + (i0 + i) * out.stride(0) + j;
-              const bool whole = width == kPairPanel;
-              at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel,
-                                          whole ? out.stride(0) : kPairPanel, whole && more, a + i * depth, panel,
-                                          whole ? to : edge);
-              for (int64_t r = 0; r < height && !whole; ++r)
-                for (int64_t at = 0; at < width; ++at) {
-                  const float sum = edge[r * kPairPanel + at];
-                  to[r * out.stride(0) + at] = more ? to[r * out.stride(0) + at] + sum : sum;
-                }
-            }
-          }
+          const UnitProduct product{.a = a,
+                                    .panels = y + j / kPairPanel * panels.stride(0) + l * kPairPanel,
+                                    .c = c + i * out.stride(0) + j,
+                                    .n = count,
+                                    .depth = depth,
+                                    .m = std::min(cols, m - j),
+                                    .panel = panels.stride(0),
+                                    .c_row = out.stride(0),
+                                    .add = add || l > 0};
+          product.run();
         }
       }
       at::native::cpublas::brgemm_release();

@@ -78,14 +78,14 @@ FAULTS = [
     Fault(
         "bf16 products: a part of the channels alone",
         "csrc/bf16.cpp",
-        "const bool more = add || l > 0;",
-        "const bool more = add;",
+        ".add = add || l > 0",
+        ".add = add",
         "tests/test_products.py",
     ),
     Fault(
         "bf16 products: columns behind the last whole panel forget what they are added to",
         "csrc/bf16.cpp",
-        "more ? to[r * out.stride(0) + at] + sum : sum",
+        "add ? to[r * c_row + at] + sum : sum",
         "sum",
         "tests/test_products.py",
     ),
