@@ -32,16 +32,14 @@ Rounded rounded(const Tensor& x) {
   return out;
 }
 
-// Whether both are the same numbers in the same place.
-bool same(const Tensor& x, const Tensor& y) {
-  return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides() &&
-         x.scalar_type() == y.scalar_type();
-}
-
 }  // namespace
 
-Bf16Panels::Bf16Panels(const Tensor& a, const Tensor& b)
-    : a_(rounded(a)), b_(same(a, b) ? a_ : rounded(b)), panels_(packed_bf16(b_.values.t())) {}
+Bf16Panels::Bf16Panels(const Tensor& a, const Tensor& b) {
+  RECORD_FUNCTION("gssf::stage::pack", {});
+  a_ = rounded(a);
+  b_ = same(a, b) ? a_ : rounded(b);
+  panels_ = packed_bf16(b_.values.t());
+}
 
 void Bf16Panels::tile(const Tile& at, float* s) const {
   const int64_t padded = depth();

@@ -1,6 +1,8 @@
 // The two sides of a sweep, ready to be multiplied tile by tile.
 #pragma once
 
+#include <ATen/record_function.h>
+
 #include <vector>
 
 #include "bf16.h"
@@ -9,6 +11,12 @@ namespace gssf {
 
 // Column blocks of a sweep begin at multiples of this: whole panels of every kind of product.
 constexpr int64_t kBlockStep = 64;
+
+// Whether both are the same numbers in the same place.
+inline bool same(const at::Tensor& x, const at::Tensor& y) {
+  return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides() &&
+         x.scalar_type() == y.scalar_type();
+}
 
 // Scores of rows i0 .. i0 + n and columns j0 .. j0 + m.
 struct Tile {
@@ -21,8 +29,11 @@ class Panels {
  public:
   using Scalar = A;
 
-  Panels(const at::Tensor& a, const at::Tensor& b)
-      : a_(a.to(c10::CppTypeToScalarType<A>::value).contiguous()), b_(packed<A>(b.t())) {}
+  Panels(const at::Tensor& a, const at::Tensor& b) {
+    RECORD_FUNCTION("gssf::stage::pack", {});
+    a_ = a.to(c10::CppTypeToScalarType<A>::value).contiguous();
+    b_ = packed<A>(b.t());
+  }
 
   // s [n, m], rows kTileMost apart.
   void tile(const Tile& at, A* s) const {

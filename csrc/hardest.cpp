@@ -61,11 +61,6 @@ struct Hardest {
   }
 };
 
-// Whether both are the same numbers in the same place.
-bool same(const Tensor& x, const Tensor& y) {
-  return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides();
-}
-
 // Rows and columns of a symmetric s, of which tiles on and above the diagonal were seen: a line's best is the better
 // of its row's and its column's, at equal scores that of the lower index, and of NaNs the first.
 template <class A>
@@ -120,8 +115,8 @@ std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count
       for (; k < end; ++k) {
         const auto [i, j] = index(k);
         const auto [next_i, next_j] = index(std::min(k + 1, end - 1));
-        out[k] = GSSF_VECTORIZED(exact_dot_of, p + i * depth, q + j * depth, depth, p + next_i * depth,
-                                 q + next_j * depth);
+        out[k] =
+            GSSF_VECTORIZED(exact_dot_of, p + i * depth, q + j * depth, depth, p + next_i * depth, q + next_j * depth);
       }
     });
   };

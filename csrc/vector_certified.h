@@ -30,20 +30,6 @@ GSSF_INLINE void round_row(const T* x, int64_t n, int64_t padded, uint16_t* out,
   }
 }
 
-// Pairs of channels of `width` rows [pairs], ld apart, as a panel [pairs, panel_width].
-static void pack_pairs_of(const uint32_t* rows, int64_t ld, int64_t pairs, int64_t width, uint32_t* panel,
-                          int64_t panel_width) {
-  using I = Simd<float>::Index;
-  constexpr int64_t L = Simd<float>::lanes;
-  for (int64_t l = 0; l < pairs; l += L) {  // padded to whole matrix instructions, so whole vectors
-    int64_t j = 0;
-    for (; kRegisters >= 32 && j + L <= width; j += L)
-      transpose<I>(rows + j * ld + l, ld, panel + l * panel_width + j, panel_width);
-    for (; j < width; ++j)
-      for (int64_t k = l; k < l + L; ++k) panel[k * panel_width + j] = rows[j * ld + k];
-  }
-}
-
 // x · y in fp64, where products of fp32 numbers are exact. Channel c is added to sum c mod 32, and those are folded in
 // halves: the same bits by every instruction set, and by kernels/certified.py. Meanwhile the rows that come next are
 // fetched, which lie anywhere.

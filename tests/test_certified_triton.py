@@ -65,6 +65,22 @@ def test_the_bits_are_those_of_the_cpu(name):
         assert same_bits(mined(a, b)[0], by_cpp(a, b))
 
 
+@pytest.mark.skipif(UNIT == "none", reason="no bf16 unit on this processor, or no extension")
+def test_sums_are_added_in_the_order_of_the_cpu():
+    """2⁶⁰ and 1 and -2⁶⁰ make 1 or 0."""
+    scores = []
+    for channels in ((0, 16, 1), (0, 1, 16), (0, 32, 1), (0, 8, 16), (3, 19, 4), (3, 4, 35), (7, 9, 39), (2, 10, 18)):
+        a, b = torch.zeros(1, 40), torch.zeros(2, 40)
+        a[0, list(channels)], b[1, list(channels)] = (
+            torch.tensor([2.0**30, 2.0**30, 1]),
+            torch.tensor([2.0**30, -(2.0**30), 1]),
+        )
+        found = mined(a, b)[0]
+        assert same_bits(found, by_cpp(a, b))
+        scores.append(found[1].item())
+    assert set(scores) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["", "one side twice"])
 def test_exact_ties_go_to_the_lowest_index(half):
     """Over tiles and slabs, among scores that are made alone and with a whole tile."""
