@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, hinge, pairs, positives, project, relative, tiles
+from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, terms, tiles
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
@@ -165,9 +165,15 @@ def _hinges() -> Iterator[Case]:
     for reduction in ("sum", "mean", "none"):
         n = 129 if reduction == "none" else 128
         lines = partial(_hinge, n, reduction)
-        yield Case(f"hinge_terms {reduction}", hinge.hinge_terms, lines, ("hinge_kernel",))
-        lines, launcher = partial(_hinge_backward, n, reduction), cast(Callable, hinge.hinge_terms_backward)
+        yield Case(f"hinge_terms {reduction}", terms.hinge_terms, lines, ("hinge_kernel",))
+        lines, launcher = partial(_hinge_backward, n, reduction), cast(Callable, terms.hinge_terms_backward)
         yield Case(f"hinge_terms_backward {reduction}", launcher, lines, ("hinge_backward_kernel",))
+        for sides in ("both", "rows"):
+            lines = partial(_contrast, n, sides == "both", reduction)
+            yield Case(f"contrast_terms {reduction} {sides}", terms.contrast_terms, lines, ("contrast_kernel",))
+            lines = partial(_contrast_backward, n, sides == "both", reduction)
+            name, launcher = f"contrast_terms_backward {reduction} {sides}", terms.contrast_terms_backward
+            yield Case(name, launcher, lines, ("contrast_backward_kernel",))
 
 
 def _hinge(n: int, reduction: str) -> tuple:
@@ -176,6 +182,15 @@ def _hinge(n: int, reduction: str) -> tuple:
 
 def _hinge_backward(n: int, reduction: str) -> tuple:
     return torch.zeros(n if reduction == "none" else ()), *_hinge(n, reduction)
+
+
+def _contrast(n: int, both: bool, reduction: str) -> tuple:
+    return (*_zeros(n, n, n), *(_zeros(n + 7, n + 7, n) if both else (None,) * 3), reduction)
+
+
+def _contrast_backward(n: int, both: bool, reduction: str) -> tuple:
+    grad, row = torch.zeros(n if reduction == "none" else ()), torch.zeros(n)
+    return grad, row, torch.zeros(n + 7) if both else None, reduction
 
 
 def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:

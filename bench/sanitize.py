@@ -19,7 +19,7 @@ import torch
 
 from bench import lowering
 
-RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge")
+RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast")
 
 
 def calls() -> list[lowering.Case]:

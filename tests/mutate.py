@@ -32,13 +32,13 @@ PERSISTENT = "tests/test_persistent.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
-        "csrc/hinge.cpp",
+        "csrc/terms.cpp",
         "return margin + row[i]",
         "return -margin + row[i]",
     ),
     Fault(
         "direction: columns give the rows' terms",
-        "csrc/hinge.cpp",
+        "csrc/terms.cpp",
         "return margin + col[i]",
         "return margin + row[i]",
     ),
@@ -168,9 +168,9 @@ FAULTS = [
     ),
     Fault(
         "dense: InfoNCE is the sum of its directions",
-        "gssf_kernels/losses/info_nce.py",
-        "+ col_log[:count])) / 2",
-        "+ col_log[:count]))",
+        "csrc/terms.cpp",
+        "+ cl[i])) / 2;",
+        "+ cl[i]));",
         "tests/test_dense.py",
     ),
     Fault(
@@ -275,7 +275,7 @@ FAULTS = [
     ),
     Fault(
         "backward: grad_output is ignored",
-        "csrc/hinge.cpp",
+        "csrc/terms.cpp",
         "const A g = above[i * stride] / share;",
         "const A g = A(1) / share;",
     ),

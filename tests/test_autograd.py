@@ -58,6 +58,11 @@ def _op_samples():
         yield "hardest_negatives_backward", (*lines, *places, a, b, [False, True])
         for reduction in ("sum", "mean", "none"):
             above = lines[0] if reduction == "none" else lines[0][0].clone()
+            cols = [randn(g, n).to(lines[0]) for n in (14, 14, 9)]
+            yield "contrast_terms", (*lines[:2], lines[0].flip(0), *cols, reduction)
+            yield "contrast_terms", (*lines[:2], lines[0].flip(0), None, None, None, reduction)
+            yield "contrast_terms_backward", (above, lines[0], lines[2], reduction)
+            yield "contrast_terms_backward", (above, lines[0], None, reduction)
             yield "hinge_terms", (*lines, 0.2, reduction)
             yield "hinge_terms_backward", (above, *lines, 0.2, reduction)
         yield from _dense_samples(a, b, g)

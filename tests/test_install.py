@@ -21,6 +21,8 @@ OPS = {  # those with a kernel of their own
     "pairs_project_backward",
     "hardest_negatives",
     "hardest_negatives_backward",
+    "contrast_terms",
+    "contrast_terms_backward",
     "hinge_terms",
     "hinge_terms_backward",
     "relative_negatives",

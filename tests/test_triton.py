@@ -20,11 +20,16 @@ triton = pytest.importorskip("triton")
 
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
-from gssf_kernels.kernels.hinge import hinge_terms, hinge_terms_backward  # noqa: E402
 from gssf_kernels.kernels.pairs import hardest_negatives_backward, pair_scores, pair_scores_backward  # noqa: E402
 from gssf_kernels.kernels.positives import hardest_positives  # noqa: E402
 from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward  # noqa: E402
 from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
+from gssf_kernels.kernels.terms import (  # noqa: E402
+    contrast_terms,
+    contrast_terms_backward,
+    hinge_terms,
+    hinge_terms_backward,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -496,6 +501,30 @@ def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
     assert hinge_terms(*none, lines[2], 0.25, "none").shape == (0,)
     one = torch.ones(()).to(DEVICE)
     assert hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize(("N", "M"), [(1, 1), (7, 9), (70, 100)])
+def test_contrast_terms(N, M, reduction, both, monkeypatch):
+    monkeypatch.setattr(tiles, "TERMS", 16)
+    lines = [torch.randn(n) for n in (N, N, N, M, M, N)]
+    lines = lines if both else [*lines[:3], None, None, None]
+    exact = [t if t is None else t.double().requires_grad_() for t in lines]
+    terms = (exact[0] - exact[2]) + exact[1]
+    if both:
+        terms = (terms + (exact[3][:N] - exact[5]) + exact[4][:N]) / 2
+    truth = terms if reduction == "none" else terms.sum() / (N if reduction == "mean" else 1)
+    grad = torch.randn(truth.shape)
+    truth.backward(grad.double())
+    on = [t if t is None else t.to(DEVICE) for t in lines]
+    found = contrast_terms(*on, reduction)
+    torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    drow, dtarget, dcol = contrast_terms_backward(grad.to(DEVICE), on[1], on[4], reduction)
+    wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
+    for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
+        torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
+    assert dcol.shape == (M if both else 0,)
 
 
 # project

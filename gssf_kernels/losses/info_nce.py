@@ -15,10 +15,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gssf_kernels import _checks, reference
+from gssf_kernels import _checks
 from gssf_kernels._library import accumulation_dtype
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import pair_scores, paired_logsumexp
+from gssf_kernels.statistics import contrast_terms, pair_scores, paired_logsumexp
 from gssf_kernels.statistics.groups import group_sums, groups
 
 
@@ -78,12 +78,10 @@ def info_nce_loss(
         row_target, col_target = _soft_targets(x, y, scale, pair, x_ids, y_ids, symmetric)
     if epsilon:
         row_target = torch.lerp(row_target, scale * _mean_scores(x, y), epsilon)
-    loss = (row_max - row_target) + row_log  # the maxima first: that difference is exact where the loss is small
-    if symmetric:
-        if epsilon:
-            col_target = torch.lerp(col_target, scale * _mean_scores(y[:count], x), epsilon)
-        loss = (loss + ((col_max[:count] - col_target) + col_log[:count])) / 2
-    return reference.reduce(loss, reduction)
+    if epsilon and symmetric:
+        col_target = torch.lerp(col_target, scale * _mean_scores(y[:count], x), epsilon)
+    cols = (col_max, col_log, col_target) if symmetric else None
+    return contrast_terms((row_max, row_log, row_target), cols, reduction)
 
 
 def _soft_targets(x, y, scale, pair, x_ids, y_ids, symmetric):

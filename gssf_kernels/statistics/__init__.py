@@ -6,14 +6,15 @@ from gssf_kernels.statistics.hardest import (
     paired_relative_negatives,
     rescored_candidates,
 )
-from gssf_kernels.statistics.hinge import hinge_terms
 from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
 from gssf_kernels.statistics.relative import relative_positives
 from gssf_kernels.statistics.sums import sum_scores
+from gssf_kernels.statistics.terms import contrast_terms, hinge_terms
 
 __all__ = [
+    "contrast_terms",
     "hardest_negatives",
     "hardest_positives",
     "hinge_terms",

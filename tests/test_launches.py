@@ -1,0 +1,63 @@
+"""How many kernels a step launches on CUDA: what a small batch's time is made of.
+
+Counted without a card (`device_path.py`): Triton's launches, and PyTorch's ops that are no views, each as one (a sort
+is several). These are the figures of this version: a change that raises one has to say so here.
+"""
+
+import pytest
+import torch
+
+import gssf_kernels as gk
+
+pytest.importorskip("triton")
+
+from device_path import DEVICE, device_path
+
+
+def with_ids(x, y):
+    return gk.triplet_loss(x, y, x_ids=torch.empty(len(x), dtype=torch.int64, device=DEVICE))
+
+
+STEPS = {  # (forward, backward)
+    "triplet": (lambda x, y: gk.triplet_loss(x, y), (3, 2)),
+    "triplet mean": (lambda x, y: gk.triplet_loss(x, y, reduction="mean"), (3, 2)),
+    "triplet with ids": (with_ids, (3, 2)),
+    "info_nce": (lambda x, y: gk.info_nce_loss(x, y, scale=10.0), (10, 17)),
+    "sigmoid": (lambda x, y: gk.sigmoid_loss(x, y, scale=10.0, bias=-1.0), (17, 8)),
+}
+
+
+def launches(loss, n, dtype):
+    """(forward's, backward's) of inputs [n, 512]."""
+    x, y = (torch.empty(n, 512, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
+    upstream = torch.empty((), device=DEVICE)
+    with device_path() as path:
+        value = loss(x, y)
+        forward = list(path.launches)
+        torch.autograd.grad(value, [x, y], upstream)
+    return forward, path.launches[len(forward) :]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("n", [128, 256, 512, 1024])
+@pytest.mark.parametrize("name", STEPS)
+def test_small_batches(name, n, dtype):
+    loss, expected = STEPS[name]
+    forward, backward = launches(loss, n, dtype)
+    if dtype == torch.float32:
+        assert (len(forward), len(backward)) == expected, (forward, backward)
+    else:  # dense losses round a chunk of gradients to 16 bits, and the result
+        assert len(forward) <= expected[0] + 1, forward
+        assert len(backward) <= expected[1] + 3, backward
+
+
+def test_what_the_triplet_launches():
+    forward, backward = launches(STEPS["triplet"][0], 128, torch.float32)
+    assert forward == ["sweep_kernel", "merge_kernel", "hinge_kernel"]
+    assert backward == ["hinge_backward_kernel", "scan_kernel"]
+
+
+def test_the_count_does_not_grow_with_the_batch_but_for_the_sort():
+    """Past `tiles.SCAN_ROWS` the gradient's edges are sorted, and that is one step for any size."""
+    steps = [launches(STEPS["triplet"][0], n, torch.float32) for n in (4096, 16384)]
+    assert [tuple(map(len, step)) for step in steps] == [(3, 14)] * 2
