@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, terms, tiles
+from gssf_kernels.kernels import dense, hardest, logsumexp, pairs, positives, project, relative, terms, tiles
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
@@ -168,10 +168,10 @@ def _hinges() -> Iterator[Case]:
         yield Case(f"hinge_terms {reduction}", terms.hinge_terms, lines, ("hinge_kernel",))
         lines, launcher = partial(_hinge_backward, n, reduction), cast(Callable, terms.hinge_terms_backward)
         yield Case(f"hinge_terms_backward {reduction}", launcher, lines, ("hinge_backward_kernel",))
-        for sides in ("both", "rows"):
-            lines = partial(_contrast, n, sides == "both", reduction)
+        for sides in ("both", "one target", "rows"):
+            lines = partial(_contrast, n, sides, reduction)
             yield Case(f"contrast_terms {reduction} {sides}", terms.contrast_terms, lines, ("contrast_kernel",))
-            lines = partial(_contrast_backward, n, sides == "both", reduction)
+            lines = partial(_contrast_backward, n, sides, reduction)
             name, launcher = f"contrast_terms_backward {reduction} {sides}", terms.contrast_terms_backward
             yield Case(name, launcher, lines, ("contrast_backward_kernel",))
 
@@ -184,13 +184,59 @@ def _hinge_backward(n: int, reduction: str) -> tuple:
     return torch.zeros(n if reduction == "none" else ()), *_hinge(n, reduction)
 
 
-def _contrast(n: int, both: bool, reduction: str) -> tuple:
-    return (*_zeros(n, n, n), *(_zeros(n + 7, n + 7, n) if both else (None,) * 3), reduction)
+def _contrast(n: int, sides: str, reduction: str) -> tuple:
+    cols: list = _zeros(n + 7, n + 7, n) if sides != "rows" else [None] * 3
+    return (*_zeros(n, n, n), *cols[:2], cols[2] if sides == "both" else None, reduction)
 
 
-def _contrast_backward(n: int, both: bool, reduction: str) -> tuple:
+def _contrast_backward(n: int, sides: str, reduction: str) -> tuple:
     grad, row = torch.zeros(n if reduction == "none" else ()), torch.zeros(n)
-    return grad, row, torch.zeros(n + 7) if both else None, reduction
+    return grad, row, torch.zeros(n + 7) if sides != "rows" else None, sides == "one target", reduction
+
+
+def _logsumexp_small(dtype: torch.dtype, n: int, d: int, scaled: bool, twice: bool = False) -> tuple:
+    a, b = torch.zeros(n, d, dtype=dtype), None if twice else torch.zeros(n + 1, d, dtype=dtype)
+    return a, b, torch.ones(()) if scaled else None, 2.0
+
+
+def _logsumexp_small_backward(
+    dtype: torch.dtype, n: int, d: int, scaled: bool, twice: bool, lines: str, needs: list[bool]
+) -> tuple:
+    a, b, *scale = _logsumexp_small(dtype, n, d, scaled, twice)
+    m = n + (b is not None)
+    grads = [torch.zeros(size) if name in lines.split() else None for name, size in zip(LINES, (n, m, n), strict=True)]
+    return (*grads, a, b, *scale, *_zeros(n, n, m, m), needs)
+
+
+LINES = ("row", "col", "pair")
+
+
+def _small() -> Iterator[Case]:
+    """Dense losses of small problems; ragged ones have neither rows nor channels on 16 bytes."""
+    for product, (dtype, _) in PRODUCTS.items():
+        for name, n, d, scaled, twice in (
+            ("", 128, 256, False, False),
+            (" learnable", 128, 256, True, False),
+            (" learnable ragged", 129, 200, True, False),
+            (" of one side twice", 128, 256, True, True),
+        ):
+            launcher: Callable = logsumexp.logsumexp_scores
+            make = partial(_logsumexp_small, dtype, n, d, scaled, twice)
+            yield Case("logsumexp_scores" + name, launcher, make, ("sweep_kernel", "log_lines_kernel"), product)
+            launcher = logsumexp.logsumexp_scores_backward
+            needs = [True, not twice, scaled]
+            make = partial(_logsumexp_small_backward, dtype, n, d, scaled, twice, "row col pair", needs)
+            yield Case(
+                "logsumexp_scores_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product
+            )
+    for lines, needs in (
+        ("row", [True, False, False]),
+        ("col pair", [False, True, True]),
+        ("pair", [False] * 2 + [True]),
+    ):
+        make = partial(_logsumexp_small_backward, torch.float32, 128, 256, True, False, lines, needs)
+        name = f"logsumexp_scores_backward {lines} {needs}"
+        yield Case(name, logsumexp.logsumexp_scores_backward, make, ("sweep_kernel", "gradients_kernel"))
 
 
 def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:
@@ -315,7 +361,7 @@ def _passes() -> Iterator[Case]:
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
-CASES = [*_sweeps(), *_pairs(), *_hinges(), *_positives(), *_projections(), *_passes()]
+CASES = [*_sweeps(), *_pairs(), *_hinges(), *_positives(), *_projections(), *_passes(), *_small()]
 
 
 class _Target:

@@ -100,15 +100,15 @@ Tensor contrast_terms(const Tensor& row_max_in, const Tensor& row_log_in, const 
   check_line(row_max_in, n, row_log_in, "row_max");
   check_line(row_target_in, n, row_log_in, "row_target");
   if (both) {
-    TORCH_CHECK_VALUE(col_max_in && col_target_in, "col_max, col_target: expected both with col_log");
+    TORCH_CHECK_VALUE(col_max_in, "col_max: expected with col_log");
     check_line(*col_max_in, n, row_log_in, "col_max");
     check_line(*col_log_in, n, row_log_in, "col_log");
-    check_line(*col_target_in, n, row_log_in, "col_target");
+    if (col_target_in) check_line(*col_target_in, n, row_log_in, "col_target");
   }
   const Tensor row_max = row_max_in.contiguous(), row_log = row_log_in.contiguous();
   const Tensor row_target = row_target_in.contiguous();
   const Tensor col_max = both ? col_max_in->contiguous() : row_max, col_log = both ? col_log_in->contiguous() : row_log;
-  const Tensor col_target = both ? col_target_in->contiguous() : row_target;
+  const Tensor col_target = both && col_target_in ? col_target_in->contiguous() : row_target;
   Tensor out = each ? at::empty({n}, row_log.options()) : at::empty({}, row_log.options());
   AT_DISPATCH_FLOATING_TYPES(row_log.scalar_type(), "contrast_terms", [&] {
     using A = scalar_t;
@@ -129,7 +129,7 @@ Tensor contrast_terms(const Tensor& row_max_in, const Tensor& row_log_in, const 
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrast_terms_backward(const Tensor& grad, const Tensor& row_log,
-                                                           const std::optional<Tensor>& col_log,
+                                                           const std::optional<Tensor>& col_log, bool shared,
                                                            std::string_view reduction) {
   const int64_t n = row_log.size(0), m = col_log ? col_log->size(0) : 0;
   const bool each = reduction == "none";
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> contrast_terms_backward(const Tensor& grad, c
     A *dr = drow.mutable_data_ptr<A>(), *dt = dtarget.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
     for (int64_t i = 0; i < n; ++i) {
       dr[i] = above[i * stride] / share;
-      dt[i] = -dr[i];
+      dt[i] = shared ? -2 * dr[i] : -dr[i];
     }
     if (col_log) std::fill(std::copy_n(dr, n, dc), dc + m, A(0));
   });

@@ -248,10 +248,21 @@ def scalar(value, name: str, like: torch.Tensor, *, positive: bool = False) -> t
         if value.device != like.device:
             raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
         return value.reshape(()).to(dtype)
+    return torch.full((), number(value, name, positive=positive), dtype=dtype, device=like.device)
+
+
+def number(value, name: str, *, positive: bool = False) -> float:
+    """``value`` as a finite number, above zero if ``positive``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number or a tensor of one element, got {type(value).__name__}")
-    number = _above_zero(value, name) if positive else finite(value, name)
-    return torch.full((), number, dtype=dtype, device=like.device)
+    return _above_zero(value, name) if positive else finite(value, name)
+
+
+def scalar_or_number(value, name: str, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor | float:
+    """The same as :func:`scalar`, but a number stays one: on a GPU a tensor of it costs a launch."""
+    if isinstance(value, torch.Tensor):
+        return scalar(value, name, like, positive=positive)
+    return number(value, name, positive=positive)
 
 
 def fraction(value, name: str) -> float:

@@ -74,14 +74,21 @@ def define(
 
 
 def _lazy(target: str, reference: Callable) -> Callable:
-    """The Triton launcher named by ``target``; fp64 goes to the reference (no matrix unit gains there)."""
+    """The Triton launcher named by ``target``; fp64 goes to the reference (no matrix unit gains there).
+
+    So does what the launcher declines, by returning NotImplemented: most often a size that it is not made for.
+    """
     module_name, _, function_name = target.rpartition(".")
 
-    def call(first: torch.Tensor, *rest):
-        if first.dtype == torch.float64:
+    def call(first: torch.Tensor | None, *rest):
+        some = next(t for t in (first, *rest) if isinstance(t, torch.Tensor))
+        if some.dtype != torch.float64:
+            module = importlib.import_module(f"gssf_kernels.kernels.{module_name}")
+            found = getattr(module, function_name)(first, *rest)
+            if found is not NotImplemented:
+                return found
+        with outside_autocast(some.device):
             return reference(first, *rest)
-        module = importlib.import_module(f"gssf_kernels.kernels.{module_name}")
-        return getattr(module, function_name)(first, *rest)
 
     return call
 

@@ -29,6 +29,7 @@ class Fault:
 GOAL = "tests/test_goal.py"
 HOPPER = "tests/test_hopper.py"
 PERSISTENT = "tests/test_persistent.py"
+SMALL = "tests/test_small_triton.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
@@ -53,6 +54,34 @@ FAULTS = [
         "csrc/epilogues.h",
         "has_ids ? row_id_.data() + i0 : nullptr",
         "has_ids ? row_id_.data() : nullptr",
+    ),
+    Fault(
+        "small: a row's log-sum is that of its first parts",
+        "gssf_kernels/kernels/logsumexp.py",
+        "lane, rows, across, N, BP, BL",
+        "lane, rows, 1, N, BP, BL",
+        SMALL,
+    ),
+    Fault(
+        "small: scores past M get a share of a row's gradient in κ",
+        "gssf_kernels/kernels/logsumexp.py",
+        "tl.where((j < M)[None, :], g * s, 0.0)",
+        "g * s",
+        SMALL,
+    ),
+    Fault(
+        "small: one side given twice gets the rows' half alone",
+        "gssf_kernels/kernels/gradients.py",
+        "if SAME:",
+        "if SAME and N < 0:",
+        SMALL,
+    ),
+    Fault(
+        "small: gradients of scores are rounded to halves",
+        "gssf_kernels/kernels/gradients.py",
+        "dtype = a.dtype if a.dtype != torch.float16 else torch.float32",
+        "dtype = a.dtype",
+        SMALL,
     ),
     Fault(
         "dense: db keeps the last chunk alone",

@@ -14,27 +14,30 @@ pytest.importorskip("triton")
 from device_path import DEVICE, device_path
 
 
-def with_ids(x, y):
+def with_ids(x, y, t):
     return gk.triplet_loss(x, y, x_ids=torch.empty(len(x), dtype=torch.int64, device=DEVICE))
 
 
-STEPS = {  # (forward, backward)
-    "triplet": (lambda x, y: gk.triplet_loss(x, y), (3, 2)),
-    "triplet mean": (lambda x, y: gk.triplet_loss(x, y, reduction="mean"), (3, 2)),
+STEPS = {  # (forward, backward); t is learned too
+    "triplet": (lambda x, y, t: gk.triplet_loss(x, y), (3, 2)),
+    "triplet mean": (lambda x, y, t: gk.triplet_loss(x, y, reduction="mean"), (3, 2)),
     "triplet with ids": (with_ids, (3, 2)),
-    "info_nce": (lambda x, y: gk.info_nce_loss(x, y, scale=10.0), (10, 17)),
-    "sigmoid": (lambda x, y: gk.sigmoid_loss(x, y, scale=10.0, bias=-1.0), (17, 8)),
+    "info_nce": (lambda x, y, t: gk.info_nce_loss(x, y, scale=10.0), (3, 3)),
+    "info_nce learnable": (lambda x, y, t: gk.info_nce_loss(x, y, scale=t), (3, 3)),
+    "info_nce one direction": (lambda x, y, t: gk.info_nce_loss(x, y, scale=t, symmetric=False), (3, 3)),
+    "info_nce of one side twice": (lambda x, y, t: gk.info_nce_loss(x, x, scale=t), (3, 3)),
+    "sigmoid": (lambda x, y, t: gk.sigmoid_loss(x, y, scale=10.0, bias=-1.0), (17, 8)),
 }
 
 
-def launches(loss, n, dtype):
-    """(forward's, backward's) of inputs [n, 512]."""
-    x, y = (torch.empty(n, 512, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(2))
-    upstream = torch.empty((), device=DEVICE)
+def launches(loss, n, dtype, extra=0):
+    """(forward's, backward's) of inputs [n, 512] and [n + extra, 512]."""
+    x, y = (torch.empty(k, 512, dtype=dtype, device=DEVICE, requires_grad=True) for k in (n, n + extra))
+    t, upstream = torch.empty((), device=DEVICE, requires_grad=True), torch.empty((), device=DEVICE)
     with device_path() as path:
-        value = loss(x, y)
+        value = loss(x, y, t)
         forward = list(path.launches)
-        torch.autograd.grad(value, [x, y], upstream)
+        torch.autograd.grad(value, [x, y, t], upstream, allow_unused=True)
     return forward, path.launches[len(forward) :]
 
 
@@ -44,7 +47,7 @@ def launches(loss, n, dtype):
 def test_small_batches(name, n, dtype):
     loss, expected = STEPS[name]
     forward, backward = launches(loss, n, dtype)
-    if dtype == torch.float32:
+    if dtype == torch.float32 or name.startswith("info_nce"):
         assert (len(forward), len(backward)) == expected, (forward, backward)
     else:  # dense losses round a chunk of gradients to 16 bits, and the result
         assert len(forward) <= expected[0] + 1, forward
@@ -55,6 +58,13 @@ def test_what_the_triplet_launches():
     forward, backward = launches(STEPS["triplet"][0], 128, torch.float32)
     assert forward == ["sweep_kernel", "merge_kernel", "hinge_kernel"]
     assert backward == ["hinge_backward_kernel", "scan_kernel"]
+
+
+def test_what_info_nce_launches():
+    for extra in (0, 37):
+        forward, backward = launches(STEPS["info_nce learnable"][0], 128, torch.float32, extra)
+        assert forward == ["sweep_kernel", "log_lines_kernel", "contrast_kernel"]
+        assert backward == ["contrast_backward_kernel", "sweep_kernel", "gradients_kernel"]
 
 
 def test_the_count_does_not_grow_with_the_batch_but_for_the_sort():

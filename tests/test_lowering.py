@@ -19,9 +19,21 @@ sys.path.insert(0, str(ROOT))
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench import lowering  # noqa: E402
-from gssf_kernels.kernels import dense, hardest, pairs, positives, project, relative, sweep, terms, tiles  # noqa: E402
+from gssf_kernels.kernels import (  # noqa: E402
+    dense,
+    gradients,
+    hardest,
+    logsumexp,
+    pairs,
+    positives,
+    project,
+    relative,
+    sweep,
+    terms,
+    tiles,
+)
 
-MODULES = (dense, hardest, pairs, positives, project, relative, sweep, terms)
+MODULES = (dense, gradients, hardest, logsumexp, pairs, positives, project, relative, sweep, terms)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

@@ -44,6 +44,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 32, 16, 4, 2))
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
+    monkeypatch.setattr(tiles, "SMALL", 0)
     monkeypatch.setattr(tiles, "MERGE_PARTS", 4)
     monkeypatch.setattr(tiles, "MERGE_LANES", 32)
     monkeypatch.setattr(tiles, "POSITIVES", {key: tiles.Sweep(16, 32, 16, 4, 2) for key in tiles.POSITIVES})
@@ -503,24 +504,25 @@ def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
     assert hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
 
 
-@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("sides", ["both", "both of one target", "rows"])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize(("N", "M"), [(1, 1), (7, 9), (70, 100)])
-def test_contrast_terms(N, M, reduction, both, monkeypatch):
+def test_contrast_terms(N, M, reduction, sides, monkeypatch):
     monkeypatch.setattr(tiles, "TERMS", 16)
     lines = [torch.randn(n) for n in (N, N, N, M, M, N)]
-    lines = lines if both else [*lines[:3], None, None, None]
+    both, shared = sides != "rows", sides == "both of one target"
+    lines = [*lines[:5], None] if shared else lines if both else [*lines[:3], None, None, None]
     exact = [t if t is None else t.double().requires_grad_() for t in lines]
     terms = (exact[0] - exact[2]) + exact[1]
     if both:
-        terms = (terms + (exact[3][:N] - exact[5]) + exact[4][:N]) / 2
+        terms = (terms + (exact[3][:N] - exact[2 if shared else 5]) + exact[4][:N]) / 2
     truth = terms if reduction == "none" else terms.sum() / (N if reduction == "mean" else 1)
     grad = torch.randn(truth.shape)
     truth.backward(grad.double())
     on = [t if t is None else t.to(DEVICE) for t in lines]
     found = contrast_terms(*on, reduction)
     torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    drow, dtarget, dcol = contrast_terms_backward(grad.to(DEVICE), on[1], on[4], reduction)
+    drow, dtarget, dcol = contrast_terms_backward(grad.to(DEVICE), on[1], on[4], shared, reduction)
     wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
     for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
         torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import certified, hopper, operands
+from gssf_kernels.kernels import certified, hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
 
@@ -114,6 +114,7 @@ def hardest_negatives(
     if len(a) > 0:
         with torch.cuda.device_of(a):
             half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
+            half = half and len(a) * len(b) > tiles.SMALL  # below, what halves save costs less than merging them
             sweep = Sweep(a, b, half=half)
             rows, cols = sweep.partial_results(torch.float32, torch.int16)
             state = (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols)

@@ -131,7 +131,11 @@ def contrast_kernel(
         i = i0 + tl.arange(0, BT)
         terms = log_ratio(row_max, row_log, row_target, i, i < N)
         if col_log is not None:
-            terms = (terms + log_ratio(col_max, col_log, col_target, i, i < N)) * 0.5
+            if col_target is not None:
+                terms += log_ratio(col_max, col_log, col_target, i, i < N)
+            else:
+                terms += log_ratio(col_max, col_log, row_target, i, i < N)
+            terms *= 0.5
         if SUM:
             total += tl.where(i < N, terms, 0.0)
         else:
@@ -145,7 +149,8 @@ def contrast_kernel(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def contrast_backward_kernel(
-    grad, drow, dtarget, dcol, grad_stride, N, M, SUM: tl.constexpr, MEAN: tl.constexpr, BT: tl.constexpr
+    grad, drow, dtarget, dcol, grad_stride, N, M,
+    SHARED: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BT + tl.arange(0, BT)
     if SUM:
@@ -158,7 +163,7 @@ def contrast_backward_kernel(
         g = g * 0.5
         tl.store(dcol + i, tl.where(i < N, g, 0.0), mask=i < M)
     tl.store(drow + i, g, mask=i < N)
-    tl.store(dtarget + i, -g, mask=i < N)
+    tl.store(dtarget + i, -2.0 * g if SHARED else -g, mask=i < N)
 
 
 def contrast_terms(
@@ -172,7 +177,7 @@ def contrast_terms(
 ) -> torch.Tensor:
     """Return the terms [N] fp32, or for "sum" and "mean" a scalar; of the rows alone, not halved, without columns.
 
-    row_max, row_log, row_target, col_target: [N] fp32; col_max, col_log: [M] fp32, M >= N
+    row_max, row_log, row_target, col_target: [N] fp32; col_max, col_log: [M] fp32, M >= N; col_target None: the rows'
 
     Raises TypeError for other dtypes.
     """
@@ -190,11 +195,11 @@ def contrast_terms(
 
 
 def contrast_terms_backward(
-    grad: torch.Tensor, row_log: torch.Tensor, col_log: torch.Tensor | None, reduction: str
+    grad: torch.Tensor, row_log: torch.Tensor, col_log: torch.Tensor | None, shared: bool, reduction: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of row_log [N], of either target [N] and of col_log [M], or [0] where there is none.
 
-    grad: of what `contrast_terms` gives
+    grad: of what `contrast_terms` gives; shared: whether one target stands for both, and gets both gradients
 
     Raises TypeError for other dtypes.
     """
@@ -207,6 +212,6 @@ def contrast_terms_backward(
         with torch.cuda.device_of(row_log):
             contrast_backward_kernel[(triton.cdiv(max(N, M), BT),)](
                 grad, drow, dtarget, dcol, 0 if some else grad.stride(0), N, M,
-                SUM=some, MEAN=reduction == "mean", BT=BT, num_warps=4, num_stages=2,
+                SHARED=shared, SUM=some, MEAN=reduction == "mean", BT=BT, num_warps=4, num_stages=2,
             )  # fmt: skip
     return drow, dtarget, dcol if dcol is not None else row_log.new_empty(0)

@@ -33,6 +33,16 @@ class Project(NamedTuple):
     num_stages: int
 
 
+class Gradients(NamedTuple):
+    """A tile of the products that end a gradient: BR rows of BC channels, from BK rows of the other side at a time."""
+
+    BR: int
+    BC: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
 class Pass(NamedTuple):
     """A tile of a pass over a chunk of scores: BR rows of BM columns."""
 
@@ -99,10 +109,18 @@ PROJECT = {
     "ieee": Project(32, 32, 8, 2),
 }
 
+GRADIENTS = {
+    "half": Gradients(64, 64, 32, 4, 3),
+    "tf32": Gradients(64, 64, 32, 4, 3),
+    "ieee": Gradients(64, 64, 16, 4, 3),
+}
+
 PASS = Pass(16, 64, 8)
 ROUND = Pass(4, 256, 4)
 RESCORE = {"best": Rescore(8, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
 CERTIFIED_SCORES = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
+
+SMALL = 1 << 20  # scores of a small problem: small tiles, and dense losses store the gradient of each (4 MiB) at once
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
@@ -137,7 +155,7 @@ def processors(device: torch.device) -> int:
 
 def sweep_size(N: int, M: int, D: int, sums: bool = False) -> str:
     """The size of a sweep over [N, M] scores of D channels, as the table names it."""
-    return "small" if N * M <= 1 << 20 else "sums" if sums else "narrow" if D < 512 else "wide"
+    return "small" if N * M <= SMALL else "sums" if sums else "narrow" if D < 512 else "wide"
 
 
 def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False) -> Sweep:
@@ -148,3 +166,8 @@ def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int,
 def project_tile(dtype: torch.dtype) -> Project:
     """The tile for a projection of x in dtype."""
     return PROJECT[kind(dtype)]
+
+
+def gradients_tile(dtype: torch.dtype) -> Gradients:
+    """The tile for the products that end a gradient, of inputs in dtype."""
+    return GRADIENTS[kind(dtype)]

@@ -69,7 +69,7 @@ def info_nce_loss(
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    scale = _checks.scalar(scale, "scale", x, positive=True)
+    scale = _checks.scalar_or_number(scale, "scale", x, positive=True)
 
     count = x.shape[0]
     row_max, row_log, col_max, col_log, pair = paired_logsumexp(x, y, scale)

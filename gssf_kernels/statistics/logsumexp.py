@@ -5,7 +5,8 @@
 
 Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a
 running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all. Where b is a, t is
-symmetric and half of them do. Inside, a
+symmetric and half of them do. Small problems on a GPU, where launches are what a step costs, take two each way: a sweep
+that stores no score, and in the backward one that stores ds whole (``kernels/logsumexp.py``). Inside, a
 log-sum is kept as (maximum, log of the sum over it), because a loss is the difference of two large numbers and the
 maximum falls out of it exactly.
 """
@@ -39,41 +40,44 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     """
     a, b = _checks.autocast(a, b)
     _checks.sides(a, b, "a", "b", paired=False)
-    scale = _checks.scalar(scale, "scale", a, positive=True)
+    scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale)
     return row_max + row_log, col_max + col_log
 
 
-def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, row_log [N], col_max, col_log [M], pair [min(N, M)])``, ``pair_i = t_ii``.
 
     The maxima are constants to autograd: the whole gradient of a log-sum goes through its logarithm.
     """
-    return _LogSumExp.apply(a, None if b is a else b, scale)
+    given, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    return _LogSumExp.apply(a, None if b is a else b, given, constant)
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(a, b, scale):
-        return torch.ops.gssf.logsumexp_scores(a, b, scale)
+    def forward(a, b, scale, constant):
+        return torch.ops.gssf.logsumexp_scores(a, b, scale, constant)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        *tensors, ctx.constant = inputs
         row_max, row_log, col_max, col_log, _ = output
         ctx.mark_non_differentiable(row_max, col_max)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, row_max, row_log, col_max, col_log)
+        ctx.save_for_backward(*tensors, row_max, row_log, col_max, col_log)
 
     @staticmethod
     def backward(ctx, _row_max, drow, _col_max, dcol, dpair):
-        needs = list(ctx.needs_input_grad)
+        (a, b, scale, *lines), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
         op = torch.ops.gssf.logsumexp_scores_backward
-        found = last_derivative(op, drow, dcol, dpair, *ctx.saved_tensors, needs)
-        return tuple(g if need else None for g, need in zip(found, needs, strict=True))
+        found = last_derivative(op, drow, dcol, dpair, a, b, scale, ctx.constant, *lines, needs)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None)
 
 
-def _forward(a, b, scale):
+def _forward(a, b, scale, constant):
     dtype, n = accumulation_dtype(a.dtype), a.shape[0]
+    scale = a.new_full((), constant, dtype=dtype) if scale is None else scale
     m = n if b is None else b.shape[0]
     row_max, row_sum, pair = (a.new_empty(size, dtype=dtype) for size in (n, n, min(n, m)))
     col_max, col_sum = a.new_full((m,), -torch.inf, dtype=dtype), a.new_zeros(m, dtype=dtype)
@@ -111,7 +115,8 @@ def _together(maxima, sums):
     return new, torch.where(maxima == new, sums, sums * torch.exp(maxima - shift)).sum(0)
 
 
-def _backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
+def _backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs):
+    scale = row_max.new_full((), constant) if scale is None else scale
     # Where all is -inf, e^{t − l − l} with the least number l is the 0 that belongs there.
     least = torch.finfo(row_max.dtype).min
     rows, cols = ([t.clamp_min(least) for t in line] for line in ((row_max, row_log), (col_max, col_log)))
@@ -170,15 +175,16 @@ def _backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log
     )
 
 
-def _fake(a, b, scale):
-    n = a.shape[0]
+def _fake(a, b, scale, constant):
+    n, dtype = a.shape[0], accumulation_dtype(a.dtype)
     m = n if b is None else b.shape[0]
-    return tuple(scale.new_empty(size) for size in (n, n, m, m, torch.sym_min(n, m)))
+    return tuple(a.new_empty(size, dtype=dtype) for size in (n, n, m, m, torch.sym_min(n, m)))
 
 
-def _fake_backward(drow, dcol, dpair, a, b, scale, row_max, row_log, col_max, col_log, needs):
+def _fake_backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs):
     return tuple(
-        a.new_empty(0) if not need else torch.empty_like(t) for t, need in zip((a, b, scale), needs, strict=True)
+        (row_max if k == 2 else a).new_empty(t.shape if need and t is not None else 0)
+        for k, (t, need) in enumerate(zip((a, b, scale), needs, strict=True))
     )
 
 
@@ -217,16 +223,19 @@ def _fake_pass(*_):
 
 
 define(
-    "logsumexp_scores(Tensor a, Tensor? b, Tensor scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "logsumexp_scores(Tensor a, Tensor? b, Tensor? scale, float constant) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_forward,
     fake=_fake,
+    triton="logsumexp.logsumexp_scores",
     through="logsumexp_pass",
 )
 define(
-    "logsumexp_scores_backward(Tensor? drow, Tensor? dcol, Tensor? dpair, Tensor a, Tensor? b, Tensor scale, "
-    "Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "logsumexp_scores_backward(Tensor? drow, Tensor? dcol, Tensor? dpair, Tensor a, Tensor? b, Tensor? scale, "
+    "float constant, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=_fake_backward,
+    triton="logsumexp.logsumexp_scores_backward",
     through="softmax_pass",
 )
 define(

@@ -40,8 +40,11 @@ def contrast_terms(rows: tuple, cols: tuple | None, reduction: str) -> Tensor:
     """The terms [N] of ``rows = (max [N], log [N], target [N])`` and ``cols = (max [M], log [M], target [N])``.
 
     Or their sum or mean; of the rows alone, not halved, where cols is None. The maxima are constants. Differentiable
-    once. The maximum and the target meet first: their difference is exact where the loss is small.
+    once. The maximum and the target meet first: their difference is exact where the loss is small. One tensor that is
+    both targets gets its gradient in one piece.
     """
+    if cols is not None and cols[2] is rows[2]:
+        cols = (*cols[:2], None)
     row_max, row_log, row_target, col_max, col_log, col_target = distinct(*rows, *(cols or (None, None, None)))
     return _Contrast.apply(row_max, row_log, row_target, col_max, col_log, col_target, reduction)
 
@@ -54,13 +57,14 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, row_log, _, _, col_log, _, ctx.reduction = inputs
+        _, row_log, _, _, col_log, col_target, ctx.reduction = inputs
+        ctx.shared = col_log is not None and col_target is None
         ctx.save_for_backward(row_log, col_log)
 
     @staticmethod
     def backward(ctx, grad):
         op = torch.ops.gssf.contrast_terms_backward
-        drow, dtarget, dcol = last_derivative(op, grad, *ctx.saved_tensors, ctx.reduction)
+        drow, dtarget, dcol = last_derivative(op, grad, *ctx.saved_tensors, ctx.shared, ctx.reduction)
         found = (None, drow, dtarget, None, dcol, dtarget)
         return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), None)
 
@@ -91,23 +95,25 @@ def _contrast_reference(row_max, row_log, row_target, col_max, col_log, col_targ
     terms = (row_max - row_target) + row_log
     if col_log is not None:
         count = terms.shape[0]
+        col_target = row_target if col_target is None else col_target
         terms = (terms + ((col_max[:count] - col_target) + col_log[:count])) / 2
     return reference.reduce(terms, reduction)
 
 
-def _contrast_reference_backward(grad, row_log, col_log, reduction):
+def _contrast_reference_backward(grad, row_log, col_log, shared, reduction):
     count = row_log.shape[0]
     share = (1 if col_log is None else 2) * (max(count, 1) if reduction == "mean" else 1)
     drow = (grad / share).expand(count).clone()
     extra = 0 if col_log is None else col_log.shape[0] - count
-    return drow, -drow, drow.new_empty(0) if col_log is None else torch.cat((drow, drow.new_zeros(extra)))
+    dtarget = -2 * drow if shared else -drow
+    return drow, dtarget, drow.new_empty(0) if col_log is None else torch.cat((drow, drow.new_zeros(extra)))
 
 
 def _contrast_fake(row_max, row_log, row_target, col_max, col_log, col_target, reduction):
     return row_log.new_empty(row_log.shape if reduction == "none" else ())
 
 
-def _contrast_fake_backward(grad, row_log, col_log, reduction):
+def _contrast_fake_backward(grad, row_log, col_log, shared, reduction):
     lines = (row_log, row_log, col_log)
     return tuple(row_log.new_empty(0) if t is None else t.new_empty(t.shape) for t in lines)
 
@@ -120,7 +126,8 @@ define(
     triton="terms.contrast_terms",
 )
 define(
-    "contrast_terms_backward(Tensor grad, Tensor row_log, Tensor? col_log, str reduction) -> (Tensor, Tensor, Tensor)",
+    "contrast_terms_backward(Tensor grad, Tensor row_log, Tensor? col_log, bool shared, str reduction) "
+    "-> (Tensor, Tensor, Tensor)",
     reference=_contrast_reference_backward,
     fake=_contrast_fake_backward,
     triton="terms.contrast_terms_backward",
