@@ -33,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, logsumexp, pairs, positives, project, relative, terms, tiles
+from gssf_kernels.kernels import dense, hardest, logsumexp, pairs, positives, project, relative, sums, terms, tiles
 
 ARCHITECTURES = (80, 90)
 ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
@@ -211,6 +211,43 @@ def _logsumexp_small_backward(
 LINES = ("row", "col", "pair")
 
 
+def _total(dtype: torch.dtype, n: int, d: int, of: tuple, learned: bool, sides: str) -> tuple:
+    kind, positives, relative = of
+    a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
+    ids = [torch.zeros(size, dtype=torch.int64) if learned else None for size in (n, n + 1)]
+    number = torch.ones(()) if learned else None
+    needs = [sides != "none", sides == "ab"]
+    return a, b, number, number, 1.0, 0.5, ids[0], None if b is None else ids[1], kind, positives, relative, 0.5, needs
+
+
+def _total_backward(dtype: torch.dtype, n: int, d: int, learned: bool, sides: str) -> tuple:
+    a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
+    da, db = torch.zeros(n, d), torch.zeros(n + 1, d) if sides == "ab" else torch.zeros(0)
+    number = torch.ones(()) if learned else None
+    return (*(torch.ones(()) for _ in range(3)), da, db, a, b, number, number, 1.0, 0.5)
+
+
+def _totals(product: str) -> Iterator[Case]:
+    dtype, _ = PRODUCTS[product]
+    kernels, others = ("sweep_kernel", "gradients_kernel"), ("hinge", "abs", "square") if product == "ieee" else ()
+    for name, n, d, of, learned, sides in (
+        ("softplus negate", 128, 256, ("softplus", "negate", False), False, "ab"),
+        ("softplus negate learnable ragged", 129, 200, ("softplus", "negate", False), True, "ab"),
+        ("softplus negate of one side twice", 128, 256, ("softplus", "negate", False), True, "a"),
+        ("softplus without gradients", 128, 256, ("softplus", "negate", False), True, "none"),
+        ("hinge relative", 128, 256, ("hinge", "exclude", True), False, "ab"),
+        ("hinge relative ragged", 129, 200, ("hinge", "exclude", True), True, "ab"),
+        ("hinge relative without gradients", 128, 256, ("hinge", "exclude", True), False, "none"),
+        *((f"{kind} include", 128, 256, (kind, "include", False), False, "ab") for kind in others),
+    ):
+        make = partial(_total, dtype, n, d, of, learned, sides)
+        launched = ("pair_scores_kernel", *kernels) if of[2] else kernels
+        yield Case(f"score_total {name}", sums.score_total, make, launched, product)
+    for name, learned, sides in (("", False, "ab"), (" learnable", True, "ab"), (" of one side twice", True, "a")):
+        make, launcher = partial(_total_backward, dtype, 128, 256, learned, sides), sums.score_total_backward
+        yield Case("score_total_backward" + name, launcher, make, ("scaled_kernel",), product)
+
+
 def _small() -> Iterator[Case]:
     """Dense losses of small problems; ragged ones have neither rows nor channels on 16 bytes."""
     for product, (dtype, _) in PRODUCTS.items():
@@ -229,6 +266,7 @@ def _small() -> Iterator[Case]:
             yield Case(
                 "logsumexp_scores_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product
             )
+        yield from _totals(product)
     for lines, needs in (
         ("row", [True, False, False]),
         ("col pair", [False, True, True]),

@@ -84,6 +84,27 @@ FAULTS = [
         SMALL,
     ),
     Fault(
+        "small: a pair's own score gets what its row's slopes are, not its column's",
+        "gssf_kernels/kernels/gradients.py",
+        "for p0 in range(0, down, BP):",
+        "for p0 in range(0, 0 * down, BP):",
+        SMALL,
+    ),
+    Fault(
+        "small: columns past N have a pair of score 0",
+        "gssf_kernels/kernels/sums.py",
+        "same, inside & (j < N)[None, :], KIND",
+        "same, inside, KIND",
+        SMALL,
+    ),
+    Fault(
+        "small: the mean's share is forgotten on the way back",
+        "gssf_kernels/kernels/sums.py",
+        "factor = upstream * share * number",
+        "factor = upstream * number",
+        SMALL,
+    ),
+    Fault(
         "dense: db keeps the last chunk alone",
         "gssf_kernels/dense.py",
         "Right(part, dtype).product(ds.mT, db, add=first > 0)",

@@ -88,6 +88,13 @@ def _dense_samples(a, b, g):
     for kind, positives in (("hinge", "exclude"), ("softplus", "negate"), ("abs", "include")):
         weights = (rows[0], rows[1], cols[0][:n], cols[1][:n]) if kind == "hinge" else (rows[0], None, None, None)
         yield "score_sums", (a, b, scale, *weights, *ids, kind, positives, [True, kind != "abs"])
+        relative = kind == "hinge"
+        numbers = (None, None, 1.0, 0.3) if relative else (scale, rows[0][0].clone(), 1.0, 0.0)
+        needs = [True, kind != "abs"]
+        yield "score_total", (a, b, *numbers, *ids, kind, positives, relative, 0.5, needs)
+        yield "score_total", (a, None, *numbers, ids[0], None, kind, positives, False, 0.5, [True, False])
+        found = [randn(g, *t.shape if need else (0,)).to(wide) for t, need in zip((a, b), needs, strict=True)]
+        yield "score_total_backward", (*(rows[0][k].clone() for k in range(3)), *found, a, b, *numbers[:3], 0.5)
         out = torch.zeros(3, n, dtype=wide), torch.zeros(2, n if kind == "hinge" else 0, dtype=wide)
         yield "score_sums_pass", (chunk.clone(), scale, *weights, *ids, 0, kind, positives, True, *out)
     h = a[:, :5]

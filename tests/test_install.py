@@ -35,8 +35,13 @@ OPS = {  # those with a kernel of their own
 }
 PLAIN_ON_CPU = {"hardest_positives"}
 # Loops in Python over one of those.
-THROUGH = {"logsumexp_scores", "logsumexp_scores_backward", "score_sums", "relation_sums"}
-SMALL = {"logsumexp_scores", "logsumexp_scores_backward"}  # those with kernels besides, for small problems
+SMALL = {  # those with kernels of their own besides, for small problems
+    "logsumexp_scores",
+    "logsumexp_scores_backward",
+    "score_total",
+    "score_total_backward",
+}
+THROUGH = {*SMALL, "score_sums", "relation_sums"}
 
 _HIDE = """
 import sys

@@ -28,12 +28,13 @@ from gssf_kernels.kernels import (  # noqa: E402
     positives,
     project,
     relative,
+    sums,
     sweep,
     terms,
     tiles,
 )
 
-MODULES = (dense, gradients, hardest, logsumexp, pairs, positives, project, relative, sweep, terms)
+MODULES = (dense, gradients, hardest, logsumexp, pairs, positives, project, relative, sums, sweep, terms)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 

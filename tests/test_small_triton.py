@@ -12,7 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from gssf_kernels.kernels import logsumexp, tiles  # noqa: E402
+from gssf_kernels.kernels import logsumexp, pairs, sums, tiles  # noqa: E402
+from gssf_kernels.statistics.sums import pointwise  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
@@ -52,7 +53,8 @@ def close(got, expected, dtype, like=None):
     """Within some roundings of dtype of the largest number."""
     rtol = 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     largest = (expected if like is None else like).nan_to_num(0, 0, 0).abs().max()
-    torch.testing.assert_close(got.cpu().double(), expected, rtol=rtol, atol=rtol * float(largest), equal_nan=True)
+    atol = rtol * float(largest) + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def forward(a, b, scale, learnable=True):
@@ -158,12 +160,137 @@ def test_a_line_of_nothing_gets_no_gradient():
     assert db.tolist() == [[0.0]] * 4
 
 
+# sums
+
+
+class Sum:
+    """A call of `score_total` and its truth in fp64."""
+
+    def __init__(self, n, m, d, dtype, kind, positives, ids=False, relative=False, learnable=True, twice=False):
+        self.a, self.b = given(n, m, d, dtype, twice)
+        self.kind, self.positives, self.relative, self.learnable = kind, positives, relative, learnable
+        self.scale, self.bias = torch.tensor(1.0 if relative else 0.75), torch.tensor(0.3)
+        self.ids = (torch.arange(n) % 5 - 2**40, torch.arange(m) % 3 - 2**40) if ids else (None, None)
+        self.ids = (self.ids[0], None) if twice else self.ids
+
+    def term(self, t, same):
+        f, _ = pointwise(torch.where(same, -t, t) if self.positives == "negate" else t, self.kind)
+        return torch.where(same, 0, f).sum() if self.positives == "exclude" else f.sum()
+
+    def truth(self):
+        """(leaves, t, total)"""
+        leaves = [t if t is None else t.double().requires_grad_() for t in (self.a, self.b, self.scale, self.bias)]
+        a, b, scale, bias = leaves
+        b = a if b is None else b
+        n = len(a)
+        s = a @ b.T
+        same = torch.eye(*s.shape, dtype=torch.bool)
+        if self.ids[0] is not None:
+            other = self.ids[0] if self.ids[1] is None else self.ids[1]
+            same = same | (self.ids[0][:, None] == other)
+        t = scale * s + bias
+        t.retain_grad()
+        if not self.relative:
+            return leaves, t, self.term(t, same)
+        own = s.diagonal()
+        return leaves, t, self.term(t - own[:, None], same) + self.term(t[:, :n] - own, same[:, :n])
+
+    def run(self, share=1.0, needs=(True, True), upstream=1.0):
+        """(what is found, the gradients)"""
+        on = [t if t is None else t.to(DEVICE) for t in (self.a, self.b)]
+        numbers = [t.to(DEVICE) if self.learnable else None for t in (self.scale, self.bias)]
+        constants = (1.0, 0.0) if self.learnable else (float(self.scale), float(self.bias))
+        ids = [t if t is None else t.to(DEVICE) for t in self.ids]
+        needs = [needs[0], needs[1] and self.b is not None]
+        found = sums.score_total(
+            *on, *numbers, *constants, *ids, self.kind, self.positives, self.relative, share, needs
+        )
+        if found is NotImplemented:
+            return found, None
+        grad = torch.tensor(upstream).to(DEVICE)
+        return found, sums.score_total_backward(grad, *found[1:], *on, *numbers, constants[0], share)
+
+    def check(self, share=0.25, upstream=2.0, needs=(True, True)):
+        dtype = self.a.dtype
+        leaves, t, total = self.truth()
+        total.backward()
+        (value, *_), gradients = self.run(share, needs, upstream)
+        close(value, share * total.detach(), torch.float32)
+        slopes = t.grad.abs() * (self.a.double() @ (self.a if self.b is None else self.b).double().T).abs()
+        sizes = (None, None, slopes.sum(), t.grad.abs().sum())
+        wanted = (needs[0], needs[1] and self.b is not None, not self.relative, not self.relative)
+        for gradient, leaf, need, like in zip(gradients, leaves, wanted, sizes, strict=True):
+            if leaf is None or (leaf.dim() > 0 and not need):
+                assert gradient.numel() == 0
+            elif need:
+                factor = share * upstream
+                close(gradient, factor * leaf.grad, dtype, like=like if like is None else factor * like)
+                assert gradient.dtype == (dtype if leaf.dim() else torch.float32)
+
+
+@needs_device
+@every_dtype
+@pytest.mark.parametrize("positives", ["include", "exclude", "negate"])
+@pytest.mark.parametrize("kind", ["hinge", "softplus", "abs", "square"])
+def test_totals_of_every_kind(kind, positives, dtype):
+    Sum(33, 50, 24, dtype, kind, positives).check()
+    Sum(20, 17, 9, dtype, kind, positives, ids=True, learnable=False).check()
+
+
+@needs_device
+@every_dtype
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+def test_totals(n, m, d, dtype):
+    Sum(n, m, d, dtype, "softplus", "negate", ids=n > 20).check()
+
+
+@needs_device
+@every_dtype
+@pytest.mark.parametrize("n", [1, 16, 33, 50])
+def test_totals_of_one_side_twice(n, dtype):
+    Sum(n, n, 24, dtype, "softplus", "negate", ids=n > 20, twice=True).check()
+
+
+@needs_device
+@every_dtype
+@pytest.mark.parametrize(("n", "m", "d"), [shape for shape in SHAPES if shape[0] <= shape[1]])
+def test_totals_relative_to_the_pairs(n, m, d, dtype):
+    for ids in (False, True):
+        Sum(n, m, d, dtype, "hinge", "exclude", ids, relative=True, learnable=False).check()
+
+
+@needs_device
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("relative", [True, False])
+def test_what_is_not_wanted_of_a_total_is_empty(relative, needs):
+    Sum(33, 50, 24, torch.float32, "hinge", "exclude", relative=relative, learnable=False).check(needs=needs)
+
+
+@needs_device
+@pytest.mark.parametrize("special", [INF, -INF, NAN])
+def test_totals_of_special_values(special):
+    for relative in (False, True):
+        call = Sum(40, 70, 8, torch.float32, "hinge", "exclude", relative=relative, learnable=False)
+        call.a[17, 0], call.b[:, 0] = special, call.b[:, 0].abs()
+        total = call.truth()[2]
+        (value, *_), _ = call.run()
+        torch.testing.assert_close(value.cpu().double(), total.detach(), rtol=1e-5, atol=0, equal_nan=True)
+
+
+@needs_device
+def test_pairs_of_all_rows():
+    a, b = given(40, 50, 24, torch.float32)
+    found = pairs.pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
+    close(found, (a.double() * b[:40].double()).sum(1), torch.float32)
+
+
 @needs_device
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True), (5, 0, True)):
         a, b = given(n, m, 8, torch.float32)
         assert (forward(a, b, torch.tensor(1.0))[1] is NotImplemented) == declined
+        assert (Sum(n, m, 8, torch.float32, "abs", "include").run()[0] is NotImplemented) == declined
 
 
 @needs_device
@@ -175,6 +302,9 @@ def test_the_same_inputs_give_the_same_bits():
         grads = (found[1], found[3], found[4])
         runs.append((*found, *logsumexp.logsumexp_scores_backward(*grads, *inputs, *found[:4], [True] * 3)))
     for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y)
+    call = Sum(50, 97, 24, torch.float32, "hinge", "exclude", relative=True, learnable=False)
+    for x, y in zip(call.run()[1], call.run()[1], strict=True):
         assert torch.equal(x, y)
 
 

@@ -1,7 +1,7 @@
-"""da = κ ds b and db = κ dsᵀ a of a stored ds [N, M], in one launch: what ends the backward of a small dense loss.
+"""da = κ ds b and db = κ dsᵀ a of a stored ds [N, M], and sums, in one launch: what ends a small dense loss.
 
-Each result is summed in fp32 over the other side in tiles, in order, multiplied by κ and rounded once. One program more
-adds up the partial sums of Σ_ij ds_ij s_ij that the sweep before left, which κ gets. No atomics.
+Each gradient is summed in fp32 over the other side in tiles, in order, multiplied by κ and rounded once. One program
+more adds up what the sweep before left of every tile: the loss, or what κ gets of Σ_ij ds_ij s_ij. No atomics.
 
 fp16 takes ds in fp32 and its products in tf32, which hold all of fp16 and the small numbers that it does not: ds needs
 no unit of its own there.
@@ -45,13 +45,37 @@ def products(
     return total
 
 
-@triton.jit(do_not_specialize=["N", "M", "constant", "count"])
+@triton.jit
+def own_weights(slopes, r, N, M, rows, across, down, BR: tl.constexpr, BP: tl.constexpr):
+    """What pair r [BR] gets of terms s_ij - s_ii and s_ij - s_jj: minus the slopes of its row and of its column."""
+    of_rows, of_cols = slopes  # [across, rows], [down, M]
+    total = tl.zeros([BR], tl.float32)
+    for p0 in range(0, across, BP):
+        p = p0 + tl.arange(0, BP)
+        inside = (p < across)[:, None] & (r < N)[None, :]
+        total += tl.sum(tl.load(of_rows + p.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0.0), 0)
+    for p0 in range(0, down, BP):
+        p = p0 + tl.arange(0, BP)
+        inside = (p < down)[:, None] & (r < N)[None, :]
+        total += tl.sum(tl.load(of_cols + p.to(tl.int64)[:, None] * M + r[None, :], mask=inside, other=0.0), 0)
+    return -total
+
+
+@triton.jit
+def add_own(total, weights, x, r, c, stride, N, D):
+    """total [BR, BC] and weights [BR] times rows r of x; a zero weight adds nothing, even to an infinite row."""
+    inside = ((r < N) & (weights != 0))[:, None] & (c < D)[None, :]
+    y = tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
+    return total + weights[:, None] * y.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N", "M", "constant", "share", "count", "rows", "across", "down"])
 def gradients_kernel(
-    ds, a, b, da, db, scale, constant, parts, dscale, stride, a_stride, b_stride, N, M, D, count,
-    SAME: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    BT: tl.constexpr,
+    ds, a, b, da, db, scale, constant, slopes, parts, sums, share, stride, a_stride, b_stride, N, M, D,
+    count, rows, across, down, SAME: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """A program for every tile of da, then of db, then one for dscale; None for what is not wanted."""
+    """A program for every tile of da, then of db, then one for the sums; None for what is not wanted."""
     p = tl.program_id(0)
     columns = tl.cdiv(D, BC)
     above = tl.cdiv(N, BR) * columns if da is not None else 0
@@ -63,20 +87,27 @@ def gradients_kernel(
         total = products(total, ds, b, r, c, stride, b_stride, N, M, D, False, BK, PRECISION)
         if SAME:
             total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
+        if slopes is not None:
+            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            total = add_own(total, weights, b, r, c, b_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(da + at, (total * kappa).to(da.dtype.element_ty), mask=(r < N)[:, None] & (c < D)[None, :])
     if db is not None and (p >= above) & (p < above + below):
         r, c = (p - above) // columns * BR + tl.arange(0, BR), (p - above) % columns * BC + tl.arange(0, BC)
         total = tl.zeros([BR, BC], tl.float32)
         total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
+        if slopes is not None:
+            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            total = add_own(total, weights, a, r, c, a_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(db + at, (total * kappa).to(db.dtype.element_ty), mask=(r < M)[:, None] & (c < D)[None, :])
-    if dscale is not None and p == above + below:
-        along = tl.zeros([BT], tl.float64)
-        for t0 in range(0, count, BT):
-            t = t0 + tl.arange(0, BT)
-            along += tl.load(parts + t, mask=t < count, other=0.0).to(tl.float64)
-        tl.store(dscale, tl.sum(along, 0).to(tl.float32))
+    if sums is not None and p == above + below:
+        for q in tl.static_range(len(sums)):
+            whole = tl.zeros([BT], tl.float64)
+            for t0 in range(0, count, BT):
+                t = t0 + tl.arange(0, BT)
+                whole += tl.load(parts + q * count + t, mask=t < count, other=0.0).to(tl.float64)
+            tl.store(sums[q], tl.sum(whole, 0).to(tl.float32) * share)
 
 
 def room(a: torch.Tensor, M: int) -> torch.Tensor:
@@ -86,35 +117,43 @@ def room(a: torch.Tensor, M: int) -> torch.Tensor:
 
 
 def gradients(
-    ds: torch.Tensor,
+    ds: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    constant: float,
-    parts: torch.Tensor,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(κ ds b [N, D], κ dsᵀ a [M, D], Σ parts) in the dtypes of a, b and fp32, each empty where needs says no.
+    parts: torch.Tensor | None,
+    *,
+    scale: torch.Tensor | None = None,
+    constant: float = 1.0,
+    share: float = 1.0,
+    slopes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(κ ds b [N, D], κ dsᵀ a [M, D], share Σ parts [P times a scalar]), gradients empty where needs says no.
 
-    ds: [N, M] of `room`; a, b: [N, D], [M, D]; b None: a, whose gradient is then that of both sides
-    scale: κ, or None: constant is; parts: fp32, any shape
+    ds: [N, M] of `room`, or None where no gradient is wanted; a, b: [N, D], [M, D]
+    b: None for a, whose gradient is then that of both sides; parts: [P, any] fp32
+    scale: κ, or None: constant is; dtype: of the gradients, a's if None
+    slopes: partial slopes of rows [K, at least N] and columns [K, M] that pairs (i, i) get back, negative, or None
     """
-    N, M, D, like = *ds.shape, a.shape[1], a
-    same, (b, wanted) = b is None, (a, False) if b is None else (b, needs[1])
-    da = torch.empty_like(a, memory_format=torch.contiguous_format) if needs[0] else None
-    db = torch.empty_like(b, memory_format=torch.contiguous_format) if wanted else None
-    dscale = parts.new_empty(()) if needs[2] else None
+    N, M, D, same = len(a), len(a if b is None else b), a.shape[1], b is None
+    b, dtype = a if b is None else b, dtype or a.dtype
+    da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
+    db = b.new_empty(b.shape, dtype=dtype) if needs[1] and not same else None
+    sums = tuple(parts.new_empty(()) for _ in parts) if parts is not None else ()
     a, b = operands.rows(a), operands.rows(b)
-    tile = tiles.gradients_tile(a.dtype)
+    tile, kind = tiles.gradients_tile(a.dtype), tiles.kind(a.dtype)
     columns = triton.cdiv(D, tile.BC)
-    programs = sum(triton.cdiv(len(x), tile.BR) * columns for x in (da, db) if x is not None) + (dscale is not None)
+    programs = sum(triton.cdiv(len(x), tile.BR) * columns for x in (da, db) if x is not None) + bool(sums)
+    rows, across, down = (slopes[0].shape[1], len(slopes[0]), len(slopes[1])) if slopes else (0, 0, 0)
     if programs:
-        kind = tiles.kind(a.dtype)
         gradients_kernel[(programs,)](
-            ds, a, b, da, db, scale, constant, parts, dscale, ds.stride(0), a.stride(0), b.stride(0), N, M, D,
-            parts.numel(), SAME=same, BR=tile.BR, BC=tile.BC, BK=tile.BK,
-            PRECISION="ieee" if kind == "ieee" else "tf32", BT=tiles.TERMS,
+            ds, a, b, da, db, scale, constant, slopes, parts, sums or None, share,
+            ds.stride(0) if ds is not None else 0, a.stride(0), b.stride(0), N, M, D,
+            parts[0].numel() if parts is not None else 0, rows, across, down,
+            SAME=same, BR=tile.BR, BC=tile.BC, BK=tile.BK, PRECISION="ieee" if kind == "ieee" else "tf32",
+            BP=tiles.MERGE_PARTS, BT=tiles.TERMS,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    da, db = (x if x is not None else like.new_empty(0) for x in (da, db))
-    return da, db, dscale if dscale is not None else parts.new_empty(0)
+    empty = a.new_empty(0, dtype=dtype)
+    return da if da is not None else empty, db if db is not None else empty.clone(), sums

@@ -155,7 +155,8 @@ def logsumexp_scores_backward(
     drow, dcol, dpair = operands.contiguous(drow, dcol, dpair)
     with torch.cuda.device_of(a):
         sweep = Sweep(a, y)
-        ds, along = room(a, M), a.new_empty(sweep.row_blocks, sweep.column_blocks, dtype=torch.float32)
+        ds, along = room(a, M), a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
         lines = (row_max, row_log, drow, col_max, col_log, dcol, dpair)
         sweep.run(softmax_tile, (scale, constant, *lines, ds, ds.stride(0), along), 0, sweep.row_blocks)
-        return gradients(ds, a, b, scale, constant, along, needs)
+        da, db, sums = gradients(ds, a, b, needs, along if needs[2] else None, scale=scale, constant=constant)
+    return da, db, sums[0] if sums else along.new_empty(0)

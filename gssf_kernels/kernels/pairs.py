@@ -19,8 +19,8 @@ def pair_scores_kernel(
 ):  # fmt: skip
     """BE edges to a program, BD channels at a time."""
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
-    i = tl.load(rows + e, mask=e < E, other=-1)
-    j = tl.load(cols + e, mask=e < E, other=-1)
+    i = tl.load(rows + e, mask=e < E, other=-1) if rows is not None else tl.where(e < E, e, -1)
+    j = tl.load(cols + e, mask=e < E, other=-1) if cols is not None else i
     real = (i >= 0) & (j >= 0)
     products = tl.zeros([BE, BD], tl.float32)
     for d0 in range(0, D, BD):
@@ -95,17 +95,17 @@ def scan_kernel(
         side(p - N, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, BE, BD)
 
 
-def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
     """Return scores [E] fp32.
 
     a, b: [N, D], [M, D] fp32, bf16 or fp16
-    rows, cols: [E] int64, -1 for no edge
+    rows, cols: [E] int64, -1 for no edge; both None: the pairs (i, i) of all rows of a
 
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("pair_scores", a, b)
-    a, b, rows, cols = operands.rows(a), operands.rows(b), rows.contiguous(), cols.contiguous()
-    E = len(rows)
+    a, b, (rows, cols) = operands.rows(a), operands.rows(b), operands.contiguous(rows, cols)
+    E = len(rows) if rows is not None else len(a)
     scores = a.new_empty(E, dtype=torch.float32)
     BE, BD = tiles.PAIR_EDGES, tiles.EDGE_CHANNELS
     with torch.cuda.device_of(a):

@@ -15,10 +15,9 @@ def every_negative(
     x: Tensor, y: Tensor, margin: float, x_ids: Tensor | None, y_ids: Tensor | None, reduction: str
 ) -> Tensor:
     """``triplet_loss(negatives="all")`` of x [N, D] and y [M, D], checked there; scalar, or [N] for "none"."""
-    gap = margin - pair_scores(x, y)  # [N]: added to a score, what the hinge takes
-    arguments = (x, y, "hinge", gap.new_ones(()), gap, gap, "exclude", x_ids, y_ids)
     if reduction == "none":
-        rows, cols = line_sums(*arguments)
+        gap = margin - pair_scores(x, y)  # [N]: added to a score, what the hinge takes
+        rows, cols = line_sums(x, y, "hinge", gap.new_ones(()), gap, gap, "exclude", x_ids, y_ids)
         return rows + cols
-    total = total_score(*arguments)
-    return total / max(x.shape[0], 1) if reduction == "mean" else total
+    share = 1 / max(x.shape[0], 1) if reduction == "mean" else 1.0
+    return total_score(x, y, "hinge", 1.0, margin, "exclude", x_ids, y_ids, share, relative=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.sums import line_sums, total_score
+from gssf_kernels.statistics.sums import row_sums, total_score
 
 
 def sigmoid_loss(
@@ -55,14 +55,13 @@ def sigmoid_loss(
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    scale = _checks.scalar(scale, "scale", x, positive=True)
-    bias = _checks.scalar(bias, "bias", x).expand(x.shape[0])
+    scale = _checks.scalar_or_number(scale, "scale", x, positive=True)
+    bias = _checks.scalar_or_number(bias, "bias", x)
     # −log σ(z t) is softplus(t) for negatives, softplus(−t) for positives
-    arguments = (x, y, "softplus", scale, bias, None, "negate", x_ids, y_ids)
+    arguments = (x, y, "softplus", scale, bias, "negate", x_ids, y_ids)
     if reduction == "none":
-        return line_sums(*arguments)[0]
-    total = total_score(*arguments)
-    return total / max(x.shape[0], 1) if reduction == "mean" else total
+        return row_sums(*arguments)
+    return total_score(*arguments, share=1 / max(x.shape[0], 1) if reduction == "mean" else 1.0)
 
 
 class SigmoidLoss(nn.Module):

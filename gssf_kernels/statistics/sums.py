@@ -4,7 +4,8 @@
 
 The whole gradient of one sum is known as soon as a chunk of scores is, so it is taken in the forward pass where one is
 wanted: 3 products in all, 1 without. Only rows' sums that get weights of their own ("none") make the chunks again.
-Where b is a, and rows and columns are alike, half of it does: 1.5 products in all.
+Where b is a, and rows and columns are alike, half of it does: 1.5 products in all. Small problems on a GPU take a sweep
+and one kernel more forward, and one back (``kernels/sums.py``).
 """
 
 import torch
@@ -59,25 +60,33 @@ def sum_scores(
     a, b = _checks.autocast(a, b)
     _checks.sides(a, b, "a", "b", paired=False)
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
-    scale = _checks.scalar(scale, "scale", a, positive=True)
-    bias = _checks.scalar(bias, "bias", a).expand(a.shape[0])
-    if reduction == "sum":
-        return total_score(a, b, kind, scale, bias, None, positives, a_ids, b_ids)
-    return line_sums(a, b, kind, scale, bias, None, positives, a_ids, b_ids)[0]
+    scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
+    bias = _checks.scalar_or_number(bias, "bias", a)
+    arguments = (a, b, kind, scale, bias, positives, a_ids, b_ids)
+    return total_score(*arguments) if reduction == "sum" else row_sums(*arguments)
 
 
-def total_score(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) -> Tensor:
-    """``Σ_i rows_i + Σ_j cols_j``; the second sum over the K <= M columns that have a bias (col_bias [K] or None).
+def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, relative=False) -> Tensor:
+    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers; symmetric where b is a.
 
-    Where all rows have one bias (expanded, not stored), columns none, and b is a, the scores are symmetric.
+    ``relative``, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and ``f(s_ij + β − s_jj)`` over j < N.
     """
-    symmetric = a is b and a_ids is b_ids and col_bias is None and row_bias.stride() == (0,)
+    symmetric = a is b and a_ids is b_ids and not relative
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    row_bias, col_bias = distinct(row_bias, col_bias)
+    scale, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
+    scale, bias = distinct(scale, bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
-    total, *_ = _Total.apply(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives, needs)
-    return total
+    options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs)
+    return _Total.apply(a, b, scale, bias, *options)[0]
+
+
+def row_sums(a, b, kind, scale, bias, positives, a_ids, b_ids) -> Tensor:
+    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers."""
+    dtype = accumulation_dtype(a.dtype)
+    scale, bias = (t if isinstance(t, Tensor) else a.new_full((), t, dtype=dtype) for t in (scale, bias))
+    return line_sums(a, b, kind, scale, bias.expand(a.shape[0]), None, positives, a_ids, b_ids)[0]
 
 
 def line_sums(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) -> tuple[Tensor, Tensor]:
@@ -88,44 +97,27 @@ def line_sums(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) ->
     return _Lines.apply(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives)
 
 
-def _wanted(gradients, needs):
-    """The gradients of the tensors that need one, and None for the ids and options behind them."""
-    return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 5)
-
-
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives, needs):
-        biases = (row_bias, None, col_bias, None)
-        op = torch.ops.gssf.score_sums
-        rows, row_slope, cols, col_slope, along, da, db = op(a, b, scale, *biases, a_ids, b_ids, kind, positives, needs)
-        total = rows.sum(dtype=torch.float64) + cols.sum(dtype=torch.float64)
-        return total.to(rows.dtype), row_slope, col_slope, along, da, db
+    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
+        options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs)
+        return torch.ops.gssf.score_total(a, b, scale, bias, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, *found = output
         ctx.mark_non_differentiable(*found)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*found, *inputs[:5])
+        ctx.save_for_backward(*found, *inputs[:4])
+        ctx.constant, ctx.share = inputs[4], inputs[11]
 
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 10
-        return _wanted(last_derivative(_scaled, grad, *ctx.saved_tensors), ctx.needs_input_grad[:5])
-
-
-def _scaled(grad, row_slope, col_slope, along, da, db, a, b, scale, *_biases):
-    """What the inputs get of ``grad``. The biases come along for their history: the slopes depend on them."""
-    factor = grad * scale
-    return (
-        (factor * da).to(a.dtype),
-        (factor * db).to(a.dtype),
-        grad * along.sum(dtype=torch.float64).to(along.dtype),
-        grad * row_slope,
-        grad * col_slope,
-    )
+            return (None,) * 13
+        op = torch.ops.gssf.score_total_backward
+        found = last_derivative(op, grad, *ctx.saved_tensors, ctx.constant, ctx.share)
+        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad[:4], strict=True)), *[None] * 9)
 
 
 class _Lines(torch.autograd.Function):
@@ -145,7 +137,7 @@ class _Lines(torch.autograd.Function):
         needs = ctx.needs_input_grad[:5]
         options = (ctx.kind, ctx.positives, list(needs[:2]))
         found = last_derivative(_again, drows, dcols, *ctx.saved_tensors, *options)
-        return _wanted(found, needs)[:-1]
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 4)
 
 
 def _again(drows, dcols, a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives, needs):
@@ -157,7 +149,49 @@ def _again(drows, dcols, a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, po
     op = torch.ops.gssf.score_sums
     _, row_slope, _, col_slope, along, da, db = op(a, b, scale, *weights, a_ids, b_ids, kind, positives, needs)
     one = unit if unit is not None else scale.new_ones(())
-    return _scaled(one, drows * row_slope, dcols * col_slope, along, da, db, a, b, scale)
+    return (
+        (one * scale * da).to(a.dtype),
+        (one * scale * db).to(b.dtype),
+        one * along.sum(dtype=torch.float64).to(along.dtype),
+        one * drows * row_slope,
+        one * dcols * col_slope,
+    )
+
+
+def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
+    """``share Σ f`` and the slopes that κ and β get of it; da and db times κ, ``share`` and the upstream gradient."""
+    dtype, n = accumulation_dtype(a.dtype), a.shape[0]
+    scale, bias = (
+        a.new_full((), number, dtype=dtype) if t is None else t for t, number in ((scale, constant), (bias, offset))
+    )
+    biases, i = bias.expand(n), torch.arange(n, device=a.device)
+    if relative:
+        biases = bias - torch.ops.gssf.pair_scores(a, b, i, i)
+    lines = (biases, None, biases if relative else None, None)
+    op = torch.ops.gssf.score_sums
+    rows, row_slope, cols, col_slope, along, da, db = op(a, b, scale, *lines, a_ids, b_ids, kind, positives, needs)
+    if relative and any(needs):  # what the pairs' own scores get
+        wide, slopes = (a.to(dtype), b.to(dtype)), -(row_slope + col_slope)
+        for whole, part in zip((da, db), torch.ops.gssf.pair_scores_backward(slopes, i, i, *wide, needs), strict=True):
+            whole += part
+    sums = (t.sum(dtype=torch.float64) for t in (torch.cat((rows, cols)), along, torch.cat((row_slope, col_slope))))
+    total, dscale, dbias = ((share * t).to(dtype) for t in sums)
+    return total, dscale, dbias, da, db
+
+
+def _total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
+    """a, b and the rest come along for their dtypes and for their history."""
+    factor = grad * share * (constant if scale is None else scale)
+    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), grad * dscale, grad * dbias
+
+
+def _fake_total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
+    shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in zip((a, b), needs, strict=True)))
+    return tuple(a.new_empty(shape, dtype=accumulation_dtype(a.dtype)) for shape in shapes)
+
+
+def _fake_total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
+    return a.new_empty(da.shape), a.new_empty(db.shape), torch.empty_like(dscale), torch.empty_like(dbias)
 
 
 def _forward(
@@ -260,6 +294,23 @@ def _score_sums_pass(
         s.copy_(ds)
 
 
+define(
+    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float constant, float offset, Tensor? a_ids, "
+    "Tensor? b_ids, str kind, str positives, bool relative, float share, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_total,
+    fake=_fake_total,
+    through="score_sums_pass",
+    triton="sums.score_total",
+)
+define(
+    "score_total_backward(Tensor grad, Tensor dscale, Tensor dbias, Tensor da, Tensor db, Tensor a, Tensor? b, "
+    "Tensor? scale, Tensor? bias, float constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_total_backward,
+    fake=_fake_total_backward,
+    through="score_sums_pass",
+    triton="sums.score_total_backward",
+)
 define(
     "score_sums(Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "
     "Tensor? col_weight, Tensor? a_ids, Tensor? b_ids, str kind, str positives, bool[] needs) "
