@@ -317,6 +317,11 @@ class _Weights(NamedTuple):
         index = torch.zeros(80, dtype=torch.int64)
         return torch.zeros(80), index, index, x, x, *rest, [True] * 3
 
+    def hardest_project_backward(self, dtype: torch.dtype) -> tuple:
+        x, *rest = self.project(dtype)
+        index = torch.zeros(80, dtype=torch.int64)
+        return (*_zeros(80, 80, 80), index, index, x, x, *rest, [True] * 4)
+
 
 def _projections() -> Iterator[Case]:
     variants = {
@@ -337,6 +342,8 @@ def _projections() -> Iterator[Case]:
             kernels += ("parameter_kernel",) if weights.diag or weights.blocks else ()
             make, launcher = partial(weights.project_backward, dtype), cast(Callable, project.project_backward)
             yield Case(f"project_backward {name}", launcher, make, kernels, product)
+            make, launcher = partial(weights.hardest_project_backward, dtype), project.hardest_project_backward
+            yield Case(f"hardest_project_backward {name}", launcher, make, (*kernels, "scan_kernel"), product)
             if whole:  # what is gathered is fp32, whatever x is
                 kernels += ("segment_sum_kernel",)
                 make, launcher = partial(weights.pairs_project_backward, dtype), project.pairs_project_backward

@@ -105,6 +105,20 @@ FAULTS = [
         SMALL,
     ),
     Fault(
+        "small: by a metric, y's gradient goes through W as x's does",
+        "gssf_kernels/kernels/project.py",
+        "normalize, flip=True)",
+        "normalize, flip=False)",
+        SMALL,
+    ),
+    Fault(
+        "small: by a metric, rows that are not normalised are gathered",
+        "gssf_kernels/kernels/project.py",
+        "above, below, normalize)",
+        "above, below, False)",
+        SMALL,
+    ),
+    Fault(
         "dense: db keeps the last chunk alone",
         "gssf_kernels/dense.py",
         "Right(part, dtype).product(ds.mT, db, add=first > 0)",

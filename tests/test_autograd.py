@@ -56,6 +56,9 @@ def _op_samples():
         lines = [randn(g, n).to(_library.accumulation_dtype(dtype)) for n in (9, 9, 14)]
         yield "hardest_negatives_backward", (*lines, *places, a, b, [True, True])
         yield "hardest_negatives_backward", (*lines, *places, a, b, [False, True])
+        metric = (diag, blocks, order)
+        yield "hardest_project_backward", (*lines, *places, a, b, *metric, True, [True] * 4)
+        yield "hardest_project_backward", (*lines, *places, a, b, None, None, None, False, [False, True, False, False])
         for reduction in ("sum", "mean", "none"):
             above = lines[0] if reduction == "none" else lines[0][0].clone()
             cols = [randn(g, n).to(lines[0]) for n in (14, 14, 9)]

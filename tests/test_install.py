@@ -40,6 +40,7 @@ SMALL = {  # those with kernels of their own besides, for small problems
     "logsumexp_scores_backward",
     "score_total",
     "score_total_backward",
+    "hardest_project_backward",
 }
 THROUGH = {*SMALL, "score_sums", "relation_sums"}
 

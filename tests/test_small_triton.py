@@ -12,7 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from gssf_kernels.kernels import logsumexp, pairs, sums, tiles  # noqa: E402
+from gssf_kernels import reference  # noqa: E402
+from gssf_kernels.kernels import logsumexp, pairs, project, sums, tiles  # noqa: E402
 from gssf_kernels.statistics.sums import pointwise  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +33,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "MERGE_PARTS", 2)
     monkeypatch.setattr(tiles, "MERGE_LANES", 32)
     monkeypatch.setattr(tiles, "TERMS", 16)
+    monkeypatch.setattr(tiles, "SCAN_EDGES", 8)
+    monkeypatch.setattr(tiles, "EDGE_CHANNELS", 32)
+    monkeypatch.setattr(tiles, "PROJECT", dict.fromkeys(tiles.PROJECT, tiles.Project(16, 16, 4, 2)))
     monkeypatch.setattr(tiles, "GRADIENTS", dict.fromkeys(tiles.GRADIENTS, tiles.Gradients(16, 32, 16, 4, 2)))
 
 
@@ -282,6 +286,67 @@ def test_pairs_of_all_rows():
     a, b = given(40, 50, 24, torch.float32)
     found = pairs.pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
     close(found, (a.double() * b[:40].double()).sum(1), torch.float32)
+
+
+# the triplet with a metric
+
+
+@needs_device
+@every_dtype
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    ("n", "m", "d", "b", "needs"),
+    [
+        (1, 1, 4, 2, (True, True, True, True)),
+        (19, 23, 50, 25, (True, True, True, True)),
+        (9, 14, 24, 8, (True, False, False, False)),
+        (9, 14, 24, 8, (False, True, False, False)),
+        (9, 14, 24, 8, (False, False, True, True)),
+    ],
+)
+def test_gradient_of_hardest_negatives_by_a_metric(n, m, d, b, needs, normalize, dtype):
+    """Of Σ_e g_e ⟨p of x, ŷ⟩ over the pairs and the hardest, by autograd in fp64."""
+    x, y = given(n, m, d, dtype)
+    diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((d,), (d // b, b, b)))
+    permutation = torch.randperm(d) if d > 4 else None
+    rows, cols = torch.randint(-1, m, (n,)), torch.randint(-1, n, (m,))
+    cols[::2] = n // 2  # a hub of more edges than one step takes
+    dpair, drow, dcol = torch.randn(n), torch.randn(n), torch.randn(m)
+    dpair[1::3] = dcol[1::5] = 0
+    leaves = [t.double().requires_grad_() for t in (x, y, diag, blocks)]
+    p = reference.project(leaves[0], *leaves[2:], permutation=permutation, normalize=normalize)
+    s = p @ reference.project(leaves[1], normalize=normalize).T
+    i, j = torch.arange(n), torch.arange(m)
+    weight = torch.cat((dpair, drow, dcol)).double()
+    edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))
+    real = (edges[0] >= 0) & (edges[1] >= 0)
+    (weight[real] * s[edges[0][real], edges[1][real]]).sum().backward()
+    on = [t if t is None else t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, x, y, diag, blocks, permutation)]
+    found = project.hardest_project_backward(*on, normalize, [*needs])
+    for got, leaf, need in zip(found, leaves, needs, strict=True):
+        if need:
+            assert got.dtype == dtype
+            close(got, leaf.grad, dtype)
+        else:
+            assert got.numel() == 0
+
+
+@needs_device
+def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
+    x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
+    zero, diag = torch.zeros(3), torch.randn(8)
+    on = [t.to(DEVICE) for t in (zero, zero, zero, index, index, x, y, diag)]
+    dx, _, ddiag, _ = project.hardest_project_backward(*on, None, None, True, [True, False, True, False])
+    assert not dx.any()
+    assert not ddiag.any()
+
+
+@needs_device
+def test_many_rows_of_a_metric_are_declined(monkeypatch):
+    monkeypatch.setattr(tiles, "SCAN_ROWS", 20)
+    x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
+    given = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
+    assert project.hardest_project_backward(*given) is NotImplemented
 
 
 @needs_device

@@ -53,28 +53,49 @@ def segment_sum_kernel(
 
 
 @triton.jit
-def add_row(total, source, stride, row, weight, d, D):
-    """total [BD] and weight times a row of source; none at -1, and a zero weight adds nothing."""
-    weight = tl.zeros_like(total) + tl.where(row >= 0, weight, 0.0)
+def lengths(source, at, inside, D, BD: tl.constexpr):
+    """The lengths of the rows of source that start at at [K], at least 1e-12."""
+    squares = tl.zeros([at.shape[0], BD], tl.float32)
+    for d0 in range(0, D, BD):
+        d = d0 + tl.arange(0, BD)
+        x = tl.load(source + at[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        squares += x.to(tl.float32) * x.to(tl.float32)
+    norm = tl.sqrt(tl.sum(squares, 1))
+    return tl.where(norm < 1e-12, 1e-12, norm)  # a NaN stays
+
+
+@triton.jit
+def add_row(total, source, stride, row, weight, d, D, NORMALIZE: tl.constexpr):
+    """total [BD] and weight times a row of source, or its unit; none at -1, and a zero weight adds nothing."""
+    weight = tl.where(row >= 0, weight, 0.0)
+    if NORMALIZE:
+        at = tl.zeros([1], tl.int64) + row * stride
+        norm = tl.max(lengths(source, at, tl.zeros([1], tl.float32) + weight != 0, D, total.shape[0]), 0)
+        weight = tl.where(weight == 0, weight, weight / norm)
+    weight = tl.zeros_like(total) + weight
     x = tl.load(source + row * stride + d, mask=(weight != 0) & (d < D), other=0.0)
     return total + weight * x.to(tl.float32)
 
 
 @triton.jit
 def side(
-    i, pairs, dpair, down, dother, index, other_index, source, stride, out, K, D, BE: tl.constexpr, BD: tl.constexpr
+    i, pairs, dpair, down, dother, index, other_index, source, stride, out, K, D,
+    NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Row i of one side's gradient: from its pair, its own hardest negative, and all whose hardest negative it is."""
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     weight = tl.load(dpair + i, mask=i < pairs, other=0.0)
-    total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D)
-    total = add_row(total, source, stride, tl.load(index + i), tl.load(down + i), d, D)
+    total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D, NORMALIZE)
+    total = add_row(total, source, stride, tl.load(index + i), tl.load(down + i), d, D, NORMALIZE)
     for e0 in range(0, K, BE):
         e = e0 + tl.arange(0, BE)
         mine = tl.load(other_index + e, mask=e < K, other=-1) == i
         if tl.max(mine.to(tl.int32), 0) > 0:
             weights = tl.load(dother + e, mask=mine, other=0.0)
-            inside = (mine & (weights != 0))[:, None] & (d < D)[None, :]
+            mine = mine & (weights != 0)
+            if NORMALIZE:
+                weights = tl.where(mine, weights / lengths(source, e.to(tl.int64) * stride, mine, D, BD), 0.0)
+            inside = mine[:, None] & (d < D)[None, :]
             x = tl.load(source + e.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
             total += tl.sum(weights[:, None] * x.to(tl.float32), 0)
     tl.store(out + i * D + d, total.to(out.dtype.element_ty), mask=d < D)
@@ -83,16 +104,16 @@ def side(
 @triton.jit(do_not_specialize=["N", "M"])
 def scan_kernel(
     dpair, drow, dcol, row_index, col_index, a, b, da, db, a_stride, b_stride, N, M, D,
-    BE: tl.constexpr, BD: tl.constexpr,
+    NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for every row of da, then for every row of db; of one alone where the other is None."""
     p = tl.program_id(0).to(tl.int64)
     if da is None:
-        side(p, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, BE, BD)
+        side(p, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
     elif db is None or p < N:
-        side(p, N, dpair, drow, dcol, row_index, col_index, b, b_stride, da, M, D, BE, BD)
+        side(p, N, dpair, drow, dcol, row_index, col_index, b, b_stride, da, M, D, NORMALIZE, BE, BD)
     else:
-        side(p - N, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, BE, BD)
+        side(p - N, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
 
 
 def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
@@ -166,14 +187,31 @@ def hardest_negatives_backward(
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("hardest_negatives_backward", dpair, drow, dcol, a, b)
-    (N, D), M = a.shape, len(b)
+    N, M = len(a), len(b)
     if M > tiles.SCAN_ROWS:
         i, j = torch.arange(N, device=a.device), torch.arange(M, device=a.device)
         rows, cols = torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
         return pair_scores_backward(torch.cat((dpair, drow, dcol)), rows, cols, a, b, needs)
-    da, db = (torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
-              for x, need in zip((a, b), needs, strict=True))  # fmt: skip
-    programs = (N if needs[0] else 0) + (M if needs[1] else 0)
+    da, db = (a.new_empty(a.shape) if needs[0] else None), (b.new_empty(b.shape) if needs[1] else None)
+    scan(dpair, drow, dcol, row_index, col_index, a, b, da, db, False)
+    return da if da is not None else a.new_empty(0), db if db is not None else b.new_empty(0)
+
+
+def scan(
+    dpair: torch.Tensor,
+    drow: torch.Tensor,
+    dcol: torch.Tensor,
+    row_index: torch.Tensor,
+    col_index: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    da: torch.Tensor | None,
+    db: torch.Tensor | None,
+    normalize: bool,
+) -> None:
+    """Write the gradients into da [N, D] and db [M, D], contiguous or None; with normalize of the units of a and b."""
+    (N, D), M = a.shape, len(b)
+    programs = sum(len(x) for x in (da, db) if x is not None)
     if programs > 0:
         given = operands.contiguous(dpair, drow, dcol, row_index, col_index)
         a, b = operands.rows(a), operands.rows(b)
@@ -181,6 +219,5 @@ def hardest_negatives_backward(
         with torch.cuda.device_of(a):
             scan_kernel[(programs, triton.cdiv(D, BD))](
                 *given, a, b, da, db, a.stride(0), b.stride(0), N, M, D,
-                BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
+                NORMALIZE=normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip
-    return da if da is not None else a.new_empty(0), db if db is not None else b.new_empty(0)

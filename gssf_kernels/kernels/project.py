@@ -10,12 +10,14 @@ u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any 
 
 from __future__ import annotations
 
+from types import NotImplementedType
+
 import torch
 import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.pairs import segment_sum
+from gssf_kernels.kernels.pairs import scan, segment_sum
 
 EPS = 1e-12
 
@@ -62,10 +64,11 @@ def mixed(
 
 @triton.jit(do_not_specialize=["N"])
 def project_kernel(
-    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, B: tl.constexpr,
+    x, grad, out, lengths, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, B: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """p of x, or with BACKWARD dx of grad; BN rows and a share of the channels to a program."""
+    """p of x, or with BACKWARD dx of grad; BN rows and a share of the channels to a program. TRANSPOSED: by Wᵀ."""
     i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
     x_row = i * x_stride
@@ -86,15 +89,17 @@ def project_kernel(
             y = y.to(tl.float32)
             squares += tl.sum(y * y, 1)
             if BACKWARD:
-                h = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, BACKWARD)
+                h = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
                 inner += tl.sum(y * h, 1)
     norm = tl.sqrt(squares)
     divisor = tl.where(norm < eps, eps, norm)[:, None]  # a NaN stays
+    if lengths is not None and tl.program_id(1) == 0:
+        tl.store(lengths + tl.program_id(0) * BN + tl.arange(0, BN)[:, None], divisor, mask=inside[:, None])
 
     for c0 in range(tl.program_id(1) * BC, D, tl.num_programs(1) * BC):
         c = c0 + tl.arange(0, BC)
         at = channels(permutation, c, D)
-        t = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, BACKWARD)
+        t = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
         if NORMALIZE:
             if BACKWARD:
                 y = tl.load(x + x_row[:, None] + at[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
@@ -152,8 +157,13 @@ def launch_project(
     blocks: torch.Tensor | None,
     permutation: torch.Tensor | None,
     normalize: bool,
+    flip: bool = False,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """p of x, or where grad is given dx of grad; all contiguous along channels."""
+    """p of x, or where grad is given dx of grad; all contiguous along channels.
+
+    flip: by blocks transposed; lengths: [N] fp32, gets what normalize divides by
+    """
     N, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     block_size = blocks.shape[1] if blocks is not None else 1
@@ -162,9 +172,9 @@ def launch_project(
     if normalize:  # every program reads whole rows for their norms: no more of them than fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
     project_kernel[(programs, pieces)](
-        x, grad, out, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0, N, D, EPS,
-        B=block_size, BN=tile.BN, BC=tile.BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        NORMALIZE=normalize, BACKWARD=grad is not None,
+        x, grad, out, lengths, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0,
+        N, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
+        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=(grad is not None) != flip,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -177,8 +187,12 @@ def launch_parameters(
     normalize: bool,
     diag: torch.Tensor | None,
     blocks: torch.Tensor | None,
+    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ddiag, dblocks), each empty where its parameter is None; sums over fixed shares of the rows, then over them."""
+    """(ddiag, dblocks), each empty where its parameter is None; sums over fixed shares of the rows, then over them.
+
+    norm: the lengths of x [N], where they are known
+    """
     if diag is None and blocks is None:
         return x.new_empty(0), x.new_empty(0)
     N, D = x.shape
@@ -191,8 +205,7 @@ def launch_parameters(
     pieces = triton.cdiv(span, BC)
     splits = max(1, min(tiles.TARGET_PROGRAMS // (columns * pieces), triton.cdiv(N, 4 * tile.BN)))
     share = triton.cdiv(triton.cdiv(N, splits), tile.BN) * tile.BN
-    norm = None
-    if normalize:
+    if normalize and norm is None:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
     ddiag = x.new_empty(splits, D, dtype=torch.float32) if diag is not None else None
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
@@ -282,3 +295,47 @@ def pairs_project_backward(
             grad = torch.where(grad == 0, 0.0, grad / norm[cols.clamp_min(0)])  # a zero edge stays one
         upstream = segment_sum(grad.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
     return project_backward(upstream, x, diag, blocks, permutation, normalize, needs)
+
+
+def hardest_project_backward(
+    dpair: torch.Tensor,
+    drow: torch.Tensor,
+    dcol: torch.Tensor,
+    row_index: torch.Tensor,
+    col_index: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    diag: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
+    """Return (dx, dy, ddiag, dblocks) of x̂ W ŷᵀ at the pairs (i, i), (i, row_index[i]) and (col_index[j], j).
+
+    dpair, drow: [N] fp32; dcol: [M] fp32; row_index, col_index: [N], [M] int64, -1 for none; the rest as for `project`
+    needs: for x, y, diag, blocks; empty where it says no
+
+    Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows, whose edges have to be sorted.
+    """
+    operands.check_dtype("hardest_project_backward", dpair, drow, dcol, x, y)
+    if not 0 < len(x) <= len(y) <= tiles.SCAN_ROWS:
+        return NotImplemented
+    x, y = operands.rows(x), operands.rows(y)
+    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
+    weights = (diag if needs[2] else None, blocks if needs[3] else None)
+    some, dx, dy, norm = any(t is not None for t in weights), x.new_empty(0), y.new_empty(0), None
+    above = x.new_empty(x.shape, dtype=torch.float32) if needs[0] or some else None
+    below = y.new_empty(y.shape, dtype=torch.float32) if needs[1] else None
+    with torch.cuda.device_of(x):
+        scan(dpair, drow, dcol, row_index, col_index, x, y, above, below, normalize)
+        if needs[0]:
+            norm = x.new_empty(len(x), dtype=torch.float32) if normalize and some else None
+            dx = launch_project(x, above, diag, blocks, permutation, normalize, lengths=norm)
+        if below is not None:  # y's rows go through W where x's go through its transpose
+            dy = launch_project(y, below, diag, blocks, permutation, normalize, flip=True)
+        if above is not None:
+            ddiag, dblocks = launch_parameters(x, above, permutation, normalize, *weights, norm)
+        else:
+            ddiag, dblocks = x.new_empty(0), x.new_empty(0)
+    return dx, dy, ddiag, dblocks

@@ -180,20 +180,10 @@ class _StructuredHardestNegatives(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dpair, drow, _drow_index, dcol, _dcol_index, *_dterms):
         x, y, diag, blocks, permutation, row_index, col_index = ctx.saved_tensors
-        grad = torch.cat(_whole((dpair, drow, dcol), x, y))
-        rows, cols = _edges(row_index, col_index)
-        op = torch.ops.gssf.pairs_project_backward
-        dx = ddiag = dblocks = dy = None
-        needs = list(ctx.needs_input_grad[:4])
-        if needs[0] or needs[2] or needs[3]:
-            wanted = [needs[0], needs[2], needs[3]]
-            found = last_derivative(op, grad, rows, cols, x, y, diag, blocks, permutation, ctx.normalize, wanted)
-            dx, ddiag, dblocks = (g if need else None for g, need in zip(found, wanted, strict=True))
-        if needs[1]:  # y's rows go through W where x's go through its transpose
-            transposed = None if blocks is None else blocks.mT
-            only = [True, False, False]
-            dy, _, _ = last_derivative(op, grad, cols, rows, y, x, diag, transposed, permutation, ctx.normalize, only)
-        return dx, dy, ddiag, dblocks, None, None, None, None, None
+        lines, needs = _whole((dpair, drow, dcol), x, y), list(ctx.needs_input_grad[:4])
+        op, places = torch.ops.gssf.hardest_project_backward, (row_index, col_index)
+        found = last_derivative(op, *lines, *places, x, y, diag, blocks, permutation, ctx.normalize, needs)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5)
 
 
 def _reference(a, b, a_ids, b_ids):
@@ -223,12 +213,43 @@ def _fake_backward(dpair, drow, dcol, row_index, col_index, a, b, needs):
     return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True))
 
 
+def _reference_project_backward(
+    dpair, drow, dcol, row_index, col_index, x, y, diag, blocks, permutation, normalize, needs
+):
+    grad, (rows, cols) = torch.cat((dpair, drow, dcol)), _edges(row_index, col_index)
+    op = torch.ops.gssf.pairs_project_backward
+    dx, dy, ddiag, dblocks = x.new_empty(0), y.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if needs[0] or needs[2] or needs[3]:
+        wanted = [needs[0], needs[2], needs[3]]
+        dx, ddiag, dblocks = op(grad, rows, cols, x, y, diag, blocks, permutation, normalize, wanted)
+    if needs[1]:  # y's rows go through W where x's go through its transpose
+        transposed = None if blocks is None else blocks.mT
+        dy, _, _ = op(grad, cols, rows, y, x, diag, transposed, permutation, normalize, [True, False, False])
+    return dx, dy, ddiag, dblocks
+
+
+def _fake_project_backward(dpair, drow, dcol, row_index, col_index, x, y, diag, blocks, permutation, normalize, needs):
+    given = (x, y, diag, blocks)
+    return tuple(
+        x.new_empty(0) if t is None or not need else t.new_empty(t.shape) for t, need in zip(given, needs, strict=True)
+    )
+
+
 define(
     "hardest_negatives_backward(Tensor dpair, Tensor drow, Tensor dcol, Tensor row_index, Tensor col_index, Tensor a, "
     "Tensor b, bool[] needs) -> (Tensor, Tensor)",
     reference=_reference_backward,
     fake=_fake_backward,
     triton="pairs.hardest_negatives_backward",
+)
+define(
+    "hardest_project_backward(Tensor dpair, Tensor drow, Tensor dcol, Tensor row_index, Tensor col_index, Tensor x, "
+    "Tensor y, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_project_backward,
+    fake=_fake_project_backward,
+    through="pairs_project_backward",
+    triton="project.hardest_project_backward",
 )
 _SIGNATURE = "(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
