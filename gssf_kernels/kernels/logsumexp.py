@@ -16,8 +16,8 @@ import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import log_sums, merge_logs
+from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, room
-from gssf_kernels.kernels.hardest import tile_lines
 from gssf_kernels.kernels.sweep import Sweep
 
 
