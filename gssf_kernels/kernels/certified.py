@@ -22,7 +22,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -30,17 +29,20 @@ from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
 
+MULTIPLE = 256  # of rows: of every tile's sides
+
 # What sides are rounded to bf16 into. The interpreter, whose bf16 is wrong, takes the same numbers in fp32.
 ROUNDED = torch.bfloat16
 
 
 @triton.jit
 def round_kernel(
-    x, stride, rounded, norms, N, D, WIDTH, BR: tl.constexpr, BK: tl.constexpr
+    x, stride, rounded, norms, low, exact, place, made, N, D, WIDTH, LENGTH, BR: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """rounded [N, WIDTH] = x to bf16, ties to even, subnormals to zero; norms [2, N] fp64, of rows and what they lost.
+    """rounded [N, WIDTH] = x to bf16, ties to even, subnormals to zero; norms [2, LENGTH], of rows and what they lost.
 
-    Norms are never too small; +inf where a row, or its rounding, is not finite.
+    Norms are never too small; +inf where a row, or its rounding, is not finite, and 0 past N. Of each line's best
+    nothing is known yet.
     """
     i = tl.program_id(0) * BR + tl.arange(0, BR)
     row = i.to(tl.int64)[:, None]
@@ -59,8 +61,14 @@ def round_kernel(
         lost += tl.sum(rest * rest, 1)
     more = 1.0 + 9.5367431640625e-07  # 2⁻²⁰, for the roundings of these sums
     finite = lost < float("inf")  # NaN is not
-    tl.store(norms + i, tl.where(finite, tl.sqrt(whole) * more, float("inf")), mask=i < N)
-    tl.store(norms + N + i, tl.where(finite, tl.sqrt(lost) * more, float("inf")), mask=i < N)
+    tl.store(norms + i, tl.where(finite, tl.sqrt(whole) * more, float("inf")), mask=i < LENGTH)
+    tl.store(norms + LENGTH + i, tl.where(finite, tl.sqrt(lost) * more, float("inf")), mask=i < LENGTH)
+    none = tl.full([BR], float("-inf"), tl.float64)
+    tl.store(low + i, none, mask=i < N)
+    tl.store(exact + i, none, mask=i < N)
+    tl.store(place + i, tl.full([BR], -1, tl.int64), mask=i < N)
+    if made is not None:
+        tl.store(made + i, tl.zeros([BR], tl.int32), mask=i < N)
 
 
 @triton.jit
@@ -162,29 +170,41 @@ def improved(score, index, new, j, counted):
     return score, index
 
 
-@triton.jit(do_not_specialize=["lines", "others", "first_line", "first_other", "length", "parts", "blocks_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "lines",
+        "others",
+        "first_line",
+        "first_other",
+        "length",
+        "parts",
+        "norms_stride",
+        "blocks_stride",
+    ]
+)
 def rescore_kernel(
-    x, y, x_stride, y_stride, x_ids, y_ids, norms, blocks, blocks_stride, partial, low, score, index, made,
-    D, lines, others, first_line, first_other, length, parts,
+    x, y, x_stride, y_stride, x_ids, y_ids, norms, blocks, norms_stride, blocks_stride, partial,
+    low, exact, score, place, made, D, lines, others, first_line, first_other, length, parts,
     ALL: tl.constexpr, WIDTH: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Take a slab's parts [parts, length] of the lines x[first_line :] into their best: (score fp64, index) [lines].
+    """Take a slab's parts [parts, length] of the lines x[first_line :] into their best: (exact, score, place) [lines].
 
     partial: (best ŝ, place, second ŝ), by part of WIDTH rows of y, which begin at first_other
     ALL: make all scores of the parts whose second ŝ may reach, else, and first, the best of those where it may
-    norms: [2, lines], of the rows of x and of what they lost; blocks: [2, parts], the largest of y's
-    low: [lines], what the line's best is at least, carried from slab to slab; made: [lines], how many scores were made
+    norms: [2, at least lines], of the rows of x and of what they lost; blocks: [2, parts], the largest of y's
+    low: [lines], what the line's best is at least, carried from slab to slab as exact and place are; score: exact, fp32
+    made: [lines], how many scores were made, or None
     """
     scores, places, seconds = partial
     lane = tl.program_id(0) * BL + tl.arange(0, BL)
     i = first_line + lane
     inside = (lane < length) & (i < lines)
     norm = tl.load(norms + i, mask=inside, other=0.0)
-    lost = tl.load(norms + lines + i, mask=inside, other=0.0)
+    lost = tl.load(norms + norms_stride + i, mask=inside, other=0.0)
     least = tl.load(low + i, mask=inside, other=0.0)
-    found = tl.load(score + i, mask=inside, other=0.0)
-    place = tl.load(index + i, mask=inside, other=0).to(tl.int32)
-    count = tl.load(made + i, mask=inside, other=0)
+    found = tl.load(exact + i, mask=inside, other=0.0)
+    index = tl.load(place + i, mask=inside, other=0).to(tl.int32)
+    count = tl.zeros([BL], tl.int32)
 
     part = tl.full([BL], -1, tl.int32)
     if not ALL:
@@ -207,21 +227,23 @@ def rescore_kernel(
                 if x_ids is not None:
                     mine = tl.load(x_ids + i, mask=inside, other=0)[:, None]
                     counted &= mine != tl.load(y_ids + j, mask=counted, other=0)
-                exact = exact_scores(x, y, x_stride, y_stride, i[:, None], j, counted, D, UNROLL)
-                found, place = improved(found, place, exact, j, counted)
+                new = exact_scores(x, y, x_stride, y_stride, i[:, None], j, counted, D, UNROLL)
+                found, index = improved(found, index, new, j, counted)
                 count += tl.sum(counted.to(tl.int32), 1)
         else:
             at = places + part.to(tl.int64) * length + lane
             one = (begin + tl.load(at, mask=some, other=0))[:, None]  # [BL, 1]
-            exact_one = exact_scores(x, y, x_stride, y_stride, i[:, None], one, some[:, None], D, UNROLL)
-            found, place = improved(found, place, exact_one, one, some[:, None])
+            new_one = exact_scores(x, y, x_stride, y_stride, i[:, None], one, some[:, None], D, UNROLL)
+            found, index = improved(found, index, new_one, one, some[:, None])
             count += some.to(tl.int32)
         part, _ = next_part(
             part, least, norm, lost, scan, blocks, blocks_stride, lane, inside, length, parts, D, ALL, BP
         )  # fmt: skip
-    tl.store(score + i, found, mask=inside)
-    tl.store(index + i, place.to(tl.int64), mask=inside)
-    tl.store(made + i, count, mask=inside)
+    tl.store(exact + i, found, mask=inside)
+    tl.store(score + i, found.to(tl.float32), mask=inside)
+    tl.store(place + i, index.to(tl.int64), mask=inside)
+    if made is not None:
+        tl.store(made + i, tl.load(made + i, mask=inside, other=0) + count, mask=inside)
 
 
 @triton.jit
@@ -246,35 +268,39 @@ class Side(NamedTuple):
     values: torch.Tensor  # [N, D] fp32
     ids: torch.Tensor | None
     rounded: torch.Tensor  # [N, D padded], with the rows of `values` in bf16
-    norms: torch.Tensor  # [2, N] fp64
+    norms: torch.Tensor  # [2, N and zeros up to a multiple of MULTIPLE] fp64
     low: torch.Tensor  # [N] fp64
-    score: torch.Tensor  # [N] fp64
+    exact: torch.Tensor  # [N] fp64
+    score: torch.Tensor  # [N] fp32
     place: torch.Tensor  # [N] int64
-    made: torch.Tensor  # [N] int32
+    made: torch.Tensor | None  # [N] int32
 
     @classmethod
-    def of(cls, x: torch.Tensor, ids: torch.Tensor | None) -> Side:
+    def of(cls, x: torch.Tensor, ids: torch.Tensor | None, counted: bool) -> Side:
         """x [N, D] fp32 with adjacent channels, rounded."""
-        (N, D), width = x.shape, triton.cdiv(x.shape[1], 16) * 16
-        rounded, norms = x.new_empty(N, width, dtype=ROUNDED), x.new_empty(2, N, dtype=torch.float64)
-        tile = tiles.ROUND
-        round_kernel[(triton.cdiv(N, tile.BR),)](
-            x, x.stride(0), rounded, norms, N, D, width, BR=tile.BR, BK=tile.BM, num_warps=tile.num_warps
-        )
-        low, score = x.new_full((2, N), float("-inf"), dtype=torch.float64)
-        index, made = x.new_full((N,), -1, dtype=torch.int64), x.new_zeros(N, dtype=torch.int32)
-        return cls(x, ids, rounded, norms, low, score, index, made)
+        (N, D), width, tile = x.shape, triton.cdiv(x.shape[1], 16) * 16, tiles.ROUND
+        length = triton.cdiv(N, MULTIPLE) * MULTIPLE
+        rounded, norms = x.new_empty(N, width, dtype=ROUNDED), x.new_empty(2, length, dtype=torch.float64)
+        low, exact = x.new_empty(2, N, dtype=torch.float64)
+        score, place = x.new_empty(N), x.new_empty(N, dtype=torch.int64)
+        made = x.new_empty(N, dtype=torch.int32) if counted else None
+        round_kernel[(triton.cdiv(length, tile.BR),)](
+            x, x.stride(0), rounded, norms, low, exact, place, made, N, D, width, length,
+            BR=tile.BR, BK=tile.BM, num_warps=tile.num_warps,
+        )  # fmt: skip
+        return cls(x, ids, rounded, norms, low, exact, score, place, made)
 
     def blocks(self, size: int) -> torch.Tensor:
         """[2, blocks] of `size` rows: the largest norm, and the largest of what was lost."""
-        return F.pad(self.norms, (0, -len(self.values) % size)).view(2, -1, size).amax(2)
+        return self.norms.view(2, -1, size).amax(2)[:, : triton.cdiv(len(self.values), size)]
 
     def rescore(self, other: Side, blocks: torch.Tensor, partial: tuple, place: Slab) -> None:
         """Take a slab's partial results into the best of its lines; blocks: of the slab's rows of other, [2, parts]."""
         for which, tile in tiles.RESCORE.items():
             rescore_kernel[(triton.cdiv(place.length, tile.BL),)](
                 self.values, other.values, self.values.stride(0), other.values.stride(0), self.ids, other.ids,
-                self.norms, blocks, blocks.stride(0), partial, self.low, self.score, self.place, self.made,
+                self.norms, blocks, self.norms.stride(0), blocks.stride(0), partial,
+                self.low, self.exact, self.score, self.place, self.made,
                 self.values.shape[1], len(self.values), len(other.values), *place[:3], blocks.shape[1],
                 ALL=which == "all", WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
@@ -287,19 +313,24 @@ def pays(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def hardest_negatives(
-    a: torch.Tensor, b: torch.Tensor, a_ids: torch.Tensor | None, b_ids: torch.Tensor | None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_ids: torch.Tensor | None,
+    b_ids: torch.Tensor | None,
+    counted: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Return what `hardest.hardest_negatives` does, of the exact scores, and how many of them were made: [] int64.
+    """Return what `hardest.hardest_negatives` does, of the exact scores.
 
     a: [N, D] fp32, N ≥ 1
     b: [M, D] as a, M ≥ N
     a_ids, b_ids: [N], [M] int64, or both None
+    counted: return too how many scores were made in fp64, [] int64
     """
     with torch.cuda.device_of(a):
         a_ids, b_ids = operands.contiguous(a_ids, b_ids)
         half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
-        rows = Side.of(operands.rows(a), a_ids)
-        cols = rows if half else Side.of(operands.rows(b), b_ids)
+        rows = Side.of(operands.rows(a), a_ids, counted)
+        cols = rows if half else Side.of(operands.rows(b), b_ids, counted)
         sweep = Sweep(rows.rounded, cols.rounded, sums=True, half=half)
         BN, BM = sweep.tile.BN, sweep.tile.BM
         row_blocks, col_blocks = rows.blocks(BN), cols.blocks(BM)
@@ -317,6 +348,6 @@ def hardest_negatives(
             rows.values, cols.values, rows.values.stride(0), cols.values.stride(0), pair_score, len(a), a.shape[1],
             BL=tile.BL, UNROLL=tile.unroll, num_warps=tile.num_warps,
         )  # fmt: skip
-    made = rows.made.sum() if half else rows.made.sum() + cols.made.sum()
-    found = (rows.score.float(), rows.place, cols.score.float(), cols.place.clone() if half else cols.place)
-    return pair_score, *found, made
+    found = (pair_score, rows.score, rows.place, *((t.clone() if half else t) for t in (cols.score, cols.place)))
+    made = [side.made.sum() for side in ((rows,) if half else (rows, cols)) if side.made is not None]
+    return (*found, torch.stack(made).sum()) if counted else found

@@ -109,7 +109,7 @@ def hardest_negatives(
     if hopper.takes_over(a, b):
         return hopper.hardest_negatives(a, b, a_ids, b_ids)
     if certified.pays(a, b):
-        return certified.hardest_negatives(a, b, a_ids, b_ids)[:5]
+        return certified.hardest_negatives(a, b, a_ids, b_ids)
     pair_score, *found = nothing_found(a, b)
     if len(a) > 0:
         with torch.cuda.device_of(a):

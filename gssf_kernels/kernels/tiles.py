@@ -117,7 +117,7 @@ GRADIENTS = {
 
 PASS = Pass(16, 64, 8)
 ROUND = Pass(4, 256, 4)
-RESCORE = {"best": Rescore(8, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
+RESCORE = {"best": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
 CERTIFIED_SCORES = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
 
 SMALL = 1 << 20  # scores of a small problem: small tiles, and dense losses store the gradient of each (4 MiB) at once

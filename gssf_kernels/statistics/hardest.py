@@ -98,7 +98,7 @@ def _rescored_on_cuda(a, b, a_ids, b_ids) -> int | None:
     if backends()["hardest_negatives"]["cuda"] != "triton":
         return None
     certified = importlib.import_module("gssf_kernels.kernels.certified")
-    return int(certified.hardest_negatives(a, b, a_ids, b_ids)[-1]) if len(a) else 0
+    return int(certified.hardest_negatives(a, b, a_ids, b_ids, True)[-1]) if len(a) else 0
 
 
 def _paired(x, y, x_ids, y_ids, names, metric, relative):
