@@ -27,6 +27,7 @@ from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype
 # as much gained nothing (N = 8192, D = 1024); a GPU needs more to be filled.
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MIN_ROWS = 16  # of a chunk, however long
+KEPT_SCORES = {"cpu": 1 << 18}  # so many may be kept for a backward: 1 MiB of fp32, for a product less
 
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
@@ -36,15 +37,21 @@ def chunk_rows(a: Tensor, b: Tensor) -> int:
 
 
 def chunks(
-    a: Tensor, b: Tensor, visit: Callable[[Tensor, int], None], needs: tuple[bool, bool] = (False, False)
+    a: Tensor,
+    b: Tensor,
+    visit: Callable[[Tensor, int], None],
+    needs: Sequence[bool] = (False, False),
+    known: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Call ``visit(s [R, M], first)`` for every chunk of ``s = a bᵀ``, whose first row is row ``first`` of a.
+
+    Where s [N, M] is ``known``, that is taken and left as it is.
 
     Where ``needs`` says so, visit leaves ``ds = dL/ds`` in place of s, and ``(da [N, D], db [M, D])`` come back in the
     scores' dtype.
     """
     dtype, rows = accumulation_dtype(a.dtype), chunk_rows(a, b)
-    columns = Right(b.mT, dtype)
+    columns = Right(b.mT, dtype) if known is None else None
     channels = Right(b, dtype) if needs[0] else None
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
@@ -52,7 +59,10 @@ def chunks(
     for first in range(0, a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
-        columns.product(part, s)
+        if columns is not None:
+            columns.product(part, s)
+        elif known is not None:
+            s.copy_(known[first : first + rows])
         visit(s, first)
         ds = gradient(s, part) if any(needs) else s
         if da is not None and channels is not None:
@@ -60,6 +70,11 @@ def chunks(
         if db is not None:
             Right(part, dtype).product(ds.mT, db, add=first > 0)
     return da, db
+
+
+def keeps(a: Tensor, b: Tensor | None) -> bool:
+    """Whether s = a bᵀ is small enough to be kept for a backward; of one side twice (None) half a product is not."""
+    return b is not None and a.shape[0] * b.shape[0] <= KEPT_SCORES.get(a.device.type, 0)
 
 
 def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:

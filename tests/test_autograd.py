@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from cases import CASES, randn
 
 import gssf_kernels as gk
-from gssf_kernels import _library
+from gssf_kernels import _library, dense
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
 INTEGRABLE = [case for case in SMALL if case.integrable]
@@ -80,10 +80,12 @@ def _dense_samples(a, b, g):
     rows, cols = randn(g, 4, n).to(wide).unbind(), randn(g, 4, m).to(wide).unbind()
     chunk = randn(g, n, m).to(wide)
     yield "logsumexp_scores", (a, b, scale, 1.0)
+    yield "logsumexp_scores", (a, b, scale, 1.0, True)
     yield "logsumexp_scores", (a, None, None, 0.5)
     lines = (rows[0], rows[1].abs(), cols[0], cols[1].abs())
     yield "logsumexp_scores_backward", (rows[2], cols[2], rows[3], a, b, scale, 1.0, *lines, [True, True, True])
     yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [False, False, True])
+    yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [True, True, False], chunk)
     square = (lines[0], lines[1], lines[0], lines[1])
     yield "logsumexp_scores_backward", (rows[2], None, rows[3], a, None, None, 0.5, *square, [True, False, False])
     yield "logsumexp_pass", (chunk, scale, *(t.clone() for t in (*rows[:2], *cols[:2])))
@@ -329,3 +331,25 @@ def test_modules_train_and_print_their_settings():
     other = gk.TripletLoss(margin=0.3, reduction="mean", metric=gk.StructuredSimilarity(16, 4))
     other.load_state_dict(state)
     assert float(other(x, y)) == float(loss(x, y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_scores_kept_for_the_backward_change_nothing(dtype, monkeypatch):
+    """Small s of InfoNCE: the same bits as where it is made again, and left as it was for a second backward."""
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 40), dim=1).to(dtype).requires_grad_() for n in (60, 75))
+    scale = torch.tensor(7.0, requires_grad=True)
+
+    def step():
+        loss = gk.info_nce_loss(x, y, scale=scale)
+        found = [torch.autograd.grad(loss, (x, y, scale), retain_graph=True) for _ in range(2)]
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        return found[0]
+
+    asked = []
+    real = torch.ops.gssf.logsumexp_scores_backward
+    monkeypatch.setattr(torch.ops.gssf, "logsumexp_scores_backward", lambda *a: asked.append(a[-1]) or real(*a))
+    kept = step()
+    monkeypatch.setattr(dense, "KEPT_SCORES", {})
+    for got, expected in zip(step(), kept, strict=True):
+        assert torch.equal(got, expected)
+    assert [t.numel() for t in asked] == [60 * 75] * 2 + [0] * 2

@@ -99,9 +99,9 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
 
 
 def logsumexp_scores(
-    a: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, constant: float
+    a: torch.Tensor, b: torch.Tensor | None, scale: torch.Tensor | None, constant: float, keep: bool = False
 ) -> tuple[torch.Tensor, ...] | NotImplementedType:
-    """Return (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]) fp32.
+    """Return (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]) fp32, and nothing kept: [0].
 
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, or None: a
     scale: κ, fp32 scalar, or None: constant is
@@ -124,7 +124,7 @@ def logsumexp_scores(
         log_lines_kernel[(triton.cdiv(N, BL) + triton.cdiv(M, BL),)](
             tuple(partial), *found, N, M, rows, down, across, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
         )
-    return *found, pair
+    return *found, pair, pair.new_empty(0)
 
 
 def logsumexp_scores_backward(
@@ -140,6 +140,7 @@ def logsumexp_scores_backward(
     col_max: torch.Tensor,
     col_log: torch.Tensor,
     needs: list[bool],
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
     """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'.
 

@@ -4,11 +4,11 @@
     dL/dt_ij = row_grad_i e^{t_ij − row_lse_i} + col_grad_j e^{t_ij − col_lse_j}
 
 Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a
-running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all. Where b is a, t is
-symmetric and half of them do. Small problems on a GPU, where launches are what a step costs, take two each way: a sweep
-that stores no score, and in the backward one that stores ds whole (``kernels/logsumexp.py``). Inside, a
-log-sum is kept as (maximum, log of the sum over it), because a loss is the difference of two large numbers and the
-maximum falls out of it exactly.
+running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all, 3 on the CPU where
+s is so small that it is kept (1 MiB). Where b is a, t is symmetric and half of them do. Small problems on a GPU, where
+launches are what a step costs, take two each way: a sweep that stores no score, and in the backward one that stores ds
+whole (``kernels/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the sum over it), because a loss is the
+difference of two large numbers and the maximum falls out of it exactly.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks
 from gssf_kernels._library import accumulation_dtype, define, last_derivative
-from gssf_kernels.dense import chunks, triangle, unit_of
+from gssf_kernels.dense import chunks, keeps, triangle, unit_of
 
 
 def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -34,8 +34,8 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each where b is a. Extra memory: one chunk of scores (16 MiB on
-    the CPU) besides the gradients, and on the CPU an fp32 copy of b (of bf16 where there is a unit for it), two in the
+    Time: one product forward, three backward; half of each where b is a; on the CPU two backward where s takes at most
+    1 MiB, which is then held. Extra memory: one chunk of scores (16 MiB on the CPU) besides the gradients, and on the CPU an fp32 copy of b (of bf16 where there is a unit for it), two in the
     backward.
     """
     a, b = _checks.autocast(a, b)
@@ -51,39 +51,43 @@ def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tenso
     The maxima are constants to autograd: the whole gradient of a log-sum goes through its logarithm.
     """
     given, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return _LogSumExp.apply(a, None if b is a else b, given, constant)
+    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale))
+    return _LogSumExp.apply(a, None if b is a else b, given, constant, keep)[:5]
 
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(a, b, scale, constant):
-        return torch.ops.gssf.logsumexp_scores(a, b, scale, constant)
+    def forward(a, b, scale, constant, keep):
+        return torch.ops.gssf.logsumexp_scores(a, b, scale, constant, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.constant = inputs
-        row_max, row_log, col_max, col_log, _ = output
-        ctx.mark_non_differentiable(row_max, col_max)
+        *tensors, ctx.constant, _ = inputs
+        row_max, row_log, col_max, col_log, _, kept = output
+        ctx.mark_non_differentiable(row_max, col_max, kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, row_max, row_log, col_max, col_log)
+        ctx.save_for_backward(*tensors, row_max, row_log, col_max, col_log, kept)
 
     @staticmethod
-    def backward(ctx, _row_max, drow, _col_max, dcol, dpair):
-        (a, b, scale, *lines), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+    def backward(ctx, _row_max, drow, _col_max, dcol, dpair, _kept):
+        (a, b, scale, *lines, kept), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
         op = torch.ops.gssf.logsumexp_scores_backward
-        found = last_derivative(op, drow, dcol, dpair, a, b, scale, ctx.constant, *lines, needs)
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None)
+        found = last_derivative(op, drow, dcol, dpair, a, b, scale, ctx.constant, *lines, needs, kept)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None)
 
 
-def _forward(a, b, scale, constant):
+def _forward(a, b, scale, constant, keep=False):
     dtype, n = accumulation_dtype(a.dtype), a.shape[0]
     scale = a.new_full((), constant, dtype=dtype) if scale is None else scale
     m = n if b is None else b.shape[0]
     row_max, row_sum, pair = (a.new_empty(size, dtype=dtype) for size in (n, n, min(n, m)))
     col_max, col_sum = a.new_full((m,), -torch.inf, dtype=dtype), a.new_zeros(m, dtype=dtype)
+    kept = a.new_empty((n, m) if keep and keeps(a, b) else 0, dtype=dtype)
 
     def visit(s, first):
         rows = slice(first, first + s.shape[0])
+        if kept.numel():
+            kept[rows] = s
         torch.mul(s.diagonal(first), scale, out=pair[rows])
         torch.ops.gssf.logsumexp_pass(s, scale, row_max[rows], row_sum[rows], col_max, col_sum)
 
@@ -105,7 +109,7 @@ def _forward(a, b, scale, constant):
         col_max, col_sum = row_max.clone(), row_sum.clone()
     else:
         chunks(a, b, visit)
-    return row_max, row_sum.log(), col_max, col_sum.log(), pair
+    return row_max, row_sum.log(), col_max, col_sum.log(), pair, kept
 
 
 def _together(maxima, sums):
@@ -115,7 +119,7 @@ def _together(maxima, sums):
     return new, torch.where(maxima == new, sums, sums * torch.exp(maxima - shift)).sum(0)
 
 
-def _backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs):
+def _backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs, kept=None):
     scale = row_max.new_full((), constant) if scale is None else scale
     # Where all is -inf, e^{t − l − l} with the least number l is the 0 that belongs there.
     least = torch.finfo(row_max.dtype).min
@@ -164,7 +168,8 @@ def _backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_ma
     if b is None:
         da, db = triangle((a,), visit_half, needs[0]), None
     else:
-        da, db = chunks(a, b, visit_chunk, needs[:2])  # of t: κ is still to come
+        known = kept if kept is not None and kept.numel() else None
+        da, db = chunks(a, b, visit_chunk, needs[:2], known)  # of t: κ is still to come
     factor, total = scale, along.sum(dtype=torch.float64)
     if unit is not None:
         factor, total = scale * unit, total * unit
@@ -175,13 +180,14 @@ def _backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_ma
     )
 
 
-def _fake(a, b, scale, constant):
+def _fake(a, b, scale, constant, keep=False):
     n, dtype = a.shape[0], accumulation_dtype(a.dtype)
     m = n if b is None else b.shape[0]
-    return tuple(a.new_empty(size, dtype=dtype) for size in (n, n, m, m, torch.sym_min(n, m)))
+    kept = (n, m) if keep and keeps(a, b) else 0
+    return tuple(a.new_empty(size, dtype=dtype) for size in (n, n, m, m, torch.sym_min(n, m), kept))
 
 
-def _fake_backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs):
+def _fake_backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, col_max, col_log, needs, kept=None):
     return tuple(
         (row_max if k == 2 else a).new_empty(t.shape if need and t is not None else 0)
         for k, (t, need) in enumerate(zip((a, b, scale), needs, strict=True))
@@ -223,7 +229,8 @@ def _fake_pass(*_):
 
 
 define(
-    "logsumexp_scores(Tensor a, Tensor? b, Tensor? scale, float constant) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "logsumexp_scores(Tensor a, Tensor? b, Tensor? scale, float constant, bool keep=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_forward,
     fake=_fake,
     triton="logsumexp.logsumexp_scores",
@@ -231,7 +238,8 @@ define(
 )
 define(
     "logsumexp_scores_backward(Tensor? drow, Tensor? dcol, Tensor? dpair, Tensor a, Tensor? b, Tensor? scale, "
-    "float constant, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, bool[] needs) "
+    "float constant, Tensor row_max, Tensor row_log, Tensor col_max, Tensor col_log, bool[] needs, "
+    "Tensor? kept=None) "
     "-> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=_fake_backward,
