@@ -35,8 +35,8 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: one product forward, three backward; half of each where b is a; on the CPU two backward where s takes at most
-    1 MiB, which is then held. Extra memory: one chunk of scores (16 MiB on the CPU) besides the gradients, and on the CPU an fp32 copy of b (of bf16 where there is a unit for it), two in the
-    backward.
+    1 MiB, which is then held. Extra memory: one chunk of scores (16 MiB on the CPU) besides the gradients, and on the
+    CPU an fp32 copy of b (of bf16 where there is a unit for it), two in the backward.
     """
     a, b = _checks.autocast(a, b)
     _checks.sides(a, b, "a", "b", paired=False)
