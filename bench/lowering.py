@@ -456,6 +456,13 @@ def lower(case: Case, arch: int) -> list[Lowered]:
     return found
 
 
+def fill_cache(first: int, step: int) -> None:
+    """Lower every step-th case; what is compiled stays in Triton's cache on disk, for other processes to find."""
+    for arch in ARCHITECTURES:
+        for case in CASES[first::step]:
+            lower(case, arch)
+
+
 def tool(name: str, cubin: bytes, *options: str) -> str:
     """What one of CUDA's tools, as Triton brings them, says of a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
