@@ -125,8 +125,8 @@ if [ -n "$gpu" ]; then
   parallel=$("$python" -c 'import os, xdist; print(f"-n {min(8, len(os.sched_getaffinity(0)))}")' 2> /dev/null)
   # shellcheck disable=SC2086
   stage tests 200 "$python" -m pytest -q --durations=8 -p no:cacheprovider $parallel -k "not cpu and not nothing_waits" \
-    tests/test_cuda.py tests/test_capture.py tests/test_triton.py tests/test_certified_triton.py tests/test_dense_triton.py \
-    tests/test_values.py
+    tests/test_cuda.py tests/test_capture.py tests/test_mining_triton.py tests/test_pairs_triton.py tests/test_project_triton.py \
+    tests/test_certified_triton.py tests/test_dense_triton.py tests/test_values.py
   stage suite 180 "$python" -m bench suite quick --device cuda --out "$out/cuda-quick.json"
   if [ -s "$out/cuda-quick.json" ]; then
     stage page 40 "$python" -m bench report "$out/cuda-quick.json"

@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+from gssf_kernels import dense
+
+pytest.register_assert_rewrite("dense_cases", "triton_checks")  # their asserts too say what they compared
+
 
 @pytest.fixture(autouse=True)
 def _fixed_surroundings():
@@ -9,3 +13,10 @@ def _fixed_surroundings():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[1, 700, 1 << 22], ids=["chunks of 16 rows", "ragged chunks", "one chunk"])
+def chunked(request, monkeypatch):
+    """Every number of rows to a chunk gives the same results."""
+    monkeypatch.setitem(dense.CHUNK_SCORES, "cpu", request.param)
+    monkeypatch.setattr(dense, "MIN_ROWS", 16)

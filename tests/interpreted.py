@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
+
+pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None

@@ -242,21 +242,21 @@ FAULTS = [
         "csrc/terms.cpp",
         "+ cl[i])) / 2;",
         "+ cl[i]));",
-        "tests/test_dense.py",
+        "tests/test_info_nce.py",
     ),
     Fault(
         "dense: a pair's two places count once in the student's gradient",
         "gssf_kernels/statistics/relations.py",
         "dh.mul_(2)",
         "dh.mul_(1)",
-        "tests/test_dense.py",
+        "tests/test_distillation.py",
     ),
     Fault(
         "dense: SigLIP's positives have the sign of negatives",
         "gssf_kernels/losses/sigmoid.py",
         '"negate", x_ids',
         '"include", x_ids',
-        "tests/test_dense.py",
+        "tests/test_sums.py",
     ),
     Fault(
         "bench: a wrong variant is timed",
@@ -423,7 +423,7 @@ FAULTS = [
         "gssf_kernels/kernels/positives.py",
         "better = (new_score > score)",
         'better = (new_score >= score) & (new_score > float("-inf"))',
-        "tests/test_triton.py",
+        "tests/test_mining_triton.py",
     ),
     Fault(
         "GPU: a loss looks at a value",

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 from interpreted import DEVICE, INTERPRETED, where_triton_runs
 from test_certified import MAKERS, UNIT, check, unit
 
-triton = pytest.importorskip("triton")
-
-from triton import language as tl  # noqa: E402
-
-from gssf_kernels.kernels import certified, hardest, tiles  # noqa: E402
+from gssf_kernels.kernels import certified, hardest, tiles
 
 INF, NAN = float("inf"), float("nan")
 

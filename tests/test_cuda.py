@@ -1,7 +1,7 @@
 """On a card: the tile table's own lines, TF32, more than 2³¹ scores or elements, streams, devices and determinism.
 
-Small tiles meet every edge in `test_triton.py` and `test_dense_triton.py`, the case table runs on CUDA in
-`test_values.py`, and graphs are captured in `test_capture.py`; nothing of it is repeated here.
+Small tiles meet every edge in the `test_*_triton.py`, the case table runs on CUDA in `test_values.py`, and graphs are
+captured in `test_capture.py`; nothing of it is repeated here.
 """
 
 import pytest

@@ -1,23 +1,12 @@
-"""The passes' Triton kernels against their definition in fp64: on a GPU where there is one, else interpreted.
-
-As in test_triton.py, the interpreter needs a process of its own. The kernels are compiled ahead of time in
-test_dense_lowering.py.
-"""
-
-import os
-import subprocess
-import sys
+"""The passes' Triton kernels against their definition in fp64."""
 
 import pytest
 import torch
+from interpreted import DEVICE, where_triton_runs
 
-triton = pytest.importorskip("triton")
+from gssf_kernels.kernels import dense, tiles
+from gssf_kernels.statistics import logsumexp, relations, sums
 
-from gssf_kernels.kernels import dense, tiles  # noqa: E402
-from gssf_kernels.statistics import logsumexp, relations, sums  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 INF, NAN = float("inf"), float("nan")
 
 
@@ -45,11 +34,9 @@ def close(got, expected, rtol=2e-6):
                                equal_nan=True)  # fmt: skip
 
 
-needs_device = pytest.mark.skipif(DEVICE is None, reason="run by test_under_the_interpreter")
 SHAPES = [(1, 1), (16, 32), (17, 33), (40, 70), (5, 200), (50, 7)]
 
 
-@needs_device
 @pytest.mark.parametrize("special", [None, INF, -INF, NAN])
 @pytest.mark.parametrize(("n", "m"), SHAPES)
 def test_logsumexp_pass(n, m, special):
@@ -65,7 +52,6 @@ def test_logsumexp_pass(n, m, special):
         close(top + total.log(), exact_top + exact_total.log())
 
 
-@needs_device
 @pytest.mark.parametrize("directions", ["both", "rows", "columns"])
 @pytest.mark.parametrize(("n", "m"), SHAPES)
 def test_softmax_pass(n, m, directions):
@@ -80,7 +66,6 @@ def test_softmax_pass(n, m, directions):
         close(got, expected, 1e-5)
 
 
-@needs_device
 @pytest.mark.parametrize("positives", ["include", "exclude", "negate"])
 @pytest.mark.parametrize("kind", ["hinge", "softplus", "abs", "square"])
 @pytest.mark.parametrize("columns", ["none", "some", "all"])
@@ -100,7 +85,6 @@ def test_score_sums_pass(n, m, columns, kind, positives):
             close(got, expected, 1e-5)
 
 
-@needs_device
 def test_special_values_pass_through_the_sums():
     s = torch.tensor([[0.0, NAN, INF, -INF, 1e30, -1e30]]).repeat(3, 1)
     for kind in ("hinge", "softplus", "abs", "square"):
@@ -109,7 +93,6 @@ def test_special_values_pass_through_the_sums():
         assert torch.equal(slopes[0].float().nan_to_num(9), slopes[1].float().nan_to_num(9))
 
 
-@needs_device
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("kind", ["abs", "square"])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 40), (17, 33), (40, 70), (32, 32)])
@@ -121,11 +104,4 @@ def test_relation_pass(n, m, kind, gradient):
         close(got, expected, 1e-5)
 
 
-@pytest.mark.skipif(DEVICE is not None, reason="this process has a device or interprets")
-def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+where_triton_runs(globals())

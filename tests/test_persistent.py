@@ -1,26 +1,22 @@
 """Programs that go from tile to tile against those that make one each, and how tiles are numbered for both.
 
-What each gives is held to fp64 in `test_triton.py`; here both must give the same bits. As there, without a GPU this
-runs once more in a process of its own, under Triton's interpreter.
+What each gives is held to fp64 in `test_mining_triton.py`; here both must give the same bits.
 """
-
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from test_triton import DEVICE, DTYPES, IDS, INF, NAN, check_hardest, check_relative, small_tiles  # noqa: E402, F401
+import triton
+import triton.language as tl
+from interpreted import DEVICE, DTYPES, where_triton_runs
+from triton_checks import IDS, INF, NAN, check_hardest, check_relative, small_tiles  # noqa: F401
 
-from gssf_kernels.kernels import sweep, tiles  # noqa: E402
-from gssf_kernels.kernels.hardest import hardest_negatives  # noqa: E402
-from gssf_kernels.kernels.relative import relative_negatives  # noqa: E402
-from gssf_kernels.kernels.sweep import Sweep, tile_of  # noqa: E402
+from gssf_kernels.kernels import sweep, tiles
+from gssf_kernels.kernels.hardest import hardest_negatives
+from gssf_kernels.kernels.relative import relative_negatives
+from gssf_kernels.kernels.sweep import Sweep, tile_of
 
 LINE = tiles.Sweep(16, 32, 16, 4, 2)
 PROGRAMS = [(1, 1), (1, 3), (2, 4), (1, 1000)]  # to a processor, and processors: one, a few, more than there are tiles
@@ -187,24 +183,11 @@ def test_no_more_programs_than_the_card_holds_nor_than_there_are_tiles(monkeypat
     assert launches.grids == [(8, False), (6, False), (3, True), (6, True), (6, True)]
 
 
-if DEVICE is None:
-    for name in [name for name in globals() if name.startswith("test_")]:
-        del globals()[name]
-
-    def test_under_the_interpreter():
-        """All of the above, in a process of its own."""
-        run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        )  # fmt: skip
-        summary = run.stdout.strip().splitlines()[-1:]
-        print(*summary)
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert re.search(r"\d{2,} passed", run.stdout), summary
-
-
 def test_only_lines_of_hopper_are_persistent():
     """And those bring their operands by the copy engine, which needs no program to wait with it."""
     for (arch, _, size), line in tiles.SWEEP.items():
         assert 0 <= line.persistent <= 2
         assert not line.persistent or (arch == 90 and line.tma and size != "small")
+
+
+where_triton_runs(globals())

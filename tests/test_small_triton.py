@@ -1,28 +1,16 @@
-"""Small dense losses in few launches, their Triton kernels against fp64: on a GPU where there is one, else interpreted.
-
-As in test_triton.py, the interpreter needs a process of its own, and the kernels are compiled in test_lowering.py.
-"""
-
-import os
-import subprocess
-import sys
+"""Small dense losses in few launches: their Triton kernels, and the triplet's by a metric, against fp64."""
 
 import pytest
 import torch
+from interpreted import DEVICE, DTYPES, where_triton_runs
 
-triton = pytest.importorskip("triton")
+from gssf_kernels import reference
+from gssf_kernels.kernels import logsumexp, pairs, project, sums, tiles
+from gssf_kernels.statistics.sums import pointwise
 
-from gssf_kernels import reference  # noqa: E402
-from gssf_kernels.kernels import logsumexp, pairs, project, sums, tiles  # noqa: E402
-from gssf_kernels.statistics.sums import pointwise  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # interpreted bf16 is wrong
 INF, NAN = float("inf"), float("nan")
 SHAPES = [(1, 1, 1), (1, 40, 3), (40, 1, 8), (16, 32, 16), (17, 33, 17), (50, 97, 24), (70, 70, 40)]
 
-needs_device = pytest.mark.skipif(DEVICE is None, reason="run by test_under_the_interpreter")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 
 
@@ -67,7 +55,6 @@ def forward(a, b, scale, learnable=True):
     return (*on, constant), logsumexp.logsumexp_scores(*on, constant)
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("learnable", [True, False])
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
@@ -82,7 +69,6 @@ def test_log_sums(n, m, d, learnable, dtype):
         close(got, expected.detach(), torch.float32)
 
 
-@needs_device
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
 @pytest.mark.parametrize("place", ["row", "both"])
 def test_log_sums_of_special_values(place, special):
@@ -100,7 +86,6 @@ def test_log_sums_of_special_values(place, special):
         close(got, expected.detach(), torch.float32)
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("lines", ["row", "col", "pair", "row pair", "row col pair"])
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
@@ -108,7 +93,6 @@ def test_gradients(n, m, d, lines, dtype):
     check_gradients(n, m, d, lines, dtype, learnable=(n + m) % 2 == 0)
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("n", [1, 16, 33, 50])
 def test_gradients_of_one_side_twice(n, dtype):
@@ -116,13 +100,11 @@ def test_gradients_of_one_side_twice(n, dtype):
     check_gradients(n, n, 24, "row", dtype, twice=True)
 
 
-@needs_device
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
 def test_what_is_not_wanted_is_empty(needs):
     check_gradients(33, 50, 24, "row col pair", torch.float32, needs=needs)
 
 
-@needs_device
 @every_dtype
 def test_gradients_below_the_smallest_half(dtype):
     """A mean over many leaves each score little: nothing of it may be lost."""
@@ -152,7 +134,6 @@ def check_gradients(n, m, d, lines, dtype, twice=False, learnable=True, needs=(T
             close(gradient, leaf.grad, dtype, like=None if parts is None else parts.abs().sum())
 
 
-@needs_device
 def test_a_line_of_nothing_gets_no_gradient():
     """All of a row at -inf: its log-sum is -inf, and nothing flows."""
     a, b = torch.full((3, 1), 1.0), torch.full((4, 1), -INF)
@@ -232,7 +213,6 @@ class Sum:
                 assert gradient.dtype == (dtype if leaf.dim() else torch.float32)
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("positives", ["include", "exclude", "negate"])
 @pytest.mark.parametrize("kind", ["hinge", "softplus", "abs", "square"])
@@ -241,21 +221,18 @@ def test_totals_of_every_kind(kind, positives, dtype):
     Sum(20, 17, 9, dtype, kind, positives, ids=True, learnable=False).check()
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
 def test_totals(n, m, d, dtype):
     Sum(n, m, d, dtype, "softplus", "negate", ids=n > 20).check()
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("n", [1, 16, 33, 50])
 def test_totals_of_one_side_twice(n, dtype):
     Sum(n, n, 24, dtype, "softplus", "negate", ids=n > 20, twice=True).check()
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize(("n", "m", "d"), [shape for shape in SHAPES if shape[0] <= shape[1]])
 def test_totals_relative_to_the_pairs(n, m, d, dtype):
@@ -263,14 +240,12 @@ def test_totals_relative_to_the_pairs(n, m, d, dtype):
         Sum(n, m, d, dtype, "hinge", "exclude", ids, relative=True, learnable=False).check()
 
 
-@needs_device
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("relative", [True, False])
 def test_what_is_not_wanted_of_a_total_is_empty(relative, needs):
     Sum(33, 50, 24, torch.float32, "hinge", "exclude", relative=relative, learnable=False).check(needs=needs)
 
 
-@needs_device
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
 def test_totals_of_special_values(special):
     for relative in (False, True):
@@ -281,7 +256,6 @@ def test_totals_of_special_values(special):
         torch.testing.assert_close(value.cpu().double(), total.detach(), rtol=1e-5, atol=0, equal_nan=True)
 
 
-@needs_device
 def test_pairs_of_all_rows():
     a, b = given(40, 50, 24, torch.float32)
     found = pairs.pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
@@ -291,7 +265,6 @@ def test_pairs_of_all_rows():
 # the triplet with a metric
 
 
-@needs_device
 @every_dtype
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
@@ -331,7 +304,6 @@ def test_gradient_of_hardest_negatives_by_a_metric(n, m, d, b, needs, normalize,
             assert got.numel() == 0
 
 
-@needs_device
 def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
     x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
     zero, diag = torch.zeros(3), torch.randn(8)
@@ -341,7 +313,6 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
     assert not ddiag.any()
 
 
-@needs_device
 def test_many_rows_of_a_metric_are_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SCAN_ROWS", 20)
     x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
@@ -349,7 +320,6 @@ def test_many_rows_of_a_metric_are_declined(monkeypatch):
     assert project.hardest_project_backward(*given) is NotImplemented
 
 
-@needs_device
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True), (5, 0, True)):
@@ -358,7 +328,6 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
         assert (Sum(n, m, 8, torch.float32, "abs", "include").run()[0] is NotImplemented) == declined
 
 
-@needs_device
 def test_the_same_inputs_give_the_same_bits():
     a, b = given(50, 97, 24, torch.float32)
     runs = []
@@ -373,11 +342,4 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(x, y)
 
 
-@pytest.mark.skipif(DEVICE is not None, reason="this process has a device or interprets")
-def test_under_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+where_triton_runs(globals())
