@@ -1,4 +1,9 @@
+import os
+
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: threads that wait leave a busy machine to others
+
 import torch
 
 from gssf_kernels import dense
