@@ -123,7 +123,7 @@ FAULTS = [
         "gssf_kernels/dense.py",
         "Right(part, dtype).product(ds.mT, db, add=first > 0)",
         "Right(part, dtype).product(ds.mT, db)",
-        "tests/test_dense.py",
+        "tests/test_info_nce.py",
     ),
     Fault(
         "symmetric sums: the gradient of one side alone",
