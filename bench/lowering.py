@@ -36,7 +36,8 @@ from bench.report import table
 from gssf_kernels.kernels import dense, hardest, logsumexp, pairs, positives, project, relative, sums, terms, tiles
 
 ARCHITECTURES = (80, 90)
-ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel")  # kernels whose tile is a line of the table
+# Kernels whose tile is a line of the table.
+ON_A_LINE = ("sweep_kernel", "project_kernel", "parameter_kernel", "sides_kernel")
 PROCESSORS = 4  # of the card that is not there
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # A product: dtype, and torch.get_float32_matmul_precision().
@@ -97,9 +98,17 @@ def _sweeps() -> Iterator[Case]:
             yield Case(f"hardest_negatives {size} of one side twice", launcher, make, kernels, product)
             make = partial(_sweep, launcher, dtype, *ragged[size], "off 16 bytes")
             yield Case(f"hardest_negatives {size} with ids ragged", launcher, make, kernels, product)
+        for name, shape, labels, reduction in (
+            ("sum", sizes["small"], "", "sum"),
+            ("mean with ids", sizes["small"], aligned, "mean"),
+            ("none with ids ragged", ragged["small"], "off 16 bytes", "none"),
+        ):
+            make = partial(_sweep, launcher, dtype, *shape, labels, 0.2, reduction)
+            kernels = ("sweep_kernel", "merge_hinge_kernel")
+            yield Case(f"hardest_hinge {name}", hardest.hardest_hinge, make, kernels, product)
         if product == "ieee":
             yield from _certified(aligned)
-        launcher, kernels = relative.relative_negatives, (*kernels, "terms_kernel")
+        launcher, kernels = relative.relative_negatives, ("sweep_kernel", "merge_kernel", "terms_kernel")
         for size, ids, beta in (
             ("small", aligned, None),
             ("small", "", 10.0),
@@ -312,6 +321,10 @@ class _Weights(NamedTuple):
         x, *rest = self.project(dtype)
         return x, x, *rest, [True] * 3
 
+    def project_sides(self, dtype: torch.dtype) -> tuple:
+        x, *weights, _ = self.project(dtype)
+        return x, torch.cat((x, x)), *weights
+
     def pairs_project_backward(self, dtype: torch.dtype) -> tuple:
         x, *rest = self.project(dtype)
         index = torch.zeros(80, dtype=torch.int64)
@@ -343,7 +356,10 @@ def _projections() -> Iterator[Case]:
             make, launcher = partial(weights.project_backward, dtype), cast(Callable, project.project_backward)
             yield Case(f"project_backward {name}", launcher, make, kernels, product)
             make, launcher = partial(weights.hardest_project_backward, dtype), project.hardest_project_backward
-            yield Case(f"hardest_project_backward {name}", launcher, make, (*kernels, "scan_kernel"), product)
+            yield Case(f"hardest_project_backward {name}", launcher, make, ("scan_kernel", "sides_kernel"), product)
+            make, launcher = partial(weights.project_sides, dtype), cast(Callable, project.project_sides)
+            if weights.normalize:
+                yield Case(f"project_sides {name}", launcher, make, ("sides_kernel",), product)
             if whole:  # what is gathered is fp32, whatever x is
                 kernels += ("segment_sum_kernel",)
                 make, launcher = partial(weights.pairs_project_backward, dtype), project.pairs_project_backward

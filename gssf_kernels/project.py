@@ -89,6 +89,11 @@ def _reference(x, diag, blocks, permutation, normalize):
     return reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
 
 
+def _reference_sides(x, y, diag, blocks, permutation):
+    op = torch.ops.gssf.project
+    return op(x, diag, blocks, permutation, True), op(y, None, None, None, True)
+
+
 def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
     inputs = (x, diag, blocks)
     given = [t is not None and need for t, need in zip(inputs, needs, strict=True)]
@@ -113,6 +118,10 @@ def _fake(x, diag, blocks, permutation, normalize):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _fake_sides(x, y, diag, blocks, permutation):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, y))
+
+
 def _fake_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
     return _fake_backward(x, x, diag, blocks, permutation, normalize, needs)
 
@@ -129,6 +138,14 @@ define(
     reference=_reference,
     fake=_fake,
     triton="project.project",
+)
+# Both sides of a metric that normalises: x̂ W and ŷ.
+define(
+    "project_sides(Tensor x, Tensor y, Tensor? diag, Tensor? blocks, Tensor? permutation) -> (Tensor, Tensor)",
+    reference=_reference_sides,
+    fake=_fake_sides,
+    through="project",
+    triton="project.project_sides",
 )
 define(
     "project_backward(Tensor grad, Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize, "

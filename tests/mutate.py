@@ -30,6 +30,7 @@ GOAL = "tests/test_goal.py"
 HOPPER = "tests/test_hopper.py"
 PERSISTENT = "tests/test_persistent.py"
 SMALL = "tests/test_small_triton.py"
+FEW = "tests/test_few_triton.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
@@ -107,16 +108,37 @@ FAULTS = [
     Fault(
         "small: by a metric, y's gradient goes through W as x's does",
         "gssf_kernels/kernels/project.py",
-        "normalize, flip=True)",
-        "normalize, flip=False)",
+        "NORMALIZE, True, False,",
+        "NORMALIZE, True, True,",
         SMALL,
     ),
     Fault(
         "small: by a metric, rows that are not normalised are gathered",
         "gssf_kernels/kernels/project.py",
-        "above, below, normalize)",
-        "above, below, False)",
+        "above, below, normalize, norm)",
+        "above, below, False, norm)",
         SMALL,
+    ),
+    Fault(
+        "few: y goes through the diagonal too",
+        "gssf_kernels/kernels/project.py",
+        "y, None, y_out, None, None, None,",
+        "y, None, y_out, diag, None, None,",
+        FEW,
+    ),
+    Fault(
+        "few: weights' gradients take the lengths of other rows",
+        "gssf_kernels/kernels/pairs.py",
+        "i = (p - of_rows) * BE + tl.arange(0, BE)",
+        "i = (p - of_rows) + tl.arange(0, BE)",
+        SMALL,
+    ),
+    Fault(
+        "few: columns' terms are the rows'",
+        "gssf_kernels/kernels/hardest.py",
+        "col, over_col = hinge(p, col, margin)",
+        "col, over_col = row, over_row",
+        FEW,
     ),
     Fault(
         "dense: db keeps the last chunk alone",

@@ -41,6 +41,8 @@ SMALL = {  # those with kernels of their own besides, for small problems
     "score_total",
     "score_total_backward",
     "hardest_project_backward",
+    "project_sides",
+    "hardest_hinge",
 }
 THROUGH = {*SMALL, "score_sums", "relation_sums"}
 

@@ -9,6 +9,8 @@ where that is more (16 row blocks); and a copy of a and b where their rows are n
 
 from __future__ import annotations
 
+from types import NotImplementedType
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,7 @@ import triton.language as tl
 from gssf_kernels.kernels import certified, hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.kernels.terms import hinge
 
 
 @triton.jit
@@ -82,6 +85,38 @@ def merge_kernel(
         tl.store(col_index + j, index.to(tl.int64), mask=j < M)
 
 
+@triton.jit(do_not_specialize=["N", "M", "blocks"])
+def merge_hinge_kernel(
+    partial, positive, out, row_score, row_index, col_score, col_index, margin, N, M, blocks, BN: tl.constexpr,
+    BM: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """`merge_kernel` of the one slab there is, and the hinge terms of what it finds; a sum is one program's."""
+    row_scores, row_places, col_scores, col_places = partial
+    total = tl.zeros([BL], tl.float32)
+    for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
+        i = i0 + tl.arange(0, BL)
+        low, none = tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32)
+        row, at = fold(low, none, row_scores, row_places, i, blocks * BN, tl.cdiv(M, BM), 0, BM, BP)
+        tl.store(row_score + i, row, mask=i < N)
+        tl.store(row_index + i, at.to(tl.int64), mask=i < N)
+        col, at = fold(low, none, col_scores, col_places, i, M, blocks, 0, BN, BP)
+        tl.store(col_score + i, col, mask=i < M)
+        tl.store(col_index + i, at.to(tl.int64), mask=i < M)
+        p = tl.load(positive + i, mask=i < N, other=0.0)
+        row, over_row = hinge(p, row, margin)
+        col, over_col = hinge(p, col, margin)
+        terms = tl.where(over_row, row, 0.0) + tl.where(over_col, col, 0.0)
+        if SUM:
+            total += tl.where(i < N, terms, 0.0)
+        else:
+            tl.store(out + i, terms, mask=i < N)
+    if SUM:
+        whole = tl.sum(total, 0)
+        if MEAN:
+            whole = whole / N
+        tl.store(out, whole)
+
+
 def nothing_found(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """pair_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
     N, M = len(a), len(b)
@@ -127,6 +162,39 @@ def hardest_negatives(
             if half:
                 found = merged_halves(*found)
     return pair_score, *found
+
+
+def hardest_hinge(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_ids: torch.Tensor | None,
+    b_ids: torch.Tensor | None,
+    margin: float,
+    reduction: str,
+) -> tuple[torch.Tensor, ...] | NotImplementedType:
+    """Return (the hinge terms [N] or their sum or mean, and what `hardest_negatives` gives), in two launches.
+
+    The rest as for `hardest_negatives` and `terms.hinge_terms`. Declines more than `tiles.SMALL` scores, none, and
+    those that another kernel mines.
+    """
+    operands.check_dtype("hardest_hinge", a, b)
+    N, M, some = len(a), len(b), reduction != "none"
+    if not 0 < N * M <= tiles.SMALL or hopper.takes_over(a, b) or certified.pays(a, b):
+        return NotImplemented
+    pair_score, *found = nothing_found(a, b)
+    out = pair_score.new_empty(() if some else N)
+    with torch.cuda.device_of(a):
+        sweep = Sweep(a, b)
+        ((_, blocks),) = sweep.slabs()  # so few scores are one
+        rows, cols = sweep.partial_results(torch.float32, torch.int16)
+        sweep.run(hardest_tile, (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols), 0, blocks)
+        BL = tiles.TERM_LANES
+        merge_hinge_kernel[(1 if some else triton.cdiv(M, BL),)](
+            (*rows, *cols), pair_score, out, *found, margin, N, M, blocks, BN=sweep.tile.BN,
+            BM=sweep.tile.BM, SUM=some, MEAN=reduction == "mean", BP=tiles.MERGE_PARTS, BL=BL, num_warps=8,
+            num_stages=2,
+        )  # fmt: skip
+    return out, pair_score, *found
 
 
 def merged_halves(

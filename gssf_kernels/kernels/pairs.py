@@ -103,12 +103,20 @@ def side(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def scan_kernel(
-    dpair, drow, dcol, row_index, col_index, a, b, da, db, a_stride, b_stride, N, M, D,
+    dpair, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A program for every row of da, then for every row of db; of one alone where the other is None."""
+    """A program for every row of da, then for every row of db; of one alone where the other is None.
+
+    norm, or None: gets the lengths of a's rows, BE of them from each program after those.
+    """
     p = tl.program_id(0).to(tl.int64)
-    if da is None:
+    of_rows = (N if da is not None else 0) + (M if db is not None else 0)
+    if norm is not None and p >= of_rows:
+        if tl.program_id(1) == 0:
+            i = (p - of_rows) * BE + tl.arange(0, BE)
+            tl.store(norm + i, lengths(a, i * a_stride, i < N, D, BD), mask=i < N)
+    elif da is None:
         side(p, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
     elif db is None or p < N:
         side(p, N, dpair, drow, dcol, row_index, col_index, b, b_stride, da, M, D, NORMALIZE, BE, BD)
@@ -208,16 +216,21 @@ def scan(
     da: torch.Tensor | None,
     db: torch.Tensor | None,
     normalize: bool,
+    norm: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients into da [N, D] and db [M, D], contiguous or None; with normalize of the units of a and b."""
+    """Write the gradients into da [N, D] and db [M, D], contiguous or None; with normalize of the units of a and b.
+
+    norm: [N] fp32, gets the lengths of a's rows, at least 1e-12
+    """
     (N, D), M = a.shape, len(b)
     programs = sum(len(x) for x in (da, db) if x is not None)
     if programs > 0:
         given = operands.contiguous(dpair, drow, dcol, row_index, col_index)
         a, b = operands.rows(a), operands.rows(b)
         BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
+        programs += triton.cdiv(N, BE) if norm is not None else 0
         with torch.cuda.device_of(a):
             scan_kernel[(programs, triton.cdiv(D, BD))](
-                *given, a, b, da, db, a.stride(0), b.stride(0), N, M, D,
+                *given, a, b, da, db, norm, a.stride(0), b.stride(0), N, M, D,
                 NORMALIZE=normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
             )  # fmt: skip

@@ -62,14 +62,14 @@ def mixed(
     return t
 
 
-@triton.jit(do_not_specialize=["N"])
-def project_kernel(
-    x, grad, out, lengths, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, B: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
+@triton.jit
+def project_rows(
+    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, which, piece, pieces,
+    B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
+    BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """p of x, or with BACKWARD dx of grad; BN rows and a share of the channels to a program. TRANSPOSED: by Wᵀ."""
-    i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    """BN rows of p of x, or with BACKWARD of dx of grad: one of several pieces of their channels. TRANSPOSED: by Wᵀ."""
+    i = which.to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
     x_row = i * x_stride
     if BACKWARD:
@@ -93,10 +93,8 @@ def project_kernel(
                 inner += tl.sum(y * h, 1)
     norm = tl.sqrt(squares)
     divisor = tl.where(norm < eps, eps, norm)[:, None]  # a NaN stays
-    if lengths is not None and tl.program_id(1) == 0:
-        tl.store(lengths + tl.program_id(0) * BN + tl.arange(0, BN)[:, None], divisor, mask=inside[:, None])
 
-    for c0 in range(tl.program_id(1) * BC, D, tl.num_programs(1) * BC):
+    for c0 in range(piece * BC, D, pieces * BC):
         c = c0 + tl.arange(0, BC)
         at = channels(permutation, c, D)
         t = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
@@ -110,15 +108,27 @@ def project_kernel(
         tl.store(to, t.to(out.dtype.element_ty), mask=inside[:, None] & (c < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "share"])
-def parameter_kernel(
-    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, share, B: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["N"])
+def project_kernel(
+    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, B: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Each program sums share rows: BC entries of ddiag, and BC by BC of dblocks; ddiag, dblocks [splits, …] fp32."""
-    k = tl.program_id(0) * BC + tl.arange(0, BC)
-    c = tl.program_id(0) * BC // B * B + tl.program_id(1) * BC + tl.arange(0, BC)
-    split = tl.program_id(2).to(tl.int64)
+    """`project_rows` of all rows and pieces."""
+    project_rows(
+        x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps,
+        tl.program_id(0), tl.program_id(1), tl.num_programs(1), B, BN, BC, PRECISION, NORMALIZE, BACKWARD, TRANSPOSED,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_parameters(
+    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, column, piece, split, share,
+    B: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums over a share of the rows of BC entries of ddiag, and of BC by BC of dblocks."""
+    k = column * BC + tl.arange(0, BC)
+    c = column * BC // B * B + piece * BC + tl.arange(0, BC)
     k_at = channels(permutation, k, D)
     c_at = channels(permutation, c, D)
     diag_sum = tl.zeros([BC], tl.float32)
@@ -144,10 +154,61 @@ def parameter_kernel(
             else:
                 block_sum = tl.dot(q.T, g, block_sum, input_precision=PRECISION)
     if ddiag is not None:
-        tl.store(ddiag + split * D + k_at, diag_sum, mask=(k < D) & (tl.program_id(1) == 0))
+        tl.store(ddiag + split * D + k_at, diag_sum.to(ddiag.dtype.element_ty), mask=(k < D) & (piece == 0))
     if dblocks is not None:
         band = (k[:, None] // B == c[None, :] // B) & (k < D)[:, None]
-        tl.store(dblocks + split * D * B + k[:, None] * B + c[None, :] % B, block_sum, mask=band)
+        at = split * D * B + k[:, None] * B + c[None, :] % B
+        tl.store(dblocks + at, block_sum.to(dblocks.dtype.element_ty), mask=band)
+
+
+@triton.jit(do_not_specialize=["N", "share"])
+def parameter_kernel(
+    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, share, B: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`sum_parameters` of every share: ddiag, dblocks [splits, …] fp32."""
+    sum_parameters(
+        x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), share, B, BR, BC, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def sides_kernel(
+    x, y, above, below, x_out, y_out, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
+    N, M, D, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, SPANS: tl.constexpr,
+):  # fmt: skip
+    """x̂ W and ŷ; or with BACKWARD dx of above, dy of below and the parameters' gradients. None for what is not wanted.
+
+    Programs for the rows of x, then of y, by the second index in pieces; then for the parameters, each for all rows.
+    """
+    p, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    of_x = tl.cdiv(N, BN) if x_out is not None else 0
+    of_y = tl.cdiv(M, BN) if y_out is not None else 0
+    if x_out is not None and p < of_x:
+        project_rows(
+            x, above, x_out, diag, blocks, permutation, x_stride, D, N, D, eps, p, piece, pieces,
+            B, BN, BC, PRECISION, NORMALIZE, BACKWARD, BACKWARD,
+        )  # fmt: skip
+    if y_out is not None and (p >= of_x) & (p < of_x + of_y):
+        if BACKWARD:  # y's rows go through W where x's go through its transpose
+            project_rows(
+                y, below, y_out, diag, blocks, permutation, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                B, BN, BC, PRECISION, NORMALIZE, True, False,
+            )  # fmt: skip
+        else:
+            project_rows(
+                y, None, y_out, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                B, BN, BC, PRECISION, NORMALIZE, False, False,
+            )  # fmt: skip
+    if (ddiag is not None or dblocks is not None) and p >= of_x + of_y:
+        q, split = (p - of_x - of_y) * pieces + piece, tl.full([], 0, tl.int64)
+        if q < tl.cdiv(D, BC) * SPANS:
+            sum_parameters(
+                x, above, norm, permutation, ddiag, dblocks, x_stride, D, N, D, q // SPANS, q % SPANS, split, N,
+                B, BN, BC, PRECISION,
+            )  # fmt: skip
 
 
 def launch_project(
@@ -157,13 +218,8 @@ def launch_project(
     blocks: torch.Tensor | None,
     permutation: torch.Tensor | None,
     normalize: bool,
-    flip: bool = False,
-    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """p of x, or where grad is given dx of grad; all contiguous along channels.
-
-    flip: by blocks transposed; lengths: [N] fp32, gets what normalize divides by
-    """
+    """p of x, or where grad is given dx of grad; all contiguous along channels."""
     N, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     block_size = blocks.shape[1] if blocks is not None else 1
@@ -172,12 +228,19 @@ def launch_project(
     if normalize:  # every program reads whole rows for their norms: no more of them than fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
     project_kernel[(programs, pieces)](
-        x, grad, out, lengths, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0,
+        x, grad, out, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0,
         N, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=(grad is not None) != flip,
+        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def spans(D: int, block_size: int, BC: int) -> int:
+    """How many steps of BC channels the widest band of BC rows of W takes."""
+    first = range(0, D, BC)
+    ends = (min(D, ((k0 + BC - 1) // block_size + 1) * block_size) for k0 in first)
+    return triton.cdiv(max(end - k0 // block_size * block_size for end, k0 in zip(ends, first, strict=True)), BC)
 
 
 def launch_parameters(
@@ -187,25 +250,19 @@ def launch_parameters(
     normalize: bool,
     diag: torch.Tensor | None,
     blocks: torch.Tensor | None,
-    norm: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ddiag, dblocks), each empty where its parameter is None; sums over fixed shares of the rows, then over them.
-
-    norm: the lengths of x [N], where they are known
-    """
+    """(ddiag, dblocks), each empty where its parameter is None; sums over fixed shares of the rows, then over them."""
     if diag is None and blocks is None:
         return x.new_empty(0), x.new_empty(0)
     N, D = x.shape
     block_size = blocks.shape[1] if blocks is not None else 1
     tile = tiles.project_tile(x.dtype)
     BC = tile.BC
-    columns = triton.cdiv(D, BC)
-    span = max(min(D, ((k0 + BC - 1) // block_size + 1) * block_size) - k0 // block_size * block_size
-               for k0 in range(0, D, BC))  # fmt: skip
-    pieces = triton.cdiv(span, BC)
+    columns, pieces = triton.cdiv(D, BC), spans(D, block_size, BC)
     splits = max(1, min(tiles.TARGET_PROGRAMS // (columns * pieces), triton.cdiv(N, 4 * tile.BN)))
     share = triton.cdiv(triton.cdiv(N, splits), tile.BN) * tile.BN
-    if normalize and norm is None:
+    norm = None
+    if normalize:
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
     ddiag = x.new_empty(splits, D, dtype=torch.float32) if diag is not None else None
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
@@ -218,6 +275,64 @@ def launch_parameters(
         ddiag.sum(0).to(diag.dtype) if ddiag is not None and diag is not None else x.new_empty(0),
         dblocks.sum(0).to(blocks.dtype) if dblocks is not None and blocks is not None else x.new_empty(0),
     )
+
+
+def launch_sides(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    above: torch.Tensor | None,
+    below: torch.Tensor | None,
+    diag: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    normalize: bool,
+    backward: bool,
+    wanted: tuple[bool, bool, bool, bool],
+    norm: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """(p of x, ŷ), or with backward (dx, dy, ddiag, dblocks), empty where wanted says no; one launch.
+
+    above, below: fp32, contiguous; norm: the lengths of x [N], where parameters are wanted and normalize is
+    """
+    (N, D), M = x.shape, len(y)
+    given = (x, y, diag, blocks)
+    out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
+           for t, want in zip(given, wanted, strict=True)]  # fmt: skip
+    block_size = blocks.shape[1] if blocks is not None else 1
+    tile = tiles.project_tile(x.dtype)
+    programs = sum(triton.cdiv(len(t), tile.BN) for t in out[:2] if t is not None)
+    columns = triton.cdiv(D, tile.BC)
+    pieces = min(columns, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1))) if normalize else columns
+    across = spans(D, block_size, tile.BC)
+    programs += triton.cdiv(columns * across, pieces) if any(t is not None for t in out[2:]) else 0
+    if programs:
+        sides_kernel[(programs, pieces)](
+            x, y, above, below, *out[:2], diag, blocks, permutation, norm, *out[2:], x.stride(0), y.stride(0),
+            N, M, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC,
+            PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32", NORMALIZE=normalize, BACKWARD=backward,
+            SPANS=across, maxnreg=255,  # which keeps ptxas from spilling a value to fit in one block more
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+    return tuple(x.new_empty(0) if t is None else t for t in out)
+
+
+def project_sides(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    diag: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (p of x [N, D], ŷ [M, D]), both normalised, in one launch; the rest as for `project`.
+
+    Raises TypeError for other dtypes.
+    """
+    operands.check_dtype("project_sides", x, y)
+    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
+    x, y, wanted = operands.rows(x), operands.rows(y), (True, True, False, False)
+    with torch.cuda.device_of(x):
+        p, unit, *_ = launch_sides(x, y, None, None, diag, blocks, permutation, True, False, wanted)
+    return p, unit
 
 
 def project(
@@ -323,19 +438,13 @@ def hardest_project_backward(
         return NotImplemented
     x, y = operands.rows(x), operands.rows(y)
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
-    weights = (diag if needs[2] else None, blocks if needs[3] else None)
-    some, dx, dy, norm = any(t is not None for t in weights), x.new_empty(0), y.new_empty(0), None
+    some = any(t is not None and need for t, need in zip((diag, blocks), needs[2:], strict=True))
+    norm = x.new_empty(len(x), dtype=torch.float32) if normalize and some else None
     above = x.new_empty(x.shape, dtype=torch.float32) if needs[0] or some else None
     below = y.new_empty(y.shape, dtype=torch.float32) if needs[1] else None
     with torch.cuda.device_of(x):
-        scan(dpair, drow, dcol, row_index, col_index, x, y, above, below, normalize)
-        if needs[0]:
-            norm = x.new_empty(len(x), dtype=torch.float32) if normalize and some else None
-            dx = launch_project(x, above, diag, blocks, permutation, normalize, lengths=norm)
-        if below is not None:  # y's rows go through W where x's go through its transpose
-            dy = launch_project(y, below, diag, blocks, permutation, normalize, flip=True)
-        if above is not None:
-            ddiag, dblocks = launch_parameters(x, above, permutation, normalize, *weights, norm)
-        else:
-            ddiag, dblocks = x.new_empty(0), x.new_empty(0)
+        scan(dpair, drow, dcol, row_index, col_index, x, y, above, below, normalize, norm)
+        wanted = (needs[0], needs[1], needs[2], needs[3])
+        found = launch_sides(x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm)
+    dx, dy, ddiag, dblocks = found
     return dx, dy, ddiag, dblocks

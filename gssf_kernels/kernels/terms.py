@@ -16,11 +16,17 @@ from gssf_kernels.kernels import operands, tiles
 
 
 @triton.jit
-def beyond(positive, negative, margin, i, inside):
-    """(m + negative - positive, whether it is not below 0), which holds of NaN."""
-    n = tl.load(negative + i, mask=inside, other=float("-inf"))
-    t = (n + margin) - tl.load(positive + i, mask=inside, other=0.0)
+def hinge(p, n, margin):
+    """(m + n - p, whether it is not below 0), which holds of NaN."""
+    t = (n + margin) - p
     return t, (t < 0) == 0
+
+
+@triton.jit
+def beyond(positive, negative, margin, i, inside):
+    """`hinge` of what lies at i."""
+    n = tl.load(negative + i, mask=inside, other=float("-inf"))
+    return hinge(tl.load(positive + i, mask=inside, other=0.0), n, margin)
 
 
 @triton.jit(do_not_specialize=["N"])

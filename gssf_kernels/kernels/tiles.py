@@ -124,6 +124,7 @@ SMALL = 1 << 20  # scores of a small problem: small tiles, and dense losses stor
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
+TERM_LANES = 128  # rows and columns that a merge which ends in a loss takes at a time
 TERMS = 1024  # terms of a loss that a program takes at a time
 PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
 

@@ -16,7 +16,7 @@ from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives
+from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives, structured_hinge
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -88,8 +88,12 @@ def triplet_loss(
             return loss
         found = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
         return loss, diagnose(x, y, margin, *found)
-    positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
-    loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
+    if metric is None:
+        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+        loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
+    else:
+        given = (x, y, x_ids, y_ids, margin, reduction)
+        loss, positive, hardest = structured_hinge(*given, names=_NAMES, metric=metric)
     return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
 
 

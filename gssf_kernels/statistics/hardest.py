@@ -68,6 +68,19 @@ def paired_relative_negatives(
     return pair_score, HardestNegatives(*hardest), (row_terms, col_terms)
 
 
+def structured_hinge(
+    x, y, x_ids, y_ids, margin: float, reduction: str, *, names, metric
+) -> tuple[Tensor, Tensor, HardestNegatives]:
+    """``(hinge terms [N], or their sum or mean; pair_score, hardest negatives)`` of ``metric``.
+
+    The terms alone carry gradient: they are those of :func:`~gssf_kernels.statistics.hinge_terms`. One op for all of
+    it, so that a GPU merges what its sweep of few scores leaves and makes the terms in one launch.
+    """
+    sides, weights = _given(x, y, x_ids, y_ids, names, metric)
+    loss, pair_score, *hardest = _StructuredHinge.apply(*sides[:2], *weights, *sides[2:], margin, reduction)
+    return loss, pair_score, HardestNegatives(*hardest)
+
+
 def rescored_candidates(
     a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
 ) -> int | None:
@@ -102,17 +115,31 @@ def _rescored_on_cuda(a, b, a_ids, b_ids) -> int | None:
 
 
 def _paired(x, y, x_ids, y_ids, names, metric, relative):
+    (x, y, *ids), weights = _given(x, y, x_ids, y_ids, names, metric)
+    if weights is None:
+        return _PairedHardestNegatives.apply(x, y, *ids, relative)
+    return _StructuredHardestNegatives.apply(x, y, *weights, *ids, relative)
+
+
+def _given(x, y, x_ids, y_ids, names, metric):
+    """((x, y, x_ids, y_ids), (diag, blocks, permutation, normalize) or None without a metric), checked."""
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, *names[:2])
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
     x, y = distinct(x, y)
     x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:
-        return _PairedHardestNegatives.apply(x, y, x_ids, y_ids, relative)
+        return (x, y, x_ids, y_ids), None
     diag, blocks = _checks.autocast(metric.diag, metric.blocks)
     _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
-    weights = (diag, blocks, metric.permutation, metric.normalize)
-    return _StructuredHardestNegatives.apply(x, y, *weights, x_ids, y_ids, relative)
+    return (x, y, x_ids, y_ids), (diag, blocks, metric.permutation, metric.normalize)
+
+
+def _factors(x, y, diag, blocks, permutation, normalize):
+    """(x̂ W, ŷ)"""
+    if normalize:
+        return torch.ops.gssf.project_sides(x, y, diag, blocks, permutation)
+    return torch.ops.gssf.project(x, diag, blocks, permutation, False), y
 
 
 def _sweep(a, b, a_ids, b_ids, relative):
@@ -165,8 +192,7 @@ class _StructuredHardestNegatives(torch.autograd.Function):
 
     @staticmethod
     def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, relative):
-        a = torch.ops.gssf.project(x, diag, blocks, permutation, normalize)
-        b = torch.ops.gssf.project(y, None, None, None, True) if normalize else y
+        a, b = _factors(x, y, diag, blocks, permutation, normalize)
         return _sweep(a, b, x_ids, y_ids, relative)
 
     @staticmethod
@@ -184,6 +210,53 @@ class _StructuredHardestNegatives(torch.autograd.Function):
         op, places = torch.ops.gssf.hardest_project_backward, (row_index, col_index)
         found = last_derivative(op, *lines, *places, x, y, diag, blocks, permutation, ctx.normalize, needs)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5)
+
+
+class _StructuredHinge(torch.autograd.Function):
+    """Hinge terms of the same, keeping as little."""
+
+    @staticmethod
+    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, margin, reduction):
+        a, b = _factors(x, y, diag, blocks, permutation, normalize)
+        return torch.ops.gssf.hardest_hinge(a, b, x_ids, y_ids, margin, reduction)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, diag, blocks, permutation, ctx.normalize, _, _, ctx.margin, ctx.reduction = inputs
+        _, pair_score, row_score, row_index, col_score, col_index = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        lines = (pair_score, row_score, col_score, row_index, col_index)
+        ctx.save_for_backward(*lines, x, y, diag, blocks, permutation)
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 10
+        needs = list(ctx.needs_input_grad[:4])
+        options = (ctx.margin, ctx.reduction, ctx.normalize, needs)
+        found = last_derivative(_hinge_project_backward, grad, *ctx.saved_tensors, *options)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
+
+
+def _hinge_project_backward(
+    grad, pair_score, row_score, col_score, row_index, col_index, x, y, diag, blocks, permutation, margin, reduction,
+    normalize, needs,
+):  # fmt: skip
+    lines = torch.ops.gssf.hinge_terms_backward(grad, pair_score, row_score, col_score, margin, reduction)
+    op = torch.ops.gssf.hardest_project_backward
+    return op(*lines, row_index, col_index, x, y, diag, blocks, permutation, normalize, needs)
+
+
+def _reference_hinge(a, b, a_ids, b_ids, margin, reduction):
+    pair_score, row_score, row_index, col_score, col_index = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+    loss = torch.ops.gssf.hinge_terms(pair_score, row_score, col_score, margin, reduction)
+    return loss, pair_score, row_score, row_index, col_score, col_index
+
+
+def _fake_hinge(a, b, a_ids, b_ids, margin, reduction):
+    found = _fake(a, b, a_ids, b_ids)
+    return found[0].new_empty(found[0].shape if reduction == "none" else ()), *found
 
 
 def _reference(a, b, a_ids, b_ids):
@@ -259,5 +332,14 @@ define(
     fake=_fake,
     triton="hardest.hardest_negatives",
 )
-# The same by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing dispatches here.
+define(
+    "hardest_hinge(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, float margin, str reduction) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_hinge,
+    fake=_fake_hinge,
+    through="hardest_negatives",
+    triton="hardest.hardest_hinge",
+)
+# Hardest negatives by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing
+# dispatches here.
 define("hardest_negatives_hopper" + _SIGNATURE, reference=_reference, fake=_fake, dispatched=False)

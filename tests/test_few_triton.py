@@ -1,0 +1,137 @@
+"""What goes forward and back in three launches, its Triton kernels against fp64: see interpreted.py for where it runs.
+
+Compiled they are in test_lowering.py, and counted in test_launches.py.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from interpreted import DEVICE, DTYPES, where_triton_runs
+
+from gssf_kernels import reference
+from gssf_kernels.kernels import hardest, project, tiles
+
+INF, NAN = float("inf"), float("nan")
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+REDUCTIONS = pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 32, 16, 4, 2))
+    monkeypatch.setattr(tiles, "MERGE_PARTS", 2)
+    monkeypatch.setattr(tiles, "MERGE_LANES", 32)
+    monkeypatch.setattr(tiles, "TERM_LANES", 16)
+    monkeypatch.setattr(tiles, "TERMS", 16)
+    monkeypatch.setattr(tiles, "PROJECT", dict.fromkeys(tiles.PROJECT, tiles.Project(16, 16, 4, 2)))
+
+
+def close(got, expected, dtype):
+    """Within some roundings of dtype of the largest number."""
+    rtol = 4e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    atol = rtol * float(expected.nan_to_num(0, 0, 0).abs().max())
+    torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def on_device(*tensors):
+    return [t if t is None else t.to(DEVICE) for t in tensors]
+
+
+# both sides of a metric
+
+
+@every_dtype
+@pytest.mark.parametrize("weights", ["diag blocks", "diag", "blocks", ""])
+@pytest.mark.parametrize(("n", "m", "d", "b"), [(1, 1, 4, 2), (19, 23, 50, 25), (9, 40, 24, 8), (33, 33, 48, 3)])
+def test_both_sides(n, m, d, b, weights, dtype):
+    x, y = torch.randn(n, d).to(dtype), torch.randn(d, m).to(dtype).T
+    x[0] = 0
+    diag = torch.randn(d).to(dtype) if "diag" in weights else None
+    blocks = torch.randn(d // b, b, b).to(dtype) if "blocks" in weights else None
+    permutation = torch.randperm(d) if b > 2 and blocks is not None else None
+    found = project.project_sides(*on_device(x, y, diag, blocks, permutation))
+    wide = [t if t is None else t.double() for t in (x, y, diag, blocks)]
+    p = reference.project(wide[0], *wide[2:], permutation=permutation, normalize=True)
+    for got, expected in zip(found, (p, reference.project(wide[1], normalize=True)), strict=True):
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        close(got, expected, dtype)
+
+
+def test_one_side_of_nothing():
+    p, unit = project.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
+    assert p.shape == (0, 8)
+    close(unit, torch.full((2, 8), 8**-0.5), torch.float32)
+
+
+# hinge terms of hardest negatives
+
+
+def mined(n, m, d, dtype, ids=False):
+    a, b = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype)
+    return a, b, *((torch.arange(n) % 5 - 2**40, torch.arange(m) % 3 - 2**40) if ids else (None, None))
+
+
+def check_hinge(a, b, a_ids, b_ids, margin, reduction):
+    loss, *found = hardest.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
+    for got, expected in zip(found, hardest.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    x, y = a.double(), b.double()
+    pair, exact = reference.pair_scores(x, y), reference.hardest_negatives(x, y, a_ids=a_ids, b_ids=b_ids)
+    sides = exact.row_score, exact.col_score[: len(a)]
+    terms = sum(reference.hinge(margin + negative - pair) for negative in sides)
+    assert loss.dtype == torch.float32
+    assert loss.shape == (a.shape[:1] if reduction == "none" else ())
+    sizes = (reference.reduce(reference.hinge(margin + t.abs() + pair.abs()), reduction) for t in sides)
+    expected, size = reference.reduce(terms, reduction), max(float(t.nan_to_num(0, 0, 0).max()) for t in sizes)
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=4e-6, atol=4e-6 * size, equal_nan=True)
+
+
+@every_dtype
+@REDUCTIONS
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 3), (1, 40, 5), (16, 32, 16), (33, 50, 24), (50, 50, 20)])
+def test_hinge_terms_of_a_sweep(n, m, d, reduction, dtype):
+    check_hinge(*mined(n, m, d, dtype, ids=n > 40), 0.25, reduction)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("special", [INF, -INF, NAN])
+def test_hinge_terms_of_special_values(special, reduction):
+    a, b, *ids = mined(33, 50, 8, torch.float32)
+    a[17, 0], b[:, 0] = special, b[:, 0].abs()
+    check_hinge(a, b, *ids, 0.25, reduction)
+
+
+@REDUCTIONS
+def test_hinge_terms_without_negatives_are_0(reduction):
+    a, b, *_ = mined(20, 20, 8, torch.float32)
+    same = torch.zeros(20, dtype=torch.int64)
+    loss, _, row_score, row_index, *_ = hardest.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
+    assert not loss.any()
+    assert set(row_index.tolist()) == {-1}
+    assert set(row_score.tolist()) == {-INF}
+
+
+def test_what_is_large_or_empty_is_declined(monkeypatch):
+    monkeypatch.setattr(tiles, "SMALL", 40 * 50)
+    for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
+        found = hardest.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
+        assert (found is NotImplemented) == declined
+    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 40 * 50)
+    assert hardest.hardest_hinge(*on_device(*mined(40, 50, 8, torch.float32)), 0.25, "sum") is NotImplemented
+
+
+def test_fp64_is_refused():
+    x = torch.randn(4, 4, dtype=torch.float64)
+    for call in (
+        lambda: project.project_sides(x, x, None, None, None),
+        lambda: hardest.hardest_hinge(x, x, None, None, 0.25, "sum"),
+    ):
+        with pytest.raises(TypeError, match="float64"):
+            call()
+
+
+where_triton_runs(globals())
