@@ -33,7 +33,19 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench.report import table
-from gssf_kernels.kernels import dense, hardest, logsumexp, pairs, positives, project, relative, sums, terms, tiles
+from gssf_kernels.kernels import (
+    dense,
+    goal,
+    hardest,
+    logsumexp,
+    pairs,
+    positives,
+    project,
+    relative,
+    sums,
+    terms,
+    tiles,
+)
 
 ARCHITECTURES = (80, 90)
 # Kernels whose tile is a line of the table.
@@ -183,6 +195,25 @@ def _hinges() -> Iterator[Case]:
             lines = partial(_contrast_backward, n, sides, reduction)
             name, launcher = f"contrast_terms_backward {reduction} {sides}", terms.contrast_terms_backward
             yield Case(name, launcher, lines, ("contrast_backward_kernel",))
+
+
+def _goals() -> Iterator[Case]:
+    modes = [(triplet, pair, "sum") for triplet in ("con", "nca", "cir") for pair in ("con", "lin", "sig")]
+    for triplet, pair, reduction in (*modes, ("nca", "con", "none"), ("cir", "sig", "mean")):
+        n, name = 129 if reduction == "none" else 128, f"{triplet} {pair} {reduction}"
+        options = (triplet, pair, 1.0, 2.0, 10.0, 0.5, reduction)
+        make = partial(_goal, n, options)
+        yield Case(f"goal_terms {name}", goal.goal_terms, make, ("goal_kernel",))
+        make, launcher = partial(_goal_backward, n, options), cast(Callable, goal.goal_terms_backward)
+        yield Case(f"goal_terms_backward {name}", launcher, make, ("goal_backward_kernel",))
+
+
+def _goal(n: int, options: tuple) -> tuple:
+    return (*_zeros(n, n, n + 7), *options)
+
+
+def _goal_backward(n: int, options: tuple) -> tuple:
+    return torch.zeros(n if options[-1] == "none" else ()), *_goal(n, options)
 
 
 def _hinge(n: int, reduction: str) -> tuple:
@@ -422,7 +453,7 @@ def _passes() -> Iterator[Case]:
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
-CASES = [*_sweeps(), *_pairs(), *_hinges(), *_positives(), *_projections(), *_passes(), *_small()]
+CASES = [*_sweeps(), *_pairs(), *_hinges(), *_goals(), *_positives(), *_projections(), *_passes(), *_small()]
 
 
 class _Target:

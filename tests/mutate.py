@@ -141,6 +141,27 @@ FAULTS = [
         FEW,
     ),
     Fault(
+        "few: GOAL's columns get the gradient of the rows",
+        "gssf_kernels/kernels/goal.py",
+        'n = tl.load(col + i, mask=i < N, other=float("-inf"))\n    col_pull',
+        'n = tl.load(row + i, mask=i < N, other=float("-inf"))\n    col_pull',
+        FEW,
+    ),
+    Fault(
+        "few: GOAL's cir forgets its half",
+        "gssf_kernels/kernels/goal.py",
+        "- n * n - 0.5)",
+        "- n * n)",
+        FEW,
+    ),
+    Fault(
+        "GOAL: an anchor without a negative is pulled",
+        "gssf_kernels/statistics/goal.py",
+        "(grad * torch.where(found, w, 0) for w in weights)",
+        "(grad * w.nan_to_num(0, 0, 0) for w in weights)",
+        GOAL,
+    ),
+    Fault(
         "dense: db keeps the last chunk alone",
         "gssf_kernels/dense.py",
         "Right(part, dtype).product(ds.mT, db, add=first > 0)",
@@ -421,7 +442,7 @@ FAULTS = [
     ),
     Fault(
         "GOAL: cir squares no negative",
-        "gssf_kernels/losses/goal.py",
+        "gssf_kernels/statistics/goal.py",
         "- s.negative.square() - 0.5",
         "- s.negative - 0.5",
         GOAL,

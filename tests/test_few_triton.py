@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
 from gssf_kernels import reference
-from gssf_kernels.kernels import hardest, project, tiles
+from gssf_kernels.kernels import goal, hardest, project, tiles
 
 INF, NAN = float("inf"), float("nan")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -115,6 +115,78 @@ def test_hinge_terms_without_negatives_are_0(reduction):
     assert set(row_score.tolist()) == {-INF}
 
 
+# GOAL without relative terms
+
+MODES = [(triplet, pair) for triplet in ("con", "nca", "cir") for pair in ("con", "lin", "sig")]
+NUMBERS = (3.0, 2.0, 10.0, 0.4)  # τ, α, β, λ
+
+
+def goal_truth(lines, triplet, pair, reduction, grad):
+    """(loss, gradients) of the definition on a matrix whose statistics are these, in fp64."""
+    p, row, col = (t.double() for t in lines)
+    n = len(p)
+    options = dict(zip(("tau", "alpha", "beta", "lam"), NUMBERS, strict=True))
+    mode = reference.goal._mode(triplet, pair, **options, positive_threshold=0.1, negative_threshold=0.1)
+    terms, gradients = torch.zeros(n, dtype=torch.float64), []
+    for negative in (row, col[:n]):
+        anchor, found = reference.AnchorStatistics(p, negative), negative != -INF
+        terms += torch.where(found, mode["value"](anchor), 0)
+        gradients.append([torch.where(found, w, 0) for w in mode["weights"](anchor)])
+    g = grad.double() / (n if reduction == "mean" else 1)
+    (row_pull, row_push), (col_pull, col_push) = gradients
+    drawn = -g * (row_pull + col_pull), g * row_push, torch.cat((g * col_push, torch.zeros(len(col) - n)))
+    return reference.reduce(terms, reduction), drawn
+
+
+def goal_lines(n, m):
+    p, row, col = torch.randn(n), torch.randn(n), torch.randn(m)
+    row[::7] = col[1::5] = -INF
+    return p, row, col
+
+
+@REDUCTIONS
+@pytest.mark.parametrize(("triplet", "pair"), MODES)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (16, 40), (50, 50)])
+def test_goal(n, m, triplet, pair, reduction):
+    check_goal(goal_lines(n, m), triplet, pair, reduction)
+
+
+def check_goal(lines, triplet, pair, reduction):
+    grad = torch.randn(len(lines[0])) if reduction == "none" else torch.tensor(0.75)
+    loss, gradients = goal_truth(lines, triplet, pair, reduction, grad)
+    on, options = on_device(*lines), (triplet, pair, *NUMBERS, reduction)
+    got = goal.goal_terms(*on, *options)
+    assert got.shape == loss.shape
+    size = torch.cat(lines).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
+    torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
+    for got, expected, line in zip(
+        goal.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
+    ):
+        assert got.shape == line.shape
+        torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(("triplet", "pair"), MODES)
+def test_goal_of_special_values(triplet, pair):
+    for special in (NAN, 40.0, -40.0):
+        for line in range(3):
+            lines = goal_lines(20, 23)
+            lines[line][3] = special
+            check_goal(lines, triplet, pair, "none")
+
+
+def test_goal_takes_expanded_gradients_and_an_empty_batch():
+    lines, options = goal_lines(20, 23), ("nca", "con", *NUMBERS)
+    on = on_device(*lines)
+    got = goal.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
+    for one, expected in zip(got, goal_truth(lines, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
+        torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
+    nothing = [on[0][:0], on[1][:0], on[2]]
+    assert goal.goal_terms(*nothing, *options, "mean").tolist() == 0
+    assert goal.goal_terms(*nothing, *options, "none").shape == (0,)
+    assert not goal.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
+
+
 def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
@@ -129,6 +201,7 @@ def test_fp64_is_refused():
     for call in (
         lambda: project.project_sides(x, x, None, None, None),
         lambda: hardest.hardest_hinge(x, x, None, None, 0.25, "sum"),
+        lambda: goal.goal_terms(x[0], x[0], x[0], "con", "con", *NUMBERS, "sum"),
     ):
         with pytest.raises(TypeError, match="float64"):
             call()

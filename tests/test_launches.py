@@ -30,6 +30,9 @@ STEPS = {  # (forward, backward); t is learned too
     "sigmoid learnable": (lambda x, y, t: gk.sigmoid_loss(x, y, scale=t, bias=-1.0), (2, 1)),
     "sigmoid bias": (lambda x, y, t: gk.sigmoid_loss(x, y, scale=10.0, bias=t, reduction="sum"), (2, 1)),
     "sigmoid of one side twice": (lambda x, y, t: gk.sigmoid_loss(x, x, scale=t, bias=-1.0), (2, 1)),
+    "goal": (lambda x, y, t: gk.goal_loss(x, y), (3, 2)),
+    "goal con lin": (lambda x, y, t: gk.goal_loss(x, y, triplet="con", pair="lin", reduction="mean"), (3, 2)),
+    "goal cir sig": (lambda x, y, t: gk.goal_loss(x, y, triplet="cir", pair="sig"), (3, 2)),
     "all negatives": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all"), (3, 1)),
     "all negatives mean": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all", reduction="mean"), (3, 1)),
 }

@@ -25,6 +25,7 @@ from gssf_kernels.kernels import (  # noqa: E402
     certified,
     dense,
     epilogues,
+    goal,
     gradients,
     hardest,
     logsumexp,
@@ -39,7 +40,7 @@ from gssf_kernels.kernels import (  # noqa: E402
 )
 
 MODULES = (
-    *(certified, dense, epilogues, gradients, hardest, logsumexp),
+    *(certified, dense, epilogues, goal, gradients, hardest, logsumexp),
     *(pairs, positives, project, relative, sums, sweep, terms),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -23,64 +23,19 @@ from above (wrong with loss scaling, loss weights and accumulation); here it is 
 combinations, ids, extra rows of y and metrics are ours.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
+from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.gradient_space import gradient_space_loss
-from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
+from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.statistics import paired_hardest_negatives
+from gssf_kernels.statistics.goal import LOSS, PAIR, TRIPLET, Constants, anchor_weights, goal_terms
 
-
-class _Constants(NamedTuple):
-    tau: float
-    alpha: float
-    beta: float
-    lam: float
-
-
-# Each takes AnchorStatistics and _Constants.
-TRIPLET: dict[str, Callable[..., Tensor]] = {
-    "con": lambda s, c: torch.ones_like(s.positive),
-    "nca": lambda s, c: torch.sigmoid(-c.tau * (s.positive - s.negative)),
-    "cir": lambda s, c: torch.sigmoid(-c.tau * (s.positive * (2 - s.positive) - s.negative.square() - 0.5)),
-}
-PAIR: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # (P⁺, P⁻)
-    "con": lambda s, c: (torch.ones_like(s.positive), torch.ones_like(s.negative)),
-    "lin": lambda s, c: (1 - s.positive, s.negative),
-    "sig": lambda s, c: (
-        torch.sigmoid(-c.alpha * (s.positive - c.lam)),
-        torch.sigmoid(c.beta * (s.negative - c.lam)),
-    ),
-    "lin_ms": lambda s, c: (
-        (1 - s.relative_positive) * (1 - s.positive),
-        (1 + s.relative_negative) * s.negative,
-    ),
-    "sig_ms": lambda s, c: (
-        1 / (torch.exp(c.alpha * (s.positive - c.lam)) + s.relative_positive),
-        1 / (torch.exp(-c.beta * (s.negative - c.lam)) + s.relative_negative),
-    ),
-}
-# con·con is n − p, which is what a loss without one of these is reported as
-LOSS: dict[tuple[str, str], Callable[..., Tensor]] = {
-    ("con", "lin"): lambda s, c: ((1 - s.positive).square() + s.negative.square()) / 2,
-    ("con", "sig"): lambda s, c: (
-        _softplus(-c.alpha * (s.positive - c.lam)) / c.alpha + _softplus(c.beta * (s.negative - c.lam)) / c.beta
-    ),
-    ("nca", "con"): lambda s, c: _softplus(-c.tau * (s.positive - s.negative)) / c.tau,
-    ("cir", "lin"): lambda s, c: (
-        _softplus(c.tau * ((1 - s.positive).square() + s.negative.square() - 0.5)) / (2 * c.tau)
-    ),
-}
 RELATIVE = {"lin_ms": "linear", "sig_ms": "exponential"}
-
-
-def _softplus(t: Tensor) -> Tensor:
-    return -F.logsigmoid(-t)  # to the last bit, where F.softplus drops its tail beyond 20
+_NAMES = ("x", "y", "x_ids", "y_ids")
 
 
 def goal_loss(
@@ -139,11 +94,19 @@ def goal_loss(
     Source: GOAL, arXiv 2210.13188; see this file's head.
     """
     constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
+    if relative is None:
+        _checks.reduction(reduction)
+        check_metric(metric)
+        _checks.flag(diagnostics, "diagnostics")
+        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
+        lines = positive, hardest.row_score, hardest.col_score
+        terms = goal_terms(*lines, triplet, pair, constants, reduction)
+        return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
     loss = LOSS.get((triplet, pair))
     return gradient_space_loss(
         x,
         y,
-        lambda anchor: _weights(anchor, triplet, pair, constants),
+        lambda anchor: anchor_weights(anchor, triplet, pair, constants),
         value=None if loss is None else lambda anchor: loss(anchor, constants),
         relative=relative,
         x_ids=x_ids,
@@ -202,7 +165,7 @@ def goal_weights(
     places, entries = [], []
     for side, turned in ((masked, False), (masked[:, :count].mT, True)):
         anchor, hardest = reference.anchor_statistics(s.diagonal(), side, relative)
-        positive_weight, negative_weight = _weights(anchor, triplet, pair, constants)
+        positive_weight, negative_weight = anchor_weights(anchor, triplet, pair, constants)
         found = hardest >= 0
         at = torch.stack((i, hardest))[:, found]
         places += [torch.stack((i, i))[:, found], at.flip(0) if turned else at]
@@ -211,17 +174,11 @@ def goal_weights(
     return g.coalesce().to(scores.dtype)
 
 
-def _weights(anchor: AnchorStatistics, triplet: str, pair: str, constants: _Constants) -> tuple[Tensor, Tensor]:
-    weight = TRIPLET[triplet](anchor, constants)
-    positive_weight, negative_weight = PAIR[pair](anchor, constants)
-    return weight * positive_weight, weight * negative_weight
-
-
 def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold):
     """(constants, relative terms), every argument checked."""
     _checks.choice(triplet, "triplet", tuple(TRIPLET))
     _checks.choice(pair, "pair", tuple(PAIR))
-    constants = _Constants(
+    constants = Constants(
         _checks.positive(tau, "tau"),
         _checks.positive(alpha, "alpha"),
         _checks.positive(beta, "beta"),
