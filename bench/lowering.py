@@ -34,6 +34,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.report import table
 from gssf_kernels.kernels import (
+    batch_hard,
     dense,
     goal,
     hardest,
@@ -195,6 +196,26 @@ def _hinges() -> Iterator[Case]:
             lines = partial(_contrast_backward, n, sides, reduction)
             name, launcher = f"contrast_terms_backward {reduction} {sides}", terms.contrast_terms_backward
             yield Case(name, launcher, lines, ("contrast_backward_kernel",))
+
+
+def _batch_hards() -> Iterator[Case]:
+    for product in ("ieee", "bf16", "fp16"):
+        for reduction, n, d in (("sum", 128, 256), ("mean", 1024, 1024), ("none", 129, 200)):
+            given = PRODUCTS[product][0], n, d, reduction
+            make, launcher = partial(_batch_hard, *given), cast(Callable, batch_hard.batch_hard)
+            kernels: tuple[str, ...] = ("sweep_kernel", "merge_batch_kernel")
+            yield Case(f"batch_hard {reduction}", launcher, make, kernels, product)
+            make, launcher = partial(_batch_hard_backward, *given), batch_hard.batch_hard_backward
+            yield Case(f"batch_hard_backward {reduction}", launcher, make, ("batch_scan_kernel",), product)
+
+
+def _batch_hard(dtype: torch.dtype, n: int, d: int, reduction: str) -> tuple:
+    return torch.zeros(n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64), 0.2, reduction
+
+
+def _batch_hard_backward(dtype: torch.dtype, n: int, d: int, reduction: str) -> tuple:
+    x, place, *options = _batch_hard(dtype, n, d, reduction)
+    return torch.zeros(n if reduction == "none" else ()), *_zeros(n, n), place, place, x, *options
 
 
 def _goals() -> Iterator[Case]:
@@ -453,7 +474,17 @@ def _passes() -> Iterator[Case]:
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
-CASES = [*_sweeps(), *_pairs(), *_hinges(), *_goals(), *_positives(), *_projections(), *_passes(), *_small()]
+CASES = [
+    *_sweeps(),
+    *_pairs(),
+    *_hinges(),
+    *_goals(),
+    *_batch_hards(),
+    *_positives(),
+    *_projections(),
+    *_passes(),
+    *_small(),
+]
 
 
 class _Target:

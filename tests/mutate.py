@@ -155,6 +155,27 @@ FAULTS = [
         FEW,
     ),
     Fault(
+        "few: a row is its own positive",
+        "gssf_kernels/kernels/batch_hard.py",
+        "met = inside & same & (i[:, None] != j[None, :])",
+        "met = inside & same",
+        FEW,
+    ),
+    Fault(
+        "few: a row's positive does not hear of it",
+        "gssf_kernels/kernels/batch_hard.py",
+        "tl.where(far == i, -weight, 0.0)",
+        "0.0",
+        FEW,
+    ),
+    Fault(
+        "batch-hard: a row's positive is pulled on one side alone",
+        "gssf_kernels/statistics/batch_hard.py",
+        "torch.cat((weight, -weight)).repeat(2)",
+        "torch.cat((weight, -weight, weight, 0 * weight))",
+        "tests/test_batch_hard.py",
+    ),
+    Fault(
         "GOAL: an anchor without a negative is pulled",
         "gssf_kernels/statistics/goal.py",
         "(grad * torch.where(found, w, 0) for w in weights)",

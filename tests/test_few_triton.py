@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
 from gssf_kernels import reference
-from gssf_kernels.kernels import goal, hardest, project, tiles
+from gssf_kernels.kernels import batch_hard, goal, hardest, project, sweep, tiles
 
 INF, NAN = float("inf"), float("nan")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -187,10 +187,91 @@ def test_goal_takes_expanded_gradients_and_an_empty_batch():
     assert not goal.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
 
 
+# batch-hard
+
+
+def labelled(n, d, dtype, groups):
+    return torch.randn(n, d).to(dtype), torch.randint(0, groups, (n,)) - 2**40
+
+
+def check_batch_hard(x, labels, margin, reduction):
+    n = len(x)
+    leaf = x.double().requires_grad_()
+    expected = reference.batch_hard_loss(leaf, labels, margin=margin, reduction=reduction)
+    grad = torch.rand(n) + 0.5 if reduction == "none" else torch.tensor(0.75)
+    expected.backward(grad.double())
+    on = on_device(x, labels)
+    loss, *found = batch_hard.batch_hard(*on, margin, reduction)
+    assert loss.dtype == torch.float32
+    assert loss.shape == expected.shape
+    size = float((leaf.detach() @ leaf.detach().T).nan_to_num(0, 0, 0).abs().max()) * (n if reduction == "sum" else 1)
+    torch.testing.assert_close(
+        loss.cpu().double(), expected.detach(), rtol=4e-6, atol=4e-6 * (size + margin), equal_nan=True
+    )
+    dx = batch_hard.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
+    assert dx.dtype == x.dtype
+    if bool(x.isfinite().all()):
+        close(dx, leaf.grad, x.dtype)
+
+
+@every_dtype
+@REDUCTIONS
+@pytest.mark.parametrize(
+    ("n", "d", "groups"), [(1, 3, 1), (2, 3, 1), (16, 16, 4), (33, 24, 2), (50, 20, 9), (50, 40, 60)]
+)
+def test_batch_hard(n, d, groups, reduction, dtype):
+    check_batch_hard(*labelled(n, d, dtype, groups), 0.25, reduction)
+
+
+@pytest.mark.parametrize("special", [INF, NAN])
+def test_batch_hard_of_special_values(special):
+    x, labels = labelled(40, 8, torch.float32, 5)
+    x[17, 0], x[:, 0] = special, x[:, 0].abs()
+    loss, *_ = batch_hard.batch_hard(*on_device(x, labels), 0.25, "none")
+    expected = reference.batch_hard_loss(x.double(), labels, margin=0.25, reduction="none")
+    close(loss, expected, torch.float32)
+
+
+def test_ties_of_batch_hard_go_to_the_lowest_index():
+    x = torch.randint(-2, 3, (60, 2)).float()
+    labels = torch.randint(0, 4, (60,))
+    s, same = x @ x.T, labels[:, None] == labels
+    _, _, _, positive_place, negative_place = batch_hard.batch_hard(*on_device(x, labels), 0.25, "sum")
+    positives = s.masked_fill(~same | torch.eye(60, dtype=torch.bool), INF)
+    assert torch.equal(positive_place.cpu(), positives.argmin(1))
+    assert torch.equal(negative_place.cpu(), s.masked_fill(same, -INF).argmax(1))
+
+
+def test_batch_hard_without_partners():
+    x, same = torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)
+    for labels in (same, torch.arange(20)):
+        loss, *found = batch_hard.batch_hard(*on_device(x, labels), 0.25, "sum")
+        assert not loss.any()
+        assert set(found[2 if labels is not same else 3].tolist()) == {-1}
+        grad = torch.tensor(1.0).to(DEVICE)
+        assert not batch_hard.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
+
+
+def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
+    x, labels = torch.randn(20, 8), torch.arange(20) // 4
+    _, *found = batch_hard.batch_hard(*on_device(x, labels), 0.25, "none")
+    dead = torch.full((20, 8), NAN).to(DEVICE)
+    assert not batch_hard.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
+
+
+def test_batch_hard_is_never_tf32(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    check_batch_hard(*labelled(33, 40, torch.float32, 3), 0.25, "sum")
+    assert sweep.Sweep(torch.zeros(8, 8), torch.zeros(8, 8), exact=True).precision == "ieee"
+
+
 def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         found = hardest.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
+        assert (found is NotImplemented) == declined
+    for n, declined in ((44, False), (45, True)):
+        found = batch_hard.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
         assert (found is NotImplemented) == declined
     monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 40 * 50)
     assert hardest.hardest_hinge(*on_device(*mined(40, 50, 8, torch.float32)), 0.25, "sum") is NotImplemented
@@ -201,6 +282,7 @@ def test_fp64_is_refused():
     for call in (
         lambda: project.project_sides(x, x, None, None, None),
         lambda: hardest.hardest_hinge(x, x, None, None, 0.25, "sum"),
+        lambda: batch_hard.batch_hard(x, torch.arange(4), 0.25, "sum"),
         lambda: goal.goal_terms(x[0], x[0], x[0], "con", "con", *NUMBERS, "sum"),
     ):
         with pytest.raises(TypeError, match="float64"):

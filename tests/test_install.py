@@ -43,6 +43,8 @@ SMALL = {  # those with kernels of their own besides, for small problems
     "hardest_project_backward",
     "project_sides",
     "hardest_hinge",
+    "batch_hard",
+    "batch_hard_backward",
 }
 THROUGH = {*SMALL, "score_sums", "relation_sums"}
 

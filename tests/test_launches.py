@@ -33,6 +33,10 @@ STEPS = {  # (forward, backward); t is learned too
     "goal": (lambda x, y, t: gk.goal_loss(x, y), (3, 2)),
     "goal con lin": (lambda x, y, t: gk.goal_loss(x, y, triplet="con", pair="lin", reduction="mean"), (3, 2)),
     "goal cir sig": (lambda x, y, t: gk.goal_loss(x, y, triplet="cir", pair="sig"), (3, 2)),
+    "batch-hard": (
+        lambda x, y, t: gk.batch_hard_loss(x, torch.empty(len(x), dtype=torch.int64, device=DEVICE)),
+        (2, 1),
+    ),
     "all negatives": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all"), (3, 1)),
     "all negatives mean": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all", reduction="mean"), (3, 1)),
 }

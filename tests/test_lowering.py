@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench import lowering  # noqa: E402
 from gssf_kernels.kernels import (  # noqa: E402
+    batch_hard,
     certified,
     dense,
     epilogues,
@@ -40,7 +41,7 @@ from gssf_kernels.kernels import (  # noqa: E402
 )
 
 MODULES = (
-    *(certified, dense, epilogues, goal, gradients, hardest, logsumexp),
+    *(batch_hard, certified, dense, epilogues, goal, gradients, hardest, logsumexp),
     *(pairs, positives, project, relative, sums, sweep, terms),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -159,9 +159,15 @@ def sweep_size(N: int, M: int, D: int, sums: bool = False) -> str:
     return "small" if N * M <= SMALL else "sums" if sums else "narrow" if D < 512 else "wide"
 
 
-def sweep_tile(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False) -> Sweep:
-    """The tile for a sweep over [N, M] scores of D channels, with an epilogue that sums terms of them if ``sums``."""
-    return SWEEP[architecture(device), kind(dtype), sweep_size(N, M, D, sums)]
+def sweep_tile(
+    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False, exact: bool = False
+) -> Sweep:
+    """The tile for a sweep over [N, M] scores of D channels, with an epilogue that sums terms of them if ``sums``.
+
+    ``exact``: fp32 products are never TF32.
+    """
+    of = "ieee" if exact and dtype == torch.float32 else kind(dtype)
+    return SWEEP[architecture(device), of, sweep_size(N, M, D, sums)]
 
 
 def project_tile(dtype: torch.dtype) -> Project:

@@ -5,11 +5,10 @@
 Source: arXiv 1703.07737, there with distances, where hard positives are far and hard negatives near.
 """
 
-import torch
 from torch import Tensor, nn
 
-from gssf_kernels import _checks, reference
-from gssf_kernels.statistics import hardest_negatives, hardest_positives, pair_scores
+from gssf_kernels import _checks
+from gssf_kernels.statistics import batch_hard_terms
 
 
 def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean") -> Tensor:
@@ -40,13 +39,7 @@ def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction
     (x,) = _checks.autocast(x)
     _checks.sides(x, x, "x", "x")
     _checks.index(labels, "labels", x.shape[0], x.device)
-    negative = hardest_negatives(x, x, a_ids=labels, b_ids=labels).row_score
-    place = hardest_positives(x, labels)
-    positive = pair_scores(x, x, place)
-    whole = (place >= 0) & (negative != -torch.inf)
-    positive, negative = torch.where(whole, positive, 0), torch.where(whole, negative, 0)
-    terms = torch.where(whole, reference.hinge(margin + negative - positive), 0)
-    return reference.reduce(terms, reduction)
+    return batch_hard_terms(x, labels, margin, reduction)
 
 
 class BatchHardLoss(nn.Module):

@@ -1,5 +1,6 @@
 """Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
 
+from gssf_kernels.statistics.batch_hard import batch_hard_terms
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
@@ -15,6 +16,7 @@ from gssf_kernels.statistics.sums import sum_scores
 from gssf_kernels.statistics.terms import contrast_terms, hinge_terms
 
 __all__ = [
+    "batch_hard_terms",
     "contrast_terms",
     "hardest_negatives",
     "hardest_positives",
