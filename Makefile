@@ -2,6 +2,7 @@
 # fast CPU kernels):  make demo   make test
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.h tests/*.cpp)
@@ -31,7 +32,7 @@ demo: $(READY)
 	$(PY) examples/emoji/train.py
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
