@@ -57,7 +57,10 @@ class Driver(lowering._Target):
         self.utils = Utils()
 
 for arch in lowering.ARCHITECTURES:
-    with mock.patch.object(driver, "_active", Driver(arch)), mock.patch.object(tiles, "architecture", lambda d: arch):
+    with (
+        mock.patch.object(driver, "_active", Driver(arch)),
+        mock.patch.multiple(tiles, architecture=lambda device: arch, processors=lambda device: 132),
+    ):
         for case in lowering.CASES:
             before, precision = launches.value, lowering.PRODUCTS[case.product][1]
             with mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision):
