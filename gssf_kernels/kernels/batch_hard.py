@@ -19,7 +19,7 @@ from gssf_kernels.kernels.epilogues import best, tile_lines
 from gssf_kernels.kernels.hardest import fold
 from gssf_kernels.kernels.pairs import add_row
 from gssf_kernels.kernels.sweep import Sweep
-from gssf_kernels.kernels.terms import hinge
+from gssf_kernels.kernels.terms import hinge, store_sum, upstream
 
 
 @triton.jit
@@ -64,10 +64,7 @@ def merge_batch_kernel(
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
-        whole = tl.sum(total, 0)
-        if MEAN:
-            whole = whole / N
-        tl.store(out, whole)
+        store_sum(out, total, N, MEAN)
 
 
 @triton.jit
@@ -76,12 +73,7 @@ def edges(
     SUM: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """(w, p's place, n's place) of the rows i: what their negative gets and their positive loses."""
-    if SUM:
-        g = tl.load(grad)
-        if MEAN:
-            g = g / N
-    else:
-        g = tl.load(grad + i * grad_stride, mask=i < N, other=0.0)
+    g = upstream(grad, grad_stride, i, N, SUM, MEAN)
     p, n = tl.load(positive + i, mask=i < N, other=0.0), tl.load(negative + i, mask=i < N, other=float("-inf"))
     p_at = tl.load(positive_place + i, mask=i < N, other=-1)
     n_at = tl.load(negative_place + i, mask=i < N, other=-1)

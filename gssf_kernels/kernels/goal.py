@@ -11,6 +11,7 @@ import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import pointwise
+from gssf_kernels.kernels.terms import store_sum, upstream
 
 
 @triton.jit
@@ -70,10 +71,7 @@ def goal_kernel(
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
-        whole = tl.sum(total, 0)
-        if MEAN:
-            whole = whole / N
-        tl.store(out, whole)
+        store_sum(out, total, N, MEAN)
 
 
 @triton.jit
@@ -90,12 +88,7 @@ def goal_backward_kernel(
     TRIPLET: tl.constexpr, PAIR: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BT + tl.arange(0, BT)
-    if SUM:
-        g = tl.load(grad) + tl.zeros([BT], tl.float32)
-        if MEAN:
-            g = g / N
-    else:
-        g = tl.load(grad + i * grad_stride, mask=i < N, other=0.0)
+    g = upstream(grad, grad_stride, i, N, SUM, MEAN)
     p = tl.load(positive + i, mask=i < N, other=0.0)
     n = tl.load(row + i, mask=i < N, other=float("-inf"))
     pull, push = designed(p, n, g, tau, alpha, beta, lam, TRIPLET, PAIR)

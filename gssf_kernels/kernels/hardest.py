@@ -18,7 +18,7 @@ import triton.language as tl
 from gssf_kernels.kernels import certified, hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
-from gssf_kernels.kernels.terms import hinge
+from gssf_kernels.kernels.terms import hinge, store_sum
 
 
 @triton.jit
@@ -111,10 +111,7 @@ def merge_hinge_kernel(
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
-        whole = tl.sum(total, 0)
-        if MEAN:
-            whole = whole / N
-        tl.store(out, whole)
+        store_sum(out, total, N, MEAN)
 
 
 def nothing_found(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:

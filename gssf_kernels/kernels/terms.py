@@ -16,6 +16,27 @@ from gssf_kernels.kernels import operands, tiles
 
 
 @triton.jit
+def store_sum(out, total, N, MEAN: tl.constexpr):
+    """out = Σ total [BT], or that over N."""
+    whole = tl.sum(total, 0)
+    if MEAN:
+        whole = whole / N
+    tl.store(out, whole)
+
+
+@triton.jit
+def upstream(grad, stride, i, N, SUM: tl.constexpr, MEAN: tl.constexpr):
+    """What the terms at i get from above: of a sum or a mean all the same, a scalar."""
+    if SUM:
+        g = tl.load(grad)
+        if MEAN:
+            g = g / N
+    else:
+        g = tl.load(grad + i * stride, mask=i < N, other=0.0)
+    return g
+
+
+@triton.jit
 def hinge(p, n, margin):
     """(m + n - p, whether it is not below 0), which holds of NaN."""
     t = (n + margin) - p
@@ -45,10 +66,7 @@ def hinge_kernel(
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
-        whole = tl.sum(total, 0)
-        if MEAN:
-            whole = whole / N
-        tl.store(out, whole)
+        store_sum(out, total, N, MEAN)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -59,12 +77,7 @@ def hinge_backward_kernel(
     i = tl.program_id(0) * BT + tl.arange(0, BT)
     _, over_rows = beyond(positive, row, margin, i, i < N)
     _, over_cols = beyond(positive, col, margin, i, i < N)
-    if SUM:
-        g = tl.load(grad) + tl.zeros([BT], tl.float32)
-        if MEAN:
-            g = g / N
-    else:
-        g = tl.load(grad + i * grad_stride, mask=i < N, other=0.0)
+    g = upstream(grad, grad_stride, i, N, SUM, MEAN)
     rows = tl.where(over_rows, g, 0.0)
     cols = tl.where(over_cols & (i < N), g, 0.0)
     tl.store(drow + i, rows, mask=i < N)
@@ -147,10 +160,7 @@ def contrast_kernel(
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
-        whole = tl.sum(total, 0)
-        if MEAN:
-            whole = whole / N
-        tl.store(out, whole)
+        store_sum(out, total, N, MEAN)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
@@ -159,15 +169,10 @@ def contrast_backward_kernel(
     SHARED: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BT + tl.arange(0, BT)
-    if SUM:
-        g = tl.load(grad) + tl.zeros([BT], tl.float32)
-        if MEAN:
-            g = g / N
-    else:
-        g = tl.load(grad + i * grad_stride, mask=i < N, other=0.0)
+    g = tl.where(i < N, upstream(grad, grad_stride, i, N, SUM, MEAN), 0.0)
     if dcol is not None:
         g = g * 0.5
-        tl.store(dcol + i, tl.where(i < N, g, 0.0), mask=i < M)
+        tl.store(dcol + i, g, mask=i < M)
     tl.store(drow + i, g, mask=i < N)
     tl.store(dtarget + i, -2.0 * g if SHARED else -g, mask=i < N)
 
