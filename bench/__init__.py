@@ -4,6 +4,7 @@ ops/        what is measured: inputs, plain PyTorch, ours, truth, minimal work; 
 peers/      other packages computing the same; one small file each
 measure.py  correctness first, then interleaved turns; clock.py, memory.py and ceilings.py serve it
 worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
+calls.py      the calls of every launcher that lowering.py compiles and sanitize.py runs
 lowering.py   every kernel compiled without a GPU: registers, spills, machine code
 gpu_check.sh  all that a GPU machine can tell; sanitize.py and tune.py are stages of it
 report.py, compare.py, plots.py   what is done with the result files

@@ -3,7 +3,7 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m bench.sanitize [--seconds 50]
 
 Without PyTorch's cache each tensor is an allocation of its own, so that a step past its end is seen. The calls are the
-ragged ones of `bench/lowering.py`, on random numbers. They come in turns, kernel by kernel: where time runs out, what
+ragged ones of `bench/calls.py`, on random numbers. They come in turns, kernel by kernel: where time runs out, what
 was left out is said, and every kernel has had its share.
 """
 
@@ -17,26 +17,26 @@ from typing import Any
 
 import torch
 
-from bench import lowering
+from bench.calls import CASES, PRODUCTS, Case
 
 RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast")
 
 
-def calls() -> list[lowering.Case]:
+def calls() -> list[Case]:
     """Kernel by kernel in turns, the products of each one after the other."""
-    by_launcher: dict[str, list[lowering.Case]] = {}
-    for case in lowering.CASES:
+    by_launcher: dict[str, list[Case]] = {}
+    for case in CASES:
         if any(word in case.name for word in RAGGED):
             by_launcher.setdefault(case.name.partition(" ")[0], []).append(case)
     turns = itertools.zip_longest(*(sorted(cases, key=_turn) for cases in by_launcher.values()))
     return [case for turn in turns for case in turn if case is not None]
 
 
-def _turn(case: lowering.Case) -> tuple[int, str]:
+def _turn(case: Case) -> tuple[int, str]:
     return ("ieee", "bf16", "fp16", "tf32").index(case.product), case.name
 
 
-def arguments(case: lowering.Case, device: str) -> list[Any]:
+def arguments(case: Case, device: str) -> list[Any]:
     """The case's own, random: labels of some groups, and places within bounds."""
     g = torch.Generator().manual_seed(0)
 
@@ -66,7 +66,7 @@ def main() -> int:
             left_out = f"; not reached: {', '.join(sorted(missing))}" if missing else ""
             print(f"out of time: {count} of {len(wanted)} calls, {len(done)} kernels{left_out}")
             return 0
-        torch.set_float32_matmul_precision(lowering.PRODUCTS[case.product][1])
+        torch.set_float32_matmul_precision(PRODUCTS[case.product][1])
         case.launcher(*arguments(case, "cuda"))
         torch.cuda.synchronize()
         done.update(case.kernels)

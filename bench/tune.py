@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 
 from bench import clock, lowering, report, results
+from bench.calls import PRODUCTS, Case
 from gssf_kernels.kernels import hardest, relative, tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
@@ -77,7 +78,7 @@ def problem(key: Key, device: str) -> tuple:
 
 
 def _product(kind: str) -> tuple[torch.dtype, str]:
-    return lowering.PRODUCTS[PRODUCT[kind]]
+    return PRODUCTS[PRODUCT[kind]]
 
 
 def _launcher(size: str) -> Any:
@@ -87,7 +88,7 @@ def _launcher(size: str) -> Any:
 def why_not(key: Key, tile: tiles.Sweep) -> str:
     """What the compiler has against a tile, or nothing; run in processes of their own, it fills the cache on disk."""
     arch, kind, size = key
-    case = lowering.Case("", _launcher(size), lambda: _small_problem(key), (), PRODUCT[kind])
+    case = Case("", _launcher(size), lambda: _small_problem(key), (), PRODUCT[kind])
     try:
         with mock.patch.dict(tiles.SWEEP, {key: tile}):
             sweep = next(found for found in lowering.lower(case, arch) if found.name == "sweep_kernel")

@@ -1,4 +1,4 @@
-"""Every launch of `bench/lowering.py` through Triton's own launcher, into a CUDA driver that does nothing.
+"""Every launch of `bench/calls.py` through Triton's own launcher, into a CUDA driver that does nothing.
 
 What the interpreter and the compiler never see is how arguments are packed: tuples with None among them, numbers,
 tensor descriptors. The driver is a small C library that says yes to everything and counts launches.
@@ -38,6 +38,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 launches = ctypes.c_long.in_dll(ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL), "launches")
 from bench import lowering
+from bench.calls import CASES, PRODUCTS
 from gssf_kernels.kernels import tiles
 
 class Utils:
@@ -61,8 +62,8 @@ for arch in lowering.ARCHITECTURES:
         mock.patch.object(driver, "_active", Driver(arch)),
         mock.patch.multiple(tiles, architecture=lambda device: arch, processors=lambda device: 132),
     ):
-        for case in lowering.CASES:
-            before, precision = launches.value, lowering.PRODUCTS[case.product][1]
+        for case in CASES:
+            before, precision = launches.value, PRODUCTS[case.product][1]
             with mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision):
                 case.launcher(*case.arguments())
             assert launches.value - before >= len(case.kernels), case

@@ -1,7 +1,7 @@
 """Every kernel compiled ahead of time for sm_80 and sm_90, as the launchers would compile it: no GPU needed.
 
-`bench/lowering.py` has the list and says how. What comes out must not spill, must fit the card, and must do its
-products and copies by the instructions that the tile table counts on.
+`bench/calls.py` has the list, `bench/lowering.py` says how. What comes out must not spill, must fit the card, and must
+do its products and copies by the instructions that the tile table counts on.
 """
 
 import multiprocessing
@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from bench import lowering  # noqa: E402
+from bench.calls import CASES  # noqa: E402
 from gssf_kernels.kernels import (  # noqa: E402
     batch_hard,
     certified,
@@ -69,7 +70,7 @@ def compiled(arch, case):
 
 
 every_architecture = pytest.mark.parametrize("arch", lowering.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
-every_case = pytest.mark.parametrize("case", lowering.CASES, ids=str)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @compiles
@@ -90,7 +91,7 @@ def test_nothing_spills_and_all_fits(arch, case):
 
 @compiles
 @every_architecture
-@pytest.mark.parametrize("case", [c for c in lowering.CASES if "sweep_kernel" in c.kernels], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if "sweep_kernel" in c.kernels], ids=str)
 def test_the_sweep_is_made_of_what_its_line_says(arch, case):
     lowered = next(found for found in compiled(arch, case) if found.name == "sweep_kernel")
     tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
@@ -104,7 +105,7 @@ def test_no_load_or_store_of_a_spill_in_the_machine_code():
     """The counts above, seen once from the other side: in the instructions of the kernels nearest to the limits."""
     for arch, name, product in ((90, "hardest_negatives wide with ids", "bf16"), (80, "project_backward b=3", "ieee"),
                                 (90, "relative_negatives wide with ids beta=10.0", "tf32")):  # fmt: skip
-        (case,) = (case for case in lowering.CASES if (case.name, case.product) == (name, product))
+        (case,) = (case for case in CASES if (case.name, case.product) == (name, product))
         for lowered in compiled(arch, case):
             counts = lowering.instructions(lowered)
             assert counts["all"] > 100
@@ -118,7 +119,7 @@ def test_no_load_or_store_of_a_spill_in_the_machine_code():
 @compiles
 def test_a_spill_would_be_seen(monkeypatch):
     """A tile far too large for its warps."""
-    (case,) = (case for case in lowering.CASES if str(case) == "hardest_negatives-wide-ieee")
+    (case,) = (case for case in CASES if str(case) == "hardest_negatives-wide-ieee")
     monkeypatch.setitem(tiles.SWEEP, (80, "ieee", "wide"), tiles.Sweep(128, 128, 16, 4, 3))
     lowered = next(found for found in lowering.lower(case, 80) if found.name == "sweep_kernel")
     assert lowering.resources(lowered).stack > 0
@@ -130,7 +131,7 @@ def test_a_spill_would_be_seen(monkeypatch):
 @compiles
 def test_the_narrow_tile_of_hopper_fits_twice():
     """As its line says."""
-    found = [compiled(90, case) for case in lowering.CASES if case.name.startswith("hardest_negatives narrow")]
+    found = [compiled(90, case) for case in CASES if case.name.startswith("hardest_negatives narrow")]
     narrow = [lowered for case in found for lowered in case if lowered.line[1:3] == (90, "half")]
     assert narrow
     for lowered in narrow:
@@ -141,7 +142,7 @@ def test_the_narrow_tile_of_hopper_fits_twice():
 
 large_hardest = [
     case
-    for case in lowering.CASES
+    for case in CASES
     if case.name.startswith(("hardest_negatives narrow", "hardest_negatives wide")) and case.product != "ieee"
 ]
 
@@ -173,7 +174,7 @@ def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
 def test_every_kernel_line_and_dtype_is_compiled():
     kernels, lines = set(), set()
     for arch in lowering.ARCHITECTURES:
-        for case in lowering.CASES:
+        for case in CASES:
             for lowered in compiled(arch, case):
                 kernels.add(lowered.name)
                 if lowered.line:
