@@ -8,7 +8,8 @@
 # bad memory accesses and races. --wheels: peers to measure beside ours, installed from the wheels in DIR into a
 # folder of this run's own. --tune: times other tiles too and writes a proposed table (bench/tune.py); nothing in the
 # tree is changed. Both take of the time of what comes behind them. --only: these stages alone, of build, backends,
-# wheels, tests, suite, page, tune, cuda-build, hopper, memcheck, racecheck, machine-code: for what a first call had no time for.
+# wheels, tests, suite, page, tune, cuda-build, hopper, memcheck, racecheck, more-tests, machine-code: for what a first
+# call had no time for.
 #
 # OUT gets at most eight files: stages.txt (a line each), log.txt (what they said), cuda-quick.json, .md, .png,
 # cuda-quick-roofline.png, tiles.md. The table is printed last. A stage that fails or runs out of time is said so, and
@@ -145,10 +146,13 @@ if [ -n "$gpu" ]; then
   fi
   sanitizer memcheck 75
   sanitizer racecheck 75
+  # shellcheck disable=SC2086
+  stage more-tests 150 "$python" -m pytest -q --durations=8 -p no:cacheprovider $parallel -k "not cpu and not nothing_waits" \
+    tests/test_small_triton.py tests/test_few_triton.py tests/test_persistent.py
   [ -z "$only" ] || stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"
 else
   stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"
-  for name in tests suite hopper memcheck racecheck ${tune:+tune}; do not_run "$name" "PyTorch sees no CUDA device"; done
+  for name in tests suite hopper memcheck racecheck more-tests ${tune:+tune}; do not_run "$name" "PyTorch sees no CUDA device"; done
 fi
 
 echo

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gssf_kernels.kernels import hopper
+
 
 class Shape(NamedTuple):
     """Size of a problem: x [n, d] against y [n, d]; block is the width of the metric's channel blocks."""
@@ -52,6 +54,11 @@ class Problem(NamedTuple):
 
 
 Variant = Callable[[Problem], Any]  # one way to compute an op: the scalar loss, or the output tensors
+
+
+def on_hopper() -> bool:
+    """Whether csrc/cuda was built, and can run on this machine's first card."""
+    return hopper.built() and torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
 
 
 class Work(NamedTuple):

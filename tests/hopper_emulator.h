@@ -14,6 +14,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -26,7 +27,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/hardest_layout.h"
+#include "../csrc/cuda/sweep_layout.h"
 
 #define GSSF_DEVICE inline
 #define GSSF_KERNEL(threads) inline void
@@ -387,6 +388,10 @@ S& shared_memory() {
 inline float larger(float x, float y) {
   return x != x || y != y ? std::numeric_limits<float>::quiet_NaN() : std::max(x, y);
 }
+
+inline float exponential(float x) { return std::exp(x); }
+inline void scale(float& score, float factor) { score *= factor; }
+inline float logarithm(float x) { return std::log(x); }
 
 template <class T>
 T shuffle_xor(T value, int lanes) {

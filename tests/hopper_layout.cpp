@@ -1,5 +1,6 @@
-// The arithmetic of csrc/cuda/hardest_layout.h against brute force. Prints what is wrong; exit status 1 if anything is.
+// The arithmetic of csrc/cuda/*_layout.h against brute force. Prints what is wrong; exit status 1 if anything is.
 #include "../csrc/cuda/hardest_layout.h"
+#include "../csrc/cuda/log_sums_layout.h"
 
 #include <cmath>
 #include <cstdio>
@@ -120,6 +121,40 @@ void merging() {
   }
 }
 
+// Of numbers in any grouping; what float rounds is left open by a part in 10⁵.
+void log_sums() {
+  const float nan = std::numeric_limits<float>::quiet_NaN(), inf = std::numeric_limits<float>::infinity();
+  const float values[] = {-inf, -1e30f, -90, -1, 0, 2.5f, 300, inf, nan};
+  const auto exponential = [](float x) { return std::exp(x); };
+  std::srand(1);
+  for (int round = 0; round < 20000; ++round) {
+    const int count = std::rand() % 9, kinds = round % 3 == 0 ? 9 : 7;
+    std::vector<LogSum> parts;
+    float top = -inf;
+    double sum = 0;
+    bool any_nan = false;
+    std::vector<float> numbers(count);
+    for (float& t : numbers) {
+      t = values[std::rand() % kinds];
+      any_nan |= std::isnan(t);
+      const float own = std::isnan(t) ? inf : t;  // as the epilogue has it of one number
+      top = own > top ? own : top;
+      parts.push_back({own, own == -inf ? 0 : std::isinf(own) ? std::exp(t) : 1});
+    }
+    for (float t : numbers) sum += std::exp(std::isinf(top) ? double(t) : double(t) - top);
+    while (parts.size() > 1) {  // two neighbours at a time
+      const size_t at = std::rand() % (parts.size() - 1);
+      parts[at] = join_logs(parts[at], parts[at + 1], exponential);
+      parts.erase(parts.begin() + at + 1);
+    }
+    const LogSum found = parts.empty() ? LogSum{-inf, 0} : parts[0];
+    check(found.top == top, "the largest of merged log-sums");
+    if (any_nan) check(std::isnan(found.sum), "a NaN that a merge of log-sums loses");
+    else if (top == inf) check(found.sum == inf, "an infinity that a merge of log-sums loses");
+    else check(std::abs(found.sum - sum) <= 1e-5 * sum, "a merge of log-sums");
+  }
+}
+
 void ranges() {
   for (int64_t a = 0; a < 4; ++a)
     for (int64_t b = a; b < 4; ++b)
@@ -141,7 +176,8 @@ int main() {
   every_score_once<Pingpong>();
   operands();
   merging();
+  log_sums();
   ranges();
-  if (!wrong) std::printf("tiles, ring, fragments, operands, merging and ranges agree with brute force\n");
+  if (!wrong) std::printf("tiles, ring, fragments, operands, merging, log-sums and ranges agree with brute force\n");
   return wrong ? 1 : 0;
 }

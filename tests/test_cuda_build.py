@@ -14,6 +14,8 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
+KERNELS = {"hopper_hardest.cu": 6, "hopper_log_sums.cu": 5}  # sweeps of bf16 and fp16 by two shapes, merge; ranges
+
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
 
 
@@ -43,6 +45,7 @@ class Compiled:
     """An object file, and what ptxas said of its kernels."""
 
     def __init__(self, source: Path, folder: Path) -> None:
+        self.source = source
         self.object = folder / f"{source.stem}.o"
         includes = [f"-I{path}" for path in include_paths()]
         flags = ["-std=c++20", *nvcc_flags(), "-Xptxas", "-v", *includes]
@@ -70,16 +73,16 @@ def compiled(request, tmp_path_factory):
 
 
 def constant(name: str) -> int:
-    return int(re.search(rf"\b{name} = (\d+)", (ROOT / "csrc/cuda/hardest_sweep.h").read_text())[1])
+    return int(re.search(rf"\b{name} = (\d+)", (ROOT / "csrc/cuda/sweep.h").read_text())[1])
 
 
 def test_there_is_something_to_compile():
-    assert [path.name for path in SOURCES] == ["hopper_hardest.cu"]
+    assert [path.name for path in SOURCES] == list(KERNELS)
 
 
 def test_nothing_spills(compiled):
     """Nor does ptxas warn: of wgmma that it serialises (C7510) or of setmaxnreg that it ignores (C7508)."""
-    assert len(compiled.kernels) == 6, compiled.report  # bf16 and fp16 by two shapes, ranges, merge
+    assert len(compiled.kernels) == KERNELS[compiled.source.name], compiled.report
     assert "warning" not in compiled.report.lower(), compiled.report
     for name, usage in compiled.kernels.items():
         print(f"sm_90a {name}: {re.search('Used .*', usage)[0]}")
@@ -112,6 +115,5 @@ def test_only_the_stable_abi_is_used(compiled):
     assert "torch_library_impl" in torch_functions
     assert not [name for name in wanted if re.search(r"\b(at|c10|torch)::", name)]
     assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]  # the driver is not linked against
-    source = (ROOT / "csrc/cuda/hopper_hardest.cu").read_text()
-    assert "#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))" in source
+    assert "#define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))" in compiled.source.read_text()
     assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)

@@ -1,6 +1,7 @@
 """bench/gpu_check.sh without its programs: stand-ins on the PATH tell it of a card, and fail or hang where asked."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_all_of_it_on_a_card(check, tmp_path):
     status, stages, files, said = check("--wheels", wheels, "--tune")
     assert status == 0, said
     order = ["build", "backends", "wheels", "tests", "suite", "page", "tune"]
-    order += ["cuda-build", "hopper", "memcheck", "racecheck"]
+    order += ["cuda-build", "hopper", "memcheck", "racecheck", "more-tests"]
     assert ran(stages) == order
     assert "H200" in stages["GPU"]
     assert "-n 4" in stages["tests"]
@@ -163,3 +164,13 @@ def test_bad_words(check, words):
     assert status == 2
     assert stages == {}
     assert "usage" in said or "expected a folder" in said
+
+
+def test_every_file_of_tests_that_a_card_runs_is_named():
+    script = (ROOT / "bench/gpu_check.sh").read_text()
+    call = re.compile(r"^where_triton_runs\(", re.MULTILINE)
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py") if call.search(path.read_text())}
+    tests |= {"test_cuda.py", "test_capture.py", "test_values.py", "test_hopper.py"}
+    named = set(re.findall(r"tests/(test_\w+\.py)", script))
+    assert len(tests) > 8
+    assert named == tests

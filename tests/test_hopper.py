@@ -5,6 +5,7 @@ as late as can be or at random. It knows nothing of the card's speed, and takes 
 """
 
 import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,17 +54,33 @@ def emulator(tmp_path_factory):
 @pytest.fixture(
     params=[pytest.param("emulated", marks=needs_compiler), pytest.param("cuda", marks=needs_card)],
 )
-def card(request, monkeypatch):
-    """card(a, b, a_ids, b_ids): the launcher's results, on the CPU."""
-    device = "cuda"
+def device(request, monkeypatch):
+    """Where inputs lie: on the card, or on the CPU, for the emulated one."""
     if request.param == "emulated":
-        device = "cpu"
         request.getfixturevalue("emulator").settings()
-        monkeypatch.setattr(hopper, "op", torch.ops.gssf_emulated.hardest_negatives_hopper)
+        monkeypatch.setattr(hopper, "ops", torch.ops.gssf_emulated)
+        return "cpu"
+    return "cuda"
+
+
+@pytest.fixture
+def card(device):
+    """card(a, b, a_ids, b_ids): the launcher's hardest negatives, on the CPU."""
 
     def run(a, b, a_ids=None, b_ids=None):
         on = [None if x is None else x.to(device) for x in (a, b, a_ids, b_ids)]
         return [x.cpu() for x in hopper.hardest_negatives(*on)]
+
+    return run
+
+
+@pytest.fixture
+def log_sums(device):
+    """log_sums(a, b, scale): the launcher's log-sums, on the CPU; scale: a tensor or a number."""
+
+    def run(a, b, scale=1.0):
+        given, constant = (scale.to(device), 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+        return [x.cpu() for x in hopper.logsumexp_scores(a.to(device), b.to(device), given, constant)]
 
     return run
 
@@ -222,6 +239,128 @@ def test_bad_input(card, arguments, message):
         card(*arguments)
 
 
+# Log-sums.
+
+
+def log_truth(a, b, scale=1.0):
+    """(row_max, row_lse, col_max, col_lse, pair) in fp64, by the definition."""
+    t = (a.double() @ b.double().T) * float(scale)
+    return t.amax(1), t.logsumexp(1), t.amax(0), t.logsumexp(0), t.diagonal()
+
+
+def assert_log_sums(found, expected, rtol=2e-6):
+    """Maxima and pairs exact; each log-sum as it is kept, as a number added to the maximum."""
+    row_max, row_log, col_max, col_log, pair = found
+    row_top, row_lse, col_top, col_lse, own = expected
+    for ours, right in ((row_max, row_top), (col_max, col_top), (pair, own)):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, right.float(), rtol=0, atol=0)
+    for ours, right in ((row_log, row_lse - row_top), (col_log, col_lse - col_top)):
+        torch.testing.assert_close(ours.double(), right, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(("n", "m", "d"), [*SHAPES, (40, 1, 8), (300, 130, 72), (513, 130, 520)])
+def test_log_sums_of_shapes(log_sums, n, m, d, dtype):
+    a, b = whole_numbers(n, m, d, dtype)
+    assert_log_sums(log_sums(a, b, 0.125), log_truth(a, b, 0.125))
+    scale = torch.tensor(-0.5)  # a learned one may have any sign: its value is not looked at
+    assert_log_sums(log_sums(a, b, scale), log_truth(a, b, scale))
+
+
+@pytest.mark.parametrize("d", [64, 512])
+@pytest.mark.parametrize("scale", [2.0**-7, 1.0, 64.0, 1024.0])
+def test_log_sums_over_any_range(log_sums, scale, d):
+    """One line's scores lie thousands apart, another's are all alike; none is lost against another line's."""
+    a, b = whole_numbers(200, 300, d, torch.bfloat16, -1, 2)
+    a[::3] *= 8
+    a[5] = 0
+    b[::7] *= 16
+    b[9] = 0
+    assert_log_sums(log_sums(a, b, scale), log_truth(a, b, scale))
+
+
+def test_log_sum_of_one_large_score_is_its_tail(log_sums):
+    """log Σ e^(t - max) where all others are e^-20: what a loss near 0 is made of."""
+    a, b = torch.zeros(130, 64).bfloat16(), torch.zeros(257, 64).bfloat16()
+    a[:, 0], b[:, 0] = 1, -20
+    a[:, 1], b[:, 1] = torch.arange(130) % 2, 0
+    b[140, 0] = 0
+    row_max, row_log, *_ = log_sums(a, b)
+    assert (row_max == 0).all()
+    tail = torch.tensor(256.0, dtype=torch.float64).mul(math.exp(-20)).log1p()
+    torch.testing.assert_close(row_log.double(), tail.expand(130), rtol=0, atol=1.2e-7)  # fp32's step at 1
+
+
+@pytest.mark.parametrize("d", [16, 512])
+@pytest.mark.parametrize("place", [0, 63, 127, 128, 256, 299])
+def test_log_sums_of_nan_and_infinities(log_sums, place, d):
+    a, b = whole_numbers(300, 300, d, torch.float16)
+    a[place, 1] = NAN
+    found = log_sums(a, b)
+    lse = found[0] + found[1], found[2] + found[3]
+    assert lse[0].isnan().nonzero().flatten().tolist() == [place]
+    assert lse[1].isnan().all()
+
+    a, b = whole_numbers(300, 300, d, torch.float16, 1, 3)
+    b[place] = INF
+    for scale, end in ((1.0, INF), (torch.tensor(-1.0), -INF)):
+        row_max, row_log, col_max, col_log, pair = log_sums(a, b, scale)
+        others = torch.arange(300) != place
+        assert col_max[place] == pair[place] == end
+        assert (col_max[place] + col_log[place]) == end
+        right = log_truth(a, b[others], scale)
+        if end == INF:
+            assert ((row_max + row_log) == INF).all()
+        else:  # what is -inf adds nothing
+            torch.testing.assert_close((row_max + row_log).double(), right[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close((col_max + col_log)[others].double(), right[3], rtol=1e-6, atol=1e-6)
+
+
+def test_log_sums_of_nothing(log_sums):
+    for n, m in ((0, 3), (3, 0), (0, 0)):
+        found = log_sums(torch.ones(n, 16).bfloat16(), torch.ones(m, 16).bfloat16())
+        assert [len(x) for x in found] == [n, n, m, m, 0]
+        assert all((x == -INF).all() for x in found)
+
+
+def test_log_sums_are_the_loss_s_own(device, monkeypatch):
+    """InfoNCE's loss and gradients with the forward's log-sums from here: what the table would switch on."""
+    a, b = (torch.nn.functional.normalize(torch.randn(n, 96), dim=1).bfloat16() for n in (140, 200))
+    kept = torch.empty(0, device=device)
+    forward = torch.ops.gssf.logsumexp_scores
+
+    def by_hopper(a, b, scale, constant, keep=False):
+        return *hopper.logsumexp_scores(a, a if b is None else b, scale, constant), kept
+
+    losses = []
+    for op in (forward, by_hopper):
+        x, y = (t.to(device, copy=True).requires_grad_() for t in (a, b))
+        scale = torch.tensor(14.3, device=device, requires_grad=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.gssf, "logsumexp_scores", op)
+            loss = gk.info_nce_loss(x, y, scale=scale)
+            losses.append((loss, *torch.autograd.grad(loss, (x, y, scale))))
+    for ours, right in zip(*losses, strict=True):
+        torch.testing.assert_close(ours, right, rtol=2e-5 if ours.dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(4, 8), torch.ones(4, 8)), "bfloat16 or float16"),
+        ((torch.ones(4, 8).bfloat16(), torch.ones(4, 8).half()), "both bfloat16 or both float16"),
+        ((torch.ones(4, 0).half(), torch.ones(4, 0).half()), "D >= 1"),
+        ((torch.ones(4, 8).half(), torch.ones(4, 8).half(), torch.ones(2)), "one fp32 number"),
+        ((torch.ones(4, 8).half(), torch.ones(4, 8).half(), torch.ones((), dtype=torch.float64)), "one fp32 number"),
+    ],
+    ids=["fp32", "two dtypes", "no channels", "two scales", "fp64 scale"],
+)
+def test_bad_input_of_log_sums(log_sums, arguments, message):
+    with pytest.raises((TypeError, RuntimeError), match=message):
+        log_sums(*arguments)
+
+
 # What only the emulator can show.
 
 
@@ -243,6 +382,30 @@ def test_every_order_of_events_gives_the_same(emulator, products, copies, d):
     for seed in range(4):
         emulator.settings(1 + seed % 3, copies, products, seed)
         assert_exact(torch.ops.gssf_emulated.hardest_negatives_hopper(a, b, *labels), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [40, 400, 1032])
+@pytest.mark.parametrize("products", [AT_ONCE, LATE, AT_RANDOM], ids=["products at once", "late", "at random"])
+def test_every_order_of_events_gives_the_same_log_sums(emulator, products, d):
+    a, b = whole_numbers(260, 530, d, torch.bfloat16)
+    op = torch.ops.gssf_emulated.logsumexp_scores_hopper
+    emulator.settings()
+    expected = op(a, b, None, 0.1)
+    assert_log_sums(expected, log_truth(a, b, torch.tensor(0.1)))
+    for seed in range(4):
+        emulator.settings(1 + seed % 3, AT_RANDOM, products, seed)
+        for ours, right in zip(op(a, b, None, 0.1), expected, strict=True):
+            assert torch.equal(ours, right)
+
+
+@needs_compiler
+@pytest.mark.parametrize("processors", [1, 5])
+@pytest.mark.parametrize("d", [40, 512])
+def test_log_sums_in_slabs(emulator, d, processors):
+    a, b = whole_numbers(700, 300, d, torch.float16, -1, 2)
+    emulator.settings(processors)
+    assert_log_sums(torch.ops.gssf_emulated.log_sums_in_slabs(a, b, None, 2.0), log_truth(a, b, 2.0))
 
 
 @needs_compiler
@@ -279,6 +442,17 @@ def test_large(card, n, m, d, dtype):
 
 
 @needs_card
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("d", [64, 200, 512, 1024])
+@pytest.mark.parametrize(("n", "m"), [(4096, 4096), (20_011, 1000), (8192, 8192)])
+def test_log_sums_of_many(log_sums, n, m, d, dtype):
+    a, b = whole_numbers(n, m, d, dtype, -1, 2)
+    expected = [x.cpu() for x in log_truth(a.cuda(), b.cuda(), 0.5)]
+    for _ in range(3):
+        assert_log_sums(log_sums(a, b, 0.5), expected)
+
+
+@needs_card
 def test_on_another_stream(card):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -299,11 +473,28 @@ def test_the_table_sends_its_lines_here(monkeypatch):
     monkeypatch.setattr(hopper, "built", lambda: True)
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
-    assert not hopper.takes_over(a, a)
-    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("half", "wide")}))
+    op = "hardest_negatives"
+    assert not hopper.takes_over(op, a, a)
+    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({(op, "half", "wide")}))
     assert hardest.hardest_negatives(a, a, None, None) == "hopper"
-    assert not hopper.takes_over(a.float(), a.float())
-    assert not hopper.takes_over(a[:, :64], a[:, :64])
-    assert not hopper.takes_over(a[:100], a[:100])
+    assert not hopper.takes_over("logsumexp_scores", a, a)
+    assert not hopper.takes_over(op, a.float(), a.float())
+    assert not hopper.takes_over(op, a[:, :64], a[:, :64])
+    assert not hopper.takes_over(op, a[:100], a[:100])
     monkeypatch.setattr(hopper, "built", lambda: False)
-    assert not hopper.takes_over(a, a)
+    assert not hopper.takes_over(op, a, a)
+
+
+def test_the_table_sends_log_sums_here(monkeypatch):
+    logsumexp = pytest.importorskip("gssf_kernels.kernels.logsumexp")
+    monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
+    monkeypatch.setattr(hopper, "built", lambda: True)
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    a, b, scale = torch.zeros(1100, 64).bfloat16(), torch.zeros(1200, 64).bfloat16(), torch.ones(())
+    assert logsumexp.logsumexp_scores(a, b, scale, 1.0) is NotImplemented
+    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("logsumexp_scores", "half", "narrow")}))
+    given, *_, kept = logsumexp.logsumexp_scores(a, b, scale, 1.0)
+    assert given[0] is a and given[1] is b and given[2] is scale  # noqa: PT018
+    assert kept.shape == (0,)
+    given, *_ = logsumexp.logsumexp_scores(a, None, None, 2.0)
+    assert given[1] is a and given[2:] == (None, 2.0)  # noqa: PT018

@@ -1,10 +1,13 @@
 """InfoNCE (CLIP's, both directions) and SigLIP with learnable scale and bias, on unit-length inputs."""
 
+from unittest import mock
+
 import torch
 import torch.nn.functional as F
 
 import gssf_kernels as gk
-from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
+from gssf_kernels.kernels import tiles
 
 SCALE, BIAS = 1 / 0.07, -10.0  # CLIP's and SigLIP's starts
 
@@ -25,6 +28,13 @@ def sigmoid(problem: Problem):
 def our_info_nce():
     loss = getattr(gk, "info_nce_loss", None)
     return loss and (lambda problem: loss(problem.x, problem.y, scale=problem.scale))
+
+
+def info_nce_by_hopper(problem: Problem):
+    """Ours, with the log-sums made by the CUDA C++ sweep of csrc/cuda; bf16 and fp16."""
+    lines = frozenset(("logsumexp_scores", "half", size) for size in ("small", "narrow", "wide"))
+    with mock.patch.object(tiles, "HOPPER_CUDA", lines):
+        return gk.info_nce_loss(problem.x, problem.y, scale=problem.scale)
 
 
 def our_sigmoid():
@@ -59,7 +69,12 @@ INFO_NCE = Op(
     "InfoNCE / CLIP loss, both directions, learnable scale",
     inputs,
     info_nce,
-    {"ours": our_info_nce, "naive": lambda: info_nce, "compile": compiled(info_nce)},
+    {
+        "ours": our_info_nce,
+        "naive": lambda: info_nce,
+        "compile": compiled(info_nce),
+        **({"hopper": lambda: info_nce_by_hopper} if on_hopper() else {}),
+    },
     work,
 )
 SIGMOID = Op(

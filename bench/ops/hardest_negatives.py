@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 import gssf_kernels as gk
-from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
 from gssf_kernels.kernels import hopper, tiles
 
 
@@ -32,11 +32,6 @@ def swept(problem: Problem):
 def by_hopper(problem: Problem):
     """The CUDA C++ sweep of csrc/cuda, which nothing is dispatched to; bf16 and fp16."""
     return hopper.hardest_negatives(problem.x, problem.y, None, None)[1:]
-
-
-def on_hopper() -> bool:
-    """Whether that was built, and can run on this machine's first card."""
-    return hopper.built() and torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
 
 
 def outcome(outputs, exact: Problem):

@@ -1,8 +1,8 @@
-// The two small kernels round the sweep: ranges of ids before it, and after it the merge of its partial results.
+// Round the sweep for hardest negatives: ranges of ids before it, and after it the merge of its partial results.
 #pragma once
 
-#include "hardest_epilogue.h"
 #include "hardest_layout.h"
+#include "sweep_merge.h"
 
 namespace gssf::hopper {
 
@@ -34,54 +34,26 @@ GSSF_KERNEL(kWarp) ranges_kernel(GSSF_GRID Ranges p) {
   if (chip::thread() == 0) (of_a ? p.a : p.b)[at] = range;
 }
 
-struct Merge {
-  int N, M;
-  int first, blocks, columns;  // as in Sweep
-  int BN, BM;
+struct HardestMerge : Lines {
+  using Result = Best;
+
   Partials rows, cols;
   float *row_score, *col_score;
   int64_t *row_index, *col_index;
-  int row_grid;  // blocks of the grid that merge rows; those after merge columns
+
+  GSSF_DEVICE Best nothing() const { return {kNone, -1}; }
+
+  GSSF_DEVICE Best fold(bool of_rows, int64_t line, int64_t lines, int begin, int end) const {
+    if (of_rows) return hopper::fold(nothing(), rows, line, lines, begin, end, BM, 0);
+    return hopper::fold(nothing(), cols, line, lines, begin, end, BN, area.first * BN);
+  }
+
+  GSSF_DEVICE Best join(Best earlier, Best later) const { return beats(later.score, earlier.score) ? later : earlier; }
+
+  GSSF_DEVICE Best before(int64_t j) const { return {col_score[j], static_cast<int>(col_index[j])}; }
+
+  GSSF_DEVICE void write_row(int64_t i, Best best) const { row_score[i] = best.score, row_index[i] = best.index; }
+  GSSF_DEVICE void write_column(int64_t j, Best best) const { col_score[j] = best.score, col_index[j] = best.index; }
 };
-
-constexpr int kSections = 8;  // of a line's parts, folded by one warp each
-
-// Finishes the slab's rows, and merges its columns into those of the slabs before. One block for 32 lines.
-GSSF_KERNEL(kWarp* kSections) merge_kernel(GSSF_GRID Merge p) {
-  struct Sections {
-    Best best[kSections][kWarp];
-  };
-  Sections& shared = chip::shared_memory<Sections>();
-  const bool of_rows = chip::block() < p.row_grid;
-  const int lane = chip::thread() % kWarp, section = chip::thread() / kWarp;
-  const int64_t line = int64_t(of_rows ? chip::block() : chip::block() - p.row_grid) * kWarp + lane;
-  const int64_t lines = of_rows ? int64_t(p.blocks) * p.BN : p.M;
-  const int parts = of_rows ? p.columns : p.blocks, width = of_rows ? p.BM : p.BN;
-  const int start = of_rows ? 0 : p.first * p.BN;
-
-  const int each = static_cast<int>(ceil_div(parts, kSections));
-  const int begin = section * each, end = begin + each < parts ? begin + each : parts;
-  Best best{kNone, -1};
-  if (line < lines) best = fold(best, of_rows ? p.rows : p.cols, line, lines, begin, end, width, start);
-  shared.best[section][lane] = best;
-  chip::sync_block();
-  if (section > 0 || line >= lines) return;
-
-  best = {kNone, -1};
-  if (!of_rows && p.first > 0) best = {p.col_score[line], static_cast<int>(p.col_index[line])};
-#pragma unroll
-  for (int k = 0; k < kSections; ++k) {
-    const Best later = shared.best[k][lane];
-    if (beats(later.score, best.score)) best = later;
-  }
-  const int64_t i = int64_t(p.first) * p.BN + line;
-  if (!of_rows) {
-    p.col_score[line] = best.score;
-    p.col_index[line] = best.index;
-  } else if (i < p.N) {
-    p.row_score[i] = best.score;
-    p.row_index[i] = best.index;
-  }
-}
 
 }  // namespace gssf::hopper

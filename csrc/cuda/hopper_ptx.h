@@ -40,6 +40,19 @@ GSSF_DEVICE float larger(float x, float y) {  // NaN if either is
   return most;
 }
 
+GSSF_DEVICE float exponential(float x) {  // e^x; 0 for what would be subnormal
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  return power;
+}
+
+// score = factor score, where it is: given a plain product the compiler keeps both, and runs out of registers.
+GSSF_DEVICE void scale(float& score, float factor) {
+  asm volatile("mul.rn.f32 %0, %0, %1;" : "+f"(score) : "f"(factor));
+}
+
+GSSF_DEVICE float logarithm(float x) { return logf(x); }
+
 template <class T>
 GSSF_DEVICE T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xFFFFFFFF, value, lanes);

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "hardest_layout.h"
+#include "sweep_layout.h"
 
 namespace gssf::chip {
 

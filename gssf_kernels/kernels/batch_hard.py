@@ -119,7 +119,7 @@ def batch_hard(
     """
     operands.check_dtype("batch_hard", x)
     N, some = len(x), reduction != "none"
-    if not 0 < N * N <= tiles.SMALL or hopper.takes_over(x, x) or certified.pays(x, x):
+    if not 0 < N * N <= tiles.SMALL or hopper.takes_over("hardest_negatives", x, x) or certified.pays(x, x):
         return NotImplemented
     positive, negative = x.new_empty(2, N, dtype=torch.float32)
     places = labels.new_empty(N), labels.new_empty(N)

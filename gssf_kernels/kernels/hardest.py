@@ -138,7 +138,7 @@ def hardest_negatives(
     Scores are fp32, indices int64. Raises TypeError for other dtypes. Where b is a, half of the tiles do.
     """
     operands.check_dtype("hardest_negatives", a, b)
-    if hopper.takes_over(a, b):
+    if hopper.takes_over("hardest_negatives", a, b):
         return hopper.hardest_negatives(a, b, a_ids, b_ids)
     if certified.pays(a, b):
         return certified.hardest_negatives(a, b, a_ids, b_ids)
@@ -176,7 +176,7 @@ def hardest_hinge(
     """
     operands.check_dtype("hardest_hinge", a, b)
     N, M, some = len(a), len(b), reduction != "none"
-    if not 0 < N * M <= tiles.SMALL or hopper.takes_over(a, b) or certified.pays(a, b):
+    if not 0 < N * M <= tiles.SMALL or hopper.takes_over("hardest_negatives", a, b) or certified.pays(a, b):
         return NotImplemented
     pair_score, *found = nothing_found(a, b)
     out = pair_score.new_empty(() if some else N)

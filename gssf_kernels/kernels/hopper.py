@@ -1,7 +1,7 @@
-"""Hardest negatives by the CUDA C++ sweep for Hopper (csrc/cuda): bf16 and fp16, compute capability 9.0.
+"""Hardest negatives and log-sums by the CUDA C++ sweep for Hopper (csrc/cuda): bf16 and fp16, compute capability 9.0.
 
 Compiled, and run on an emulated card by the tests; not yet run on a real one. `tiles.HOPPER_CUDA` says which sizes go
-here instead of to Triton: none so far. Needs no Triton.
+here instead of to Triton or, log-sums of many scores, to chunks: none so far. Needs no Triton.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 from gssf_kernels.kernels import operands, tiles
 
-op = torch.ops.gssf.hardest_negatives_hopper
+ops = torch.ops.gssf
 
 
 def built() -> bool:
@@ -18,9 +18,9 @@ def built() -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hardest_negatives_hopper", "CUDA")
 
 
-def takes_over(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the table sends a [N, D] and b [M, D] here, and there is a kernel to send them to."""
-    line = tiles.kind(a.dtype), tiles.sweep_size(len(a), len(b), a.shape[1])
+def takes_over(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the table sends `name` of a [N, D] and b [M, D] here, and there is a kernel to send them to."""
+    line = name, tiles.kind(a.dtype), tiles.sweep_size(len(a), len(b), a.shape[1])
     return line in tiles.HOPPER_CUDA and tiles.architecture(a.device) == 90 and built()
 
 
@@ -35,9 +35,27 @@ def hardest_negatives(
 
     Scores are fp32, indices int64. Extra memory as Triton's. Raises TypeError for other dtypes.
     """
-    for x in (a, b):
+    return ops.hardest_negatives_hopper(*_sides("hardest_negatives", a, b), *operands.contiguous(a_ids, b_ids))
+
+
+def logsumexp_scores(
+    a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None, constant: float
+) -> tuple[torch.Tensor, ...]:
+    """Return (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]), fp32.
+
+    a: [N, D] bf16 or fp16
+    b: [M, D] as a
+    scale: κ, one fp32 number, or None: constant is
+
+    Extra memory: 8 bytes a partial result, of which there are as many as of hardest negatives. Raises TypeError for
+    other dtypes.
+    """
+    return ops.logsumexp_scores_hopper(*_sides("logsumexp_scores", a, b), scale, constant)
+
+
+def _sides(name: str, *sides: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Both sides as the copy engine asks for them: rows that start on 16 bytes."""
+    for x in sides:
         if x.dtype not in (torch.bfloat16, torch.float16):
-            raise TypeError(f"hardest_negatives: the Hopper kernel takes bfloat16 or float16, got {x.dtype}")
-    multiple = 16 // a.element_size()  # the copy engine asks for rows that start on 16 bytes
-    a, b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
-    return op(a, b, *operands.contiguous(a_ids, b_ids))
+            raise TypeError(f"{name}: the Hopper kernel takes bfloat16 or float16, got {x.dtype}")
+    return tuple(operands.aligned_rows(x, 16 // x.element_size()) for x in sides)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.kernels import hopper, operands, tiles
 from gssf_kernels.kernels.dense import log_sums, merge_logs
 from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, room
@@ -110,6 +110,8 @@ def logsumexp_scores(
     """
     y = a if b is None else b
     operands.check_dtype("logsumexp_scores", a, y)
+    if hopper.takes_over("logsumexp_scores", a, y):
+        return *hopper.logsumexp_scores(a, y, scale, constant), a.new_empty(0, dtype=torch.float32)
     N, M = len(a), len(y)
     if not 0 < N * M <= tiles.SMALL:
         return NotImplemented

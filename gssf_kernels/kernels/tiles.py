@@ -93,10 +93,11 @@ SWEEP = {
     (90, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
 }
 
-# Lines of the sweep for hardest negatives, as (kind, size), that csrc/cuda takes over from Triton on sm_90. Empty: the
-# CUDA kernel has been compiled and emulated, but not run on a card. A line comes in once a card has shown its results
-# to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives, variant "hopper").
-HOPPER_CUDA: frozenset[tuple[str, str]] = frozenset()
+# What csrc/cuda takes over on sm_90, as (launcher, kind, size) with launcher "hardest_negatives" or "logsumexp_scores".
+# Empty: the CUDA kernels have been compiled and emulated, but not run on a card. A line comes in once a card has shown
+# its results to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and info_nce,
+# variant "hopper").
+HOPPER_CUDA: frozenset[tuple[str, str, str]] = frozenset()
 
 POSITIVES = {  # fp32 is always "ieee" there
     "half": Sweep(64, 64, 64, 4, 3),

@@ -1,23 +1,23 @@
 // The sweep over s = a bᵀ: one warpgroup loads, two multiply and reduce, and each block goes on until its share of
-// the tiles is done.
+// the tiles is done. What a tile is reduced to is the Task's: an Area with a Board<Tile> in shared memory and a
+// reduce_tile(s, seat, place, task, board).
 //
-//     copy engine ──full[stage]──▶ wgmma, sums in registers ──▶ reduce_tile (hardest_epilogue.h) ──▶ partial results
+//     copy engine ──full[stage]──▶ wgmma, sums in registers ──▶ reduce_tile (*_epilogue.h) ──▶ partial results
 //          ▲───────empty[stage]──────────┘
 //
 // full[stage]: one arrival (the loader's) and STAGE_BYTES per phase. empty[stage]: one arrival per warp of a team.
 // turn[team], with two teams: one arrival per thread of the other team, once the products of its tile are issued.
 #pragma once
 
-#include "hardest_epilogue.h"
-#include "hardest_layout.h"
+#include "sweep_tile.h"
 
 namespace gssf::hopper {
 
-template <class Tile>
+template <class Tile, class Task>
 struct Shared {
   uint16_t a[Tile::STAGES][Tile::BN * kDepth];  // every stage starts on 1024 bytes
   uint16_t b[Tile::STAGES][Tile::BM * kDepth];
-  Board<Tile> board[Tile::TEAMS];
+  typename Task::template Board<Tile> board[Tile::TEAMS];
   chip::Barrier full[Tile::STAGES], empty[Tile::STAGES], turn[2];
 };
 
@@ -27,7 +27,7 @@ static_assert(kLoaderRegisters + 2 * kConsumerRegisters <= 3 * 168, "warpgroups 
 
 // The tiles of this block, in order: f(tile's number in the block, its place).
 template <class F>
-GSSF_DEVICE void each_tile(const Sweep& p, int first, int step, F f) {
+GSSF_DEVICE void each_tile(const Area& p, int first, int step, F f) {
   for (int k = first;; k += step) {
     const int64_t number = chip::block() + int64_t(k) * chip::blocks();
     if (number >= int64_t(p.blocks) * p.columns) return;
@@ -36,8 +36,9 @@ GSSF_DEVICE void each_tile(const Sweep& p, int first, int step, F f) {
 }
 
 // One thread keeps the ring full.
-template <class Tile>
-GSSF_DEVICE void load_tiles(const chip::TensorMap& a, const chip::TensorMap& b, const Sweep& p, Shared<Tile>& shared) {
+template <class Tile, class Task>
+GSSF_DEVICE void load_tiles(const chip::TensorMap& a, const chip::TensorMap& b, const Area& p,
+                            Shared<Tile, Task>& shared) {
   Ring<Tile::STAGES> ring(0);
   each_tile(p, 0, 1, [&](int, Place place) {
     for (int channel = 0; channel < p.D; channel += kDepth, ring.next()) {
@@ -62,8 +63,8 @@ GSSF_DEVICE void multiply_stage(float (&s)[kScores], uint64_t a, uint64_t b, boo
 
 // The sums over all channels of this warpgroup's part of a tile, whose first stage is step `step` of the block.
 // `issued` is called once nothing is left to issue.
-template <Number NUMBER, class Tile, class F>
-GSSF_DEVICE void multiply_tile(float (&s)[kScores], Shared<Tile>& shared, const Seat<Tile>& seat, uint32_t step,
+template <Number NUMBER, class Tile, class Task, class F>
+GSSF_DEVICE void multiply_tile(float (&s)[kScores], Shared<Tile, Task>& shared, const Seat<Tile>& seat, uint32_t step,
                                int steps, F issued) {
   const auto release = [&](int stage) {
     if (seat.lane == 0) chip::arrive(&shared.empty[stage]);
@@ -86,8 +87,8 @@ GSSF_DEVICE void multiply_tile(float (&s)[kScores], Shared<Tile>& shared, const 
   release(before);
 }
 
-template <Number NUMBER, class Tile>
-GSSF_DEVICE void reduce_tiles(const Sweep& p, Shared<Tile>& shared) {
+template <Number NUMBER, class Tile, class Task>
+GSSF_DEVICE void reduce_tiles(const Task& p, Shared<Tile, Task>& shared) {
   const Seat<Tile> seat(chip::thread() - kWarpgroup);
   const int steps = static_cast<int>(ceil_div(p.D, kDepth));
   each_tile(p, seat.team, Tile::TEAMS, [&](int k, Place place) {
@@ -96,7 +97,7 @@ GSSF_DEVICE void reduce_tiles(const Sweep& p, Shared<Tile>& shared) {
     const uint32_t parity = k / Tile::TEAMS & 1;
     if (Tile::TEAMS == 2) chip::wait(&shared.turn[seat.team], seat.team == 0 ? parity ^ 1 : parity);
     float s[kScores];
-    multiply_tile<NUMBER, Tile>(s, shared, seat, static_cast<uint32_t>(k) * steps, steps, [&] {
+    multiply_tile<NUMBER>(s, shared, seat, static_cast<uint32_t>(k) * steps, steps, [&] {
       if (Tile::TEAMS == 2) chip::arrive(&shared.turn[1 - seat.team]);
     });
     reduce_tile(s, seat, place, p, shared.board[seat.team]);
@@ -104,10 +105,10 @@ GSSF_DEVICE void reduce_tiles(const Sweep& p, Shared<Tile>& shared) {
 }
 
 // Grid: at most as many blocks as the card has processors. a and b: boxes of 64 channels by BN rows, and by BM.
-template <Number NUMBER, class Tile>
+template <Number NUMBER, class Tile, class Task>
 GSSF_KERNEL(Tile::THREADS)
-sweep_kernel(GSSF_GRID chip::TensorMap a, GSSF_GRID chip::TensorMap b, GSSF_GRID Sweep p) {
-  Shared<Tile>& shared = chip::shared_memory<Shared<Tile>>();
+sweep_kernel(GSSF_GRID chip::TensorMap a, GSSF_GRID chip::TensorMap b, GSSF_GRID Task p) {
+  Shared<Tile, Task>& shared = chip::shared_memory<Shared<Tile, Task>>();
   if (chip::thread() == 0) {
     chip::prefetch(a);
     chip::prefetch(b);
@@ -122,10 +123,10 @@ sweep_kernel(GSSF_GRID chip::TensorMap a, GSSF_GRID chip::TensorMap b, GSSF_GRID
 
   if (chip::thread() < kWarpgroup) {
     chip::keep_registers<kLoaderRegisters>();
-    if (chip::thread() == 0) load_tiles<Tile>(a, b, p, shared);
+    if (chip::thread() == 0) load_tiles(a, b, p, shared);
   } else {
     chip::take_registers<kConsumerRegisters>();
-    reduce_tiles<NUMBER, Tile>(p, shared);
+    reduce_tiles<NUMBER>(p, shared);
   }
 }
 
