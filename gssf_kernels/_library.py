@@ -7,14 +7,17 @@ An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks w
     anything else       the reference, in plain PyTorch
 
 There is no switch of our own. Ops are forward computations only; differentiation is added on top
-by a ``torch.autograd.Function`` in the file that defines the op.
+by a :class:`Function` in the file that defines the op.
 """
 
 import contextlib
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,7 +115,37 @@ def backends() -> dict[str, dict[str, str]]:
     return table
 
 
-class _Once(torch.autograd.Function):
+class _Positional(inspect.Signature):
+    """A signature that binds arguments given by position as they come."""
+
+    def bind(self, *arguments, **named):
+        return super().bind(*arguments, **named) if named else _Bound(arguments)
+
+
+class _Bound(NamedTuple):
+    """What PyTorch asks of an `inspect.BoundArguments`."""
+
+    args: tuple
+    kwargs: Mapping[str, Any] = types.MappingProxyType({})
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class Function(torch.autograd.Function):
+    """``torch.autograd.Function`` for a ``forward`` that is given all its arguments, by position.
+
+    PyTorch takes the signature of ``forward`` apart at every call, which takes 20 µs: as long as a small batch's
+    product. One that has its signature with it is spared that.
+    """
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        parameters = inspect.signature(cls.forward).parameters.values()
+        vars(cls.forward)["__signature__"] = _Positional(list(parameters))
+
+
+class _Once(Function):
     """An op as the last derivative: differentiating it again raises, in eager mode and in torch.func alike.
 
     (`once_differentiable` is passed over by torch.func, and by `torch.autograd.grad` of another path: second

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
 
 
 def project(
@@ -66,7 +66,7 @@ def project(
     return p.view(x.shape)
 
 
-class _Project(torch.autograd.Function):
+class _Project(Function):
     @staticmethod
     def forward(x, diag, blocks, permutation, normalize):
         return torch.ops.gssf.project(x, diag, blocks, permutation, normalize)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
+from gssf_kernels._library import Function
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
@@ -106,7 +107,7 @@ def _terms(positive, negative, close, weights, value, relative) -> Tensor:
     return _Designed.apply(term, positive, negative, *both)
 
 
-class _Designed(torch.autograd.Function):
+class _Designed(Function):
     """A value of its own, and of p and n the gradients −w⁺ and w⁻, times what comes from above."""
 
     @staticmethod

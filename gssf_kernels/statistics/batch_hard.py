@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
 
 
 def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
@@ -21,7 +21,7 @@ def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -
     return _BatchHard.apply(x, labels, margin, reduction)[0]
 
 
-class _BatchHard(torch.autograd.Function):
+class _BatchHard(Function):
     @staticmethod
     def forward(x, labels, margin, reduction):
         return torch.ops.gssf.batch_hard(x, labels, margin, reduction)

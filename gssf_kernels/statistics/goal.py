@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import define, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
 from gssf_kernels.reference import AnchorStatistics
 
 
@@ -85,7 +85,7 @@ def goal_terms(
     return _Goal.apply(positive, row, col, triplet, pair, constants, reduction)
 
 
-class _Goal(torch.autograd.Function):
+class _Goal(Function):
     @staticmethod
     def forward(positive, row, col, triplet, pair, constants, reduction):
         return torch.ops.gssf.goal_terms(positive, row, col, triplet, pair, *constants, reduction)

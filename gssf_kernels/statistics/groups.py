@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import last_derivative
+from gssf_kernels._library import Function, last_derivative
 
 
 class Groups(NamedTuple):
@@ -47,7 +47,7 @@ def group_sums(values: Tensor, source: Tensor, target: Tensor, slots: int) -> Te
     return _GroupSums.apply(values, source, target, slots)
 
 
-class _GroupSums(torch.autograd.Function):
+class _GroupSums(Function):
     @staticmethod
     def forward(values, source, target, slots):
         return _sums(values, source, target, slots)

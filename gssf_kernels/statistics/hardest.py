@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, backends, define, distinct, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, backends, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 
 
@@ -161,7 +161,7 @@ def _edges(row_index: Tensor, col_index: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
 
 
-class _PairedHardestNegatives(torch.autograd.Function):
+class _PairedHardestNegatives(Function):
     @staticmethod
     def forward(a, b, a_ids, b_ids, relative):
         return _sweep(a, b, a_ids, b_ids, relative)
@@ -184,7 +184,7 @@ class _PairedHardestNegatives(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
 
 
-class _StructuredHardestNegatives(torch.autograd.Function):
+class _StructuredHardestNegatives(Function):
     """The same on ``s = x̂ W ŷᵀ``, keeping neither factor: since s is linear in each, what reaches a row of x is a
     sum of few rows of ŷ through Wᵀ, and what reaches a row of y a sum of few rows of x̂ through W. Both are gathered
     from the inputs themselves, so nothing of N x D is held between forward and backward. The factors exist while the
@@ -212,7 +212,7 @@ class _StructuredHardestNegatives(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5)
 
 
-class _StructuredHinge(torch.autograd.Function):
+class _StructuredHinge(Function):
     """Hinge terms of the same, keeping as little."""
 
     @staticmethod

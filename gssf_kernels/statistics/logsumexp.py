@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
 
 
@@ -55,7 +55,7 @@ def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tenso
     return _LogSumExp.apply(a, None if b is a else b, given, constant, keep)[:5]
 
 
-class _LogSumExp(torch.autograd.Function):
+class _LogSumExp(Function):
     @staticmethod
     def forward(a, b, scale, constant, keep):
         return torch.ops.gssf.logsumexp_scores(a, b, scale, constant, keep)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     return _PairScores.apply(a, b, torch.arange(a.shape[0], device=a.device), index)
 
 
-class _PairScores(torch.autograd.Function):
+class _PairScores(Function):
     @staticmethod
     def forward(a, b, rows, cols):
         return torch.ops.gssf.pair_scores(a, b, rows, cols)

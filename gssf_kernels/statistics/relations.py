@@ -11,7 +11,7 @@ from one pass over e: they agree about its sign, and at e = 0 both are 0. The di
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
 from gssf_kernels.dense import triangle
 
 KINDS = {"mae": "abs", "mse": "square"}
@@ -25,7 +25,7 @@ def relation_sums(student: Tensor, image: Tensor, text: Tensor, lam: Tensor, kin
     return total, teachers
 
 
-class _Relations(torch.autograd.Function):
+class _Relations(Function):
     @staticmethod
     def forward(student, image, text, lam, kind, need):
         return torch.ops.gssf.relation_sums(student, image, text, lam, kind, need)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
 from gssf_kernels.dense import chunks, triangle, unit_of
 
 KINDS = ("hinge", "softplus", "abs", "square")
@@ -97,7 +97,7 @@ def line_sums(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) ->
     return _Lines.apply(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives)
 
 
-class _Total(torch.autograd.Function):
+class _Total(Function):
     @staticmethod
     def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
         options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs)
@@ -120,7 +120,7 @@ class _Total(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad[:4], strict=True)), *[None] * 9)
 
 
-class _Lines(torch.autograd.Function):
+class _Lines(Function):
     @staticmethod
     def forward(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives):
         op, biases = torch.ops.gssf.score_sums, (row_bias, None, col_bias, None)

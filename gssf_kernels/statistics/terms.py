@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import define, distinct, last_derivative
+from gssf_kernels._library import Function, define, distinct, last_derivative
 
 
 def hinge_terms(positive: Tensor, row: Tensor, col: Tensor, margin: float, reduction: str) -> Tensor:
@@ -19,7 +19,7 @@ def hinge_terms(positive: Tensor, row: Tensor, col: Tensor, margin: float, reduc
     return _Hinge.apply(positive, row, col, margin, reduction)
 
 
-class _Hinge(torch.autograd.Function):
+class _Hinge(Function):
     @staticmethod
     def forward(positive, row, col, margin, reduction):
         return torch.ops.gssf.hinge_terms(positive, row, col, margin, reduction)
@@ -49,7 +49,7 @@ def contrast_terms(rows: tuple, cols: tuple | None, reduction: str) -> Tensor:
     return _Contrast.apply(row_max, row_log, row_target, col_max, col_log, col_target, reduction)
 
 
-class _Contrast(torch.autograd.Function):
+class _Contrast(Function):
     @staticmethod
     def forward(row_max, row_log, row_target, col_max, col_log, col_target, reduction):
         op = torch.ops.gssf.contrast_terms
