@@ -21,6 +21,7 @@ from gssf_kernels.kernels import (
     pairs,
     positives,
     project,
+    relations,
     relative,
     sums,
     terms,
@@ -271,6 +272,23 @@ def _totals(product: str) -> Iterator[Case]:
         yield Case("score_total_backward" + name, launcher, make, ("scaled_kernel",), product)
 
 
+def _relation_loss(dtype: torch.dtype, n: int, d: int, kind: str, learned: bool, need: bool) -> tuple:
+    sides = (torch.zeros(n, width, dtype=dtype) for width in (d, d + 1, 2 * d))
+    return *sides, *(torch.ones(()) if learned else None for _ in range(2)), 0.5, 0.1, [2.0, 1.0, 1.0], kind, need
+
+
+def _distillations(product: str) -> Iterator[Case]:
+    for name, n, d, learned, need in (
+        ("", 128, 256, False, True),
+        (" learnable ragged", 129, 200, True, True),
+        (" without gradients", 128, 256, True, False),
+    ):
+        for kind in ("abs", "square"):
+            make = partial(_relation_loss, PRODUCTS[product][0], n, d, kind, learned, need)
+            kernels = ("relation_tile_kernel", "relation_loss_kernel")
+            yield Case(f"relation_loss {kind}{name}", relations.relation_loss, make, kernels, product)
+
+
 def _small() -> Iterator[Case]:
     """Dense losses of small problems; ragged ones have neither rows nor channels on 16 bytes."""
     for product, (dtype, _) in PRODUCTS.items():
@@ -290,6 +308,7 @@ def _small() -> Iterator[Case]:
                 "logsumexp_scores_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product
             )
         yield from _totals(product)
+        yield from _distillations(product)
     for lines, needs in (
         ("row", [True, False, False]),
         ("col pair", [False, True, True]),

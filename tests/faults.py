@@ -17,6 +17,7 @@ HOPPER = "tests/test_hopper.py"
 PERSISTENT = "tests/test_persistent.py"
 SMALL = "tests/test_small_triton.py"
 FEW = "tests/test_few_triton.py"
+RELATIONS = "tests/test_small_relations_triton.py"
 FAULTS = [
     Fault(
         "sign: the margin is subtracted",
@@ -104,6 +105,83 @@ FAULTS = [
         "above, below, normalize, norm)",
         "above, below, False, norm)",
         SMALL,
+    ),
+    Fault(
+        "relations: a tile off the diagonal stands for itself alone",
+        "gssf_kernels/kernels/relations.py",
+        "times = tl.where(tile_i == tile_j, 1.0, 2.0)",
+        "times = tl.where(tile_i == tile_j, 1.0, 1.0)",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: what is below the diagonal gets no gradient",
+        "gssf_kernels/kernels/relations.py",
+        "inside = inside & (tile_i != tile_j)",
+        "inside = inside & (tile_i > N)",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: the diagonal counts",
+        "gssf_kernels/kernels/relations.py",
+        "& (i[:, None] != j[None, :])",
+        "& (i[:, None] >= 0)",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: rows past N count",
+        "gssf_kernels/kernels/relations.py",
+        "counted = (i < N)[:, None] & (j < N)[None, :] & ",
+        "counted = ",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: e is of the other sign",
+        "gssf_kernels/kernels/relations.py",
+        "pointwise((f - u) - number(lam, lam_number) * gap, KIND)",
+        "pointwise(number(lam, lam_number) * gap - (f - u), KIND)",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: λ mixes the other way round",
+        "gssf_kernels/kernels/relations.py",
+        "gap = w - u",
+        "gap = u - w",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: what λ gets by the student has the other sign",
+        "gssf_kernels/kernels/relations.py",
+        "* between - along) / pairs",
+        "* between + along) / pairs",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: what λ gets by the teachers has the other sign",
+        "gssf_kernels/kernels/relations.py",
+        "to_image * at_size - to_text * at_rest",
+        "to_image * at_size + to_text * at_rest",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: what τ gets has the other sign",
+        "gssf_kernels/kernels/relations.py",
+        "by_tau = -total",
+        "by_tau = total",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: a pair's two places count once in the student's gradient",
+        "gssf_kernels/kernels/relations.py",
+        "(2.0 * own * share / pairs)",
+        "(own * share / pairs)",
+        RELATIONS,
+    ),
+    Fault(
+        "relations: the teachers' weights are exchanged",
+        "gssf_kernels/kernels/relations.py",
+        "(to_image * size + to_text * rest)",
+        "(to_image * rest + to_text * size)",
+        RELATIONS,
     ),
     Fault(
         "few: y goes through the diagonal too",
@@ -297,8 +375,8 @@ FAULTS = [
     Fault(
         "dense: a pair's two places count once in the student's gradient",
         "gssf_kernels/statistics/relations.py",
-        "dh.mul_(2)",
-        "dh.mul_(1)",
+        "slope = 2 * own",
+        "slope = own",
         "tests/test_distillation.py",
     ),
     Fault(

@@ -113,7 +113,8 @@ def _dense_samples(a, b, g):
         yield "score_sums_pass", (chunk.clone(), scale, *weights, *ids, 0, kind, positives, True, *out)
     h = a[:, :5]
     for kind in ("abs", "square"):
-        yield "relation_sums", (a, h, a.flip(0), scale, kind, True)
+        yield "relation_loss", (a, h, a.flip(0), scale, scale.abs(), 0.0, 1.0, [2.0, 1.0, 0.5], kind, True)
+        yield "relation_loss", (a, h, a.flip(0), None, None, 0.3, 0.5, [2.0, 1.0, 0.5], kind, False)
         square = [chunk[:, k : n + k].contiguous() for k in range(3)]
         yield "relation_pass", (*square, scale, kind, True, torch.zeros(3, n, dtype=wide))
     yield "softmax_pass", (chunk.clone(), scale, *rows[:3], *cols[:2], None, rows[3].clone())

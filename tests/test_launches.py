@@ -18,6 +18,14 @@ def with_ids(x, y, t):
     return gk.triplet_loss(x, y, x_ids=torch.empty(len(x), dtype=torch.int64, device=DEVICE))
 
 
+def distilled(kind="mae", learned=True):
+    def loss(x, y, t):
+        lam, tau = (t, torch.empty((), device=DEVICE, requires_grad=True)) if learned else (0.5, 0.07)
+        return gk.relational_distillation_loss(x, y, y[:, :256], lam=lam, tau=tau, kind=kind)
+
+    return loss
+
+
 STEPS = {  # (forward, backward); t is learned too
     "triplet": (lambda x, y, t: gk.triplet_loss(x, y), (3, 2)),
     "triplet mean": (lambda x, y, t: gk.triplet_loss(x, y, reduction="mean"), (3, 2)),
@@ -37,6 +45,8 @@ STEPS = {  # (forward, backward); t is learned too
         lambda x, y, t: gk.batch_hard_loss(x, torch.empty(len(x), dtype=torch.int64, device=DEVICE)),
         (2, 1),
     ),
+    "distillation": (distilled(), (2, 1)),
+    "distillation mse": (distilled("mse", learned=False), (2, 1)),
     "all negatives": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all"), (3, 1)),
     "all negatives mean": (lambda x, y, t: gk.triplet_loss(x, y, negatives="all", reduction="mean"), (3, 1)),
 }
@@ -85,6 +95,12 @@ def test_what_sums_launch():
             ["pair_scores_kernel", "sweep_kernel", "gradients_kernel"],
             ["scaled_kernel"],
         )
+
+
+def test_what_distillation_launches():
+    forward, backward = launches(STEPS["distillation"][0], 128, torch.float32)
+    assert forward == ["relation_tile_kernel", "relation_loss_kernel"]
+    assert backward == ["scaled_kernel"]
 
 
 @pytest.mark.parametrize("n", [128, 256, 512, 1024])

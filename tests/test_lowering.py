@@ -34,6 +34,7 @@ from gssf_kernels.kernels import (  # noqa: E402
     pairs,
     positives,
     project,
+    relations,
     relative,
     sums,
     sweep,
@@ -43,7 +44,7 @@ from gssf_kernels.kernels import (  # noqa: E402
 
 MODULES = (
     *(batch_hard, certified, dense, epilogues, goal, gradients, hardest, logsumexp),
-    *(pairs, positives, project, relative, sums, sweep, terms),
+    *(pairs, positives, project, relations, relative, sums, sweep, terms),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

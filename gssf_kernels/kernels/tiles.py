@@ -116,6 +116,12 @@ GRADIENTS = {
     "ieee": Gradients(64, 64, 16, 4, 3),
 }
 
+RELATIONS = {  # three sums of a tile at once; BN = BM
+    "half": Sweep(64, 64, 64, 8, 3),
+    "tf32": Sweep(64, 64, 32, 8, 3),
+    "ieee": Sweep(64, 64, 16, 8, 3),
+}
+
 PASS = Pass(16, 64, 8)
 ROUND = Pass(4, 256, 4)
 RESCORE = {"best": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.statistics.relations import KINDS, relation_sums
+from gssf_kernels.statistics.relations import KINDS, relation_loss
 
 _TEACHERS = ("image_teacher", "text_teacher")
 
@@ -48,22 +48,17 @@ def relational_distillation_loss(
 
     Time: three half products, and one whole for the gradient. Extra memory: three half-sized chunks of scores besides
     the gradient, and on the CPU fp32 copies of the three inputs (of bf16 where there is a unit for it), two of
-    student's with a gradient.
+    student's with a gradient. On a GPU a student of up to 1024 rows has the gradient of each score stored instead.
     """
     _checks.choice(kind, "kind", tuple(KINDS))
     shares = _weights(weights)
     student, image_teacher, text_teacher = _checks.autocast(student, image_teacher, text_teacher)
     for teacher, name in ((image_teacher, _TEACHERS[0]), (text_teacher, _TEACHERS[1])):
         _check_sides(student, teacher, name)
-    lam = _checks.scalar(lam, "lam", student)
-    tau = _checks.scalar(tau, "tau", student, positive=True)
-    count = student.shape[0]
+    lam = _checks.scalar_or_number(lam, "lam", student)
+    tau = _checks.scalar_or_number(tau, "tau", student, positive=True)
     teachers = (image_teacher.detach(), text_teacher.detach())
-    to_student, between = relation_sums(student, *teachers, lam, KINDS[kind])
-    size = torch.abs if kind == "mae" else torch.square  # of a factor, taken out of the sums
-    wide = lam.double()
-    total = shares[0] * to_student + (shares[1] * size(wide) + shares[2] * size(1 - wide)) * between
-    return (total * size(1 / tau.double()) / max(count * (count - 1), 1)).to(lam.dtype)
+    return relation_loss(student, *teachers, lam, tau, shares, KINDS[kind])
 
 
 def _weights(weights) -> tuple[float, float, float]:
