@@ -23,6 +23,7 @@ from gssf_kernels.kernels import (
     project,
     relations,
     relative,
+    relative_goal,
     sums,
     terms,
     tiles,
@@ -190,6 +191,31 @@ def _goals() -> Iterator[Case]:
         yield Case(f"goal_terms {name}", goal.goal_terms, make, ("goal_kernel",))
         make, launcher = partial(_goal_backward, n, options), cast(Callable, goal.goal_terms_backward)
         yield Case(f"goal_terms_backward {name}", launcher, make, ("goal_backward_kernel",))
+
+
+def _relative_goals() -> Iterator[Case]:
+    """GOAL with relative terms of small problems; ragged ones have neither rows, channels nor ids on 16 bytes."""
+    kernels: tuple[str, ...] = ("sweep_kernel", "relative_goal_kernel")
+    for product, (dtype, _) in PRODUCTS.items():
+        for triplet, pair, reduction, shape, ids in (
+            ("nca", "lin_ms", "sum", (128, 256), ""),
+            ("con", "sig_ms", "mean", (128, 256), "on 16 bytes"),
+            ("cir", "sig_ms", "none", (129, 200), "off 16 bytes"),
+        ):
+            launcher: Callable = relative_goal.relative_goal
+            options = (triplet, pair, 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, reduction)
+            words = (triplet, pair, reduction, "with ids" if ids else "", "ragged" if shape[0] % 16 else "")
+            make = partial(_sweep, launcher, dtype, *shape, ids, *options)
+            yield Case(f"relative_goal {' '.join(filter(None, words))}", launcher, make, kernels, product)
+    for reduction in ("sum", "mean", "none"):
+        grad = (129,) if reduction == "none" else ()
+        launcher, kernels = relative_goal.relative_goal_backward, ("relative_goal_backward_kernel",)
+        make = partial(_relative_goal_backward, grad, reduction)
+        yield Case(f"relative_goal_backward {reduction}", launcher, make, kernels)
+
+
+def _relative_goal_backward(grad: tuple[int, ...], reduction: str) -> tuple:
+    return torch.zeros(grad), torch.zeros(4, 129), 136, reduction
 
 
 def _goal(n: int, options: tuple) -> tuple:
@@ -460,6 +486,7 @@ CASES = [
     *_pairs(),
     *_hinges(),
     *_goals(),
+    *_relative_goals(),
     *_batch_hards(),
     *_positives(),
     *_projections(),

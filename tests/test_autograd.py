@@ -74,6 +74,10 @@ def _op_samples():
             mode = ("cir", "sig", 1.0, 2.0, 10.0, 0.5, reduction)
             yield "goal_terms", (*lines, *mode)
             yield "goal_terms_backward", (above, *lines, *mode)
+            for pair, given in (("lin_ms", ids), ("sig_ms", (None, None))):
+                yield "relative_goal", (a, b, *given, "nca", pair, 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, reduction)
+            weights = torch.stack([lines[k % 2] for k in range(4)])
+            yield "relative_goal_backward", (above, weights, 14, reduction)
             yield "batch_hard", (a, ids[0], 0.2, reduction)
             partners = torch.randint(-1, 9, (2, 9), generator=g).unbind()
             yield "batch_hard_backward", (above, *lines[:2], *partners, a, 0.2, reduction)
@@ -224,6 +228,9 @@ _ONCE = {
     "triplet": lambda x: gk.triplet_loss(x, x.flip(0)).square(),
     "metric": lambda x: gk.triplet_loss(x, x.flip(0), metric=gk.StructuredSimilarity(8, 4)).square(),
     "goal": lambda x: gk.goal_loss(x, x.flip(0), pair="sig_ms").square(),
+    "goal-relative-metric": lambda x: gk.goal_loss(
+        x, x.flip(0), pair="lin_ms", metric=gk.StructuredSimilarity(8, 4)
+    ).square(),
     "goal-metric": lambda x: gk.goal_loss(x, x.flip(0), metric=gk.StructuredSimilarity(8, 4)).square(),
     "batch-hard": lambda x: gk.batch_hard_loss(x, torch.tensor([0, 0, 1, 1])).square(),
     "pairs": lambda x: gk.pair_scores(x, x.flip(0)).square().sum(),

@@ -33,7 +33,7 @@ OPS = {  # those with a kernel of their own
     "score_sums_pass",
     "relation_pass",
 }
-PLAIN_ON_CPU = {"hardest_positives", "goal_terms", "goal_terms_backward"}
+PLAIN_ON_CPU = {"hardest_positives", "goal_terms", "goal_terms_backward", "relative_goal_backward"}
 # Loops in Python over one of those.
 SMALL = {  # those with kernels of their own besides, for small problems
     "logsumexp_scores",
@@ -46,6 +46,7 @@ SMALL = {  # those with kernels of their own besides, for small problems
     "batch_hard",
     "batch_hard_backward",
     "relation_loss",
+    "relative_goal",
 }
 THROUGH = {*SMALL, "score_sums"}
 

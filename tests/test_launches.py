@@ -26,6 +26,10 @@ def distilled(kind="mae", learned=True):
     return loss
 
 
+def relative(triplet, pair):
+    return lambda x, y, t: gk.goal_loss(x, y, triplet=triplet, pair=pair)
+
+
 STEPS = {  # (forward, backward); t is learned too
     "triplet": (lambda x, y, t: gk.triplet_loss(x, y), (3, 2)),
     "triplet mean": (lambda x, y, t: gk.triplet_loss(x, y, reduction="mean"), (3, 2)),
@@ -41,6 +45,11 @@ STEPS = {  # (forward, backward); t is learned too
     "goal": (lambda x, y, t: gk.goal_loss(x, y), (3, 2)),
     "goal con lin": (lambda x, y, t: gk.goal_loss(x, y, triplet="con", pair="lin", reduction="mean"), (3, 2)),
     "goal cir sig": (lambda x, y, t: gk.goal_loss(x, y, triplet="cir", pair="sig"), (3, 2)),
+    **{
+        f"goal {triplet} {pair}": (relative(triplet, pair), (2, 2))
+        for triplet in ("con", "nca", "cir")
+        for pair in ("lin_ms", "sig_ms")
+    },
     "batch-hard": (
         lambda x, y, t: gk.batch_hard_loss(x, torch.empty(len(x), dtype=torch.int64, device=DEVICE)),
         (2, 1),
@@ -101,6 +110,24 @@ def test_what_distillation_launches():
     forward, backward = launches(STEPS["distillation"][0], 128, torch.float32)
     assert forward == ["relation_tile_kernel", "relation_loss_kernel"]
     assert backward == ["scaled_kernel"]
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])
+def test_what_goal_with_relative_terms_launches(pair, reduction, metric):
+    """By a metric the projections of both sides besides, and their gradients and those of its weights."""
+    s = gk.StructuredSimilarity(512, permutation=torch.randperm(512)).to(DEVICE) if metric else None
+    x, y = (torch.empty(n, 512, device=DEVICE, requires_grad=True) for n in (300, 337))
+    ids = [torch.empty(n, dtype=torch.int64, device=DEVICE) for n in (300, 337)]
+    upstream = torch.empty(300 if reduction == "none" else (), device=DEVICE)
+    with device_path() as path:
+        loss = gk.goal_loss(x, y, pair=pair, reduction=reduction, x_ids=ids[0], y_ids=ids[1], metric=s)
+        forward = list(path.launches)
+        torch.autograd.grad(loss, [x, y, *(s.parameters() if metric else ())], upstream)
+    sides = ["sides_kernel"] if metric else []
+    assert forward == [*sides, "sweep_kernel", "relative_goal_kernel"]
+    assert path.launches[len(forward) :] == ["relative_goal_backward_kernel", "scan_kernel", *sides]
 
 
 @pytest.mark.parametrize("n", [128, 256, 512, 1024])

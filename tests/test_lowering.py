@@ -36,6 +36,7 @@ from gssf_kernels.kernels import (  # noqa: E402
     project,
     relations,
     relative,
+    relative_goal,
     sums,
     sweep,
     terms,
@@ -44,7 +45,7 @@ from gssf_kernels.kernels import (  # noqa: E402
 
 MODULES = (
     *(batch_hard, certified, dense, epilogues, goal, gradients, hardest, logsumexp),
-    *(pairs, positives, project, relations, relative, sums, sweep, terms),
+    *(pairs, positives, project, relations, relative, relative_goal, sums, sweep, terms),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

@@ -123,6 +123,8 @@ RELATIONS = {  # three sums of a tile at once; BN = BM
 }
 
 PASS = Pass(16, 64, 8)
+CLOSE = Pass(16, 128, 4)  # lines, and scores of each, that relative terms of a small problem are made of at a time
+LINE = 1 << 13  # scores of a line that one program reads
 ROUND = Pass(4, 256, 4)
 RESCORE = {"best": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
 CERTIFIED_SCORES = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16

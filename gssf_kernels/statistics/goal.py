@@ -4,7 +4,7 @@
     dL/dp = −w⁺(p, row) − w⁺(p, col),   dL/drow = w⁻(p, row),   dL/dcol = w⁻(p, col)
 
 The weights w are a triplet weight times a pair weight; formulas: :mod:`gssf_kernels.losses.goal`. The op is for modes
-without relative terms. Those have a sorted statistic of their own and go through `gradient_space_loss`.
+without relative terms; those with them are `relative_goal.py`.
 """
 
 from collections.abc import Callable

@@ -15,6 +15,7 @@ from torch import Tensor
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import Function, accumulation_dtype, backends, define, distinct, last_derivative
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
+from gssf_kernels.statistics.relative import relative_sweep
 
 
 def hardest_negatives(
@@ -146,12 +147,7 @@ def _sweep(a, b, a_ids, b_ids, relative):
     """What `hardest_negatives` gives, then the relative negatives if asked for."""
     if relative is None:
         return torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
-    i = torch.arange(a.shape[0], device=a.device)
-    positive = torch.ops.gssf.pair_scores(a, b, i, i)
-    # +inf behind them, so that no pair at all has a minimum too; a tensor, so that nothing waits for its value
-    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
-    beta = None if relative.kind == "linear" else relative.beta
-    return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
+    return relative_sweep(a, b, a_ids, b_ids, relative)
 
 
 def _edges(row_index: Tensor, col_index: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,16 @@ from gssf_kernels._library import accumulation_dtype, define
 from gssf_kernels.reference import RelativeTerms
 
 
+def relative_sweep(a, b, a_ids, b_ids, relative: RelativeTerms) -> tuple[Tensor, ...]:
+    """What ``relative_negatives`` gives, its threshold being that of the pairs. Not differentiable."""
+    i = torch.arange(a.shape[0], device=a.device)
+    positive = torch.ops.gssf.pair_scores(a, b, i, i)
+    # +inf behind them, so that no pair at all has a minimum too; a tensor, so that nothing waits for its value
+    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
+    beta = None if relative.kind == "linear" else relative.beta
+    return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
+
+
 def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTerms) -> Tensor:
     """r⁺ of N anchors with scores ``positive [N]`` and hardest negatives ``negative [N]`` -> [N] of their dtype.
 
