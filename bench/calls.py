@@ -211,7 +211,7 @@ def _relative_goals() -> Iterator[Case]:
         grad = (129,) if reduction == "none" else ()
         launcher, kernels = relative_goal.relative_goal_backward, ("relative_goal_backward_kernel",)
         make = partial(_relative_goal_backward, grad, reduction)
-        yield Case(f"relative_goal_backward {reduction}", launcher, make, kernels)
+        yield Case(f"relative_goal_backward {reduction} ragged", launcher, make, kernels)
 
 
 def _relative_goal_backward(grad: tuple[int, ...], reduction: str) -> tuple:

@@ -200,7 +200,7 @@ def test_every_cell_of_the_table_is_there():
     assert set(tiles.SWEEP) == {
         (arch, kind, size) for arch in lowering.ARCHITECTURES for kind in kinds for size in sizes
     }
-    assert set(tiles.PROJECT) == set(kinds)
+    assert set(tiles.PROJECT) == set(tiles.RELATIONS) == set(kinds)
     assert set(tiles.POSITIVES) == {"half", "ieee"}
 
 

@@ -13,7 +13,7 @@ INF, NAN = float("inf"), float("nan")
 MODES = [(triplet, pair) for triplet in ("con", "nca", "cir") for pair in ("lin_ms", "sig_ms")]
 NUMBERS = (3.0, 2.0, 6.0, 0.4)  # τ, α, β, λ
 NEAR = (0.125, 0.25)  # thresholds of positives and negatives: of exact scores, some stand on them
-SHAPES = [(1, 1, 3), (1, 40, 5), (2, 2, 8), (16, 32, 16), (17, 33, 17), (50, 97, 24), (70, 70, 20)]
+SHAPES = [(1, 1, 3), (1, 40, 5), (2, 2, 8), (16, 32, 16), (17, 33, 17), (40, 70, 24), (50, 50, 20)]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 every_mode = pytest.mark.parametrize(("triplet", "pair"), MODES)
 every_reduction = pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -75,11 +75,17 @@ def check(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=NUMBERS, near=NE
     return loss, weights
 
 
-@every_dtype
 @every_mode
 @pytest.mark.parametrize(("n", "m", "d"), SHAPES)
-def test_loss_and_gradients(n, m, d, triplet, pair, dtype):
-    check(*given(n, m, d, dtype, ids=n % 2 == 1), triplet, pair, ("sum", "mean", "none")[n % 3])
+def test_loss_and_gradients(n, m, d, triplet, pair):
+    check(*given(n, m, d, ids=n % 2 == 1), triplet, pair, ("sum", "mean", "none")[n % 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES[2:5])
+def test_halves(n, m, d, pair, dtype):
+    check(*given(n, m, d, dtype, ids=n % 2 == 1), "cir", pair, "mean")
 
 
 @every_reduction
@@ -94,7 +100,7 @@ def test_every_reduction(pair, reduction):
 def test_every_threshold(near, pair):
     """From none but those level with the hardest, or with the least positive, to all."""
     for numbers in (NUMBERS, (0.5, 4.0, 1.0, -0.25)):
-        check(*given(50, 70, 24), "con", pair, "none", numbers, near)
+        check(*given(40, 50, 24), "con", pair, "none", numbers, near)
 
 
 def weights_of(a, b, a_ids, b_ids, pair, near=NEAR):
@@ -114,7 +120,7 @@ def weights_of(a, b, a_ids, b_ids, pair, near=NEAR):
 @pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])
 def test_weights(pair, dtype):
     for ids in (False, True):
-        close(*weights_of(*given(50, 97, 24, dtype, ids), pair), torch.float32)
+        close(*weights_of(*given(33, 70, 24, dtype, ids), pair), torch.float32)
 
 
 @pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])

@@ -83,7 +83,7 @@ def _formula(sums, lam, tau, weights, kind, pairs):
     """(loss, dlam, dtau, slope) in fp64; slope: what each φ'(e_ij) h_j counts for in dh_i."""
     to_student, between, along = sums
     own, to_image, to_text = weights
-    (size, at_size), (rest, at_rest), (share, at_share) = (_phi(t, kind) for t in (lam, 1 - lam, 1 / tau))
+    (size, rest, share), (at_size, at_rest, at_share) = _phi(torch.stack((lam, 1 - lam, 1 / tau)), kind)
     total = (own * to_student + (to_image * size + to_text * rest) * between) / pairs
     dlam = ((to_image * at_size - to_text * at_rest) * between - own * along) / pairs
     slope = 2 * own * share / pairs  # 2: h_i stands on both sides of a pair
