@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import define, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
 from gssf_kernels.reference import AnchorStatistics, HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.goal import Constants, anchor_weights
 from gssf_kernels.statistics.hardest import _factors, _given
@@ -36,7 +36,7 @@ def relative_goal(
     return loss, pair_score, HardestNegatives(*hardest)
 
 
-class _RelativeGoal(torch.autograd.Function):
+class _RelativeGoal(Function):
     """Of a metric no factor is kept, as in ``hardest.py``."""
 
     @staticmethod
