@@ -1,5 +1,7 @@
 """Derivatives and transforms: gradcheck, opcheck, torch.compile, torch.func, autocast."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,3 +372,32 @@ def test_scores_kept_for_the_backward_change_nothing(dtype, monkeypatch):
     for got, expected in zip(step(), kept, strict=True):
         assert torch.equal(got, expected)
     assert [t.numel() for t in asked] == [60 * 75] * 2 + [0] * 2
+
+
+class _Weighted(_library.Function):
+    @staticmethod
+    def forward(x, factor, shift=1.0):
+        return x * factor + shift
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.inputs = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.inputs[1], None, None
+
+
+def test_a_function_binds_its_arguments_as_pytorch_does():
+    """Its signature is at hand, and says what forward asks for; all that PyTorch's own does with it stays."""
+
+    assert list(inspect.signature(_Weighted.forward).parameters) == ["x", "factor", "shift"]
+    x = torch.ones(3, requires_grad=True)
+    for value in (_Weighted.apply(x, 2.0, 3.0), _Weighted.apply(x, factor=2.0, shift=3.0)):
+        assert value.tolist() == [5.0] * 3
+        assert value.grad_fn.inputs[1:] == (2.0, 3.0)
+        assert torch.autograd.grad(value.sum(), x)[0].tolist() == [2.0] * 3
+    assert torch.func.grad(lambda t: _Weighted.apply(t, 2.0, 3.0).sum())(x).tolist() == [2.0] * 3
+    for arguments in ((x,), (x, 1.0, 2.0, 3.0)):
+        with pytest.raises(TypeError, match="argument"):
+            _Weighted.apply(*arguments)
