@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.project import project
+from gssf_kernels.project import project, sides
 
 
 def similarity(
@@ -120,9 +120,15 @@ class StructuredSimilarity(nn.Module):
 
         Without ``normalize``, b is y itself.
         """
+        return self.paired_factors(x, y, False)[:2]
+
+    def paired_factors(self, x: Tensor, y: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The same and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
         x, y = _checks.autocast(x, y)
-        _checks.sides(x, y, "x", "y", paired=False)
-        return self.project(x), project(y, normalize=self.normalize)
+        _checks.sides(x, y, "x", "y", paired=pairs)
+        diag, blocks = _checks.autocast(self.diag, self.blocks)
+        _checks.metric_weights(x, diag, blocks, self.permutation)
+        return sides(x, y, diag, blocks, self.permutation, self.normalize, pairs)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """All similarities of x [N, D] and y [M, D] as a matrix [N, M]; see :func:`similarity`."""

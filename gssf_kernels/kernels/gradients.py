@@ -46,19 +46,21 @@ def products(
 
 
 @triton.jit
-def own_weights(slopes, r, N, M, rows, across, down, BR: tl.constexpr, BP: tl.constexpr):
+def part_sums(source, lane, length, count, parts, BP: tl.constexpr):
+    """Σ of source [parts, length] over the parts at the lanes, 0 from count on."""
+    total = tl.zeros(lane.shape, tl.float32)
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        inside = (p < parts)[:, None] & (lane < count)[None, :]
+        total += tl.sum(tl.load(source + p.to(tl.int64)[:, None] * length + lane[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def own_weights(slopes, r, N, M, rows, across, down, BP: tl.constexpr):
     """What pair r [BR] gets of terms s_ij - s_ii and s_ij - s_jj: minus the slopes of its row and of its column."""
     of_rows, of_cols = slopes  # [across, rows], [down, M]
-    total = tl.zeros([BR], tl.float32)
-    for p0 in range(0, across, BP):
-        p = p0 + tl.arange(0, BP)
-        inside = (p < across)[:, None] & (r < N)[None, :]
-        total += tl.sum(tl.load(of_rows + p.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0.0), 0)
-    for p0 in range(0, down, BP):
-        p = p0 + tl.arange(0, BP)
-        inside = (p < down)[:, None] & (r < N)[None, :]
-        total += tl.sum(tl.load(of_cols + p.to(tl.int64)[:, None] * M + r[None, :], mask=inside, other=0.0), 0)
-    return -total
+    return -(part_sums(of_rows, r, rows, N, across, BP) + part_sums(of_cols, r, M, N, down, BP))
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def gradients_kernel(
         if SAME:
             total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
         if slopes is not None:
-            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            weights = own_weights(slopes, r, N, M, rows, across, down, BP)
             total = add_own(total, weights, b, r, c, b_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(da + at, (total * kappa).to(da.dtype.element_ty), mask=(r < N)[:, None] & (c < D)[None, :])
@@ -97,7 +99,7 @@ def gradients_kernel(
         total = tl.zeros([BR, BC], tl.float32)
         total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
         if slopes is not None:
-            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            weights = own_weights(slopes, r, N, M, rows, across, down, BP)
             total = add_own(total, weights, a, r, c, a_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(db + at, (total * kappa).to(db.dtype.element_ty), mask=(r < M)[:, None] & (c < D)[None, :])

@@ -31,7 +31,7 @@ from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import paired_hardest_negatives
+from gssf_kernels.statistics import paired_hardest_negatives, structured_terms
 from gssf_kernels.statistics.goal import LOSS, PAIR, TRIPLET, Constants, anchor_weights, goal_terms
 
 RELATIVE = {"lin_ms": "linear", "sig_ms": "exponential"}
@@ -98,9 +98,13 @@ def goal_loss(
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(diagnostics, "diagnostics")
-        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
-        lines = positive, hardest.row_score, hardest.col_score
-        terms = goal_terms(*lines, triplet, pair, constants, reduction)
+        if metric is None:
+            positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+            lines = positive, hardest.row_score, hardest.col_score
+            terms = goal_terms(*lines, triplet, pair, constants, reduction)
+        else:
+            given = (x, y, x_ids, y_ids, "goal", (triplet, pair, *constants, reduction))
+            terms, positive, hardest = structured_terms(*given, names=_NAMES, metric=metric)
         return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
     loss = LOSS.get((triplet, pair))
     return gradient_space_loss(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.sums import row_sums, total_score
+from gssf_kernels.statistics.sums import row_terms, total_score
 
 
 def sigmoid_loss(
@@ -60,7 +60,7 @@ def sigmoid_loss(
     # −log σ(z t) is softplus(t) for negatives, softplus(−t) for positives
     arguments = (x, y, "softplus", scale, bias, "negate", x_ids, y_ids)
     if reduction == "none":
-        return row_sums(*arguments)
+        return row_terms(*arguments)
     return total_score(*arguments, share=1 / max(x.shape[0], 1) if reduction == "mean" else 1.0)
 
 

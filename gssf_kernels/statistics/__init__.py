@@ -6,7 +6,7 @@ from gssf_kernels.statistics.hardest import (
     paired_hardest_negatives,
     paired_relative_negatives,
     rescored_candidates,
-    structured_hinge,
+    structured_terms,
 )
 from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
 from gssf_kernels.statistics.pairs import pair_scores
@@ -28,6 +28,6 @@ __all__ = [
     "paired_relative_negatives",
     "relative_positives",
     "rescored_candidates",
-    "structured_hinge",
+    "structured_terms",
     "sum_scores",
 ]
