@@ -38,11 +38,17 @@ PLAIN_ON_CPU = {"hardest_positives", "goal_terms", "goal_terms_backward"}
 SMALL = {  # those with kernels of their own besides, for small problems
     "logsumexp_scores",
     "logsumexp_scores_backward",
+    "contrast",
+    "contrast_backward",
     "score_total",
     "score_total_backward",
+    "score_rows",
+    "score_rows_backward",
     "hardest_project_backward",
     "project_sides",
+    "project_sides_backward",
     "hardest_hinge",
+    "hardest_goal",
     "batch_hard",
     "batch_hard_backward",
 }
