@@ -243,15 +243,30 @@ def _total(dtype: torch.dtype, n: int, d: int, of: tuple, learned: bool, sides: 
     a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
     ids = [torch.zeros(size, dtype=torch.int64) if learned else None for size in (n, n + 1)]
     number = torch.ones(()) if learned else None
-    needs = [sides != "none", sides == "ab"]
-    return a, b, number, number, 1.0, 0.5, ids[0], None if b is None else ids[1], kind, positives, relative, 0.5, needs
+    needs, constant = [sides != "none", sides == "ab"], None if learned and sides == "a" else 1.0  # None: of log κ
+    return (
+        a,
+        b,
+        number,
+        number,
+        constant,
+        0.5,
+        ids[0],
+        None if b is None else ids[1],
+        kind,
+        positives,
+        relative,
+        0.5,
+        needs,
+    )
 
 
 def _total_backward(dtype: torch.dtype, n: int, d: int, learned: bool, sides: str) -> tuple:
     a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
     da, db = torch.zeros(n, d), torch.zeros(n + 1, d) if sides == "ab" else torch.zeros(0)
     number = torch.ones(()) if learned else None
-    return (*(torch.ones(()) for _ in range(3)), da, db, a, b, number, number, 1.0, 0.5)
+    constant = None if learned and sides == "a" else 1.0
+    return (*(torch.ones(()) for _ in range(3)), da, db, a, b, number, number, constant, 0.5)
 
 
 def _totals(product: str) -> Iterator[Case]:
@@ -351,6 +366,7 @@ class _Contrast(NamedTuple):
     def forward(self, dtype: torch.dtype) -> tuple:
         a, b, *scale = _logsumexp_small(dtype, self.n, self.d, self.scaled, self.twice)
         ids = [torch.zeros(self.n + (k and b is not None), dtype=torch.int64) if self.ids else None for k in (0, 1)]
+        scale[1] = None if self.twice else scale[1]  # None: of log κ
         return a, b, *scale, *ids, self.epsilon, self.symmetric, self.reduction
 
     def backward(self, dtype: torch.dtype) -> tuple:

@@ -120,15 +120,7 @@ class StructuredSimilarity(nn.Module):
 
         Without ``normalize``, b is y itself.
         """
-        return self.paired_factors(x, y, False)[:2]
-
-    def paired_factors(self, x: Tensor, y: Tensor, pairs: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
-        x, y = _checks.autocast(x, y)
-        _checks.sides(x, y, "x", "y", paired=pairs)
-        diag, blocks = _checks.autocast(self.diag, self.blocks)
-        _checks.metric_weights(x, diag, blocks, self.permutation)
-        return sides(x, y, diag, blocks, self.permutation, self.normalize, pairs)
+        return paired_factors(self, x, y, False)[:2]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """All similarities of x [N, D] and y [M, D] as a matrix [N, M]; see :func:`similarity`."""
@@ -138,6 +130,17 @@ class StructuredSimilarity(nn.Module):
         parts = [f"dim={self.dim}", f"block_size={self.block_size}", f"diagonal={self.diag is not None}"]
         parts.append(f"normalize={self.normalize}")
         return ", ".join(parts + (["permutation=True"] if self.permutation is not None else []))
+
+
+def paired_factors(
+    metric: StructuredSimilarity, x: Tensor, y: Tensor, pairs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its factors of x and y and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
+    x, y = _checks.autocast(x, y)
+    _checks.sides(x, y, "x", "y", paired=pairs)
+    diag, blocks = _checks.autocast(metric.diag, metric.blocks)
+    _checks.metric_weights(x, diag, blocks, metric.permutation)
+    return sides(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)
 
 
 def check_metric(metric) -> None:

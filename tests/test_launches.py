@@ -95,12 +95,13 @@ BY_A_METRIC = {  # the same, of x, y, t and options: a reduction and the metric,
 }
 
 
-def launches(loss, n, dtype, extra=0, metric=None, **given):
-    """(forward's, backward's) of inputs [n, 512] and [n + extra, 512]."""
+def launches(loss, n, dtype, extra=0, metric=None, of=None, **given):
+    """(forward's, backward's) of inputs [n, 512] and [n + extra, 512]; of: a module, whose parameters get gradients."""
     x, y = (torch.empty(k, 512, dtype=dtype, device=DEVICE, requires_grad=True) for k in (n, n + extra))
     t = torch.empty((), device=DEVICE, requires_grad=True)
     given = given if metric is None else {**given, "metric": metric}
     weights = [] if metric is None else list(metric.parameters())
+    weights += [] if of is None else list(of.parameters())
     with device_path() as path:
         value = loss(x, y, t, **given)
         forward = list(path.launches)
@@ -167,6 +168,16 @@ def test_small_batches_by_a_metric(name, reduction, dtype):
             ids = {"x_ids": ids_of(range(n)), "y_ids": ids_of(range(n + extra))}
             found = launches(loss, n, dtype, extra, metric, reduction=reduction, **ids)
             assert tuple(map(len, found)) == (forward, backward), found
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_modules_that_learn_a_logarithm(reduction):
+    """Its exponential takes no launch."""
+    for metric, most in ((None, 2), (metric_of(torch.float32), 3)):
+        for loss in (gk.InfoNCELoss(reduction=reduction), gk.SigmoidLoss(reduction=reduction)):
+            loss.to(DEVICE).metric = metric
+            found = launches(lambda x, y, t, loss=loss: loss(x, y), 256, torch.float32, of=loss)
+            assert [len(part) <= most for part in found] == [True, True], found
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

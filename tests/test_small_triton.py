@@ -183,18 +183,20 @@ class Contrast:
             found = (found + direction(t[:, :n].T, same[:, :n].T, cols[:n])) / 2
         return leaves, t, *(reference.reduce(part, reduction) for part in found)
 
-    def run(self, grad=None, needs=(True, True, True)):
+    def run(self, grad=None, needs=(True, True, True), logarithm=False):
         """(what is found, the gradients)"""
-        on = [t if t is None else t.to(DEVICE) for t in (self.a, self.b, self.scale if self.learnable else None)]
+        scale = (self.scale.log() if logarithm else self.scale) if self.learnable else None
+        on = [t if t is None else t.to(DEVICE) for t in (self.a, self.b, scale)]
         ids = [t if t is None else t.to(DEVICE) for t in self.ids]
-        inputs = (*on, 1.0 if self.learnable else float(self.scale), *ids, *self.options)
+        constant = None if logarithm else 1.0 if self.learnable else float(self.scale)
+        inputs = (*on, constant, *ids, *self.options)
         found = contrast.contrast(*inputs)
         if found is NotImplemented or grad is None:
             return found, None
         needs = [needs[0], needs[1] and self.b is not None, needs[2] and self.learnable]
         return found, contrast.contrast_backward(grad.to(DEVICE), *inputs, *found[1:-1], needs)
 
-    def check(self, needs=(True, True, True), size=1.0, expanded=False):
+    def check(self, needs=(True, True, True), size=1.0, expanded=False, logarithm=False):
         leaves, t, *parts = self.truth()
         loss = parts[0] - parts[1]
         grad = size * (torch.randn(loss.shape) if not expanded else torch.ones(()).expand(loss.shape))
@@ -204,7 +206,9 @@ class Contrast:
         x, y = self.a.double().abs(), (self.a if self.b is None else self.b).double().abs()
         of_a, of_b, of_scale = (w * self.scale for w in (weights @ y, weights.T @ x, weights * t.abs() / self.scale**2))
         likes = (torch.maximum(of_a, of_b) if self.b is None else of_a, of_b, of_scale.detach().sum())
-        (got, *_), gradients = self.run(grad, needs)
+        (got, *_), gradients = self.run(grad, needs, logarithm)
+        if logarithm:
+            leaves[2].grad *= self.scale
         sizes = t.detach().nan_to_num(0, 0, 0).abs().amax() * (len(t) if self.options[2] == "sum" else 1)
         assert got.dtype == torch.float32
         assert got.shape == loss.shape
@@ -250,6 +254,11 @@ def test_contrast_of_one_side_twice(n, symmetric, dtype):
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
 def test_what_is_not_wanted_of_contrast_is_empty(needs):
     Contrast(33, 50, 24, torch.float32).check(needs=needs)
+
+
+def test_contrast_of_a_logarithm():
+    for dtype in DTYPES:
+        Contrast(33, 50, 24, dtype, ids=True).check(logarithm=True)
 
 
 def test_contrast_takes_expanded_gradients_and_small_ones():
@@ -338,8 +347,11 @@ class Sum:
 
     def given(self):
         """(tensors of κ and β, numbers for them, ids, kind, positives, relative)"""
-        numbers = [t.to(DEVICE) if self.learnable else None for t in (self.scale, self.bias)]
-        constants = (1.0, 0.0) if self.learnable else (float(self.scale), float(self.bias))
+        scale = self.scale.log() if self.learnable == "log" else self.scale
+        numbers = [t.to(DEVICE) if self.learnable else None for t in (scale, self.bias)]
+        constants = (
+            (None if self.learnable == "log" else 1.0, 0.0) if self.learnable else (float(self.scale), float(self.bias))
+        )
         ids = [t if t is None else t.to(DEVICE) for t in self.ids]
         return numbers, constants, *ids, self.kind, self.positives, self.relative
 
@@ -349,6 +361,8 @@ class Sum:
         leaves, t, terms = self.truth()
         grad = torch.full((), 0.75).expand(len(terms)) if expanded else torch.randn(len(terms))
         (terms * grad.double()).sum().backward()
+        if self.learnable == "log":
+            leaves[2].grad *= self.scale
         on = [x if x is None else x.to(DEVICE) for x in (self.a, self.b)]
         numbers, constants, *given = self.given()
         inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
@@ -376,6 +390,8 @@ class Sum:
         leaves, t, total = self.truth()
         total = total.sum()
         total.backward()
+        if self.learnable == "log":
+            leaves[2].grad *= self.scale
         (value, *_), gradients = self.run(share, needs, upstream)
         close(value, share * total.detach(), torch.float32)
         slopes = t.grad.abs() * (self.a.double() @ (self.a if self.b is None else self.b).double().T).abs()
@@ -428,6 +444,13 @@ def test_what_is_not_wanted_of_a_total_is_empty(relative, needs):
 def test_rows(n, m, d, dtype):
     Sum(n, m, d, dtype, "softplus", "negate", ids=n > 20, learnable=n % 2 == 0).check_rows(expanded=n == 16)
     Sum(n, m, d, dtype, "square", "exclude", ids=n < 20).check_rows()
+
+
+@every_dtype
+def test_sums_of_a_logarithm(dtype):
+    call = Sum(33, 50, 24, dtype, "softplus", "negate", learnable="log")
+    call.check()
+    call.check_rows()
 
 
 @every_dtype

@@ -153,7 +153,7 @@ def contrast(
     a: torch.Tensor,
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     a_ids: torch.Tensor | None,
     b_ids: torch.Tensor | None,
     epsilon: float,
@@ -166,7 +166,8 @@ def contrast(
     All fp32: the terms [N] or their sum or mean, log-sums in two parts, and numbers of positives, empty without ids.
 
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, M >= N, or None: a; a_ids, b_ids: [N], [M] int64, or both None
-    scale: κ, fp32 scalar, or None: constant is; epsilon: of label smoothing; symmetric: both directions, or rows alone
+    scale: κ, fp32 scalar, or None: constant is; without constant its logarithm
+    epsilon: of label smoothing; symmetric: both directions, or rows alone
 
     Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
     """
@@ -201,7 +202,7 @@ def contrast_backward(
     a: torch.Tensor,
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     a_ids: torch.Tensor | None,
     b_ids: torch.Tensor | None,
     epsilon: float,

@@ -18,11 +18,22 @@ from gssf_kernels.kernels import operands, tiles
 
 @triton.jit
 def number(tensor, constant):
-    """What an argument that is a tensor or a number stands for."""
-    if tensor is not None:
-        return tl.load(tensor)
-    else:
+    """What an argument that is a tensor or a number stands for; a tensor without a number is its logarithm."""
+    if tensor is None:
         return constant
+    elif constant is None:
+        return tl.exp(tl.load(tensor))
+    else:
+        return tl.load(tensor)
+
+
+@triton.jit
+def outer_slope(tensor, constant):
+    """What a number's gradient is times to be its tensor's: the number where that is the logarithm."""
+    if constant is None:
+        return tl.exp(tl.load(tensor))
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -109,7 +120,10 @@ def gradients_kernel(
             for t0 in range(0, count, BT):
                 t = t0 + tl.arange(0, BT)
                 whole += tl.load(parts + q * count + t, mask=t < count, other=0.0).to(tl.float64)
-            tl.store(sums[q], tl.sum(whole, 0).to(tl.float32) * share)
+            total = tl.sum(whole, 0).to(tl.float32) * share
+            if q == len(sums) - 1:  # what κ gets comes last
+                total *= outer_slope(scale, constant)
+            tl.store(sums[q], total)
 
 
 def room(a: torch.Tensor, M: int) -> torch.Tensor:
@@ -126,7 +140,7 @@ def gradients(
     parts: torch.Tensor | None,
     *,
     scale: torch.Tensor | None = None,
-    constant: float = 1.0,
+    constant: float | None = 1.0,
     share: float = 1.0,
     slopes: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
@@ -135,7 +149,8 @@ def gradients(
 
     ds: [N, M] of `room`, or None where no gradient is wanted; a, b: [N, D], [M, D]
     b: None for a, whose gradient is then that of both sides; parts: [P, any] fp32
-    scale: κ, or None: constant is; dtype: of the gradients, a's if None
+    scale: κ, or None: constant is; without constant log κ, and the last of the sums is what that gets
+    dtype: of the gradients, a's if None
     slopes: partial slopes of rows [K, at least N] and columns [K, M] that pairs (i, i) get back, negative, or None
     """
     N, M, D, same = len(a), len(a if b is None else b), a.shape[1], b is None

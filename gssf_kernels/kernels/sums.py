@@ -20,7 +20,7 @@ import triton.language as tl
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import term
 from gssf_kernels.kernels.epilogues import tile_lines
-from gssf_kernels.kernels.gradients import gradients, number, part_sums, room
+from gssf_kernels.kernels.gradients import gradients, number, outer_slope, part_sums, room
 from gssf_kernels.kernels.pairs import pair_scores
 from gssf_kernels.kernels.sweep import Sweep
 
@@ -114,7 +114,7 @@ def score_total(
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     offset: float,
     a_ids: torch.Tensor | None,
     b_ids: torch.Tensor | None,
@@ -128,7 +128,7 @@ def score_total(
     """Return share Σ f(κ s + β), what κ and what β get of it, and Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], fp32.
 
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, or None: a; a_ids, b_ids: [N], [M] int64, or None
-    scale, bias: κ, β, fp32 scalars, or None: constant and offset are; needs: for a and b
+    scale, bias: κ, β, fp32 scalars, or None: constant and offset are; scale without constant: log κ; needs: for a and b
     relative: the sum of f(s_ij + β - s_ii) and, j < N, f(s_ij + β - s_jj), M >= N; pair: the s_ii [N] fp32, if known
 
     Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
@@ -182,7 +182,7 @@ def score_rows(
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     offset: float,
     a_ids: torch.Tensor | None,
     b_ids: torch.Tensor | None,
@@ -225,7 +225,7 @@ def score_rows_backward(
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     offset: float,
     a_ids: torch.Tensor | None,
     b_ids: torch.Tensor | None,
@@ -274,7 +274,7 @@ def scaled_kernel(
     if b_out is not None:
         scaled(db, b_out, factor, lane, b_count)
     if tl.program_id(0) == 0:
-        tl.store(scale_out, upstream * tl.load(dscale))
+        tl.store(scale_out, upstream * tl.load(dscale) * outer_slope(scale, constant))
         tl.store(bias_out, upstream * tl.load(dbias))
 
 
@@ -288,7 +288,7 @@ def score_total_backward(
     b: torch.Tensor | None,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
-    constant: float,
+    constant: float | None,
     share: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what a, b, κ and β get of grad: what `score_total` found times it; gradients that are empty stay so.

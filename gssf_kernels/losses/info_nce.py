@@ -11,6 +11,7 @@ as in arXiv 2412.10761.
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,9 @@ def info_nce_loss(
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    scale = _checks.scalar_or_number(scale, "scale", x, positive=True)
+    kappa = _checks.scale(scale, x)
 
-    return contrast_loss(x, y, scale, x_ids, y_ids, epsilon, symmetric, reduction)
+    return contrast_loss(x, y, kappa, x_ids, y_ids, epsilon, symmetric, reduction)
 
 
 class InfoNCELoss(nn.Module):
@@ -119,7 +120,7 @@ class InfoNCELoss(nn.Module):
         return info_nce_loss(
             x,
             y,
-            scale=self.log_scale.exp(),
+            scale=cast(Any, _checks.Logarithm(self.log_scale)),
             x_ids=x_ids,
             y_ids=y_ids,
             label_smoothing=self.label_smoothing,

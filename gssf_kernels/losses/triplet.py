@@ -15,7 +15,7 @@ from gssf_kernels._library import outside_autocast
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, paired_factors
 from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives, structured_terms
 
 NEGATIVES = ("hardest", "all", "semihard")
@@ -73,7 +73,7 @@ def triplet_loss(
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
     if negatives != "hardest":
-        a, b, pair = (x, y, None) if metric is None else metric.paired_factors(x, y, negatives == "all")
+        a, b, pair = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
         a, b = _checks.autocast(a, b)
         _checks.sides(a, b, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])

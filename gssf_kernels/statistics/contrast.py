@@ -13,15 +13,17 @@ exact where the loss is small.
 import torch
 from torch import Tensor
 
+from gssf_kernels import _checks
 from gssf_kernels._library import accumulation_dtype, define, distinct, last_derivative
 from gssf_kernels.dense import keeps
 from gssf_kernels.statistics.groups import Groups, group_sums, groups
+from gssf_kernels.statistics.sums import scale_of
 
 
 def contrast_loss(
     a: Tensor,
     b: Tensor,
-    scale: Tensor | float,
+    scale: Tensor | float | _checks.Logarithm,
     a_ids: Tensor | None,
     b_ids: Tensor | None,
     epsilon: float,
@@ -29,8 +31,8 @@ def contrast_loss(
     reduction: str,
 ) -> Tensor:
     """The terms [N] of a [N, D] and b [M, D], M >= N, or their sum or mean. Differentiable once in a, b and scale."""
-    given, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale))
+    given, constant = scale_of(scale)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, given))
     a_ids, b_ids = distinct(a_ids, b_ids)
     options = (constant, a_ids, b_ids, epsilon, symmetric, reduction)
     return _Contrast.apply(a, None if b is a else b, given, *options, keep)[0]
@@ -60,6 +62,8 @@ class _Contrast(torch.autograd.Function):
 
 
 def _forward(a, b, scale, constant, a_ids, b_ids, epsilon, symmetric, reduction, keep=False):
+    if constant is None:
+        scale, constant = scale.exp(), 1.0
     *lines, pair, kept = torch.ops.gssf.logsumexp_scores(a, b, scale, constant, keep)
     rows, cols, count = lines[:2], lines[2:], a.shape[0]
     kappa, b = constant if scale is None else scale, a if b is None else b
@@ -88,6 +92,11 @@ def _backward(
     grad, a, b, scale, constant, a_ids, b_ids, epsilon, symmetric, reduction, row_max, row_log, col_max, col_log,
     row_count, col_count, needs, kept=None,
 ):  # fmt: skip
+    if constant is None:
+        kappa, options = scale.exp(), (a_ids, b_ids, epsilon, symmetric, reduction)
+        known = (row_max, row_log, col_max, col_log, row_count, col_count)
+        da, db, dscale = _backward(grad, a, b, kappa, 1.0, *options, *known, needs, kept)
+        return da, db, dscale * kappa if needs[2] else dscale
     plain = a_ids is None and not epsilon
     op, of_cols = torch.ops.gssf.contrast_terms_backward, col_log if symmetric else None
     drow, dtarget, dcol = op(grad, row_log, of_cols, symmetric and plain, reduction)
@@ -195,7 +204,7 @@ def _fake_backward(
 
 
 _GIVEN = (
-    "Tensor a, Tensor? b, Tensor? scale, float constant, Tensor? a_ids, Tensor? b_ids, float epsilon, bool symmetric, "
+    "Tensor a, Tensor? b, Tensor? scale, float? constant, Tensor? a_ids, Tensor? b_ids, float epsilon, bool symmetric, "
     "str reduction"
 )
 define(

@@ -67,7 +67,7 @@ def sum_scores(
 
 
 def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, relative=False, pair=None) -> Tensor:
-    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers; symmetric where b is a.
+    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers, or κ a `Logarithm`; symmetric where b is a.
 
     ``relative``, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and ``f(s_ij + β − s_jj)`` over j < N;
     pair: the s_ii [N], if known.
@@ -75,7 +75,7 @@ def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, rel
     symmetric = a is b and a_ids is b_ids and not relative
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    scale, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    scale, constant = scale_of(scale)
     bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
     scale, bias = distinct(scale, bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
@@ -83,14 +83,28 @@ def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, rel
     return _Total.apply(a, b, scale, bias, *options)[0]
 
 
+def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
+    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
+    if isinstance(scale, _checks.Logarithm):
+        return scale.tensor, None
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+def kappa_of(scale, constant):
+    """The κ that those stand for."""
+    if scale is None:
+        return constant
+    return scale.exp() if constant is None else scale
+
+
 def row_terms(a, b, kind, scale, bias, positives, a_ids, b_ids, relative=False, pair=None) -> Tensor:
-    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers.
+    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers, or κ a `Logarithm`.
 
     ``relative``, M >= N and κ = 1: ``Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)``; pair: the s_ii [N], if known.
     """
     a, b = distinct(a, None if a is b else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    scale, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    scale, constant = scale_of(scale)
     bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
     scale, bias = distinct(scale, bias)
     return _Rows.apply(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair)[0]
@@ -170,14 +184,16 @@ def _rows_backward(grad, a, b, scale, bias, constant, offset, a_ids, b_ids, kind
     da, db = one * scale * da, one * scale * db
     if b is None and needs[0]:
         da, db = da + db, db.new_empty(0)
-    ends = (one * t.sum(dtype=torch.float64).to(dtype) for t in (along, slopes))
+    ends = [one * t.sum(dtype=torch.float64).to(dtype) for t in (along, slopes)]
+    if constant is None:
+        ends[0] = ends[0] * scale
     return da.to(a.dtype), db.to(a.dtype), *ends
 
 
 def _numbers(a, scale, bias, constant, offset):
     """κ and β as scalar tensors."""
-    given, dtype = ((scale, constant), (bias, offset)), accumulation_dtype(a.dtype)
-    return tuple(a.new_full((), number, dtype=dtype) if t is None else t for t, number in given)
+    given, dtype = (kappa_of(scale, constant), offset if bias is None else bias), accumulation_dtype(a.dtype)
+    return tuple(t if isinstance(t, Tensor) else a.new_full((), t, dtype=dtype) for t in given)
 
 
 def _pairs(a, b):
@@ -218,8 +234,10 @@ def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, r
 
 def _total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
     """a, b and the rest come along for their dtypes and for their history."""
-    factor = grad * share * (constant if scale is None else scale)
-    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), grad * dscale, grad * dbias
+    kappa = kappa_of(scale, constant)
+    factor, of_scale = grad * share * kappa, grad * dscale
+    of_scale = of_scale * kappa if constant is None else of_scale
+    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), of_scale, grad * dbias
 
 
 def _fake_total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair=None):
@@ -344,7 +362,7 @@ def _score_sums_pass(
 
 
 define(
-    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float constant, float offset, Tensor? a_ids, "
+    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, "
     "Tensor? b_ids, str kind, str positives, bool relative, float share, bool[] needs, Tensor? pair=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_total,
@@ -354,14 +372,14 @@ define(
 )
 define(
     "score_total_backward(Tensor grad, Tensor dscale, Tensor dbias, Tensor da, Tensor db, Tensor a, Tensor? b, "
-    "Tensor? scale, Tensor? bias, float constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? scale, Tensor? bias, float? constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_total_backward,
     fake=_fake_total_backward,
     through="score_sums_pass",
     triton="sums.score_total_backward",
 )
 _ROWS = (
-    "Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float constant, float offset, Tensor? a_ids, Tensor? b_ids, "
+    "Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, Tensor? b_ids, "
     "str kind, str positives, bool relative"
 )
 define(
