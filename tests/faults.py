@@ -108,8 +108,8 @@ FAULTS = [
     Fault(
         "few: y goes through the diagonal too",
         "gssf_kernels/kernels/project.py",
-        "y, None, y_out, None, None, None,",
-        "y, None, y_out, diag, None, None,",
+        "y, below, None, y_out, None, None, None,",
+        "y, below, None, y_out, diag, None, None,",
         FEW,
     ),
     Fault(
@@ -321,6 +321,27 @@ FAULTS = [
         "value(p, col, tau",
         "value(p, row, tau",
         FEW,
+    ),
+    Fault(
+        "logarithm: κ's gradient is given for its logarithm's",
+        "gssf_kernels/kernels/gradients.py",
+        "total *= outer_slope(scale, constant)",
+        "total *= 1.0",
+        SMALL,
+    ),
+    Fault(
+        "logarithm: the same of a sum",
+        "gssf_kernels/kernels/sums.py",
+        "* outer_slope(scale, constant)",
+        "* 1.0",
+        SMALL,
+    ),
+    Fault(
+        "logarithm: the same of the reference",
+        "gssf_kernels/statistics/sums.py",
+        "of_scale = of_scale * kappa if",
+        "of_scale = of_scale if",
+        "tests/test_info_nce.py",
     ),
     Fault(
         "batch-hard: a row's positive is pulled on one side alone",
