@@ -106,6 +106,19 @@ def _dense_samples(a, b, g):
     yield "logsumexp_scores_backward", (rows[2], None, rows[3], a, None, None, 0.5, *square, [True, False, False])
     yield "logsumexp_pass", (chunk, scale, *(t.clone() for t in (*rows[:2], *cols[:2])))
     ids = torch.arange(n) // 2, torch.arange(m) // 2
+    counts = rows[0].new_ones(2, n).unbind()
+    for reduction, epsilon, symmetric in (("mean", 0.0, True), ("none", 0.2, True), ("sum", 0.2, False)):
+        above = rows[2] if reduction == "none" else rows[2][0].clone()
+        options, known = (epsilon, symmetric, reduction), (*lines, *counts)
+        yield "contrast", (a, b, scale, 1.0, None, None, *options, True)
+        yield "contrast", (a, b, scale, None, *ids, *options)
+        yield "contrast", (a, None, None, 0.5, ids[0], ids[0].clone(), *options)
+        yield "contrast_backward", (above, a, b, scale, None, *ids, *options, *known, [True] * 3)
+        empty = (rows[0].new_empty(0), rows[0].new_empty(0))
+        plain = (a, b, scale, 1.0, None, None, *options, *lines, *empty)
+        yield "contrast_backward", (above, *plain, [True, False, True], chunk)
+        same = (a, None, None, 0.5, ids[0], ids[0].clone(), *options, *square, *counts)
+        yield "contrast_backward", (above, *same, [True, False, False])
     for kind, positives in (("hinge", "exclude"), ("softplus", "negate"), ("abs", "include")):
         weights = (rows[0], rows[1], cols[0][:n], cols[1][:n]) if kind == "hinge" else (rows[0], None, None, None)
         yield "score_sums", (a, b, scale, *weights, *ids, kind, positives, [True, kind != "abs"])
@@ -115,6 +128,10 @@ def _dense_samples(a, b, g):
         yield "score_total", (a, b, *numbers, *ids, kind, positives, relative, 0.5, needs)
         yield "score_total", (a, None, *numbers, ids[0], None, kind, positives, False, 0.5, [True, False])
         found = [randn(g, *t.shape if need else (0,)).to(wide) for t, need in zip((a, b), needs, strict=True)]
+        of = (*ids, kind, positives, relative)
+        yield "score_rows", (a, b, *numbers, *of)
+        yield "score_rows", (a, b, *numbers, *of, rows[1] if relative else None)
+        yield "score_rows_backward", (rows[2], a, b, *numbers, *of, rows[1] if relative else None, needs)
         yield "score_total_backward", (*(rows[0][k].clone() for k in range(3)), *found, a, b, *numbers[:3], 0.5)
         out = torch.zeros(3, n, dtype=wide), torch.zeros(2, n if kind == "hinge" else 0, dtype=wide)
         yield "score_sums_pass", (chunk.clone(), scale, *weights, *ids, 0, kind, positives, True, *out)
