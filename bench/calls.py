@@ -14,6 +14,7 @@ import torch
 
 from gssf_kernels.kernels import (
     batch_hard,
+    contrast,
     dense,
     goal,
     hardest,
@@ -191,6 +192,9 @@ def _goals() -> Iterator[Case]:
         yield Case(f"goal_terms {name}", goal.goal_terms, make, ("goal_kernel",))
         make, launcher = partial(_goal_backward, n, options), cast(Callable, goal.goal_terms_backward)
         yield Case(f"goal_terms_backward {name}", launcher, make, ("goal_backward_kernel",))
+        given = (goal.hardest_goal, torch.float32, n, 256, "on 16 bytes", *options)
+        make, kernels = partial(_sweep, *given), ("sweep_kernel", "merge_goal_kernel")
+        yield Case(f"hardest_goal {name}", goal.hardest_goal, make, kernels)
 
 
 def _relative_goals() -> Iterator[Case]:
@@ -266,15 +270,30 @@ def _total(dtype: torch.dtype, n: int, d: int, of: tuple, learned: bool, sides: 
     a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
     ids = [torch.zeros(size, dtype=torch.int64) if learned else None for size in (n, n + 1)]
     number = torch.ones(()) if learned else None
-    needs = [sides != "none", sides == "ab"]
-    return a, b, number, number, 1.0, 0.5, ids[0], None if b is None else ids[1], kind, positives, relative, 0.5, needs
+    needs, constant = [sides != "none", sides == "ab"], None if learned and sides == "a" else 1.0  # None: of log κ
+    return (
+        a,
+        b,
+        number,
+        number,
+        constant,
+        0.5,
+        ids[0],
+        None if b is None else ids[1],
+        kind,
+        positives,
+        relative,
+        0.5,
+        needs,
+    )
 
 
 def _total_backward(dtype: torch.dtype, n: int, d: int, learned: bool, sides: str) -> tuple:
     a, b = torch.zeros(n, d, dtype=dtype), None if sides == "a" else torch.zeros(n + 1, d, dtype=dtype)
     da, db = torch.zeros(n, d), torch.zeros(n + 1, d) if sides == "ab" else torch.zeros(0)
     number = torch.ones(()) if learned else None
-    return (*(torch.ones(()) for _ in range(3)), da, db, a, b, number, number, 1.0, 0.5)
+    constant = None if learned and sides == "a" else 1.0
+    return (*(torch.ones(()) for _ in range(3)), da, db, a, b, number, number, constant, 0.5)
 
 
 def _totals(product: str) -> Iterator[Case]:
@@ -335,6 +354,8 @@ def _small() -> Iterator[Case]:
             )
         yield from _totals(product)
         yield from _distillations(product)
+        yield from _rows_sums(product)
+        yield from _contrasts(product)
     for lines, needs in (
         ("row", [True, False, False]),
         ("col pair", [False, True, True]),
@@ -343,6 +364,76 @@ def _small() -> Iterator[Case]:
         make = partial(_logsumexp_small_backward, torch.float32, 128, 256, True, False, lines, needs)
         name = f"logsumexp_scores_backward {lines} {needs}"
         yield Case(name, logsumexp.logsumexp_scores_backward, make, ("sweep_kernel", "gradients_kernel"))
+
+
+def _rows_call(dtype: torch.dtype, n: int, d: int, of: tuple, learned: bool, sides: str) -> tuple:
+    *given, _, needs = _total(dtype, n, d, of, learned, sides)
+    return *given, torch.zeros(n) if of[2] and learned else None, needs
+
+
+def _rows_forward(*options: Any) -> tuple:
+    return _rows_call(*options)[:-1]
+
+
+def _rows_backward(dtype: torch.dtype, n: int, *options: Any) -> tuple:
+    *given, _, needs = _rows_call(dtype, n, *options)
+    return torch.zeros(n), *given, torch.zeros(n) if given[-1] else None, needs
+
+
+def _rows_sums(product: str) -> Iterator[Case]:
+    for name, n, d, of, learned, sides in (
+        ("softplus negate", 128, 256, ("softplus", "negate", False), False, "ab"),
+        ("softplus negate learnable ragged", 129, 200, ("softplus", "negate", False), True, "ab"),
+        ("softplus negate of one side twice", 128, 256, ("softplus", "negate", False), True, "a"),
+        ("hinge relative", 128, 256, ("hinge", "exclude", True), False, "ab"),
+        ("hinge relative of known pairs ragged", 129, 200, ("hinge", "exclude", True), True, "ab"),
+    ):
+        given, kernels = (PRODUCTS[product][0], n, d, of, learned, sides), ("sweep_kernel", "line_sums_kernel")
+        launched = ("pair_scores_kernel", *kernels) if of[2] and not learned else kernels
+        make, launcher = partial(_rows_forward, *given), cast(Callable, sums.score_rows)
+        yield Case(f"score_rows {name}", launcher, make, launched, product)
+        make, launcher = partial(_rows_backward, *given), sums.score_rows_backward
+        yield Case(f"score_rows_backward {name}", launcher, make, ("sweep_kernel", "gradients_kernel"), product)
+
+
+class _Contrast(NamedTuple):
+    """A call of InfoNCE; ragged ones have neither rows nor channels on 16 bytes."""
+
+    n: int
+    d: int
+    scaled: bool
+    ids: bool
+    epsilon: float
+    symmetric: bool
+    reduction: str
+    twice: bool = False
+
+    def forward(self, dtype: torch.dtype) -> tuple:
+        a, b, *scale = _logsumexp_small(dtype, self.n, self.d, self.scaled, self.twice)
+        ids = [torch.zeros(self.n + (k and b is not None), dtype=torch.int64) if self.ids else None for k in (0, 1)]
+        scale[1] = None if self.twice else scale[1]  # None: of log κ
+        return a, b, *scale, *ids, self.epsilon, self.symmetric, self.reduction
+
+    def backward(self, dtype: torch.dtype) -> tuple:
+        given, m = self.forward(dtype), self.n + (not self.twice)
+        lines = _zeros(self.n, self.n, m, m, *(self.n if self.ids else 0,) * 2)
+        grad = torch.zeros(self.n if self.reduction == "none" else ())
+        return grad, *given, *lines, [True, not self.twice, self.scaled]
+
+
+def _contrasts(product: str) -> Iterator[Case]:
+    for name, call in (
+        ("", _Contrast(128, 256, False, False, 0.0, True, "mean")),
+        (" learnable sum ragged", _Contrast(129, 200, True, False, 0.0, True, "sum")),
+        (" learnable ids smoothed", _Contrast(128, 256, True, True, 0.1, True, "mean")),
+        (" ids none ragged", _Contrast(129, 200, True, True, 0.0, True, "none")),
+        (" rows smoothed", _Contrast(128, 256, True, False, 0.1, False, "mean")),
+        (" of one side twice", _Contrast(128, 256, True, False, 0.0, True, "mean", True)),
+    ):
+        make, launcher = partial(call.forward, PRODUCTS[product][0]), cast(Callable, contrast.contrast)
+        yield Case("contrast" + name, launcher, make, ("sweep_kernel", "contrast_lines_kernel"), product)
+        make, launcher = partial(call.backward, PRODUCTS[product][0]), contrast.contrast_backward
+        yield Case("contrast_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product)
 
 
 def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:
@@ -384,6 +475,17 @@ class _Weights(NamedTuple):
         x, *weights, _ = self.project(dtype)
         return x, torch.cat((x, x)), *weights
 
+    def project_sides_with_pairs(self, dtype: torch.dtype) -> tuple:
+        return *self.project_sides(dtype), self.normalize, True
+
+    def project_sides_backward(self, dtype: torch.dtype) -> tuple:
+        x, y, *weights = self.project_sides(dtype)
+        return x, y, torch.zeros(len(x)), x, y, *weights, self.normalize, [True] * 4
+
+    def project_sides_backward_twice(self, dtype: torch.dtype) -> tuple:
+        dp, _, norm, x, _, *rest = self.project_sides_backward(dtype)
+        return dp, dp, norm, x, None, *rest
+
     def pairs_project_backward(self, dtype: torch.dtype) -> tuple:
         x, *rest = self.project(dtype)
         index = torch.zeros(80, dtype=torch.int64)
@@ -419,6 +521,13 @@ def _projections() -> Iterator[Case]:
             make, launcher = partial(weights.project_sides, dtype), cast(Callable, project.project_sides)
             if weights.normalize:
                 yield Case(f"project_sides {name}", launcher, make, ("sides_kernel",), product)
+            make = partial(weights.project_sides_with_pairs, dtype)
+            yield Case(f"project_sides with pairs {name}", launcher, make, ("sides_kernel",), product)
+            make, launcher = partial(weights.project_sides_backward, dtype), project.project_sides_backward
+            yield Case(f"project_sides_backward {name}", launcher, make, ("sides_kernel",), product)
+            if weights.normalize:
+                make = partial(weights.project_sides_backward_twice, dtype)
+                yield Case(f"project_sides_backward twice {name}", launcher, make, ("sides_kernel",), product)
             if whole:  # what is gathered is fp32, whatever x is
                 kernels += ("segment_sum_kernel",)
                 make, launcher = partial(weights.pairs_project_backward, dtype), project.pairs_project_backward

@@ -5,6 +5,7 @@ Public functions call these before any work; ops and kernels below them trust th
 
 import numbers
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -263,6 +264,19 @@ def scalar_or_number(value, name: str, like: torch.Tensor, *, positive: bool = F
     if isinstance(value, torch.Tensor):
         return scalar(value, name, like, positive=positive)
     return number(value, name, positive=positive)
+
+
+class Logarithm(NamedTuple):
+    """A scale given by its natural logarithm, as the modules learn it: on a GPU the exponential costs a launch."""
+
+    tensor: torch.Tensor
+
+
+def scale(value, like: torch.Tensor) -> torch.Tensor | float | Logarithm:
+    """``scale`` as :func:`scalar_or_number` takes it, positive, or a `Logarithm`."""
+    if isinstance(value, Logarithm):
+        return Logarithm(scalar(value.tensor, "scale", like))
+    return scalar_or_number(value, "scale", like, positive=True)
 
 
 def fraction(value, name: str) -> float:

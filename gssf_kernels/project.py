@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
 
 
 def project(
@@ -89,9 +89,76 @@ def _reference(x, diag, blocks, permutation, normalize):
     return reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
 
 
-def _reference_sides(x, y, diag, blocks, permutation):
-    op = torch.ops.gssf.project
-    return op(x, diag, blocks, permutation, True), op(y, None, None, None, True)
+def sides(
+    x: Tensor, y: Tensor, diag: Tensor | None, blocks: Tensor | None, permutation: Tensor | None, normalize: bool,
+    pairs: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """``(x̂ W, ŷ, pair)``, both sides of a metric, whose weights are checked; without ``normalize`` ŷ is y itself.
+
+    pair: the scores [N] of rows i of both, detached, or None without ``pairs``.
+    """
+    if diag is None and blocks is None and not normalize:
+        return x, y, None
+    other = y
+    x, y = distinct(x, None if x is y and normalize else y)
+    p, unit, _, pair = _Sides.apply(x, y, diag, blocks, permutation, normalize, pairs)
+    return p, unit if normalize else other, pair if pairs else None
+
+
+class _Sides(Function):
+    @staticmethod
+    def forward(x, y, diag, blocks, permutation, normalize, pairs):
+        y = x if y is None else y
+        return torch.ops.gssf.project_sides(x, y, diag, blocks, permutation, normalize, pairs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, diag, blocks, permutation, ctx.normalize, _ = inputs
+        _, unit, norm, pair = output
+        ctx.mark_non_differentiable(norm, pair, *(() if ctx.normalize else (unit,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(norm, x, y, diag, blocks, permutation)
+
+    @staticmethod
+    def backward(ctx, dp, dunit, *_):
+        of_x, of_y = dp is not None, dunit is not None and ctx.normalize
+        given = (of_x or (of_y and ctx.saved_tensors[2] is None), of_y, of_x, of_x)
+        needs = [need and some for need, some in zip(ctx.needs_input_grad[:4], given, strict=True)]
+        op = torch.ops.gssf.project_sides_backward
+        found = last_derivative(op, dp, dunit, *ctx.saved_tensors, ctx.normalize, needs)
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+
+
+def _lengths(x: Tensor, normalize: bool) -> int:
+    """Of how many rows the lengths are kept for the backward: C++ makes them again."""
+    return x.shape[0] if normalize and x.device.type != "cpu" else 0
+
+
+def _reference_sides(x, y, diag, blocks, permutation, normalize=True, pairs=False):
+    op, dtype = torch.ops.gssf.project, accumulation_dtype(x.dtype)
+    p = op(x, diag, blocks, permutation, normalize)
+    unit = op(y, None, None, None, True) if normalize else y.new_empty(0)
+    norm, pair = x.new_empty(_lengths(x, normalize), dtype=dtype), x.new_empty(0, dtype=dtype)
+    if norm.numel():
+        torch.linalg.vector_norm(x, dim=1, dtype=dtype, out=norm).clamp_min_(reference.EPS)
+    if pairs:
+        i = torch.arange(x.shape[0], device=x.device)
+        pair = torch.ops.gssf.pair_scores(p, unit if normalize else y, i, i)
+    return p, unit, norm, pair
+
+
+def _reference_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, normalize, needs):
+    op = torch.ops.gssf.project_backward
+    dx, dy, ddiag, dblocks = (x.new_empty(0) for _ in range(4))
+    if dp is not None and (needs[0] or needs[2] or needs[3]):
+        dx, ddiag, dblocks = op(dp, x, diag, blocks, permutation, normalize, [needs[0], needs[2], needs[3]])
+    if dunit is not None and normalize and (needs[0] if y is None else needs[1]):
+        of_unit, *_ = op(dunit, x if y is None else y, None, None, None, True, [True, False, False])
+        if y is not None:
+            dy = of_unit
+        else:
+            dx = of_unit if dp is None else dx + of_unit
+    return dx, dy, ddiag, dblocks
 
 
 def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
@@ -118,8 +185,21 @@ def _fake(x, diag, blocks, permutation, normalize):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_sides(x, y, diag, blocks, permutation):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, y))
+def _fake_sides(x, y, diag, blocks, permutation, normalize=True, pairs=False):
+    p = torch.empty_like(x, memory_format=torch.contiguous_format)
+    unit = torch.empty_like(y, memory_format=torch.contiguous_format) if normalize else y.new_empty(0)
+    sizes = _lengths(x, normalize), x.shape[0] if pairs else 0
+    return p, unit, *(x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for size in sizes)
+
+
+def _fake_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, normalize, needs):
+    of_x, of_y = dp is not None, dunit is not None and normalize
+    some_x = of_x or (of_y and y is None)
+    wanted = (some_x and needs[0], of_y and needs[1], of_x and needs[2], of_x and needs[3])
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and some else x.new_empty(0)
+        for t, some in zip((x, y, diag, blocks), wanted, strict=True)
+    )
 
 
 def _fake_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
@@ -139,13 +219,23 @@ define(
     fake=_fake,
     triton="project.project",
 )
-# Both sides of a metric that normalises: x̂ W and ŷ.
+# Both sides of a metric: x̂ W and ŷ, which without normalize is y and not given back; what the backward divides by,
+# where it is kept; and the pairs' scores, where they are wanted.
 define(
-    "project_sides(Tensor x, Tensor y, Tensor? diag, Tensor? blocks, Tensor? permutation) -> (Tensor, Tensor)",
+    "project_sides(Tensor x, Tensor y, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize=True, "
+    "bool pairs=False) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference_sides,
     fake=_fake_sides,
     through="project",
     triton="project.project_sides",
+)
+define(
+    "project_sides_backward(Tensor? dp, Tensor? dunit, Tensor norm, Tensor x, Tensor? y, Tensor? diag, Tensor? blocks, "
+    "Tensor? permutation, bool normalize, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_sides_backward,
+    fake=_fake_sides_backward,
+    through="project_backward",
+    triton="project.project_sides_backward",
 )
 define(
     "project_backward(Tensor grad, Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize, "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.project import project
+from gssf_kernels.project import project, sides
 
 
 def similarity(
@@ -120,9 +120,7 @@ class StructuredSimilarity(nn.Module):
 
         Without ``normalize``, b is y itself.
         """
-        x, y = _checks.autocast(x, y)
-        _checks.sides(x, y, "x", "y", paired=False)
-        return self.project(x), project(y, normalize=self.normalize)
+        return paired_factors(self, x, y, False)[:2]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """All similarities of x [N, D] and y [M, D] as a matrix [N, M]; see :func:`similarity`."""
@@ -132,6 +130,17 @@ class StructuredSimilarity(nn.Module):
         parts = [f"dim={self.dim}", f"block_size={self.block_size}", f"diagonal={self.diag is not None}"]
         parts.append(f"normalize={self.normalize}")
         return ", ".join(parts + (["permutation=True"] if self.permutation is not None else []))
+
+
+def paired_factors(
+    metric: StructuredSimilarity, x: Tensor, y: Tensor, pairs: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Its factors of x and y and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
+    x, y = _checks.autocast(x, y)
+    _checks.sides(x, y, "x", "y", paired=pairs)
+    diag, blocks = _checks.autocast(metric.diag, metric.blocks)
+    _checks.metric_weights(x, diag, blocks, metric.permutation)
+    return sides(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)
 
 
 def check_metric(metric) -> None:

@@ -55,14 +55,94 @@ def test_both_sides(n, m, d, b, weights, dtype):
     found = project.project_sides(*on_device(x, y, diag, blocks, permutation))
     wide = [t if t is None else t.double() for t in (x, y, diag, blocks)]
     p = reference.project(wide[0], *wide[2:], permutation=permutation, normalize=True)
+    *found, norm, pair = found
     for got, expected in zip(found, (p, reference.project(wide[1], normalize=True)), strict=True):
         assert got.dtype == dtype
         assert got.is_contiguous()
         close(got, expected, dtype)
+    assert norm.dtype == torch.float32
+    close(norm, wide[0].norm(dim=1).clamp_min(1e-12), torch.float32)
+    assert pair.shape == (0,)
+
+
+@every_dtype
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("n", "m", "d", "b"), [(1, 1, 4, 2), (19, 23, 50, 25), (33, 40, 50, 5), (33, 33, 48, 3)])
+def test_both_sides_with_their_pairs(n, m, d, b, normalize, dtype, monkeypatch):
+    if n == m == 33:
+        monkeypatch.setattr(tiles, "SMALL", 33 * 33 - 1)  # and in a launch of their own
+    x, y, diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((n, d), (m, d), (d,), (d // b, b, b)))
+    permutation = torch.randperm(d) if b > 2 else None
+    on = on_device(x, y, diag, blocks, permutation)
+    p, unit, norm, pair = project.project_sides(*on, normalize, True)
+    exact = reference.project(x.double(), diag.double(), blocks.double(), permutation=permutation, normalize=normalize)
+    close(p, exact, dtype)
+    if normalize:
+        close(unit, reference.project(y.double(), normalize=True), dtype)
+    else:
+        assert unit.numel() == norm.numel() == 0
+    assert pair.dtype == torch.float32
+    factors = p.cpu().double(), (unit.cpu() if normalize else y)[:n].double()  # as they are stored
+    close(pair, (factors[0] * factors[1]).sum(1), torch.float32)
+
+
+def check_sides_backward(n, m, d, b, normalize, dtype, twice=False, needs=(True,) * 4, without=()):
+    x, y, diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((n, d), (m, d), (d,), (d // b, b, b)))
+    if dtype == torch.float32:
+        x[n // 2] = 0  # its gradient is beyond halves
+    permutation = torch.randperm(d) if b > 2 else None
+    dp, dunit = torch.randn(n, d).to(dtype), torch.randn(n if twice else m, d).to(dtype)
+    leaves = [t.double().requires_grad_() for t in (x, y, diag, blocks)]
+    other = leaves[0] if twice else leaves[1]
+    p = reference.project(leaves[0], *leaves[2:], permutation=permutation, normalize=normalize)
+    total = 0.0 if "dp" in without else (p * dp.double()).sum()
+    if normalize and "dunit" not in without:
+        total = total + (reference.project(other, normalize=True) * dunit.double()).sum()
+    expected = torch.autograd.grad(total, leaves, allow_unused=True)
+    on = on_device(x, x if twice else y, diag, blocks, permutation)
+    norm = project.project_sides(*on, normalize)[2]
+    given = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
+    on[1] = None if twice else on[1]
+    found = project.project_sides_backward(*on_device(*given), norm, *on, normalize, [*needs])
+    for got, known, need in zip(found, expected, needs, strict=True):
+        if need and known is not None:
+            assert got.dtype == dtype
+            close(got, known, dtype)
+        else:
+            assert got.numel() == 0
+
+
+@every_dtype
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("n", "m", "d", "b"), [(1, 1, 4, 2), (19, 40, 50, 25), (33, 33, 48, 3)])
+def test_gradients_of_both_sides(n, m, d, b, normalize, dtype):
+    check_sides_backward(n, m, d, b, normalize, dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("n", "d", "b"), [(1, 4, 2), (40, 50, 25)])
+def test_gradients_of_one_side_given_twice(n, d, b, dtype):
+    check_sides_backward(n, n, d, b, True, dtype, twice=True, needs=(True, False, True, True))
+
+
+def test_gradients_of_sides_that_are_not_wanted_or_not_used():
+    for needs in ((True, False, False, False), (False, True, False, False), (False, False, False, True)):
+        check_sides_backward(9, 14, 24, 8, True, torch.float32, needs=needs)
+    for without in ("dp", "dunit"):
+        check_sides_backward(9, 14, 24, 8, True, torch.float32, without=(without,))
+
+
+def test_sides_of_many_rows_are_declined(monkeypatch):
+    monkeypatch.setattr(tiles, "SCAN_ROWS", 20)
+    x, y = on_device(torch.randn(21, 8), torch.randn(22, 8))
+    options = None, None, None, True, [True, True, False, False]
+    assert project.project_sides_backward(x, y, x[:, 0], x, y, *options) is NotImplemented
+    assert project.project_sides_backward(x[:20], y, x[:20, 0], x[:20], y, *options) is not NotImplemented
+    assert project.project_sides_backward(x[:20], None, x[:20, 0], x[:20], None, *options) is NotImplemented
 
 
 def test_one_side_of_nothing():
-    p, unit = project.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
+    p, unit, *_ = project.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
     assert p.shape == (0, 8)
     close(unit, torch.full((2, 8), 8**-0.5), torch.float32)
 
@@ -187,6 +267,41 @@ def test_goal_takes_expanded_gradients_and_an_empty_batch():
     assert not goal.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
 
 
+def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
+    options = (triplet, pair, *NUMBERS, reduction)
+    on = on_device(a, b, a_ids, b_ids)
+    loss, *found = goal.hardest_goal(*on, *options)
+    known = hardest.hardest_negatives(*on)
+    for got, expected in zip(found, known, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    expected = goal.goal_terms(known[0], known[1], known[3], *options)
+    assert loss.dtype == torch.float32
+    assert loss.shape == expected.shape
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
+    lines = [t.cpu() for t in (known[0], known[1], known[3])]
+    exact, _ = goal_truth(lines, triplet, pair, reduction, torch.ones(len(a) if reduction == "none" else ()))
+    size = float(torch.cat(lines).nan_to_num(0, 0, 0).square().sum())
+    torch.testing.assert_close(loss.cpu().double(), exact, rtol=4e-6, atol=4e-6 * size, equal_nan=True)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize(("triplet", "pair"), MODES)
+def test_goal_terms_of_a_sweep(triplet, pair, reduction):
+    for n, m, d, dtype in ((1, 40, 5, torch.float32), (33, 50, 24, torch.float32), (50, 50, 20, torch.float16)):
+        check_hardest_goal(*mined(n, m, d, dtype, ids=n > 40), triplet, pair, reduction)
+
+
+@REDUCTIONS
+def test_goal_terms_of_a_sweep_of_special_values(reduction):
+    for special in (INF, -INF, NAN):
+        a, b, *ids = mined(33, 50, 8, torch.float32)
+        a[17, 0], b[:, 0] = special, b[:, 0].abs()
+        check_hardest_goal(a, b, *ids, "nca", "sig", reduction)
+    a, b, *_ = mined(20, 20, 8, torch.float32)
+    same = torch.zeros(20, dtype=torch.int64)
+    assert not goal.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
+
+
 # batch-hard
 
 
@@ -269,6 +384,8 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         found = hardest.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
+        assert (found is NotImplemented) == declined
+        found = goal.hardest_goal(*on_device(*mined(n, m, 8, torch.float32)), "con", "con", *NUMBERS, "sum")
         assert (found is NotImplemented) == declined
     for n, declined in ((44, False), (45, True)):
         found = batch_hard.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")

@@ -216,3 +216,22 @@ def test_bad_options_of_info_nce(options, kind, message):
 def test_bad_start_of_a_learnable_scale(value):
     with pytest.raises((TypeError, ValueError), match=r"^scale: "):
         gk.InfoNCELoss(scale=value)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [gk.InfoNCELoss, gk.SigmoidLoss])
+def test_a_module_learns_the_logarithm_of_its_scale(loss, reduction):
+    """As autograd would through the exponential."""
+    criterion = loss(scale=3.0, reduction=reduction, dtype=torch.float64)
+    x, y, weight = normal(20, 5), normal(25, 5), normal(20, 1)[:, 0]
+    tensors = [*leaves(x, y), *criterion.parameters()]
+    value = criterion(*tensors[:2])
+    results = [[value, *torch.autograd.grad((value * weight).sum(), tensors)]]
+    twins = [t.detach().clone().requires_grad_() for t in tensors]
+    options = {"scale": twins[2].exp(), "reduction": reduction}
+    if loss is gk.InfoNCELoss:
+        value = gk.reference.info_nce_loss(*twins[:2], **options)
+    else:
+        value = gk.reference.sigmoid_loss(*twins[:2], bias=twins[3], **options)
+    results.append([value, *torch.autograd.grad((value * weight).sum(), twins)])
+    assert_same(*results, 1e-9)

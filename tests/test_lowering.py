@@ -25,6 +25,7 @@ from bench.calls import CASES  # noqa: E402
 from gssf_kernels.kernels import (  # noqa: E402
     batch_hard,
     certified,
+    contrast,
     dense,
     epilogues,
     goal,
@@ -44,7 +45,7 @@ from gssf_kernels.kernels import (  # noqa: E402
 )
 
 MODULES = (
-    *(batch_hard, certified, dense, epilogues, goal, gradients, hardest, logsumexp),
+    *(batch_hard, certified, contrast, dense, epilogues, goal, gradients, hardest, logsumexp),
     *(pairs, positives, project, relations, relative, relative_goal, sums, sweep, terms),
 )
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

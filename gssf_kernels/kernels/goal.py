@@ -5,12 +5,15 @@ The formulas stand in `gssf_kernels/losses/goal.py`; modes are compiled in. Sums
 
 from __future__ import annotations
 
+from types import NotImplementedType
+
 import torch
 import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import pointwise
+from gssf_kernels.kernels.hardest import merge_lines, merged_terms
 from gssf_kernels.kernels.terms import store_sum, upstream
 
 
@@ -52,6 +55,13 @@ def value(p, n, tau, alpha, beta, lam, TRIPLET: tl.constexpr, PAIR: tl.constexpr
     return term
 
 
+@triton.jit
+def both_values(p, row, col, tau, alpha, beta, lam, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
+    """Both directions' terms, 0 where there is no negative."""
+    terms = tl.where(row != float("-inf"), value(p, row, tau, alpha, beta, lam, TRIPLET, PAIR), 0.0)
+    return terms + tl.where(col != float("-inf"), value(p, col, tau, alpha, beta, lam, TRIPLET, PAIR), 0.0)
+
+
 @triton.jit(do_not_specialize=["N"])
 def goal_kernel(
     positive, row, col, out, tau, alpha, beta, lam, N,
@@ -62,12 +72,33 @@ def goal_kernel(
     for i0 in range(tl.program_id(0) * BT, N, step):
         i = i0 + tl.arange(0, BT)
         p = tl.load(positive + i, mask=i < N, other=0.0)
-        n = tl.load(row + i, mask=i < N, other=float("-inf"))
-        terms = tl.where(n != float("-inf"), value(p, n, tau, alpha, beta, lam, TRIPLET, PAIR), 0.0)
-        n = tl.load(col + i, mask=i < N, other=float("-inf"))
-        terms += tl.where(n != float("-inf"), value(p, n, tau, alpha, beta, lam, TRIPLET, PAIR), 0.0)
+        of_row = tl.load(row + i, mask=i < N, other=float("-inf"))
+        of_col = tl.load(col + i, mask=i < N, other=float("-inf"))
+        terms = both_values(p, of_row, of_col, tau, alpha, beta, lam, TRIPLET, PAIR)
         if SUM:
             total += terms
+        else:
+            tl.store(out + i, terms, mask=i < N)
+    if SUM:
+        store_sum(out, total, N, MEAN)
+
+
+@triton.jit(do_not_specialize=["N", "M", "blocks"])
+def merge_goal_kernel(
+    partial, positive, out, row_score, row_index, col_score, col_index, tau, alpha, beta, lam, N, M, blocks,
+    BN: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+    TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """`merge_hinge_kernel` with GOAL's terms."""
+    total = tl.zeros([BL], tl.float32)
+    for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
+        i = i0 + tl.arange(0, BL)
+        p, row, col = merge_lines(
+            partial, positive, row_score, row_index, col_score, col_index, i, N, M, blocks, BN, BM, BP, BL
+        )
+        terms = both_values(p, row, col, tau, alpha, beta, lam, TRIPLET, PAIR)
+        if SUM:
+            total += tl.where(i < N, terms, 0.0)
         else:
             tl.store(out + i, terms, mask=i < N)
     if SUM:
@@ -130,6 +161,28 @@ def goal_terms(
             SUM=some, MEAN=reduction == "mean", BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
+
+
+def hardest_goal(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_ids: torch.Tensor | None,
+    b_ids: torch.Tensor | None,
+    triplet: str,
+    pair: str,
+    tau: float,
+    alpha: float,
+    beta: float,
+    lam: float,
+    reduction: str,
+) -> tuple[torch.Tensor, ...] | NotImplementedType:
+    """Return (GOAL's terms [N] or their sum or mean, and what `hardest.hardest_negatives` gives), in two launches.
+
+    The rest as for `hardest.hardest_hinge` and `goal_terms`.
+    """
+    operands.check_dtype("hardest_goal", a, b)
+    numbers = (tau, alpha, beta, lam)
+    return merged_terms(merge_goal_kernel, a, b, a_ids, b_ids, numbers, reduction, TRIPLET=triplet, PAIR=pair)
 
 
 def goal_terms_backward(

@@ -18,11 +18,22 @@ from gssf_kernels.kernels import operands, tiles
 
 @triton.jit
 def number(tensor, constant):
-    """What an argument that is a tensor or a number stands for."""
-    if tensor is not None:
-        return tl.load(tensor)
-    else:
+    """What an argument that is a tensor or a number stands for; a tensor without a number is its logarithm."""
+    if tensor is None:
         return constant
+    elif constant is None:
+        return tl.exp(tl.load(tensor))
+    else:
+        return tl.load(tensor)
+
+
+@triton.jit
+def outer_slope(tensor, constant):
+    """What a number's gradient is times to be its tensor's: the number where that is the logarithm."""
+    if constant is None:
+        return tl.exp(tl.load(tensor))
+    else:
+        return 1.0
 
 
 @triton.jit
@@ -46,19 +57,21 @@ def products(
 
 
 @triton.jit
-def own_weights(slopes, r, N, M, rows, across, down, BR: tl.constexpr, BP: tl.constexpr):
+def part_sums(source, lane, length, count, parts, BP: tl.constexpr):
+    """Σ of source [parts, length] over the parts at the lanes, 0 from count on."""
+    total = tl.zeros(lane.shape, tl.float32)
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        inside = (p < parts)[:, None] & (lane < count)[None, :]
+        total += tl.sum(tl.load(source + p.to(tl.int64)[:, None] * length + lane[None, :], mask=inside, other=0.0), 0)
+    return total
+
+
+@triton.jit
+def own_weights(slopes, r, N, M, rows, across, down, BP: tl.constexpr):
     """What pair r [BR] gets of terms s_ij - s_ii and s_ij - s_jj: minus the slopes of its row and of its column."""
     of_rows, of_cols = slopes  # [across, rows], [down, M]
-    total = tl.zeros([BR], tl.float32)
-    for p0 in range(0, across, BP):
-        p = p0 + tl.arange(0, BP)
-        inside = (p < across)[:, None] & (r < N)[None, :]
-        total += tl.sum(tl.load(of_rows + p.to(tl.int64)[:, None] * rows + r[None, :], mask=inside, other=0.0), 0)
-    for p0 in range(0, down, BP):
-        p = p0 + tl.arange(0, BP)
-        inside = (p < down)[:, None] & (r < N)[None, :]
-        total += tl.sum(tl.load(of_cols + p.to(tl.int64)[:, None] * M + r[None, :], mask=inside, other=0.0), 0)
-    return -total
+    return -(part_sums(of_rows, r, rows, N, across, BP) + part_sums(of_cols, r, M, N, down, BP))
 
 
 @triton.jit
@@ -88,7 +101,7 @@ def gradients_kernel(
         if SAME:
             total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
         if slopes is not None:
-            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            weights = own_weights(slopes, r, N, M, rows, across, down, BP)
             total = add_own(total, weights, b, r, c, b_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(da + at, (total * kappa).to(da.dtype.element_ty), mask=(r < N)[:, None] & (c < D)[None, :])
@@ -97,7 +110,7 @@ def gradients_kernel(
         total = tl.zeros([BR, BC], tl.float32)
         total = products(total, ds, a, r, c, stride, a_stride, M, N, D, True, BK, PRECISION)
         if slopes is not None:
-            weights = own_weights(slopes, r, N, M, rows, across, down, BR, BP)
+            weights = own_weights(slopes, r, N, M, rows, across, down, BP)
             total = add_own(total, weights, a, r, c, a_stride, N, D)
         at = r.to(tl.int64)[:, None] * D + c[None, :]
         tl.store(db + at, (total * kappa).to(db.dtype.element_ty), mask=(r < M)[:, None] & (c < D)[None, :])
@@ -107,7 +120,10 @@ def gradients_kernel(
             for t0 in range(0, count, BT):
                 t = t0 + tl.arange(0, BT)
                 whole += tl.load(parts + q * count + t, mask=t < count, other=0.0).to(tl.float64)
-            tl.store(sums[q], tl.sum(whole, 0).to(tl.float32) * share)
+            total = tl.sum(whole, 0).to(tl.float32) * share
+            if q == len(sums) - 1:  # what κ gets comes last
+                total *= outer_slope(scale, constant)
+            tl.store(sums[q], total)
 
 
 def room(a: torch.Tensor, M: int) -> torch.Tensor:
@@ -124,7 +140,7 @@ def gradients(
     parts: torch.Tensor | None,
     *,
     scale: torch.Tensor | None = None,
-    constant: float = 1.0,
+    constant: float | None = 1.0,
     share: float = 1.0,
     slopes: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
@@ -133,7 +149,8 @@ def gradients(
 
     ds: [N, M] of `room`, or None where no gradient is wanted; a, b: [N, D], [M, D]
     b: None for a, whose gradient is then that of both sides; parts: [P, any] fp32
-    scale: κ, or None: constant is; dtype: of the gradients, a's if None
+    scale: κ, or None: constant is; without constant log κ, and the last of the sums is what that gets
+    dtype: of the gradients, a's if None
     slopes: partial slopes of rows [K, at least N] and columns [K, M] that pairs (i, i) get back, negative, or None
     """
     N, M, D, same = len(a), len(a if b is None else b), a.shape[1], b is None

@@ -10,6 +10,7 @@ where that is more (16 row blocks); and a copy of a and b where their rows are n
 from __future__ import annotations
 
 from types import NotImplementedType
+from typing import Any
 
 import torch
 import triton
@@ -85,24 +86,35 @@ def merge_kernel(
         tl.store(col_index + j, index.to(tl.int64), mask=j < M)
 
 
+@triton.jit
+def merge_lines(
+    partial, positive, row_score, row_index, col_score, col_index, i, N, M, blocks,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """What `merge_kernel` finds of the one slab there is, at rows and columns i: (p, row, col), pairs' own first."""
+    row_scores, row_places, col_scores, col_places = partial
+    low, none = tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32)
+    row, at = fold(low, none, row_scores, row_places, i, blocks * BN, tl.cdiv(M, BM), 0, BM, BP)
+    tl.store(row_score + i, row, mask=i < N)
+    tl.store(row_index + i, at.to(tl.int64), mask=i < N)
+    col, at = fold(low, none, col_scores, col_places, i, M, blocks, 0, BN, BP)
+    tl.store(col_score + i, col, mask=i < M)
+    tl.store(col_index + i, at.to(tl.int64), mask=i < M)
+    return tl.load(positive + i, mask=i < N, other=0.0), row, col
+
+
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
 def merge_hinge_kernel(
     partial, positive, out, row_score, row_index, col_score, col_index, margin, N, M, blocks, BN: tl.constexpr,
     BM: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """`merge_kernel` of the one slab there is, and the hinge terms of what it finds; a sum is one program's."""
-    row_scores, row_places, col_scores, col_places = partial
     total = tl.zeros([BL], tl.float32)
     for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
         i = i0 + tl.arange(0, BL)
-        low, none = tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32)
-        row, at = fold(low, none, row_scores, row_places, i, blocks * BN, tl.cdiv(M, BM), 0, BM, BP)
-        tl.store(row_score + i, row, mask=i < N)
-        tl.store(row_index + i, at.to(tl.int64), mask=i < N)
-        col, at = fold(low, none, col_scores, col_places, i, M, blocks, 0, BN, BP)
-        tl.store(col_score + i, col, mask=i < M)
-        tl.store(col_index + i, at.to(tl.int64), mask=i < M)
-        p = tl.load(positive + i, mask=i < N, other=0.0)
+        p, row, col = merge_lines(
+            partial, positive, row_score, row_index, col_score, col_index, i, N, M, blocks, BN, BM, BP, BL
+        )
         row, over_row = hinge(p, row, margin)
         col, over_col = hinge(p, col, margin)
         terms = tl.where(over_row, row, 0.0) + tl.where(over_col, col, 0.0)
@@ -175,6 +187,20 @@ def hardest_hinge(
     those that another kernel mines.
     """
     operands.check_dtype("hardest_hinge", a, b)
+    return merged_terms(merge_hinge_kernel, a, b, a_ids, b_ids, (margin,), reduction)
+
+
+def merged_terms(
+    kernel: Any,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_ids: torch.Tensor | None,
+    b_ids: torch.Tensor | None,
+    numbers: tuple[float, ...],
+    reduction: str,
+    **modes: str,
+) -> tuple[torch.Tensor, ...] | NotImplementedType:
+    """`hardest_hinge` for any kernel that merges as `merge_lines` does and makes terms by numbers and modes."""
     N, M, some = len(a), len(b), reduction != "none"
     if not 0 < N * M <= tiles.SMALL or hopper.takes_over("hardest_negatives", a, b) or certified.pays(a, b):
         return NotImplemented
@@ -186,10 +212,10 @@ def hardest_hinge(
         rows, cols = sweep.partial_results(torch.float32, torch.int16)
         sweep.run(hardest_tile, (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols), 0, blocks)
         BL = tiles.TERM_LANES
-        merge_hinge_kernel[(1 if some else triton.cdiv(M, BL),)](
-            (*rows, *cols), pair_score, out, *found, margin, N, M, blocks, BN=sweep.tile.BN,
-            BM=sweep.tile.BM, SUM=some, MEAN=reduction == "mean", BP=tiles.MERGE_PARTS, BL=BL, num_warps=8,
-            num_stages=2,
+        kernel[(1 if some else triton.cdiv(M, BL),)](
+            (*rows, *cols), pair_score, out, *found, *numbers, N, M, blocks, BN=sweep.tile.BN,
+            BM=sweep.tile.BM, SUM=some, MEAN=reduction == "mean", BP=tiles.MERGE_PARTS, BL=BL, **modes,
+            num_warps=8, num_stages=2,
         )  # fmt: skip
     return out, pair_score, *found
 

@@ -66,14 +66,20 @@ def log_lines_kernel(
 
 
 @triton.jit
-def weighted(t, top, log, grad, at, inside, AXIS: tl.constexpr):
-    """grad e^(t - top - log) along lines; where all of a line is -inf, that is 0."""
+def share_of(t, top, log, at, inside, AXIS: tl.constexpr):
+    """e^(t - top - log) along lines; where all of a line is -inf, that is 0."""
     least: tl.constexpr = -3.4028234663852886e38
     x = tl.load(top + at, mask=inside, other=0.0)
     y = tl.load(log + at, mask=inside, other=0.0)
-    g = tl.load(grad + at, mask=inside, other=0.0)
     x, y = tl.where(x < least, least, x), tl.where(y < least, least, y)  # in this form NaN stays
-    return tl.expand_dims(g, AXIS) * tl.exp((t - tl.expand_dims(x, AXIS)) - tl.expand_dims(y, AXIS))
+    return tl.exp((t - tl.expand_dims(x, AXIS)) - tl.expand_dims(y, AXIS))
+
+
+@triton.jit
+def weighted(t, top, log, grad, at, inside, AXIS: tl.constexpr):
+    """grad times `share_of` along lines."""
+    g = tl.load(grad + at, mask=inside, other=0.0)
+    return tl.expand_dims(g, AXIS) * share_of(t, top, log, at, inside, AXIS)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.pairs import scan, segment_sum
+from gssf_kernels.kernels.pairs import pair_scores, scan, segment_sum
 
 EPS = 1e-12
 
@@ -63,12 +63,21 @@ def mixed(
 
 
 @triton.jit
+def besides(more, i, at, inside, D):
+    """more [N, D] at rows i and channels at, fp32."""
+    return tl.load(more + i[:, None] * D + at[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def project_rows(
-    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, which, piece, pieces,
+    x, grad, more, out, diag, blocks, permutation, lengths, x_stride, grad_stride, N, D, eps, which, piece, pieces,
     B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
     BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """BN rows of p of x, or with BACKWARD of dx of grad: one of several pieces of their channels. TRANSPOSED: by Wᵀ."""
+    """BN rows of p of x, or with BACKWARD of dx of grad: one of several pieces of their channels. TRANSPOSED: by Wᵀ.
+
+    lengths [N] gets what rows are divided by, and more [N, D] is what x̂ gets besides, where they are not None.
+    """
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
     x_row = i * x_stride
@@ -90,14 +99,20 @@ def project_rows(
             squares += tl.sum(y * y, 1)
             if BACKWARD:
                 h = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
+                if more is not None:
+                    h += besides(more, i, at, inside[:, None] & (c < D)[None, :], D)
                 inner += tl.sum(y * h, 1)
     norm = tl.sqrt(squares)
     divisor = tl.where(norm < eps, eps, norm)[:, None]  # a NaN stays
+    if lengths is not None:
+        tl.store(lengths + i, tl.where(norm < eps, eps, norm), mask=inside & (piece == 0))
 
     for c0 in range(piece * BC, D, pieces * BC):
         c = c0 + tl.arange(0, BC)
         at = channels(permutation, c, D)
         t = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
+        if more is not None:
+            t += besides(more, i, at, inside[:, None] & (c < D)[None, :], D)
         if NORMALIZE:
             if BACKWARD:
                 y = tl.load(x + x_row[:, None] + at[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
@@ -116,7 +131,7 @@ def project_kernel(
 ):  # fmt: skip
     """`project_rows` of all rows and pieces."""
     project_rows(
-        x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps,
+        x, grad, None, out, diag, blocks, permutation, None, x_stride, grad_stride, N, D, eps,
         tl.program_id(0), tl.program_id(1), tl.num_programs(1), B, BN, BC, PRECISION, NORMALIZE, BACKWARD, TRANSPOSED,
     )  # fmt: skip
 
@@ -173,34 +188,81 @@ def parameter_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def row_divisors(x, row, inside, D, eps, BN: tl.constexpr, BC: tl.constexpr):
+    """What BN rows are divided by: their lengths, at least eps."""
+    squares = tl.zeros([BN], tl.float32)
+    for c0 in range(0, D, BC):
+        c = c0 + tl.arange(0, BC)
+        y = tl.load(x + row[:, None] + c[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(y * y, 1)
+    norm = tl.sqrt(squares)
+    return tl.where(norm < eps, eps, norm)  # a NaN stays
+
+
+@triton.jit
+def pair_rows(
+    x, y, pair, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
+):  # fmt: skip
+    """The scores of BN pairs (i, i), of factors rounded as they are stored."""
+    i = which.to(tl.int64) * BN + tl.arange(0, BN)
+    inside = i < N
+    x_row, y_row = i * x_stride, i * y_stride
+    if NORMALIZE:
+        x_length = row_divisors(x, x_row, inside, D, eps, BN, BC)[:, None]
+        y_length = row_divisors(y, y_row, inside, D, eps, BN, BC)[:, None]
+    total = tl.zeros([BN], tl.float32)
+    for c0 in range(0, D, BC):
+        c = c0 + tl.arange(0, BC)
+        at = channels(permutation, c, D)
+        p = mixed(x, x_row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, False)
+        other = tl.load(y + y_row[:, None] + at[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
+        if NORMALIZE:
+            p = p / x_length
+            other = (other.to(tl.float32) / y_length).to(y.dtype.element_ty)
+        p = tl.where((c < D)[None, :], p.to(x.dtype.element_ty).to(tl.float32), 0.0)
+        total += tl.sum(p * other.to(tl.float32), 1)
+    tl.store(pair + i, total, mask=inside)
+
+
 @triton.jit(do_not_specialize=["N", "M"])
 def sides_kernel(
-    x, y, above, below, x_out, y_out, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
+    x, y, above, below, x_out, y_out, pair, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
     N, M, D, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
-    NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, SPANS: tl.constexpr,
+    NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, WEIGHTED: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """x̂ W and ŷ; or with BACKWARD dx of above, dy of below and the parameters' gradients. None for what is not wanted.
 
-    Programs for the rows of x, then of y, by the second index in pieces; then for the parameters, each for all rows.
+    Programs for the rows of x, then of y, by the second index in pieces; then for the parameters, each for all rows, or
+    for the pairs' scores. norm [N]: the lengths of x, written forward and read backward. WEIGHTED: below is the
+    gradient of ŷ Wᵀ, not of ŷ. Backward without y: x is both, and dx of above and below.
     """
     p, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     of_x = tl.cdiv(N, BN) if x_out is not None else 0
     of_y = tl.cdiv(M, BN) if y_out is not None else 0
     if x_out is not None and p < of_x:
         project_rows(
-            x, above, x_out, diag, blocks, permutation, x_stride, D, N, D, eps, p, piece, pieces,
-            B, BN, BC, PRECISION, NORMALIZE, BACKWARD, BACKWARD,
+            x, above, below if y is None else None, x_out, diag, blocks, permutation, None if BACKWARD else norm,
+            x_stride, D, N, D, eps, p, piece, pieces, B, BN, BC, PRECISION, NORMALIZE, BACKWARD, BACKWARD,
         )  # fmt: skip
     if y_out is not None and (p >= of_x) & (p < of_x + of_y):
-        if BACKWARD:  # y's rows go through W where x's go through its transpose
+        if WEIGHTED:  # y's rows go through W where x's go through its transpose
             project_rows(
-                y, below, y_out, diag, blocks, permutation, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                y, below, None, y_out, diag, blocks, permutation, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
                 B, BN, BC, PRECISION, NORMALIZE, True, False,
             )  # fmt: skip
         else:
             project_rows(
-                y, None, y_out, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
-                B, BN, BC, PRECISION, NORMALIZE, False, False,
+                y, below, None, y_out, None, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                B, BN, BC, PRECISION, NORMALIZE, BACKWARD, False,
+            )  # fmt: skip
+    if pair is not None and p >= of_x + of_y:
+        q = (p - of_x - of_y) * pieces + piece
+        if q < tl.cdiv(N, BN):
+            pair_rows(
+                x, y, pair, diag, blocks, permutation, x_stride, y_stride, N, D, eps, q,
+                B, BN, BC, PRECISION, NORMALIZE,
             )  # fmt: skip
     if (ddiag is not None or dblocks is not None) and p >= of_x + of_y:
         q, split = (p - of_x - of_y) * pieces + piece, tl.full([], 0, tl.int64)
@@ -279,7 +341,7 @@ def launch_parameters(
 
 def launch_sides(
     x: torch.Tensor,
-    y: torch.Tensor,
+    y: torch.Tensor | None,
     above: torch.Tensor | None,
     below: torch.Tensor | None,
     diag: torch.Tensor | None,
@@ -289,12 +351,16 @@ def launch_sides(
     backward: bool,
     wanted: tuple[bool, bool, bool, bool],
     norm: torch.Tensor | None = None,
+    pair: torch.Tensor | None = None,
+    weighted: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """(p of x, ŷ), or with backward (dx, dy, ddiag, dblocks), empty where wanted says no; one launch.
 
-    above, below: fp32, contiguous; norm: the lengths of x [N], where parameters are wanted and normalize is
+    above, below: contiguous; norm: the lengths of x [N], written, or read where parameters are wanted and normalize is
+    pair: [N] fp32, gets the pairs' scores; weighted: below is the gradient of ŷ Wᵀ, not of ŷ
+    y: None backward where x is both
     """
-    (N, D), M = x.shape, len(y)
+    (N, D), M = x.shape, len(y) if y is not None else 0
     given = (x, y, diag, blocks)
     out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
            for t, want in zip(given, wanted, strict=True)]  # fmt: skip
@@ -305,12 +371,14 @@ def launch_sides(
     pieces = min(columns, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1))) if normalize else columns
     across = spans(D, block_size, tile.BC)
     programs += triton.cdiv(columns * across, pieces) if any(t is not None for t in out[2:]) else 0
+    programs += triton.cdiv(triton.cdiv(N, tile.BN), pieces) if pair is not None else 0
     if programs:
         sides_kernel[(programs, pieces)](
-            x, y, above, below, *out[:2], diag, blocks, permutation, norm, *out[2:], x.stride(0), y.stride(0),
-            N, M, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC,
+            x, y, above, below, *out[:2], pair, diag, blocks, permutation, norm, *out[2:],
+            x.stride(0), y.stride(0) if y is not None else 0, N, M, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC,
             PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32", NORMALIZE=normalize, BACKWARD=backward,
-            SPANS=across, maxnreg=255,  # which keeps ptxas from spilling a value to fit in one block more
+            WEIGHTED=weighted, SPANS=across,
+            maxnreg=255,  # which keeps ptxas from spilling a value to fit in one block more
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return tuple(x.new_empty(0) if t is None else t for t in out)
@@ -322,17 +390,66 @@ def project_sides(
     diag: torch.Tensor | None,
     blocks: torch.Tensor | None,
     permutation: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (p of x [N, D], ŷ [M, D]), both normalised, in one launch; the rest as for `project`.
+    normalize: bool = True,
+    pairs: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (p of x [N, D], ŷ [M, D], the lengths of x [N], the pairs' scores [N]) in one launch.
 
-    Raises TypeError for other dtypes.
+    The last two are fp32. ŷ and the lengths are empty without normalize, the pairs without pairs; with them M >= N. The
+    rest as for `project`.
+
+    Raises TypeError for other dtypes. Pairs of more than `tiles.SMALL` scores take a launch of their own.
     """
     operands.check_dtype("project_sides", x, y)
+    N, M = len(x), len(y)
+    if pairs and N * M > tiles.SMALL:
+        p, unit, norm, _ = project_sides(x, y, diag, blocks, permutation, normalize)
+        return p, unit, norm, pair_scores(p, unit if normalize else y, None, None)
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
-    x, y, wanted = operands.rows(x), operands.rows(y), (True, True, False, False)
+    x, y = operands.rows(x), operands.rows(y)
+    norm, pair = (x.new_empty(N if some else 0, dtype=torch.float32) for some in (normalize, pairs))
     with torch.cuda.device_of(x):
-        p, unit, *_ = launch_sides(x, y, None, None, diag, blocks, permutation, True, False, wanted)
-    return p, unit
+        p, unit, *_ = launch_sides(
+            x, y, None, None, diag, blocks, permutation, normalize, False, (True, normalize, False, False),
+            norm if normalize else None, pair if pairs else None,
+        )  # fmt: skip
+    return p, unit, norm, pair
+
+
+def project_sides_backward(
+    dp: torch.Tensor | None,
+    dunit: torch.Tensor | None,
+    norm: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor | None,
+    diag: torch.Tensor | None,
+    blocks: torch.Tensor | None,
+    permutation: torch.Tensor | None,
+    normalize: bool,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
+    """Return (dx, dy, ddiag, dblocks) of dp [N, D] and dunit [M, D], what p and ŷ get, in one launch.
+
+    norm: [N] fp32, the lengths of x; y: None where x is both, and dx then of dp and dunit
+    needs: for x, y, diag, blocks; empty where it says no, and where there is nothing to make it of; the rest as for
+    `project`
+
+    Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows of x, whose sums have to be split, and
+    one side twice of which but one factor is used.
+    """
+    operands.check_dtype("project_sides_backward", x)
+    if not 0 < len(x) <= tiles.SCAN_ROWS or (y is None and (dp is None or dunit is None)):
+        return NotImplemented
+    x, y = operands.rows(x), operands.rows(y) if y is not None else None
+    above, below, diag, blocks, permutation = operands.contiguous(dp, dunit, diag, blocks, permutation)
+    of_x = dp is not None
+    wanted = of_x and needs[0], dunit is not None and normalize and needs[1], of_x and needs[2], of_x and needs[3]
+    with torch.cuda.device_of(x):
+        found = launch_sides(
+            x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm if normalize else None
+        )
+    dx, dy, ddiag, dblocks = found
+    return dx, dy, ddiag, dblocks
 
 
 def project(
@@ -445,6 +562,8 @@ def hardest_project_backward(
     with torch.cuda.device_of(x):
         scan(dpair, drow, dcol, row_index, col_index, x, y, above, below, normalize, norm)
         wanted = (needs[0], needs[1], needs[2], needs[3])
-        found = launch_sides(x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm)
+        found = launch_sides(
+            x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm, weighted=True
+        )
     dx, dy, ddiag, dblocks = found
     return dx, dy, ddiag, dblocks

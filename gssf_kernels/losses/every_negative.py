@@ -7,17 +7,19 @@ Source: VSE++, arXiv 1707.05612, which names it as its predecessor.
 
 from torch import Tensor
 
-from gssf_kernels.statistics import pair_scores
-from gssf_kernels.statistics.sums import line_sums, total_score
+from gssf_kernels.statistics.sums import row_terms, total_score
 
 
 def every_negative(
-    x: Tensor, y: Tensor, margin: float, x_ids: Tensor | None, y_ids: Tensor | None, reduction: str
-) -> Tensor:
-    """``triplet_loss(negatives="all")`` of x [N, D] and y [M, D], checked there; scalar, or [N] for "none"."""
+    x: Tensor, y: Tensor, margin: float, x_ids: Tensor | None, y_ids: Tensor | None, reduction: str,
+    pair: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``triplet_loss(negatives="all")`` of x [N, D] and y [M, D], checked there; scalar, or [N] for "none".
+
+    pair: the pairs' scores [N], if known.
+    """
+    options = ("hinge", 1.0, margin, "exclude", x_ids, y_ids)
     if reduction == "none":
-        gap = margin - pair_scores(x, y)  # [N]: added to a score, what the hinge takes
-        rows, cols = line_sums(x, y, "hinge", gap.new_ones(()), gap, gap, "exclude", x_ids, y_ids)
-        return rows + cols
+        return row_terms(x, y, *options, relative=True, pair=pair)
     share = 1 / max(x.shape[0], 1) if reduction == "mean" else 1.0
-    return total_score(x, y, "hinge", 1.0, margin, "exclude", x_ids, y_ids, share, relative=True)
+    return total_score(x, y, *options, share, relative=True, pair=pair)

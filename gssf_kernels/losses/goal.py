@@ -30,7 +30,7 @@ from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import paired_hardest_negatives
+from gssf_kernels.statistics import paired_hardest_negatives, structured_terms
 from gssf_kernels.statistics.goal import PAIR, TRIPLET, Constants, anchor_weights, goal_terms
 from gssf_kernels.statistics.relative_goal import RELATIVE, relative_goal
 
@@ -98,12 +98,16 @@ def goal_loss(
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
     if relative is None:
-        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
-        lines = positive, hardest.row_score, hardest.col_score
-        terms = goal_terms(*lines, triplet, pair, constants, reduction)
+        if metric is None:
+            positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+            lines = positive, hardest.row_score, hardest.col_score
+            terms = goal_terms(*lines, triplet, pair, constants, reduction)
+        else:
+            given = (x, y, x_ids, y_ids, "goal", (triplet, pair, *constants, reduction))
+            terms, positive, hardest = structured_terms(*given, names=_NAMES, metric=metric)
         return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
-    given = (x, y, x_ids, y_ids, triplet, pair, relative, constants, reduction)
-    terms, positive, hardest = relative_goal(*given, names=_NAMES, metric=metric)
+    mode = triplet, pair, relative, constants, reduction
+    terms, positive, hardest = relative_goal(x, y, x_ids, y_ids, *mode, names=_NAMES, metric=metric)
     return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
 
 

@@ -11,15 +11,14 @@ as in arXiv 2412.10761.
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import contrast_terms, pair_scores, paired_logsumexp
-from gssf_kernels.statistics.groups import group_sums, groups
+from gssf_kernels.statistics import contrast_loss
 
 
 def info_nce_loss(
@@ -69,43 +68,9 @@ def info_nce_loss(
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    scale = _checks.scalar_or_number(scale, "scale", x, positive=True)
+    kappa = _checks.scale(scale, x)
 
-    count = x.shape[0]
-    row_max, row_log, col_max, col_log, pair = paired_logsumexp(x, y, scale)
-    row_target = col_target = pair
-    if x_ids is not None and count > 0:
-        row_target, col_target = _soft_targets(x, y, scale, pair, x_ids, y_ids, symmetric)
-    if epsilon:
-        row_target = torch.lerp(row_target, scale * _mean_scores(x, y), epsilon)
-    if epsilon and symmetric:
-        col_target = torch.lerp(col_target, scale * _mean_scores(y[:count], x), epsilon)
-    cols = (col_max, col_log, col_target) if symmetric else None
-    return contrast_terms((row_max, row_log, row_target), cols, reduction)
-
-
-def _soft_targets(x, y, scale, pair, x_ids, y_ids, symmetric):
-    """The mean logit of every row's positives [N], and of the first N columns' [N]."""
-    count, dtype = x.shape[0], accumulation_dtype(x.dtype)
-    x, y = x.to(dtype), y.to(dtype)
-    rows, cols, slots = found = groups(x_ids, y_ids)
-    own = x_ids == y_ids[:count]  # whether pair i is in its own group; it is a positive in any case
-
-    def target(anchors, partners, sums, counts):
-        others = sums - torch.where(own[:, None], partners, 0)
-        return (pair + scale * pair_scores(anchors, others)) / (counts + ~own)
-
-    row = target(x, y[:count], group_sums(y, cols, rows, slots), found.row_counts())
-    if not symmetric:
-        return row, row
-    cols = cols[:count]
-    return row, target(y[:count], x, group_sums(x, rows, cols, slots), found.col_counts()[:count])
-
-
-def _mean_scores(a, b):
-    """``mean_j a_i · b_j`` [N]."""
-    dtype = accumulation_dtype(a.dtype)
-    return a.to(dtype) @ b.mean(0, dtype=dtype)
+    return contrast_loss(x, y, kappa, x_ids, y_ids, epsilon, symmetric, reduction)
 
 
 class InfoNCELoss(nn.Module):
@@ -155,7 +120,7 @@ class InfoNCELoss(nn.Module):
         return info_nce_loss(
             x,
             y,
-            scale=self.log_scale.exp(),
+            scale=cast(Any, _checks.Logarithm(self.log_scale)),
             x_ids=x_ids,
             y_ids=y_ids,
             label_smoothing=self.label_smoothing,

@@ -6,13 +6,14 @@ Source: SigLIP, arXiv 2303.15343 (κ starts at 10 and β at −10; κ is learned
 """
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.sums import row_sums, total_score
+from gssf_kernels.statistics.sums import row_terms, total_score
 
 
 def sigmoid_loss(
@@ -55,12 +56,12 @@ def sigmoid_loss(
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    scale = _checks.scalar_or_number(scale, "scale", x, positive=True)
+    kappa = _checks.scale(scale, x)
     bias = _checks.scalar_or_number(bias, "bias", x)
     # −log σ(z t) is softplus(t) for negatives, softplus(−t) for positives
-    arguments = (x, y, "softplus", scale, bias, "negate", x_ids, y_ids)
+    arguments = (x, y, "softplus", kappa, bias, "negate", x_ids, y_ids)
     if reduction == "none":
-        return row_sums(*arguments)
+        return row_terms(*arguments)
     return total_score(*arguments, share=1 / max(x.shape[0], 1) if reduction == "mean" else 1.0)
 
 
@@ -111,7 +112,7 @@ class SigmoidLoss(nn.Module):
         return sigmoid_loss(
             x,
             y,
-            scale=self.log_scale.exp(),
+            scale=cast(Any, _checks.Logarithm(self.log_scale)),
             bias=self.bias,
             x_ids=x_ids,
             y_ids=y_ids,

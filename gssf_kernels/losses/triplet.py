@@ -15,8 +15,8 @@ from gssf_kernels._library import outside_autocast
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives, structured_hinge
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, paired_factors
+from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives, structured_terms
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -73,12 +73,12 @@ def triplet_loss(
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
     if negatives != "hardest":
-        a, b = (x, y) if metric is None else metric.factors(x, y)
+        a, b, pair = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
         a, b = _checks.autocast(a, b)
         _checks.sides(a, b, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
         if negatives == "all":
-            loss = every_negative(a, b, margin, x_ids, y_ids, reduction)
+            loss = every_negative(a, b, margin, x_ids, y_ids, reduction, pair)
         else:
             with outside_autocast(a.device):
                 loss = reference.triplet_loss(
@@ -92,8 +92,8 @@ def triplet_loss(
         positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
     else:
-        given = (x, y, x_ids, y_ids, margin, reduction)
-        loss, positive, hardest = structured_hinge(*given, names=_NAMES, metric=metric)
+        given = (x, y, x_ids, y_ids, "hinge", (margin, reduction))
+        loss, positive, hardest = structured_terms(*given, names=_NAMES, metric=metric)
     return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
 
 

@@ -1,33 +1,33 @@
 """Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
 
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
+from gssf_kernels.statistics.contrast import contrast_loss
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
     paired_relative_negatives,
     rescored_candidates,
-    structured_hinge,
+    structured_terms,
 )
-from gssf_kernels.statistics.logsumexp import logsumexp_scores, paired_logsumexp
+from gssf_kernels.statistics.logsumexp import logsumexp_scores
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
 from gssf_kernels.statistics.relative import relative_positives
 from gssf_kernels.statistics.sums import sum_scores
-from gssf_kernels.statistics.terms import contrast_terms, hinge_terms
+from gssf_kernels.statistics.terms import hinge_terms
 
 __all__ = [
     "batch_hard_terms",
-    "contrast_terms",
+    "contrast_loss",
     "hardest_negatives",
     "hardest_positives",
     "hinge_terms",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",
-    "paired_logsumexp",
     "paired_relative_negatives",
     "relative_positives",
     "rescored_candidates",
-    "structured_hinge",
+    "structured_terms",
     "sum_scores",
 ]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import Function, define, last_derivative
+from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
 from gssf_kernels.reference import AnchorStatistics
 
 
@@ -134,6 +134,21 @@ def _fake_backward(grad, positive, row, col, triplet, pair, tau, alpha, beta, la
     return tuple(t.new_empty(t.shape) for t in (positive, row, col))
 
 
+def _reference_hardest(a, b, a_ids, b_ids, triplet, pair, tau, alpha, beta, lam, reduction):
+    pair_score, row_score, row_index, col_score, col_index = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)
+    options = (triplet, pair, tau, alpha, beta, lam, reduction)
+    loss = torch.ops.gssf.goal_terms(pair_score, row_score, col_score, *options)
+    return loss, pair_score, row_score, row_index, col_score, col_index
+
+
+def _fake_hardest(a, b, a_ids, b_ids, triplet, pair, tau, alpha, beta, lam, reduction):
+    n, m = a.shape[0], b.shape[0]
+    row, col = (a.new_empty(size, dtype=accumulation_dtype(a.dtype)) for size in (n, m))
+    places = (torch.empty_like(t, dtype=torch.int64) for t in (row, col))
+    lines = (torch.empty_like(row), row, next(places), col, next(places))
+    return row.new_empty(row.shape if reduction == "none" else ()), *lines
+
+
 _LINES = "Tensor positive, Tensor row, Tensor col"
 _OPTIONS = "str triplet, str pair, float tau, float alpha, float beta, float lam, str reduction"
 define(
@@ -147,4 +162,12 @@ define(
     reference=_reference_backward,
     fake=_fake_backward,
     triton="goal.goal_terms_backward",
+)
+define(
+    f"hardest_goal(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_reference_hardest,
+    fake=_fake_hardest,
+    through="hardest_negatives",
+    triton="goal.hardest_goal",
 )

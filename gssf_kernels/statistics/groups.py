@@ -21,6 +21,10 @@ class Groups(NamedTuple):
     cols: Tensor
     slots: int
 
+    def turned(self) -> "Groups":
+        """The sides exchanged."""
+        return Groups(self.cols, self.rows, self.slots)
+
     def row_counts(self) -> Tensor:
         """How many of the second side share the id of each row [N]."""
         return _gather(self._count(self.cols), self.rows)

@@ -69,16 +69,18 @@ def paired_relative_negatives(
     return pair_score, HardestNegatives(*hardest), (row_terms, col_terms)
 
 
-def structured_hinge(
-    x, y, x_ids, y_ids, margin: float, reduction: str, *, names, metric
+def structured_terms(
+    x, y, x_ids, y_ids, kind: str, options: tuple, *, names, metric
 ) -> tuple[Tensor, Tensor, HardestNegatives]:
-    """``(hinge terms [N], or their sum or mean; pair_score, hardest negatives)`` of ``metric``.
+    """``(terms [N], or their sum or mean; pair_score, hardest negatives)`` of ``metric``.
 
-    The terms alone carry gradient: they are those of :func:`~gssf_kernels.statistics.hinge_terms`. One op for all of
-    it, so that a GPU merges what its sweep of few scores leaves and makes the terms in one launch.
+    kind: "hinge", of :func:`~gssf_kernels.statistics.hinge_terms`, with options margin and reduction; or "goal", of
+    :func:`~gssf_kernels.statistics.goal.goal_terms`, with triplet, pair, its four constants and reduction. The terms
+    alone carry gradient. One op for all of it, so that a GPU merges what its sweep of few scores leaves and makes the
+    terms in one launch.
     """
     sides, weights = _given(x, y, x_ids, y_ids, names, metric)
-    loss, pair_score, *hardest = _StructuredHinge.apply(*sides[:2], *weights, *sides[2:], margin, reduction)
+    loss, pair_score, *hardest = _StructuredTerms.apply(*sides[:2], *weights, *sides[2:], kind, options)
     return loss, pair_score, HardestNegatives(*hardest)
 
 
@@ -139,7 +141,7 @@ def _given(x, y, x_ids, y_ids, names, metric):
 def _factors(x, y, diag, blocks, permutation, normalize):
     """(x̂ W, ŷ)"""
     if normalize:
-        return torch.ops.gssf.project_sides(x, y, diag, blocks, permutation)
+        return torch.ops.gssf.project_sides(x, y, diag, blocks, permutation)[:2]
     return torch.ops.gssf.project(x, diag, blocks, permutation, False), y
 
 
@@ -208,17 +210,18 @@ class _StructuredHardestNegatives(Function):
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5)
 
 
-class _StructuredHinge(Function):
-    """Hinge terms of the same, keeping as little."""
+class _StructuredTerms(Function):
+    """Terms of the same, keeping as little."""
 
     @staticmethod
-    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, margin, reduction):
+    def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, kind, options):
         a, b = _factors(x, y, diag, blocks, permutation, normalize)
-        return torch.ops.gssf.hardest_hinge(a, b, x_ids, y_ids, margin, reduction)
+        op = torch.ops.gssf.hardest_hinge if kind == "hinge" else torch.ops.gssf.hardest_goal
+        return op(a, b, x_ids, y_ids, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, diag, blocks, permutation, ctx.normalize, _, _, ctx.margin, ctx.reduction = inputs
+        x, y, diag, blocks, permutation, ctx.normalize, _, _, ctx.kind, ctx.options = inputs
         _, pair_score, row_score, row_index, col_score, col_index = output
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -230,16 +233,17 @@ class _StructuredHinge(Function):
         if grad is None:
             return (None,) * 10
         needs = list(ctx.needs_input_grad[:4])
-        options = (ctx.margin, ctx.reduction, ctx.normalize, needs)
-        found = last_derivative(_hinge_project_backward, grad, *ctx.saved_tensors, *options)
+        options = (ctx.kind, ctx.options, ctx.normalize, needs)
+        found = last_derivative(_terms_project_backward, grad, *ctx.saved_tensors, *options)
         return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 6)
 
 
-def _hinge_project_backward(
-    grad, pair_score, row_score, col_score, row_index, col_index, x, y, diag, blocks, permutation, margin, reduction,
+def _terms_project_backward(
+    grad, pair_score, row_score, col_score, row_index, col_index, x, y, diag, blocks, permutation, kind, options,
     normalize, needs,
 ):  # fmt: skip
-    lines = torch.ops.gssf.hinge_terms_backward(grad, pair_score, row_score, col_score, margin, reduction)
+    of_terms = torch.ops.gssf.hinge_terms_backward if kind == "hinge" else torch.ops.gssf.goal_terms_backward
+    lines = of_terms(grad, pair_score, row_score, col_score, *options)
     op = torch.ops.gssf.hardest_project_backward
     return op(*lines, row_index, col_index, x, y, diag, blocks, permutation, normalize, needs)
 

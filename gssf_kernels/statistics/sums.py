@@ -5,7 +5,7 @@
 The whole gradient of one sum is known as soon as a chunk of scores is, so it is taken in the forward pass where one is
 wanted: 3 products in all, 1 without. Only rows' sums that get weights of their own ("none") make the chunks again.
 Where b is a, and rows and columns are alike, half of it does: 1.5 products in all. Small problems on a GPU take a sweep
-and one kernel more forward, and one back (``kernels/sums.py``).
+and one kernel more forward, and one back ("none": two; ``kernels/sums.py``).
 """
 
 import torch
@@ -63,44 +63,57 @@ def sum_scores(
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     bias = _checks.scalar_or_number(bias, "bias", a)
     arguments = (a, b, kind, scale, bias, positives, a_ids, b_ids)
-    return total_score(*arguments) if reduction == "sum" else row_sums(*arguments)
+    return total_score(*arguments) if reduction == "sum" else row_terms(*arguments)
 
 
-def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, relative=False) -> Tensor:
-    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers; symmetric where b is a.
+def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, relative=False, pair=None) -> Tensor:
+    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers, or κ a `Logarithm`; symmetric where b is a.
 
-    ``relative``, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and ``f(s_ij + β − s_jj)`` over j < N.
+    ``relative``, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and ``f(s_ij + β − s_jj)`` over j < N;
+    pair: the s_ii [N], if known.
     """
     symmetric = a is b and a_ids is b_ids and not relative
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    scale, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    scale, constant = scale_of(scale)
     bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
     scale, bias = distinct(scale, bias)
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
-    options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs)
+    options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair)
     return _Total.apply(a, b, scale, bias, *options)[0]
 
 
-def row_sums(a, b, kind, scale, bias, positives, a_ids, b_ids) -> Tensor:
-    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers."""
-    dtype = accumulation_dtype(a.dtype)
-    scale, bias = (t if isinstance(t, Tensor) else a.new_full((), t, dtype=dtype) for t in (scale, bias))
-    return line_sums(a, b, kind, scale, bias.expand(a.shape[0]), None, positives, a_ids, b_ids)[0]
+def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
+    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
+    if isinstance(scale, _checks.Logarithm):
+        return scale.tensor, None
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
-def line_sums(a, b, kind, scale, row_bias, col_bias, positives, a_ids, b_ids) -> tuple[Tensor, Tensor]:
-    """``(rows [N], cols [K])``."""
-    a, b = distinct(a, b)
+def kappa_of(scale, constant):
+    """The κ that those stand for."""
+    if scale is None:
+        return constant
+    return scale.exp() if constant is None else scale
+
+
+def row_terms(a, b, kind, scale, bias, positives, a_ids, b_ids, relative=False, pair=None) -> Tensor:
+    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers, or κ a `Logarithm`.
+
+    ``relative``, M >= N and κ = 1: ``Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)``; pair: the s_ii [N], if known.
+    """
+    a, b = distinct(a, None if a is b else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    row_bias, col_bias = distinct(row_bias, col_bias)
-    return _Lines.apply(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives)
+    scale, constant = scale_of(scale)
+    bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
+    scale, bias = distinct(scale, bias)
+    return _Rows.apply(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair)[0]
 
 
 class _Total(Function):
     @staticmethod
-    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
-        options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs)
+    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair):
+        options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair)
         return torch.ops.gssf.score_total(a, b, scale, bias, *options)
 
     @staticmethod
@@ -114,66 +127,106 @@ class _Total(Function):
     @staticmethod
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         op = torch.ops.gssf.score_total_backward
         found = last_derivative(op, grad, *ctx.saved_tensors, ctx.constant, ctx.share)
-        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad[:4], strict=True)), *[None] * 9)
+        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad[:4], strict=True)), *[None] * 10)
 
 
-class _Lines(Function):
+class _Rows(Function):
     @staticmethod
-    def forward(a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives):
-        op, biases = torch.ops.gssf.score_sums, (row_bias, None, col_bias, None)
-        rows, _, cols, *_ = op(a, b, scale, *biases, a_ids, b_ids, kind, positives, [False, False])
-        return rows, cols
+    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair):
+        options = (constant, offset, a_ids, b_ids, kind, positives, relative, pair)
+        return torch.ops.gssf.score_rows(a, b, scale, bias, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.kind, ctx.positives = inputs
-        ctx.save_for_backward(*tensors)
+        *tensors, ctx.constant, ctx.offset, a_ids, b_ids, ctx.kind, ctx.positives, ctx.relative, pair = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, a_ids, b_ids, output[1] if pair is None else pair)
 
     @staticmethod
-    def backward(ctx, drows, dcols):
-        needs = ctx.needs_input_grad[:5]
-        options = (ctx.kind, ctx.positives, list(needs[:2]))
-        found = last_derivative(_again, drows, dcols, *ctx.saved_tensors, *options)
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 4)
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 12
+        (*tensors, a_ids, b_ids, pair), needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
+        given = (*tensors, ctx.constant, ctx.offset, a_ids, b_ids, ctx.kind, ctx.positives, ctx.relative, pair)
+        found = last_derivative(torch.ops.gssf.score_rows_backward, grad, *given, list(needs[:2]))
+        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 8)
 
 
-def _again(drows, dcols, a, b, scale, row_bias, col_bias, a_ids, b_ids, kind, positives, needs):
-    """The gradients of rows and cols weighted by drows and dcols, from the scores made once more."""
-    unit = unit_of(a.dtype, drows, dcols)
-    if unit is not None:
-        drows, dcols = drows / unit, dcols / unit
-    weights = (row_bias, drows.contiguous(), col_bias, dcols.contiguous() if col_bias is not None else None)
+def _rows(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair=None):
+    scale, bias = _numbers(a, scale, bias, constant, offset)
+    own, y = a.new_empty(0, dtype=scale.dtype), a if b is None else b
+    if relative and pair is None:
+        own = pair = _pairs(a, y)
+    row_bias, col_bias = _biases(a, bias, pair if relative else None)
     op = torch.ops.gssf.score_sums
-    _, row_slope, _, col_slope, along, da, db = op(a, b, scale, *weights, a_ids, b_ids, kind, positives, needs)
+    rows, _, cols, *_ = op(a, y, scale, row_bias, None, col_bias, None, a_ids, b_ids, kind, positives, [False, False])
+    return rows + cols if relative else rows, own
+
+
+def _rows_backward(grad, a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair, needs):
+    """From the scores made once more."""
+    dtype, y, both = accumulation_dtype(a.dtype), a if b is None else b, [needs[0], needs[0] if b is None else needs[1]]
+    scale, bias = _numbers(a, scale, bias, constant, offset)
+    unit = unit_of(a.dtype, grad)
     one = unit if unit is not None else scale.new_ones(())
-    return (
-        (one * scale * da).to(a.dtype),
-        (one * scale * db).to(b.dtype),
-        one * along.sum(dtype=torch.float64).to(along.dtype),
-        one * drows * row_slope,
-        one * dcols * col_slope,
-    )
-
-
-def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
-    """``share Σ f`` and the slopes that κ and β get of it; da and db times κ, ``share`` and the upstream gradient."""
-    dtype, n = accumulation_dtype(a.dtype), a.shape[0]
-    scale, bias = (
-        a.new_full((), number, dtype=dtype) if t is None else t for t, number in ((scale, constant), (bias, offset))
-    )
-    biases, i = bias.expand(n), torch.arange(n, device=a.device)
-    if relative:
-        biases = bias - torch.ops.gssf.pair_scores(a, b, i, i)
-    lines = (biases, None, biases if relative else None, None)
+    weight = (grad if unit is None else grad / unit).contiguous()
+    row_bias, col_bias = _biases(a, bias, pair if relative else None)
+    lines = (row_bias, weight, col_bias, weight if relative else None)
     op = torch.ops.gssf.score_sums
+    _, row_slope, _, col_slope, along, da, db = op(a, y, scale, *lines, a_ids, b_ids, kind, positives, both)
+    slopes = weight * (row_slope + col_slope if relative else row_slope)
+    if relative and any(both):
+        _add_pairs(da, db, -slopes, a, y, both)
+    da, db = one * scale * da, one * scale * db
+    if b is None and needs[0]:
+        da, db = da + db, db.new_empty(0)
+    ends = [one * t.sum(dtype=torch.float64).to(dtype) for t in (along, slopes)]
+    if constant is None:
+        ends[0] = ends[0] * scale
+    return da.to(a.dtype), db.to(a.dtype), *ends
+
+
+def _numbers(a, scale, bias, constant, offset):
+    """κ and β as scalar tensors."""
+    given, dtype = (kappa_of(scale, constant), offset if bias is None else bias), accumulation_dtype(a.dtype)
+    return tuple(t if isinstance(t, Tensor) else a.new_full((), t, dtype=dtype) for t in given)
+
+
+def _pairs(a, b):
+    i = torch.arange(a.shape[0], device=a.device)
+    return torch.ops.gssf.pair_scores(a, b, i, i)
+
+
+def _biases(a, bias, pair):
+    """(of rows [N], of columns [N] or None): β, or β − s_ii of both."""
+    if pair is None:
+        return bias.expand(a.shape[0]), None
+    return (bias - pair,) * 2
+
+
+def _add_pairs(da, db, slopes, a, b, needs):
+    """Add what the pairs' own scores get, slopes [N], to da and db."""
+    i, dtype = torch.arange(a.shape[0], device=a.device), accumulation_dtype(a.dtype)
+    wide = (a.to(dtype), b.to(dtype))
+    for whole, part in zip((da, db), torch.ops.gssf.pair_scores_backward(slopes, i, i, *wide, needs), strict=True):
+        whole += part
+
+
+def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair=None):
+    """``share Σ f`` and the slopes that κ and β get of it; da and db times κ, ``share`` and the upstream gradient."""
+    dtype = accumulation_dtype(a.dtype)
+    scale, bias = _numbers(a, scale, bias, constant, offset)
+    if relative and pair is None:
+        pair = _pairs(a, b)
+    row_bias, col_bias = _biases(a, bias, pair if relative else None)
+    op, lines = torch.ops.gssf.score_sums, (row_bias, None, col_bias, None)
     rows, row_slope, cols, col_slope, along, da, db = op(a, b, scale, *lines, a_ids, b_ids, kind, positives, needs)
-    if relative and any(needs):  # what the pairs' own scores get
-        wide, slopes = (a.to(dtype), b.to(dtype)), -(row_slope + col_slope)
-        for whole, part in zip((da, db), torch.ops.gssf.pair_scores_backward(slopes, i, i, *wide, needs), strict=True):
-            whole += part
+    if relative and any(needs):
+        _add_pairs(da, db, -(row_slope + col_slope), a, b, needs)
     sums = (t.sum(dtype=torch.float64) for t in (torch.cat((rows, cols)), along, torch.cat((row_slope, col_slope))))
     total, dscale, dbias = ((share * t).to(dtype) for t in sums)
     return total, dscale, dbias, da, db
@@ -181,17 +234,31 @@ def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, r
 
 def _total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
     """a, b and the rest come along for their dtypes and for their history."""
-    factor = grad * share * (constant if scale is None else scale)
-    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), grad * dscale, grad * dbias
+    kappa = kappa_of(scale, constant)
+    factor, of_scale = grad * share * kappa, grad * dscale
+    of_scale = of_scale * kappa if constant is None else of_scale
+    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), of_scale, grad * dbias
 
 
-def _fake_total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs):
+def _fake_total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair=None):
     shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in zip((a, b), needs, strict=True)))
     return tuple(a.new_empty(shape, dtype=accumulation_dtype(a.dtype)) for shape in shapes)
 
 
 def _fake_total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
     return a.new_empty(da.shape), a.new_empty(db.shape), torch.empty_like(dscale), torch.empty_like(dbias)
+
+
+def _fake_rows(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair=None):
+    n, dtype = a.shape[0], accumulation_dtype(a.dtype)
+    return a.new_empty(n, dtype=dtype), a.new_empty(n if relative and pair is None else 0, dtype=dtype)
+
+
+def _fake_rows_backward(
+    grad, a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair, needs
+):  # fmt: skip
+    shapes = (t.shape if need and t is not None else 0 for t, need in zip((a, b), needs, strict=True))
+    return *(a.new_empty(shape) for shape in shapes), *(grad.new_empty(()) for _ in range(2))
 
 
 def _forward(
@@ -295,8 +362,8 @@ def _score_sums_pass(
 
 
 define(
-    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float constant, float offset, Tensor? a_ids, "
-    "Tensor? b_ids, str kind, str positives, bool relative, float share, bool[] needs) "
+    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, "
+    "Tensor? b_ids, str kind, str positives, bool relative, float share, bool[] needs, Tensor? pair=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_total,
     fake=_fake_total,
@@ -305,11 +372,29 @@ define(
 )
 define(
     "score_total_backward(Tensor grad, Tensor dscale, Tensor dbias, Tensor da, Tensor db, Tensor a, Tensor? b, "
-    "Tensor? scale, Tensor? bias, float constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? scale, Tensor? bias, float? constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_total_backward,
     fake=_fake_total_backward,
     through="score_sums_pass",
     triton="sums.score_total_backward",
+)
+_ROWS = (
+    "Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, Tensor? b_ids, "
+    "str kind, str positives, bool relative"
+)
+define(
+    f"score_rows({_ROWS}, Tensor? pair=None) -> (Tensor, Tensor)",
+    reference=_rows,
+    fake=_fake_rows,
+    through="score_sums_pass",
+    triton="sums.score_rows",
+)
+define(
+    f"score_rows_backward(Tensor grad, {_ROWS}, Tensor? pair, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_rows_backward,
+    fake=_fake_rows_backward,
+    through="score_sums_pass",
+    triton="sums.score_rows_backward",
 )
 define(
     "score_sums(Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "

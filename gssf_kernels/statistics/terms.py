@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import Function, define, distinct, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
 
 
 def hinge_terms(positive: Tensor, row: Tensor, col: Tensor, margin: float, reduction: str) -> Tensor:
@@ -34,39 +34,6 @@ class _Hinge(Function):
         op = torch.ops.gssf.hinge_terms_backward
         found = last_derivative(op, grad, *ctx.saved_tensors, ctx.margin, ctx.reduction)
         return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), None, None)
-
-
-def contrast_terms(rows: tuple, cols: tuple | None, reduction: str) -> Tensor:
-    """The terms [N] of ``rows = (max [N], log [N], target [N])`` and ``cols = (max [M], log [M], target [N])``.
-
-    Or their sum or mean; of the rows alone, not halved, where cols is None. The maxima are constants. Differentiable
-    once. The maximum and the target meet first: their difference is exact where the loss is small. One tensor that is
-    both targets gets its gradient in one piece.
-    """
-    if cols is not None and cols[2] is rows[2]:
-        cols = (*cols[:2], None)
-    row_max, row_log, row_target, col_max, col_log, col_target = distinct(*rows, *(cols or (None, None, None)))
-    return _Contrast.apply(row_max, row_log, row_target, col_max, col_log, col_target, reduction)
-
-
-class _Contrast(Function):
-    @staticmethod
-    def forward(row_max, row_log, row_target, col_max, col_log, col_target, reduction):
-        op = torch.ops.gssf.contrast_terms
-        return op(row_max, row_log, row_target, col_max, col_log, col_target, reduction)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, row_log, _, _, col_log, col_target, ctx.reduction = inputs
-        ctx.shared = col_log is not None and col_target is None
-        ctx.save_for_backward(row_log, col_log)
-
-    @staticmethod
-    def backward(ctx, grad):
-        op = torch.ops.gssf.contrast_terms_backward
-        drow, dtarget, dcol = last_derivative(op, grad, *ctx.saved_tensors, ctx.shared, ctx.reduction)
-        found = (None, drow, dtarget, None, dcol, dtarget)
-        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)), None)
 
 
 def _reference(positive, row, col, margin, reduction):
