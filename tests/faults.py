@@ -446,15 +446,15 @@ FAULTS = [
     Fault(
         "sums and contrast: a pair is its own other positive on the way back",
         "gssf_kernels/statistics/contrast.py",
-        "dother[:count] -= torch.where(",
-        "dother[:count] += torch.where(",
+        "back[:count] -= torch.where(",
+        "back[:count] += torch.where(",
         "tests/test_info_nce.py",
     ),
     Fault(
         "sums and contrast: κ gets nothing of the other positives",
         "gssf_kernels/statistics/contrast.py",
-        "(weight * (anchors * others).sum(1)).sum()",
-        "0 * weight.sum()",
+        "dscale + weight @ _scores(anchors, others)",
+        "dscale",
         "tests/test_info_nce.py",
     ),
     Fault(

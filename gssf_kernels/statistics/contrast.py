@@ -113,39 +113,44 @@ def _backward(
     if b is None:
         more = (more[0] + more[1], more[1], more[2])
     return tuple(
-        (t.to(extra.dtype) + extra).to(t.dtype) if t.numel() else t for t, extra in zip(found, more, strict=True)
+        t if not t.numel() else t.add_(extra) if t.dtype == extra.dtype else (extra + t).to(t.dtype)
+        for t, extra in zip(found, more, strict=True)
     )
 
 
 def _target_gradients(dtarget, a, b, kappa, a_ids, b_ids, epsilon, symmetric, counts):
     """What the pairs' t [N], a, b and κ get where each direction's target gets dtarget [N]."""
-    x, y = _wide(a, a if b is None else b)
-    dx, dy, dpair, dscale = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(dtarget), dtarget.new_zeros(())
-    count = x.shape[0]
-    found = groups(a_ids, b_ids) if a_ids is not None and count > 0 else None
-    sides = [(x, y, dx, dy, a_ids, b_ids, found, counts[0])]
-    if symmetric:
-        turned = found.turned() if found is not None else None
-        sides.append((y, x, dy, dx, b_ids, a_ids, turned, counts[1]))
-    for of, other, dof, dother, of_ids, other_ids, slots, many in sides:
+    sides = _wide(a, a if b is None else b)
+    grads: list = [None, None]  # of a and of b
+    dpair, dscale, count = torch.zeros_like(dtarget), dtarget.new_zeros(()), a.shape[0]
+    found, ids = groups(a_ids, b_ids) if a_ids is not None and count > 0 else None, (a_ids, b_ids)
+    if found is None:
+        grads = [torch.zeros_like(t) for t in sides]
+    for k in (0, 1) if symmetric else (0,):
+        of, other, weight = sides[k], sides[1 - k], (1 - epsilon) * dtarget
         anchors = of[:count]
-        weight = (1 - epsilon) * dtarget
-        if slots is not None:
-            weight = weight / many
+        if found is not None:
+            slots, of_ids, other_ids = found.turned() if k else found, ids[k], ids[1 - k]
+            weight = weight / counts[k]
             others = _others(slots, other, of, of_ids, other_ids)
+            dscale = dscale + weight @ _scores(anchors, others)
             dothers = (kappa * weight)[:, None] * anchors
-            dof[:count] += (kappa * weight)[:, None] * others
-            dother += group_sums(dothers, slots.rows[:count], slots.cols, slots.slots)
-            dother[:count] -= torch.where(_own(of_ids, other_ids, count)[:, None], dothers, 0)
-            dscale = dscale + (weight * (anchors * others).sum(1)).sum()
+            back = group_sums(dothers, slots.rows[:count], slots.cols, slots.slots)
+            back[:count] -= torch.where(_own(of_ids, other_ids, count)[:, None], dothers, 0)
+            grads[1 - k] = back if grads[1 - k] is None else grads[1 - k].add_(back)
+            drawn = others.mul_((kappa * weight)[:, None])
+            if grads[k] is None:  # of the rows, which all are anchors
+                grads[k] = drawn
+            else:
+                grads[k][:count] += drawn
         dpair += weight
         if epsilon:
             mean, weight = other.mean(0), epsilon * dtarget
-            dof[:count] += kappa * torch.outer(weight, mean)
+            grads[k][:count] += kappa * torch.outer(weight, mean)
             drawn = weight @ anchors
-            dother += kappa / max(other.shape[0], 1) * drawn
+            grads[1 - k] += kappa / max(other.shape[0], 1) * drawn
             dscale = dscale + drawn @ mean
-    return dpair, dx, dy, dscale
+    return dpair, *grads, dscale
 
 
 def _wide(a, b):
