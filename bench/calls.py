@@ -366,6 +366,20 @@ def _small() -> Iterator[Case]:
         yield Case(name, logsumexp.logsumexp_scores_backward, make, ("sweep_kernel", "gradients_kernel"))
 
 
+def _slabs() -> Iterator[Case]:
+    """Dense losses of more bf16 scores; ragged ones have neither rows nor channels on 16 bytes."""
+    for name, n, d, learned in (("", 1024, 512, False), (" learnable ragged", 1025, 200, True)):
+        launcher: Callable = logsumexp.logsumexp_scores
+        make = partial(_logsumexp_small, torch.bfloat16, n, d, learned)
+        yield Case("logsumexp_scores slabs" + name, launcher, make, ("sweep_kernel", "log_lines_kernel"), "bf16")
+        launcher, needs = logsumexp.logsumexp_scores_backward, [True, True, learned]
+        make = partial(_logsumexp_small_backward, torch.bfloat16, n, d, learned, False, "row col pair", needs)
+        yield Case("logsumexp_scores_backward slabs" + name, launcher, make, ("sweep_kernel",), "bf16")
+        for of, sides in ((("softplus", "negate", False), "ab"), (("hinge", "exclude", False), "none")):
+            make = partial(_total, torch.bfloat16, n, d, of, learned, sides)
+            yield Case(f"score_total slabs {of[0]} {sides}{name}", sums.score_total, make, ("sweep_kernel",), "bf16")
+
+
 def _rows_call(dtype: torch.dtype, n: int, d: int, of: tuple, learned: bool, sides: str) -> tuple:
     *given, _, needs = _total(dtype, n, d, of, learned, sides)
     return *given, torch.zeros(n) if of[2] and learned else None, needs
@@ -601,4 +615,5 @@ CASES = [
     *_projections(),
     *_passes(),
     *_small(),
+    *_slabs(),
 ]

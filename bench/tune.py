@@ -29,10 +29,11 @@ import torch
 
 from bench import clock, lowering, report, results
 from bench.calls import PRODUCTS, Case
-from gssf_kernels.kernels import hardest, relative, tiles
+from gssf_kernels.kernels import hardest, relative, sums, tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
-PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}  # N, D
+PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
+PROBLEMS["slabs"] = 16384, 768  # N, D: a whole step, with the products that follow
 PRODUCT = {"half": "bf16", "tf32": "tf32", "ieee": "ieee"}
 CLOSE = {"half": 1e-4, "tf32": 4e-3, "ieee": 1e-4}  # of the largest score: another order of summation
 GAIN = 0.97  # of the line's time, in the median, that a candidate must not pass
@@ -74,7 +75,14 @@ def problem(key: Key, device: str) -> tuple:
     g = torch.Generator(device=device).manual_seed(0)
     rows = (torch.nn.functional.normalize(torch.randn(n, d, generator=g, device=device), dim=1) for _ in range(2))
     a, b = (x.to(_product(kind)[0]) for x in rows)
-    return (a, b, None, None, *((torch.tensor(0.1, device=device), 10.0) if size == "sums" else ()))
+    return (a, b, *_options(size, device))
+
+
+def _options(size: str, device: str) -> tuple:
+    """What the launcher takes besides a and b."""
+    if size == "slabs":
+        return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, 1.0, [True, True]
+    return None, None, *((torch.tensor(0.1, device=device), 10.0) if size == "sums" else ())
 
 
 def _product(kind: str) -> tuple[torch.dtype, str]:
@@ -82,7 +90,8 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    return relative.relative_negatives if size == "sums" else hardest.hardest_negatives
+    others = {"sums": relative.relative_negatives, "slabs": sums.score_total}
+    return others.get(size, hardest.hardest_negatives)
 
 
 def why_not(key: Key, tile: tiles.Sweep) -> str:
@@ -105,7 +114,7 @@ def _small_problem(key: Key) -> tuple:
     _, kind, size = key
     n, d = (128, 256) if size == "small" else (1040, PROBLEMS[size][1])
     x = torch.zeros(n, d, dtype=_product(kind)[0])
-    return (x, x, None, None, *((torch.tensor(0.1), 10.0) if size == "sums" else ()))
+    return (x, x, *_options(size, "cpu"))
 
 
 def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: float) -> list[Timed]:

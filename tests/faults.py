@@ -14,6 +14,7 @@ class Fault:
 
 GOAL = "tests/test_goal.py"
 HOPPER = "tests/test_hopper.py"
+SLABS = "tests/test_slabs_triton.py"
 PERSISTENT = "tests/test_persistent.py"
 SMALL = "tests/test_small_triton.py"
 FEW = "tests/test_few_triton.py"
@@ -1043,5 +1044,61 @@ FAULTS = [
         "warp < Tile::TEAM_WARPS; ++warp) value",
         "warp < Tile::TEAM_WARPS / 2; ++warp) value",
         HOPPER,
+    ),
+    Fault(
+        "slabs: every slab's gradient is stored from the first row on as the whole's",
+        "gssf_kernels/kernels/sums.py",
+        "        rows = ds - (first * BN).to(tl.int64) * stride  # ds is of the slab's alone\n",
+        "        rows = ds\n",
+        SLABS,
+    ),
+    Fault(
+        "slabs: columns' log-sums of the slabs before are lost",
+        "gssf_kernels/kernels/logsumexp.py",
+        "        before = (j < M) & (first > 0)\n",
+        "        before = (j < M) & (first < 0)\n",
+        SLABS,
+    ),
+    Fault(
+        "slabs: every slab takes its columns' logarithms",
+        "gssf_kernels/kernels/logsumexp.py",
+        "        last = (first + blocks) * BN >= N\n",
+        "        last = first >= 0\n",
+        SLABS,
+    ),
+    Fault(
+        "slabs: db is of the last slab",
+        "gssf_kernels/kernels/slabs.py",
+        "db, add=first > 0)",
+        "db)",
+        SLABS,
+    ),
+    Fault(
+        "slabs: the last slab has rows past the end",
+        "gssf_kernels/kernels/slabs.py",
+        "        part = ds[: rows.stop - rows.start]\n",
+        "        part = ds\n",
+        SLABS,
+    ),
+    Fault(
+        "slabs: sums of the last slab alone",
+        "gssf_kernels/kernels/slabs.py",
+        "return da, db, sums.sum(0)",
+        "return da, db, sums[-1]",
+        SLABS,
+    ),
+    Fault(
+        "slabs: κ is not in the gradients of log-sums",
+        "gssf_kernels/kernels/logsumexp.py",
+        "    return da.mul_(kappa).to(a.dtype), db",
+        "    return da.to(a.dtype), db",
+        SLABS,
+    ),
+    Fault(
+        "slabs: what κ and β get change places",
+        "gssf_kernels/kernels/sums.py",
+        "    total, dbias, dscale = (share * sums)",
+        "    total, dscale, dbias = (share * sums)",
+        SLABS,
     ),
 ]

@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from device_path import DEVICE, device_path
 
+from gssf_kernels.kernels import tiles
+
 
 def ids_of(x):
     return torch.empty(len(x), dtype=torch.int64, device=DEVICE)
@@ -264,3 +266,18 @@ def test_the_count_does_not_grow_with_the_batch_but_for_the_sort():
     for dtype, count in ((torch.bfloat16, (3, 14)), (torch.float32, (11, 14))):
         steps = [launches(STEPS["triplet"][0], n, dtype) for n in (4096, 16384)]
         assert [tuple(map(len, step)) for step in steps] == [count] * 2
+
+
+def test_what_many_bf16_scores_launch(monkeypatch):
+    """A slab takes one sweep, its sums and two products; the rest is once a step, and no score is stored forward."""
+    sweeps = []
+    for slab in (2**26, 2**21):  # one, and two of 3,072 x 4,096
+        monkeypatch.setattr(tiles, "SLAB_SCORES", slab)
+        monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
+        for name in ("info_nce learnable", "sigmoid learnable"):
+            forward, backward = launches(STEPS[name][0], 3072, torch.bfloat16, 1024)
+            sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
+            assert "log_lines_kernel" in forward or name != "info_nce learnable"
+            assert not {"logsumexp_kernel", "softmax_kernel", "score_sums_kernel"} & {*forward, *backward}
+    assert sweeps[:2] == [(1, 1), (1, 0)]
+    assert sweeps[2][1] == sweeps[3][0] == 6

@@ -331,7 +331,7 @@ def hardest_negatives(
         half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
         rows = Side.of(operands.rows(a), a_ids, counted)
         cols = rows if half else Side.of(operands.rows(b), b_ids, counted)
-        sweep = Sweep(rows.rounded, cols.rounded, sums=True, half=half)
+        sweep = Sweep(rows.rounded, cols.rounded, own="sums", half=half)
         BN, BM = sweep.tile.BN, sweep.tile.BM
         row_blocks, col_blocks = rows.blocks(BN), cols.blocks(BM)
         by_row, by_col = sweep.partial_results(torch.float32, torch.int16, torch.float32)

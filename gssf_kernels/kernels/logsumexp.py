@@ -1,9 +1,11 @@
-"""Log-sums of small problems in two launches, and their gradients in two: `gssf_kernels/statistics/logsumexp.py`.
+"""Log-sums and their gradients by sweeps: `gssf_kernels/statistics/logsumexp.py` has the formulas.
 
     forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile; one kernel merges them
     backward   a sweep stores ds [N, M], at most `tiles.SMALL` entries; one kernel makes da, db and dκ of it
 
-Larger problems are declined (NotImplemented) and go by chunks, a pass and the library's products.
+More scores than that go by slabs of row blocks: forward the same two kernels for each, backward `kernels/slabs.py`. So
+do those of bf16 alone; others, and those of one side twice, are declined (NotImplemented) and go by chunks, a pass and
+the library's products.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import hopper, operands, tiles
+from gssf_kernels.kernels import hopper, operands, slabs, tiles
 from gssf_kernels.kernels.dense import log_sums, merge_logs
 from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, room
@@ -41,28 +43,32 @@ def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM
     tl.store(col_sum + col_at, total, mask=inside)
 
 
-@triton.jit
-def line(tops, totals, out_max, out_log, lane, length, parts, count, BP: tl.constexpr, BL: tl.constexpr):
-    """Merge the parts [parts, length] of lines, and write (max, log) of those below count."""
-    top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
-    top, total = merge_logs(top, total, tops, totals, lane, length, parts, BP)
-    tl.store(out_max + lane, top, mask=lane < count)
-    tl.store(out_log + lane, tl.log(total), mask=lane < count)
-
-
-@triton.jit(do_not_specialize=["N", "M", "rows", "down", "across"])
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
 def log_lines_kernel(
-    partial, row_max, row_log, col_max, col_log, N, M, rows, down, across, BP: tl.constexpr, BL: tl.constexpr
+    partial, row_max, row_log, col_max, col_log, N, M, first, blocks,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """BL rows a program, then BL columns a program; rows: a part's length, across: how many there are."""
+    """Finish the slab's rows, and merge its columns into those of the slabs before; the last makes their logarithms."""
     row_maxima, row_sums, col_maxima, col_sums = partial
-    row_programs = tl.cdiv(N, BL)
+    rows = blocks * BN
+    row_programs = tl.cdiv(rows, BL)
     if tl.program_id(0) < row_programs:
         lane = tl.program_id(0) * BL + tl.arange(0, BL)
-        line(row_maxima, row_sums, row_max, row_log, lane, rows, across, N, BP, BL)
+        top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
+        top, total = merge_logs(top, total, row_maxima, row_sums, lane, rows, tl.cdiv(M, BM), BP)
+        i = first * BN + lane
+        inside = (lane < rows) & (i < N)
+        tl.store(row_max + i, top, mask=inside)
+        tl.store(row_log + i, tl.log(total), mask=inside)
     else:
-        lane = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
-        line(col_maxima, col_sums, col_max, col_log, lane, M, down, M, BP, BL)
+        j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+        before = (j < M) & (first > 0)
+        top = tl.load(col_max + j, mask=before, other=float("-inf"))
+        total = tl.load(col_log + j, mask=before, other=0.0)  # of the slabs before not a logarithm yet
+        top, total = merge_logs(top, total, col_maxima, col_sums, j, M, blocks, BP)
+        last = (first + blocks) * BN >= N
+        tl.store(col_max + j, top, mask=j < M)
+        tl.store(col_log + j, tl.where(last, tl.log(total), total), mask=j < M)
 
 
 @triton.jit
@@ -98,8 +104,9 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
     if pair_grad is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
         own = tl.load(pair_grad + i, mask=(i < N) & (i < M), other=0.0)
         g += tl.where(i[:, None] == j[None, :], own[:, None], 0.0)
-    at = i.to(tl.int64)[:, None] * stride + j[None, :]
-    tl.store(ds + at, g.to(ds.dtype.element_ty), mask=inside)
+    if ds is not None:
+        rows = ds - (first * BN).to(tl.int64) * stride  # ds is of the slab's alone
+        tl.store(rows + i.to(tl.int64)[:, None] * stride + j[None, :], g.to(ds.dtype.element_ty), mask=inside)
     sums = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
     tl.store(along + tile_i * tl.cdiv(M, BM) + tile_j, tl.sum(tl.where(i < N, sums, 0.0), 0))
 
@@ -112,26 +119,23 @@ def logsumexp_scores(
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, or None: a
     scale: κ, fp32 scalar, or None: constant is
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
+    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores unless `slabs.takes` them, and none.
     """
     y = a if b is None else b
     operands.check_dtype("logsumexp_scores", a, y)
     if hopper.takes_over("logsumexp_scores", a, y):
         return *hopper.logsumexp_scores(a, y, scale, constant), a.new_empty(0, dtype=torch.float32)
     N, M = len(a), len(y)
-    if not 0 < N * M <= tiles.SMALL:
+    if not (0 < N * M <= tiles.SMALL or slabs.takes(a, b)):
         return NotImplemented
+    found = [a.new_empty(size, dtype=torch.float32) for size in (N, N, M, M)]
+    pair = found[0].new_empty(min(N, M))
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, y)
-        down, across, rows = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
-        partial = [a.new_empty(*size, dtype=torch.float32) for size in ((across, rows),) * 2 + ((down, M),) * 2]
-        found = [a.new_empty(size, dtype=torch.float32) for size in (N, N, M, M)]
-        pair = found[0].new_empty(min(N, M))
-        sweep.run(log_tile, (scale, constant, pair, *partial), 0, down)
-        BL = tiles.MERGE_LANES
-        log_lines_kernel[(triton.cdiv(N, BL) + triton.cdiv(M, BL),)](
-            tuple(partial), *found, N, M, rows, down, across, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
-        )
+        sweep = Sweep(a, y, own="sums")
+        rows, cols = sweep.partial_results(torch.float32, torch.float32)
+        for first, blocks in sweep.slabs():
+            sweep.run(log_tile, (scale, constant, pair, *rows, *cols), first, blocks)
+            sweep.merge(log_lines_kernel, first, blocks, (*rows, *cols), *found)
     return *found, pair, pair.new_empty(0)
 
 
@@ -159,13 +163,30 @@ def logsumexp_scores_backward(
     y = a if b is None else b
     operands.check_dtype("logsumexp_scores_backward", a, y)
     N, M = len(a), len(y)
+    drow, dcol, dpair = operands.contiguous(drow, dcol, dpair)
+    given = (scale, constant, row_max, row_log, drow, col_max, col_log, dcol, dpair)
+    if b is not None and slabs.takes(a, b):
+        return _by_slabs(a, b, needs, given)
     if not 0 < N * M <= tiles.SMALL:
         return NotImplemented
-    drow, dcol, dpair = operands.contiguous(drow, dcol, dpair)
     with torch.cuda.device_of(a):
         sweep = Sweep(a, y)
         ds, along = room(a, M), a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
-        lines = (row_max, row_log, drow, col_max, col_log, dcol, dpair)
-        sweep.run(softmax_tile, (scale, constant, *lines, ds, ds.stride(0), along), 0, sweep.row_blocks)
+        sweep.run(softmax_tile, (*given, ds, ds.stride(0), along), 0, sweep.row_blocks)
         da, db, sums = gradients(ds, a, b, needs, along if needs[2] else None, scale=scale, constant=constant)
     return da, db, sums[0] if sums else along.new_empty(0)
+
+
+def _by_slabs(
+    a: torch.Tensor, b: torch.Tensor, needs: list[bool], given: tuple
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`logsumexp_scores_backward` of more scores; given: what `softmax_tile` takes before ds."""
+
+    def launch(sweep, first, blocks, ds, along):
+        sweep.run(softmax_tile, (*given, ds, ds.stride(0) if ds is not None else 0, along), first, blocks)
+
+    with torch.cuda.device_of(a):
+        da, db, (total,) = slabs.gradients_by_slabs(a, b, needs, 1, launch)
+    kappa = given[1] if given[0] is None else given[0]
+    dscale = total.float() if needs[2] else da.new_empty(0)
+    return da.mul_(kappa).to(a.dtype), db.mul_(kappa).to(b.dtype), dscale

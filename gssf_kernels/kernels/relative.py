@@ -189,7 +189,7 @@ def relative_negatives(
     if len(a) > 0:
         threshold = threshold.to(torch.float32)
         with torch.cuda.device_of(a):
-            sweep = Sweep(a, b, sums=True)
+            sweep = Sweep(a, b, own="sums")
             rows, cols = sweep.partial_results(torch.float32, torch.int16, torch.float32, torch.int32)
             so_far = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
             state = (*operands.contiguous(a_ids, b_ids), threshold, beta, pair_score, rows, cols)

@@ -6,7 +6,8 @@
     of rows' own terms the sweep leaves Σ f alone, and one kernel adds them up; backward the same sweep as above takes
     what comes from above, and one kernel makes da and db
 
-Larger problems are declined (NotImplemented) and go by chunks, a pass and the library's products.
+More scores than that go by slabs (`kernels/slabs.py`) where they are bf16 and of two sides; else they are declined
+(NotImplemented) and go by chunks, a pass and the library's products.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.kernels import operands, slabs, tiles
 from gssf_kernels.kernels.dense import term
 from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, outer_slope, part_sums, room
@@ -106,7 +107,8 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
     along = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
     tl.store(at + 2 * count, tl.sum(tl.where(i < N, along, 0.0), 0))
     if ds is not None:
-        tl.store(ds + i.to(tl.int64)[:, None] * stride + j[None, :], g.to(ds.dtype.element_ty), mask=inside)
+        rows = ds - (first * BN).to(tl.int64) * stride  # ds is of the slab's alone
+        tl.store(rows + i.to(tl.int64)[:, None] * stride + j[None, :], g.to(ds.dtype.element_ty), mask=inside)
 
 
 def score_total(
@@ -131,10 +133,15 @@ def score_total(
     scale, bias: κ, β, fp32 scalars, or None: constant and offset are; scale without constant: log κ; needs: for a and b
     relative: the sum of f(s_ij + β - s_ii) and, j < N, f(s_ij + β - s_jj), M >= N; pair: the s_ii [N] fp32, if known
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
+    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, unless `slabs.takes` them and they are
+    not relative, and none.
     """
     y = a if b is None else b
     operands.check_dtype("score_total", a, y)
+    if b is not None and not relative and slabs.takes(a, b):
+        options = tl.constexpr(kind), tl.constexpr(positives)
+        ids = operands.contiguous(a_ids, a_ids if b_ids is None else b_ids)
+        return _by_slabs(a, b, needs, options, (scale, constant, bias, offset, None, *ids), share)
     if not 0 < len(a) * len(y) <= tiles.SMALL:
         return NotImplemented
     with torch.cuda.device_of(a):
@@ -145,6 +152,21 @@ def score_total(
         da, db, sums = gradients(ds, a, b, needs, parts, share=share, slopes=slopes, dtype=torch.float32)
     total, dbias, dscale = sums
     return total, dscale, dbias, da, db
+
+
+def _by_slabs(
+    a: torch.Tensor, b: torch.Tensor, needs: list[bool], options: tuple, given: tuple, share: float
+) -> tuple[torch.Tensor, ...]:
+    """`score_total` of more scores; options, given: what `sums_tile` takes before its parts."""
+
+    def launch(sweep, first, blocks, ds, parts):
+        stride = ds.stride(0) if ds is not None else 0
+        sweep.run(sums_tile, (options, (*given, parts, None, ds, stride, None, 0)), first, blocks)
+
+    with torch.cuda.device_of(a):
+        da, db, sums = slabs.gradients_by_slabs(a, b, needs, 3, launch)
+    total, dbias, dscale = (share * sums).float().unbind()
+    return total.clone(), dscale.clone(), dbias.clone(), da, db
 
 
 def swept(

@@ -63,7 +63,8 @@ class Rescore(NamedTuple):
 
 # kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
-# for epilogues that sum terms of every score (`relative`): with more scores in registers they would spill.
+# for epilogues that sum terms of every score (`relative`), "slabs" for those that store its gradient too (`slabs`, of
+# bf16 alone): with more scores in registers they would spill.
 # Persistent are the lines of 90 that do not spill so: half wide does with Triton 3.6, sums with both (docs/gpu.md).
 # The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 SWEEP = {
@@ -71,6 +72,7 @@ SWEEP = {
     (80, "half", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "half", "wide"): Sweep(128, 128, 64, 8, 3),
     (80, "half", "sums"): Sweep(128, 128, 64, 8, 3),
+    (80, "half", "slabs"): Sweep(128, 64, 64, 8, 3),
     (80, "tf32", "small"): Sweep(64, 64, 32, 4, 3),
     (80, "tf32", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "tf32", "wide"): Sweep(128, 128, 32, 8, 3),
@@ -83,6 +85,7 @@ SWEEP = {
     (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one sums, one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
     (90, "half", "sums"): Sweep(128, 128, 64, 8, 4, tma=True),
+    (90, "half", "slabs"): Sweep(128, 64, 64, 8, 4, tma=True),
     (90, "tf32", "small"): Sweep(64, 64, 32, 4, 4, tma=True),
     (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True, persistent=2),
     (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True, persistent=1),
@@ -141,6 +144,8 @@ SCAN_ROWS = 2048  # of either side, up to which a gradient's row looks for its e
 SCAN_EDGES = 32  # edges abreast there
 
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
+SLAB_DTYPES = frozenset({torch.bfloat16})  # whose dense losses of many scores go by slabs (kernels/slabs.py)
+SLAB_SCORES = 1 << 26  # of those, gradients of scores that are stored at once: 128 MiB
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor
 
@@ -163,20 +168,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def sweep_size(N: int, M: int, D: int, sums: bool = False) -> str:
-    """The size of a sweep over [N, M] scores of D channels, as the table names it."""
-    return "small" if N * M <= SMALL else "sums" if sums else "narrow" if D < 512 else "wide"
+def sweep_size(N: int, M: int, D: int, own: str = "") -> str:
+    """The size of a sweep over [N, M] scores of D channels, as the table names it; own: of the epilogue, or none."""
+    return "small" if N * M <= SMALL else own or ("narrow" if D < 512 else "wide")
 
 
 def sweep_tile(
-    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, sums: bool = False, exact: bool = False
+    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, own: str = "", exact: bool = False
 ) -> Sweep:
-    """The tile for a sweep over [N, M] scores of D channels, with an epilogue that sums terms of them if ``sums``.
+    """The tile for a sweep over [N, M] scores of D channels; own: "sums" or "slabs", for epilogues of that kind.
 
     ``exact``: fp32 products are never TF32.
     """
     of = "ieee" if exact and dtype == torch.float32 else kind(dtype)
-    return SWEEP[architecture(device), of, sweep_size(N, M, D, sums)]
+    return SWEEP[architecture(device), of, sweep_size(N, M, D, own)]
 
 
 def project_tile(dtype: torch.dtype) -> Project:

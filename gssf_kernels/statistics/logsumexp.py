@@ -7,7 +7,7 @@ Both directions come from one sweep: a row is complete within its chunk, a colum
 running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all, 3 on the CPU where
 s is so small that it is kept (1 MiB). Where b is a, t is symmetric and half of them do. Small problems on a GPU, where
 launches are what a step costs, take two each way: a sweep that stores no score, and in the backward one that stores ds
-whole (``kernels/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the sum over it), because a loss is the
+whole; many of bf16 do the same by slabs of rows (``kernels/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the sum over it), because a loss is the
 difference of two large numbers and the maximum falls out of it exactly.
 """
 

@@ -5,7 +5,8 @@
 The whole gradient of one sum is known as soon as a chunk of scores is, so it is taken in the forward pass where one is
 wanted: 3 products in all, 1 without. Only rows' sums that get weights of their own ("none") make the chunks again.
 Where b is a, and rows and columns are alike, half of it does: 1.5 products in all. Small problems on a GPU take a sweep
-and one kernel more forward, and one back ("none": two; ``kernels/sums.py``).
+and one kernel more forward, and one back ("none": two; ``kernels/sums.py``); many of bf16, but for "none", store the
+gradient of a slab of rows at a time there, and no score.
 """
 
 import torch
