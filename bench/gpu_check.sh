@@ -149,7 +149,7 @@ if [ -n "$gpu" ]; then
   # shellcheck disable=SC2086
   stage more-tests 150 "$python" -m pytest -q --durations=8 -p no:cacheprovider $parallel -k "not cpu and not nothing_waits" \
     tests/test_small_triton.py tests/test_few_triton.py tests/test_small_relations_triton.py \
-    tests/test_relative_goal_triton.py tests/test_persistent.py
+    tests/test_relative_goal_triton.py tests/test_slabs_triton.py tests/test_persistent.py
   [ -z "$only" ] || stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"
 else
   stage machine-code 400 "$python" -m bench.lowering --out "$out/machine-code.md"

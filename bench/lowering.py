@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bench.calls import CASES, PRODUCTS, Case
+from bench.calls import CASES
+from bench.case import PRODUCTS, Case
 from bench.report import table
 from gssf_kernels.kernels import tiles
 

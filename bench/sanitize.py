@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bench.calls import CASES, PRODUCTS, Case
+from bench.calls import CASES
+from bench.case import PRODUCTS, Case
 
 RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast")
 

@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 
 from bench import clock, lowering, report, results
-from bench.calls import PRODUCTS, Case
+from bench.case import PRODUCTS, Case
 from gssf_kernels.kernels import hardest, relative, sums, tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block

@@ -38,7 +38,8 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 launches = ctypes.c_long.in_dll(ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL), "launches")
 from bench import lowering
-from bench.calls import CASES, PRODUCTS
+from bench.calls import CASES
+from bench.case import PRODUCTS
 from gssf_kernels.kernels import tiles
 
 class Utils:

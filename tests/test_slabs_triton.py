@@ -107,7 +107,7 @@ def test_log_sums_of_nothing_to_sum_and_nan(monkeypatch):
 @slabbed
 @pytest.mark.parametrize("ids", [False, True], ids=["no ids", "ids"])
 @pytest.mark.parametrize(("kind", "positives"), [("softplus", "negate"), ("hinge", "exclude"), ("square", "include")])
-@pytest.mark.parametrize(("n", "m", "d"), SHAPES)
+@pytest.mark.parametrize(("n", "m", "d"), SHAPES[1:4])
 def test_sums(monkeypatch, n, m, d, kind, positives, ids, scores):
     monkeypatch.setattr(tiles, "SLAB_SCORES", scores)
     a, b = given(n, m, d)

@@ -3,12 +3,12 @@
     row_lse_i = log Σ_j e^{t_ij},   col_lse_j = log Σ_i e^{t_ij}
     dL/dt_ij = row_grad_i e^{t_ij − row_lse_i} + col_grad_j e^{t_ij − col_lse_j}
 
-Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a
-running maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all, 3 on the CPU where
-s is so small that it is kept (1 MiB). Where b is a, t is symmetric and half of them do. Small problems on a GPU, where
-launches are what a step costs, take two each way: a sweep that stores no score, and in the backward one that stores ds
-whole; many of bf16 do the same by slabs of rows (``kernels/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the sum over it), because a loss is the
-difference of two large numbers and the maximum falls out of it exactly.
+Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a running
+maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all, 3 on the CPU where s is so
+small that it is kept (1 MiB). Where b is a, t is symmetric and half of them do. Small problems on a GPU, where launches
+are what a step costs, take two each way: a sweep that stores no score, and in the backward one that stores ds whole;
+many of bf16 do the same by slabs of rows (``kernels/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the
+sum over it), because a loss is the difference of two large numbers and the maximum falls out of it exactly.
 """
 
 import torch
