@@ -116,10 +116,11 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 class _Positional(inspect.Signature):
-    """A signature that binds arguments given by position as they come."""
+    """A signature that binds arguments as they come where all are there, by position."""
 
     def bind(self, *arguments, **named):
-        return super().bind(*arguments, **named) if named else _Bound(arguments)
+        plain = not named and len(arguments) == len(self.parameters)
+        return _Bound(arguments) if plain else super().bind(*arguments, **named)
 
 
 class _Bound(NamedTuple):
@@ -133,16 +134,16 @@ class _Bound(NamedTuple):
 
 
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` for a ``forward`` that is given all its arguments, by position.
+    """``torch.autograd.Function`` whose ``forward`` has its signature with it.
 
-    PyTorch takes the signature of ``forward`` apart at every call, which takes 20 µs: as long as a small batch's
-    product. One that has its signature with it is spared that.
+    PyTorch takes the signature apart at every call, which takes 20 µs: half as long as a small batch's product.
     """
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        parameters = inspect.signature(cls.forward).parameters.values()
-        vars(cls.forward)["__signature__"] = _Positional(list(parameters))
+        if "forward" in vars(cls):
+            parameters = inspect.signature(cls.forward).parameters.values()
+            vars(cls.forward)["__signature__"] = _Positional(list(parameters))
 
 
 class _Once(Function):

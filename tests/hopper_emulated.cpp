@@ -1,5 +1,5 @@
 // The ops of csrc/cuda, their sources on the card of hopper_emulator.h, on CPU tensors. Built and called by
-// test_hopper.py and test_hopper_log_sums.py.
+// test_hopper.py.
 #include "hopper_emulator.h"
 
 #include "../csrc/cuda/hardest_launch.h"

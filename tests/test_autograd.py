@@ -417,6 +417,7 @@ def test_a_function_binds_its_arguments_as_pytorch_does():
 
     assert list(inspect.signature(_Weighted.forward).parameters) == ["x", "factor", "shift"]
     x = torch.ones(3, requires_grad=True)
+    assert _Weighted.apply(x, 2.0).grad_fn.inputs[1:] == (2.0, 1.0)
     for value in (_Weighted.apply(x, 2.0, 3.0), _Weighted.apply(x, factor=2.0, shift=3.0)):
         assert value.tolist() == [5.0] * 3
         assert value.grad_fn.inputs[1:] == (2.0, 3.0)
@@ -425,3 +426,9 @@ def test_a_function_binds_its_arguments_as_pytorch_does():
     for arguments in ((x,), (x, 1.0, 2.0, 3.0)):
         with pytest.raises(TypeError, match="argument"):
             _Weighted.apply(*arguments)
+
+
+def test_a_function_without_a_forward_of_its_own_leaves_pytorchs_alone():
+    type("Between", (_library.Function,), {})
+    assert "__signature__" not in vars(torch.autograd.Function.forward)
+    assert "__signature__" in vars(_Weighted.forward)

@@ -151,6 +151,19 @@ def test_infinite_scores(pair):
     assert not ours.any()
 
 
+@pytest.mark.parametrize("infinity", [INF, -INF])
+@pytest.mark.parametrize("near", [(0.125, 8.0), (8.0, 8.0)], ids=["few close", "all close"])
+@pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])
+def test_pairs_of_infinite_scores(pair, near, infinity):
+    """The distance of one infinity from another is NaN, and no tie."""
+    a, b, *ids = given(20, 30, 8)
+    a[:, 0], b[:, 0] = 1.0, 0.0
+    b[3, 0] = b[5, 0] = infinity
+    ours, known = weights_of(a, b, *ids, pair, near)
+    assert torch.equal(ours.isnan(), known.isnan())
+    close(ours, known, torch.float32)
+
+
 @every_reduction
 @pytest.mark.parametrize("pair", ["lin_ms", "sig_ms"])
 def test_without_negatives_there_is_nothing(pair, reduction):

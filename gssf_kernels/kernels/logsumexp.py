@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels._library import outside_autocast
 from gssf_kernels.kernels import hopper, operands, slabs, tiles
 from gssf_kernels.kernels.dense import log_sums, merge_logs
 from gssf_kernels.kernels.epilogues import tile_lines
@@ -185,7 +186,7 @@ def _by_slabs(
     def launch(sweep, first, blocks, ds, along):
         sweep.run(softmax_tile, (*given, ds, ds.stride(0) if ds is not None else 0, along), first, blocks)
 
-    with torch.cuda.device_of(a):
+    with torch.cuda.device_of(a), outside_autocast(a.device):
         da, db, (total,) = slabs.gradients_by_slabs(a, b, needs, 1, launch)
     kappa = given[1] if given[0] is None else given[0]
     dscale = total.float() if needs[2] else da.new_empty(0)

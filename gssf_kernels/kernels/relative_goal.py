@@ -93,7 +93,7 @@ def close_positives(positive, N, lane, p, bound, alpha, LINEAR: tl.constexpr, BL
         close = ((other > bound[:, None]) == 0) & (k < N)[None, :] & (lane[:, None] != k[None, :])  # NaN is
         gap = p[:, None] - other
         if LINEAR:
-            close = close & ((other == p[:, None]) == 0)
+            close = close & ((gap == 0) == 0)  # the distance of two infinities is NaN, and counts
         else:
             gap = tl.exp(gap * alpha)
         total += tl.sum(tl.where(close, gap, 0.0), 1).to(tl.float64)
@@ -232,10 +232,11 @@ def relative_goal_backward_kernel(
 ):  # fmt: skip
     i = tl.program_id(0) * BT + tl.arange(0, BT)
     g = upstream(grad, grad_stride, i, N, SUM, MEAN)
-    pull = tl.load(given + i, mask=i < N, other=0.0)
-    push = tl.load(given + N + i, mask=i < N, other=0.0)
-    col_pull = tl.load(given + 2 * N + i, mask=i < N, other=0.0)
-    col_push = tl.load(given + 3 * N + i, mask=i < N, other=0.0)
+    at, line = given + i, N.to(tl.int64)
+    pull = tl.load(at, mask=i < N, other=0.0)
+    push = tl.load(at + line, mask=i < N, other=0.0)
+    col_pull = tl.load(at + 2 * line, mask=i < N, other=0.0)
+    col_push = tl.load(at + 3 * line, mask=i < N, other=0.0)
     tl.store(drow + i, g * push, mask=i < N)
     tl.store(dcol + i, tl.where(i < N, g * col_push, 0.0), mask=i < M)
     tl.store(dpositive + i, -(g * pull + g * col_pull), mask=i < N)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels._library import outside_autocast
 from gssf_kernels.kernels import operands, slabs, tiles
 from gssf_kernels.kernels.dense import term
 from gssf_kernels.kernels.epilogues import tile_lines
@@ -163,7 +164,7 @@ def _by_slabs(
         stride = ds.stride(0) if ds is not None else 0
         sweep.run(sums_tile, (options, (*given, parts, None, ds, stride, None, 0)), first, blocks)
 
-    with torch.cuda.device_of(a):
+    with torch.cuda.device_of(a), outside_autocast(a.device):
         da, db, sums = slabs.gradients_by_slabs(a, b, needs, 3, launch)
     total, dbias, dscale = (share * sums).float().unbind()
     return total.clone(), dscale.clone(), dbias.clone(), da, db
