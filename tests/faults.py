@@ -48,8 +48,8 @@ FAULTS = [
     Fault(
         "small: a row's log-sum is that of its first parts",
         "gssf_kernels/kernels/logsumexp.py",
-        "lane, rows, across, N, BP, BL",
-        "lane, rows, 1, N, BP, BL",
+        "row_sums, lane, rows, tl.cdiv(M, BM), BP)",
+        "row_sums, lane, rows, 1, BP)",
         SMALL,
     ),
     Fault(

@@ -490,7 +490,7 @@ def test_the_table_sends_log_sums_here(monkeypatch):
     monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
     monkeypatch.setattr(hopper, "built", lambda: True)
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    a, b, scale = torch.zeros(1100, 64).bfloat16(), torch.zeros(1200, 64).bfloat16(), torch.ones(())
+    a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())  # bf16 goes by slabs
     assert logsumexp.logsumexp_scores(a, b, scale, 1.0) is NotImplemented
     monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("logsumexp_scores", "half", "narrow")}))
     given, *_, kept = logsumexp.logsumexp_scores(a, b, scale, 1.0)
