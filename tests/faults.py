@@ -202,7 +202,7 @@ FAULTS = [
     Fault(
         "close: ties count into a mean of distances to positives",
         "gssf_kernels/kernels/relative_goal.py",
-        "close = close & ((other == p[:, None]) == 0)",
+        "close = close & ((gap == 0) == 0)",
         "close = close & (k < N)[None, :]",
         CLOSE,
     ),
