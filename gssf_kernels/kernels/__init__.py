@@ -5,5 +5,6 @@
     sweep ◀── slabs ◀── logsumexp, sums: many scores of bf16
     tiles: every tile size        operands: what launchers ask        hopper: what csrc/cuda has instead of some
 
-Modules here import torch and triton, slabs the products of `gssf_kernels.dense` too, and are imported at an op's first call.
+Modules here import torch and triton, slabs the products of `gssf_kernels.dense` too. They are imported at an op's
+first call.
 """
