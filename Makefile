@@ -32,7 +32,7 @@ demo: $(READY)
 	$(PY) examples/emoji/train.py
 
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .
