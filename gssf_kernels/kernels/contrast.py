@@ -5,7 +5,7 @@
     backward   a sweep takes what comes from above and stores dL/dt [N, M], at most `tiles.SMALL` entries; one kernel
                makes da, db and dκ of it
 
-Larger problems are declined (NotImplemented) and go by chunks, a pass and the library's products.
+Larger problems are declined (NotImplemented) and go by their log-sums (`logsumexp.py`).
 """
 
 from __future__ import annotations
