@@ -7,13 +7,23 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.h tests/*.cpp)
 
-.PHONY: help demo test lint format bench mutate clean
+# The Python, PyTorch and Triton of the GPU machine, on a machine without a GPU. The tree is copied, because the
+# extension's file has one name whichever PyTorch it was built for.
+PYTHON312 ?= python3.12
+GPU_VENV ?= .venv-gpu
+GPU_TREE ?= build/env-gpu
+GPU_PY = $(abspath $(GPU_VENV))/bin/python
+NVCC_HOME = $(or $(CUDA_HOME),$(abspath $(shell nvcc --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p')))
+
+.PHONY: help demo test lint format bench mutate env-gpu test-env-gpu clean
 help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time and memory against plain PyTorch and the peers that are installed, into the README (3 minutes)"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"
+	@echo "make env-gpu       the GPU machine's Python 3.12, PyTorch 2.11 and Triton 3.6 (4 GB), the extension built with and without CUDA"
+	@echo "make test-env-gpu  the tests in it, and bench/first_light.py --dry-run"
 	@echo "make clean   remove the virtual environment and everything built"
 
 # Set-up: torch first (the extension compiles against it), then this package, in place.
@@ -52,5 +62,22 @@ bench: $(READY)
 mutate: $(READY)
 	$(PY) tests/mutate.py
 
+$(GPU_VENV)/.ready: constraints-gpu.txt
+	$(PYTHON312) -m venv $(GPU_VENV)
+	$(GPU_PY) -m pip install --quiet --no-cache-dir -c constraints-gpu.txt -r constraints-gpu.txt
+	@touch $@
+
+env-gpu: $(GPU_VENV)/.ready
+	mkdir -p $(GPU_TREE) && find $(GPU_TREE) -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+	git ls-files -z --cached --others --exclude-standard | xargs -0 ls -d 2> /dev/null | xargs cp --parents -pt $(GPU_TREE)
+	cd $(GPU_TREE) && $(GPU_PY) setup.py -q build_ext --inplace && $(GPU_PY) -m gssf_kernels
+	@if command -v nvcc > /dev/null; then cd $(GPU_TREE) && CUDA_HOME=$(NVCC_HOME) FORCE_CUDA=1 $(GPU_PY) setup.py -q build_ext \
+	    --build-temp build/cuda --build-lib build/with-cuda && ls -l build/with-cuda/gssf_kernels; \
+	else echo "nvcc not found: the extension was not built with csrc/cuda"; fi
+
+test-env-gpu: env-gpu
+	cd $(GPU_TREE) && $(GPU_PY) -m pytest -n $(JOBS) --dist loadfile
+	cd $(GPU_TREE) && $(GPU_PY) bench/first_light.py --dry-run build/first-light
+
 clean:
-	rm -rf $(VENV) build *.egg-info gssf_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis examples/emoji/out
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info gssf_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis examples/emoji/out

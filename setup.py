@@ -13,6 +13,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CPU_FLAGS = [
+    "-std=c++20",  # PyTorch 2.11 and older would ask for C++17
     "-O3",
     "-fopenmp",
     "-fno-math-errno",
@@ -22,7 +23,7 @@ CPU_FLAGS = [
     "-Wno-unused-function",
 ]
 # wgmma and setmaxnreg are sm_90a's alone; PyTorch adds no architecture where one is named.
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
 
 
 def native_build() -> dict:

@@ -24,10 +24,10 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from bench import stub_driver
 from bench.calls import CASES
 from bench.case import PRODUCTS, Case
 from bench.report import table
@@ -50,22 +50,6 @@ class Lowered(NamedTuple):
     @property
     def threads(self) -> int:
         return 32 * self.kernel.metadata.num_warps
-
-
-class _Target:
-    """A driver that only names what to compile for; each architecture is a device with caches of its own."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def lower(case: Case, arch: int) -> list[Lowered]:
@@ -91,7 +75,7 @@ def lower(case: Case, arch: int) -> list[Lowered]:
             (tiles, "processors", lambda device: PROCESSORS),
             (tiles, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
             (tiles, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
-            (driver, "_active", _Target(arch)),
+            (driver, "_active", stub_driver.Target(arch)),
             (torch, "get_float32_matmul_precision", lambda: PRODUCTS[case.product][1]),
         ):
             stack.enter_context(mock.patch.object(place, name, instead))

@@ -12,8 +12,7 @@ import gssf_kernels as gk
 
 pytest.importorskip("triton")
 
-from device_path import DEVICE, Waits, device_path
-
+from bench.device_path import DEVICE, Waits, device_path
 from gssf_kernels.kernels import tiles
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # fp16 differs from bf16 in no choice made on the host

@@ -11,8 +11,7 @@ import gssf_kernels as gk
 
 pytest.importorskip("triton")
 
-from device_path import DEVICE, device_path
-
+from bench.device_path import DEVICE, device_path
 from gssf_kernels.kernels import tiles
 
 

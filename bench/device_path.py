@@ -55,17 +55,23 @@ class Waits(AssertionError):
 
 
 class DevicePath(TorchDispatchMode):
-    """``with device_path() as path``: path.launches are the kernels' names, in order; PyTorch's as "aten::…"."""
+    """``with device_path() as path``: path.launches are the kernels' names, in order; PyTorch's as "aten::…".
 
-    def __init__(self):
+    launch: what runs a kernel in the place of `JITFunction.run`, or None: then kernels are only noted.
+    """
+
+    def __init__(self, launch=None):
         super().__init__()
         self.launches: list[str] = []
+        self.launch = launch
         self.outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def note(self, kernel, *arguments, grid, warmup, **options):
         """In place of a launch."""
         if all(grid):  # an empty grid is none
             self.launches.append(kernel.__name__)
+            if self.launch is not None:
+                self.launch(kernel, *arguments, grid=grid, warmup=warmup, **options)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -92,9 +98,9 @@ class DevicePath(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def device_path(arch: int = 90):
+def device_path(arch: int = 90, launch=None):
     """The mode, and around it what would ask a card."""
-    path = DevicePath()
+    path = DevicePath(launch)
     chunk = {**dense.CHUNK_SCORES, DEVICE: dense.CHUNK_SCORES["cuda"]}
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *a, **options: path.note(kernel, *a, **options)),
