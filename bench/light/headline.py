@@ -1,7 +1,7 @@
 """The shapes that decide, each alone on the card: first checked at the timed shape, then timed.
 
 Ours eager and as replays of a CUDA graph, beside plain PyTorch where it fits and torch's bare product of the same
-shape, in turns. The share of the bare product: the time that the op's least products would take at its speed, over ours.
+shape, in turns. The share of the bare product is what the op's least products would take at its speed, over our time.
 """
 
 from __future__ import annotations

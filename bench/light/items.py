@@ -46,6 +46,13 @@ class Item(NamedTuple):
         """For torch.set_float32_matmul_precision."""
         return PRODUCTS[self.product][1]
 
+    def fields(self) -> dict[str, Any]:
+        """What it is, for those who read findings by machine."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = {"n": self.n, "m": self.m, "d": self.d}
+        op = FAMILIES[self.family].function
+        return {"op": op, "dtype": dtype, "precision": self.precision, **shape, "variant": self.variant}
+
     @property
     def exact(self) -> bool:
         """Whether every score is exact, so that every choice among them is determined."""

@@ -157,7 +157,8 @@ def check(item: Item, place: Card | Dry, code: Path) -> dict[str, Any]:
     exact, plain = compare.truth(compared, *inputs)
     verdicts = compare.judge(compared, inputs[0], first, exact, plain)
     worst = max(verdicts, key=lambda verdict: verdict.share)
-    finding: dict[str, Any] = {"item": str(item), "kernels": kernels, "error over allowed": _round(worst.share)}
+    finding: dict[str, Any] = {"item": str(item), **item.fields(), "kernels": kernels}
+    finding["error over allowed"] = _round(worst.share)
     finding |= {"result": worst.name, "equal bits": equal}
     if compared != item:
         finding["compared"] = str(compared)

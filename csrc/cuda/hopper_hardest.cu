@@ -1,5 +1,5 @@
 // gssf::hardest_negatives_hopper on CUDA: the sweep for hardest negatives on Hopper's own instructions (wgmma, the
-// tensor copy engine), for bf16 and fp16. docs/gpu.md has the picture.
+// tensor copy engine), for bf16 and fp16. docs/gpu-kernels.md has the picture.
 //
 //     sweep_layout.h    where everything lies       hopper_wgmma.h, hopper_ptx.h   the instructions
 //     sweep.h           load, multiply              hopper_host.h                  tensor maps, launches
