@@ -104,10 +104,16 @@ def _exceptions(kinds: dict[str, list[dict[str, Any]]]) -> str:
     raised = [*kinds.get("exception", []), *kinds.get("died", [])]
     if not raised:
         return ""
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for finding in raised:
+        alike.setdefault(finding["error"][:80] + finding.get("again", ""), []).append(finding)
     lines = [f"## Raised or died: {len(raised)}"]
-    for finding in raised[:EXCEPTIONS]:
+    for finding, *others in list(alike.values())[:EXCEPTIONS]:
         again = f" ({finding['again']})" if "again" in finding else ""
-        lines.append(f"- {finding['item']}{again}: {finding['error'][:300]}")
+        also = f" (and {len(others)} more alike)" if others else ""
+        words = [line.strip() for line in finding["error"].splitlines() if line.strip()]
+        said = words[0] if len(words) == 1 else f"{words[0]} … {words[-1]}"
+        lines.append(f"- {finding['item']}{again}{also}: {said[:400]}")
         if finding.get("launches"):
             last = finding["launches"][-1]
             lines.append(f"  last launch: {last['kernel']} grid {last['grid']} {str(last['constexprs'])[:200]}")
