@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, randn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_kernels as gk
-from gssf_kernels import _library, dense
+from gssf_kernels import _checks, _library, dense
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
 INTEGRABLE = [case for case in SMALL if case.integrable]
@@ -222,6 +223,43 @@ def test_compile_dynamic_shapes():
     for n, m in ((8, 8), (13, 20), (50, 51)):
         x, y = torch.randn(n, 16), torch.randn(m, 16)
         torch.testing.assert_close(compiled(x, y), gk.reference.triplet_loss(x, y))
+
+
+COMPILED_ALONE = {
+    "triplet": lambda x, y: gk.triplet_loss(x, y),
+    "info_nce": lambda x, y: gk.info_nce_loss(x, y, scale=10.0),
+    "goal": lambda x, y: gk.goal_loss(x, y, pair="sig_ms"),
+    "sigmoid": lambda x, y: gk.sigmoid_loss(x, y, scale=10.0, bias=-1.0),
+    "distillation": lambda x, y: gk.relational_distillation_loss(x, y, y[:, :8], lam=0.5, tau=0.07, kind="mse"),
+    "batch-hard": lambda x, y: gk.batch_hard_loss(x, torch.arange(12) // 3),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_ALONE)
+def test_a_loss_compiled_alone_compiles_once(name):
+    """Its inputs are then the batch's tensors themselves: nothing may hang on which object each is."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(COMPILED_ALONE[name], backend=counter, fullgraph=True)
+    for _ in range(3):
+        x, y = torch.randn(12, 16, requires_grad=True), torch.randn(12, 16)
+        torch.testing.assert_close(compiled(x, y), COMPILED_ALONE[name](x, y))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("region", [None, torch.bfloat16], ids=["no region", "bf16"])
+def test_autocast_gives_one_tensor_given_twice_as_one(region):
+    """Of one side twice half of the scores are made; a cast must not hide that, nor make a second copy."""
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    with torch.autocast("cpu", region, enabled=region is not None):
+        cast = _checks.autocast(x, y, x, None, None)
+        first, other, again, *nothing = cast
+    assert first is again
+    assert other is not first
+    assert nothing == [None, None]
+    for got, t in ((first, x), (other, y)):
+        assert torch.equal(got, t.to(region or t.dtype))
+        assert (got is t) == (region is None)
 
 
 @pytest.mark.parametrize("name", ["goal_loss", "gradient_space_loss", "batch_hard_loss"])
