@@ -64,8 +64,8 @@ for arch in lowering.ARCHITECTURES:
         mock.patch.multiple(tiles, architecture=lambda device: arch, processors=lambda device: 132),
     ):
         for case in CASES:
-            before, precision = launches.value, PRODUCTS[case.product][1]
-            with mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision):
+            before, product = launches.value, "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"
+            with mock.patch.object(tiles, "fp32_products", lambda device: product):
                 case.launcher(*case.arguments())
             assert launches.value - before >= len(case.kernels), case
 print(launches.value, "launches")
