@@ -76,7 +76,7 @@ def lower(case: Case, arch: int) -> list[Lowered]:
             (tiles, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
             (tiles, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
             (driver, "_active", stub_driver.Target(arch)),
-            (torch, "get_float32_matmul_precision", lambda: PRODUCTS[case.product][1]),
+            (tiles, "fp32_products", lambda device: "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"),
         ):
             stack.enter_context(mock.patch.object(place, name, instead))
         case.launcher(*case.arguments())

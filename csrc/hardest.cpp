@@ -74,12 +74,14 @@ void merge_halves(const Best<A>& rows, const Best<A>& cols, int64_t count) {
   }
 }
 
-// Whether sides become bf16: those that are, and fp32 at the precision "medium" where PyTorch's products round it too.
+// Whether sides become bf16: those that are, and fp32 where PyTorch's own products round it too. Asked of the setting
+// by backend, which the older float32MatmulPrecision sets too; that one throws once both have been used.
 bool rounds(const Tensor& a) {
   if (bf16_unit() == Bf16Unit::none) return false;
   if (a.scalar_type() == at::kBFloat16) return true;
   return a.scalar_type() == at::kFloat && bf16_unit() == Bf16Unit::amx &&
-         at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM;
+         at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+             at::Float32Precision::BF16;
 }
 
 // Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.

@@ -23,8 +23,12 @@ def autocast(*tensors: torch.Tensor | None) -> tuple:
     fp32, fp16 and bf16 tensors take the region's dtype; fp64 is left alone, as PyTorch does. One tensor given twice
     comes back as one.
     """
-    cast = {id(t): _autocast_one(t) for t in tensors}
-    return tuple(cast[id(t)] for t in tensors)
+    cast: list = []
+    for place, t in enumerate(tensors):
+        # By `is`, not by id(): torch.compile guards on the latter, and so compiles anew for every batch.
+        same = [c for other, c in zip(tensors[:place], cast, strict=True) if other is t]
+        cast.append(same[0] if same else _autocast_one(t))
+    return tuple(cast)
 
 
 def _autocast_one(t):

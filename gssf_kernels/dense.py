@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype
+from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype, fp32_products
 
 # Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice
 # as much gained nothing (N = 8192, D = 1024); a GPU needs more to be filled.
@@ -134,11 +134,11 @@ class Right:
     """``y [k, m]`` as the right side of many products: on the CPU packed once into panels (``csrc/types.h``), a copy.
 
     bf16 stays bf16 on a unit for it, and left sides are rounded to it, of which ds alone is wider. The library
-    multiplies where the extension is not built, and fp32 at the precision "medium", which may round it.
+    multiplies where the extension is not built, and fp32 where PyTorch's setting allows its products to round to bf16.
     """
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
-        rough = dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
+        rough = dtype == torch.float32 and fp32_products(y.device.type) == "bf16"
         unit = on_bf16_unit(y)
         self.packed = unit or (y.device.type == "cpu" and EXTENSION_ERROR is None and not rough)
         self.width = 64 if unit else 32  # multiples of it are where columns may begin, and rows

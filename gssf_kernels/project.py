@@ -162,14 +162,30 @@ def _reference_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, 
 
 
 def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
-    inputs = (x, diag, blocks)
-    given = [t is not None and need for t, need in zip(inputs, needs, strict=True)]
-    x, diag, blocks = (t if t is None else t.detach().requires_grad_(g) for t, g in zip(inputs, given, strict=True))
-    with torch.enable_grad():
-        p = reference.project(x, diag, blocks, permutation=permutation, normalize=normalize)
-    wanted = [t for t, g in zip((x, diag, blocks), given, strict=True) if g]
-    grads = iter(torch.autograd.grad(p, wanted, grad) if wanted else ())
-    return tuple(next(grads).clone() if g else grad.new_empty(0) for g in given)
+    """By the formulas above and not by autograd, which is out of reach where a dispatch mode calls the op."""
+    wide, g, length = reference.accumulate(x), reference.accumulate(grad), None
+    unit, dunit = wide, g if diag is None and blocks is None else torch.zeros_like(g)
+    if normalize:
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        unit = wide / length.clamp_min(reference.EPS)
+    dx, ddiag, dblocks = (x.new_empty(0) for _ in range(3))
+    if diag is not None:
+        dunit = dunit + g * reference.accumulate(diag)
+        ddiag = (unit * g).sum(0).to(diag.dtype) if needs[1] else ddiag
+    if blocks is not None:
+        unit_groups, g_groups = (
+            (t if permutation is None else t[:, permutation]).unflatten(1, blocks.shape[:2]) for t in (unit, g)
+        )  # [N, G, b]
+        mixed = torch.einsum("ngc,gkc->ngk", g_groups, reference.accumulate(blocks)).flatten(1)
+        dunit = dunit + (mixed if permutation is None else mixed[:, torch.argsort(permutation)])
+        dblocks = torch.einsum("ngk,ngc->gkc", unit_groups, g_groups).to(blocks.dtype) if needs[2] else dblocks
+    if needs[0]:
+        if length is not None:
+            inner = torch.where(length < reference.EPS, 0, (unit * dunit).sum(1, keepdim=True))
+            dunit = (dunit - unit * inner) / length.clamp_min(reference.EPS)
+        dx = dunit.to(x.dtype).contiguous()
+        dx = dx.clone() if dx is grad else dx
+    return dx, ddiag, dblocks
 
 
 def _reference_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
@@ -178,7 +194,7 @@ def _reference_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation,
     upstream = reference.weighted_sums(grad, rows, cols, other, x.shape[0])
     wide_x, wide_diag, wide_blocks = (None if t is None else t.to(dtype) for t in (x, diag, blocks))
     found = _reference_backward(upstream, wide_x, wide_diag, wide_blocks, permutation, normalize, needs)
-    return tuple(g if t is None else g.to(t.dtype) for g, t in zip(found, (x, diag, blocks), strict=True))
+    return tuple(g.to((x if t is None else t).dtype) for g, t in zip(found, (x, diag, blocks), strict=True))
 
 
 def _fake(x, diag, blocks, permutation, normalize):

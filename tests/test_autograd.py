@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, randn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_kernels as gk
-from gssf_kernels import _library, dense
+from gssf_kernels import _checks, _library, dense
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
 INTEGRABLE = [case for case in SMALL if case.integrable]
@@ -224,6 +225,43 @@ def test_compile_dynamic_shapes():
         torch.testing.assert_close(compiled(x, y), gk.reference.triplet_loss(x, y))
 
 
+COMPILED_ALONE = {
+    "triplet": lambda x, y: gk.triplet_loss(x, y),
+    "info_nce": lambda x, y: gk.info_nce_loss(x, y, scale=10.0),
+    "goal": lambda x, y: gk.goal_loss(x, y, pair="sig_ms"),
+    "sigmoid": lambda x, y: gk.sigmoid_loss(x, y, scale=10.0, bias=-1.0),
+    "distillation": lambda x, y: gk.relational_distillation_loss(x, y, y[:, :8], lam=0.5, tau=0.07, kind="mse"),
+    "batch-hard": lambda x, y: gk.batch_hard_loss(x, torch.arange(12) // 3),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED_ALONE)
+def test_a_loss_compiled_alone_compiles_once(name):
+    """Its inputs are then the batch's tensors themselves: nothing may hang on which object each is."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(COMPILED_ALONE[name], backend=counter, fullgraph=True)
+    for _ in range(3):
+        x, y = torch.randn(12, 16, requires_grad=True), torch.randn(12, 16)
+        torch.testing.assert_close(compiled(x, y), COMPILED_ALONE[name](x, y))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("region", [None, torch.bfloat16], ids=["no region", "bf16"])
+def test_autocast_gives_one_tensor_given_twice_as_one(region):
+    """Of one side twice half of the scores are made; a cast must not hide that, nor make a second copy."""
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    with torch.autocast("cpu", region, enabled=region is not None):
+        cast = _checks.autocast(x, y, x, None, None)
+        first, other, again, *nothing = cast
+    assert first is again
+    assert other is not first
+    assert nothing == [None, None]
+    for got, t in ((first, x), (other, y)):
+        assert torch.equal(got, t.to(region or t.dtype))
+        assert (got is t) == (region is None)
+
+
 @pytest.mark.parametrize("name", ["goal_loss", "gradient_space_loss", "batch_hard_loss"])
 def test_func_grad_of_a_loss(name):
     for case in (case for case in SMALL if case.function == name):
@@ -398,30 +436,49 @@ def test_scores_kept_for_the_backward_change_nothing(dtype, monkeypatch):
     assert [t.numel() for t in asked] == [60 * 75] * 2 + [0] * 2
 
 
-class _Weighted(_library.Function):
-    @staticmethod
-    def forward(x, factor, shift=1.0):
-        return x * factor + shift
+def _weighted(base):
+    """A Function of that base whose forward has a default."""
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.inputs = inputs
+    class Weighted(base):
+        @staticmethod
+        def forward(x, factor, shift=1.0):
+            return x * factor + shift
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.inputs[1], None, None
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.inputs = inputs
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.inputs[1], None, None
+
+    return Weighted
+
+
+_Weighted, _Plain = _weighted(_library.Function), _weighted(torch.autograd.Function)
 
 
 def test_a_function_binds_its_arguments_as_pytorch_does():
     """Its signature is at hand, and says what forward asks for; all that PyTorch's own does with it stays."""
 
     assert list(inspect.signature(_Weighted.forward).parameters) == ["x", "factor", "shift"]
+    assert "__signature__" not in vars(_Plain.forward)
     x = torch.ones(3, requires_grad=True)
     assert _Weighted.apply(x, 2.0).grad_fn.inputs[1:] == (2.0, 1.0)
-    for value in (_Weighted.apply(x, 2.0, 3.0), _Weighted.apply(x, factor=2.0, shift=3.0)):
-        assert value.tolist() == [5.0] * 3
-        assert value.grad_fn.inputs[1:] == (2.0, 3.0)
-        assert torch.autograd.grad(value.sum(), x)[0].tolist() == [2.0] * 3
+    calls = [((x, 2.0, 3.0), {}), ((x, 2.0), {}), ((x,), {"factor": 2.0, "shift": 3.0}), ((x,), {"factor": 2.0})]
+    outcomes = []
+    for function in (_Weighted, _Plain):
+        outcomes.append([])
+        for arguments, named in calls:
+            try:
+                value = function.apply(*arguments, **named)
+            except TypeError as refused:  # PyTorch 2.11 takes none by name
+                outcomes[-1].append(str(refused))
+                continue
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+            outcomes[-1].append((value.tolist(), value.grad_fn.inputs[1:], gradient.tolist()))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][:2] == [([5.0] * 3, (2.0, 3.0), [2.0] * 3), ([3.0] * 3, (2.0, 1.0), [2.0] * 3)]
     assert torch.func.grad(lambda t: _Weighted.apply(t, 2.0, 3.0).sum())(x).tolist() == [2.0] * 3
     for arguments in ((x,), (x, 1.0, 2.0, 3.0)):
         with pytest.raises(TypeError, match="argument"):

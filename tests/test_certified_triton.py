@@ -209,7 +209,7 @@ def test_who_takes_it(monkeypatch):
     assert same_bits(found, real(a, b, None, None))
     hardest.hardest_negatives(a[:19], b, None, None)
     hardest.hardest_negatives(a.half(), b.half(), None, None)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32")
     hardest.hardest_negatives(a, b, None, None)
     assert len(calls) == 1
 

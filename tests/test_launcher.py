@@ -25,16 +25,16 @@ pytestmark = [
 
 RUN = """
 from unittest import mock
-import torch
 from bench import lowering, stub_driver
 from bench.calls import CASES
 from bench.case import PRODUCTS
+from gssf_kernels.kernels import tiles
 
 for arch in lowering.ARCHITECTURES:
     with stub_driver.installed(arch):
         for case in CASES:
-            before, precision = stub_driver.launches(), PRODUCTS[case.product][1]
-            with mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision):
+            before, product = stub_driver.launches(), "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"
+            with mock.patch.object(tiles, "fp32_products", lambda device: product):
                 case.launcher(*case.arguments())
             assert stub_driver.launches() - before >= len(case.kernels), case
 print(stub_driver.launches(), "launches")

@@ -37,7 +37,8 @@ def test_every_line_has_a_problem_of_its_size():
         dtype, precision = tune._product(kind)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tiles, "architecture", lambda device, arch=arch: arch)
-            patch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            product = "ieee" if precision == "highest" else "tf32"
+            patch.setattr(tiles, "fp32_products", lambda device, product=product: product)
             for rows in (n, tune._small_problem((arch, kind, size))[0].shape[0]):
                 own = size if size in ("sums", "slabs") else ""
                 assert tiles.sweep_tile(torch.device("cpu"), dtype, rows, rows, d, own) == expected

@@ -3,7 +3,7 @@
     terms[i] = [m + n[i] - p[i]]₊,   dx[i] = w[i] (x[n_i] - x[p_i]) + Σ_e w[e] ([n_e = i] - [p_e = i]) x[e]
 
 n_i and p_i are places too. Ties go to the lowest index and NaN wins. fp32 products are never TF32: the winner must not
-hang on `torch.get_float32_matmul_precision()`. More rows are declined (NotImplemented).
+hang on PyTorch's setting. More rows are declined (NotImplemented).
 """
 
 from __future__ import annotations

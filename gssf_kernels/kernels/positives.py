@@ -3,7 +3,7 @@
 A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
 last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is
 stable: within a label the lowest position is the lowest index. fp32 products are never TF32, whatever
-`torch.get_float32_matmul_precision()` says: the winner must not hang on it.
+PyTorch's setting says: the winner must not hang on it.
 """
 
 from __future__ import annotations

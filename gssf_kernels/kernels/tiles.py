@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from gssf_kernels._library import fp32_products
+
 
 class Sweep(NamedTuple):
     """A tile of the sweep: scores [BN, BM], summed over BK channels at a time."""
@@ -61,7 +63,7 @@ class Rescore(NamedTuple):
     num_warps: int
 
 
-# kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32 by torch.get_float32_matmul_precision()).
+# kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32, by PyTorch's setting).
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
 # for epilogues that sum terms of every score (`relative`), "slabs" for those that store its gradient too (`slabs`, of
 # bf16 alone): with more scores in registers they would spill.
@@ -151,10 +153,8 @@ TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely:
 
 
 def kind(dtype: torch.dtype) -> str:
-    """The product that dtype gets: "half", or for fp32 what `torch.get_float32_matmul_precision()` allows."""
-    if dtype != torch.float32:
-        return "half"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """The product that dtype gets: "half", or for fp32 what PyTorch's setting for products on CUDA allows."""
+    return fp32_products("cuda") if dtype == torch.float32 else "half"
 
 
 def architecture(device: torch.device) -> int:

@@ -42,8 +42,9 @@ def hardest_negatives(
     million, with AMX a quarter of that) are mined exactly: the winners are those of the exact scores, which are
     returned rounded to fp32, at about the price of the bf16 product (``csrc/certified.h``; :func:`rescored_candidates`
     tells how many scores it made again). So, to the same bits, are fp32 inputs of four million scores and more on a GPU
-    (``kernels/certified.py``). ``torch.set_float32_matmul_precision`` governs both: where "high" lets PyTorch's own
-    products be TF32, or "medium" bf16, ours are.
+    (``kernels/certified.py``). PyTorch's setting for fp32 products governs both, whether it was made by
+    ``torch.set_float32_matmul_precision`` or by backend (``torch.backends.cuda.matmul.fp32_precision``): where it lets
+    PyTorch's own products be TF32, or bf16 on the CPU, ours are.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
