@@ -113,7 +113,14 @@ def run(parser: Parser, arguments: argparse.Namespace) -> int:
 def suite(parser: Parser, arguments: argparse.Namespace) -> int:
     build = suites.SUITES[chosen(parser, "suite", arguments.name, suites.SUITES)]
     device = chosen(parser, "--device", arguments.device or devices()[-1], devices())
-    return measured(arguments, build(device), arguments.out or results.FOLDER / f"{device}-{arguments.name}.json")
+    entries = build(device)
+    without = [name for name in arguments.without.split(",") if name]
+    for name in without:
+        chosen(parser, "--without", name, sorted({name for entry in entries for name in entry.variants} - {"ours"}))
+    entries = [
+        entry._replace(variants=tuple(name for name in entry.variants if name not in without)) for entry in entries
+    ]
+    return measured(arguments, entries, arguments.out or results.FOLDER / f"{device}-{arguments.name}.json")
 
 
 def list_all(parser: Parser, arguments: argparse.Namespace) -> int:
@@ -194,6 +201,7 @@ def main() -> int:
     command = commands.add_parser("suite", help="a fixed set of cases")
     command.add_argument("name", help=" or ".join(suites.SUITES))
     command.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    command.add_argument("--without", default="", help="variants to leave out, commas between")
     command.add_argument("--out", type=Path, help="default bench/results/<device>-<suite>.json")
     command.set_defaults(act=suite)
 

@@ -1,12 +1,12 @@
 """Times tiles around each line of the tile table on the card that is there, and proposes a table. It changes nothing.
 
-    python -m bench.tune --out PAGE.md [--seconds 100]
+    python -m bench.tune --out PAGE.md [--lines half-narrow,tf32-wide] [--seconds 100]
 
-For every line of this card's architecture in ``tiles.SWEEP`` the candidates are the line itself and those that differ
-in one number, or in whether programs are persistent. They are compiled first, side by side: what spills or does not fit
-is left out. Each must give the line's own results. Then they take turns behind a cold L2, each a CUDA graph, so that
-the host's share does not count, and are compared turn by turn. A line is replaced where another was faster in nine
-turns of ten, and by 3 % in the median.
+For every line of this card's architecture in ``tiles.SWEEP``, or those that --lines names, in its order, the candidates
+are the line itself and those that differ in one number, or in whether programs are persistent. They are compiled first,
+side by side: what spills or does not fit is left out. Each must give the line's own results. Then they take turns
+behind a cold L2, each a CUDA graph, so that the host's share does not count, and are compared turn by turn. A line is
+replaced where another was faster in nine turns of ten, and by 3 % in the median.
 """
 
 from __future__ import annotations
@@ -225,6 +225,21 @@ def source(tile: tiles.Sweep) -> str:
     return f"Sweep({numbers}{', tma=True' if tile.tma else ''}{persistent})"
 
 
+def name_of(key: Key) -> str:
+    """A line of the table, of whichever architecture."""
+    return f"{key[1]}-{key[2]}"
+
+
+def line_names(parser: argparse.ArgumentParser, text: str) -> list[str]:
+    """The lines that --lines names; the process ends where there is no such line."""
+    known = list(dict.fromkeys(map(name_of, tiles.SWEEP)))
+    names = known if text == "all" else list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in known:
+            parser.exit(2, f"{parser.prog}: --lines: expected all or some of {', '.join(known)}, got {name!r}\n")
+    return names
+
+
 def answer(asked: concurrent.futures.Future) -> str:
     try:
         return asked.result()
@@ -235,14 +250,18 @@ def answer(asked: concurrent.futures.Future) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the page to write")
+    parser.add_argument("--lines", default="all", help="KIND-SIZE of the table, commas between, or all; default all")
     parser.add_argument("--seconds", type=float, default=100.0, help="for all of it, compilation included; default 100")
     arguments = parser.parse_args()
+    names = line_names(parser, arguments.lines)
     if not torch.cuda.is_available():
         parser.exit(2, "python -m bench.tune: PyTorch sees no CUDA device\n")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends as gently
     start, device = time.perf_counter(), torch.device("cuda", torch.cuda.current_device())
     arch, card = tiles.architecture(device), torch.cuda.get_device_name(device)
-    keys = [key for key in tiles.SWEEP if key[0] == arch]
+    keys = sorted(
+        (key for key in tiles.SWEEP if key[0] == arch and name_of(key) in names), key=lambda k: names.index(name_of(k))
+    )
     wanted = {key: candidates(tiles.SWEEP[key], arch) for key in keys}
     found: dict[Key, list[Timed]] = {}
     finished = False

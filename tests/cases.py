@@ -8,11 +8,12 @@ that truth (fp64) and tolerance (the twin in the same dtype) come from. Adding a
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 import gssf_kernels as gk
 
-DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Errors below this share of the truth's norm are the rounding of the result itself: an ulp. The truth is

@@ -11,6 +11,42 @@ from gssf_kernels import dense
 pytest.register_assert_rewrite("dense_cases", "triton_checks")  # their asserts too say what they compared
 
 
+class Failures:
+    """Appends every failure to a file as it happens: a run that is killed has lost none."""
+
+    def __init__(self, path):
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  # for as long as pytest runs
+
+    def pytest_runtest_logreport(self, report):
+        self.write(report, f"{report.when}, {report.duration:.1f} s")
+
+    def pytest_collectreport(self, report):
+        self.write(report, "collection")
+
+    def write(self, report, when):
+        if report.failed:
+            self.file.write(f"== {report.nodeid} ({when})\n{report.longreprtext}\n\n")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--failures", metavar="FILE", help="append each failure, with its traceback, as it happens")
+
+
+def pytest_configure(config):
+    path = config.getoption("--failures")
+    if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the process that started them
+        config.pluginmanager.register(Failures(path))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are collected everywhere, so that `-m gpu --collect-only` lists them, and run on a card."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device"))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_surroundings():
     """Every test starts from the same random state, and leaves the thread count as it was."""

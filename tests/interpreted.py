@@ -1,7 +1,7 @@
 """Where the tests of Triton kernels run: on a GPU if there is one, else under Triton's interpreter.
 
-The interpreter has to be chosen before Triton is imported. Without a GPU a module's tests are therefore replaced by
-one, which runs them in a process of its own. The interpreter's bf16 is wrong, so it is fp32 and fp16 there.
+The interpreter has to be chosen before Triton is imported. Without a GPU a module's tests are therefore skipped, and
+one is added that runs them in a process of its own. The interpreter's bf16 is wrong, so it is fp32 and fp16 there.
 """
 
 import dataclasses
@@ -17,15 +17,17 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 
 def where_triton_runs(module: dict) -> None:
-    """For the end of a test module, on its globals()."""
-    if DEVICE is not None:
+    """For the end of a test module, on its globals(): its tests run on a GPU, except under the interpreter."""
+    if INTERPRETED:
         return
     for name in [name for name in module if name.startswith("test_")]:
-        del module[name]
+        module[name] = pytest.mark.gpu(module[name])
+    if DEVICE is not None:
+        return
 
     def test_under_the_interpreter():
         """All of this module, in a process of its own."""

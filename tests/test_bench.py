@@ -148,6 +148,19 @@ def test_the_quick_suite_has_a_point_of_every_family():
         assert "goal_nca_sig_ms" in measured
 
 
+def test_a_suite_without_some_variants(monkeypatch):
+    plans = []
+    monkeypatch.setattr(command_line, "measured", lambda arguments, entries, out: plans.append(entries) or 0)
+    for words in ((), ("--without", "compile,naive")):
+        monkeypatch.setattr(sys, "argv", ["bench", "suite", "quick", "--device", "cpu", *words])
+        assert command_line.main() == 0
+    every, fewer = plans
+    assert [entry.case for entry in fewer] == [entry.case for entry in every]
+    for entry, shorter in zip(every, fewer, strict=True):
+        assert shorter.variants == tuple(name for name in entry.variants if name not in ("compile", "naive"))
+    assert {name for entry in every for name in entry.variants} >= {"compile", "naive", "ours"}
+
+
 def test_teachers_get_no_gradient():
     problem = OPS["distillation"].inputs(Shape(20, 8, 8), torch.float32, torch.device("cpu"), 0)
     assert [tuple(leaf.shape) for leaf in problem.leaves()] == [(20, 8), (), ()]  # the student, λ and τ
@@ -295,6 +308,7 @@ def test_result_files_come_back_as_written(tmp_path):
         ("run --op triplet --variant mine", "--variant: expected NAME=MODULE:FUNCTION"),
         ("run --op triplet --variant pml=a:b", "--variant: expected a name of its own"),
         ("suite slow", "suite: expected one of quick, full"),
+        ("suite quick --device cpu --without nobody", "--without: expected one of compile, "),
         ("report nowhere.json", "nowhere.json: No such file"),
         ("compare nowhere.json nowhere.json", "nowhere.json: No such file"),
         ("measure", "invalid choice: 'measure'"),

@@ -144,7 +144,6 @@ def test_what_waits_is_caught(name):
         PLANTED[name](t)
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
 on_card = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 on_representatives = pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 
@@ -154,7 +153,7 @@ def upstream_of(case, tensors, options):
     return [torch.where(t.isfinite(), torch.rand_like(t) + 0.5, 0) for t in case.ours(tensors, options)]
 
 
-@needs_cuda
+@pytest.mark.gpu
 @on_card
 @on_representatives
 def test_no_step_waits_on_a_card(case, dtype):
@@ -170,7 +169,7 @@ def test_no_step_waits_on_a_card(case, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_cuda
+@pytest.mark.gpu
 @on_card
 @on_representatives
 def test_a_captured_step_gives_what_an_eager_one_does(case, dtype):

@@ -16,7 +16,7 @@ from test_capture import REPRESENTATIVE, leaves, step
 from test_lowering import MODULES, JITFunction
 from test_values import FLOOR, error, gradients
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device")
+pytestmark = pytest.mark.gpu
 CUDA = "cuda"
 INF = float("inf")
 # Of TF32's ten bits, four roundings: two operands, which may be rounded or cut off.

@@ -1,9 +1,16 @@
-"""bench/gpu_check.sh without its programs: stand-ins on the PATH tell it of a card, and fail or hang where asked."""
+"""bench/gpu_check.sh without its programs: stand-ins on the PATH tell it of a card, and fail or hang where asked.
 
+And what its stages rest on: which tests a card runs, the file of failures, the order in which kernels are looked at.
+"""
+
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,16 +25,17 @@ for word in $HANG; do [[ $words != *$word* ]] || { echo "hanging"; exec sleep 60
 for word in $FAIL; do [[ $words != *$word* ]] || { echo "broken at $word"; exit 3; }; done
 case $words in
   *is_available*) exit "$NO_GPU" ;;
-  *"import os, xdist"*) echo "-n 4" ;;
+  *"import xdist"* | *"import pytest_timeout"*) exit 0 ;;
   *"import sys, torch, triton"*) echo "Python 3, torch 2, Triton 3" ;;
   *"bench suite"*) echo '{}' > "${@: -1}"; echo measured ;;
   *"bench report"*) stem=${@: -1}; stem=${stem%.json}
     echo "the table" > "$stem.md"; touch "$stem.png" "$stem-roofline.png"; echo "wrote it" ;;
-  *bench.tune*) echo "$words" > "$4"; echo tuned ;;
+  *bench.tune*) echo "$words" > "$6"; echo tuned ;;
   *bench.lowering*) echo "machine code" > "$4"; echo "393 binaries" ;;
   *"pip install"*) [[ $words != *broken*whl* ]] || exit 1; mkdir -p "${@: -2:1}"; touch "$SITE" ;;
   *bench.sanitize*) echo "64 calls, cache $PYTORCH_NO_CUDA_MEMORY_CACHING" ;;
-  *pytest*) echo "12 passed, $words" ;;
+  *pytest*) echo "a trace" > "$OUT/failures.txt"; echo "12 passed, threads $OMP_NUM_THREADS, $words" ;;
+  *"-m gssf_kernels") printf "extension    %s\ncsrc/cuda    %s\n" "$EXTENSION" "$CSRC_CUDA" ;;
   *) echo "did $words" ;;
 esac
 """
@@ -50,8 +58,9 @@ def check(tmp_path):
 
     def run(*words, **environment):
         settings = {"NO_GPU": "0", "HANG": "", "FAIL": "", "UNSUPPORTED": "", "SITE": str(tmp_path / "installed")}
-        settings |= {"PYTHON": "fakepython", "PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", **environment}
         out = tmp_path / "out"
+        settings |= {"EXTENSION": "not loaded (none)", "CSRC_CUDA": "not built", "OUT": str(out)}
+        settings |= {"PYTHON": "fakepython", "PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", **environment}
         done = subprocess.run(
             ["bash", str(ROOT / "bench" / "gpu_check.sh"), str(out), *map(str, words)],
             env={**os.environ, **settings}, capture_output=True, text=True, timeout=120,
@@ -68,43 +77,73 @@ def ran(stages):
     return [name for name, line in stages.items() if line.startswith("ok")]
 
 
+ORDER = ["build", "backends", "tests", "cuda-build", "hopper", "memcheck", "tune", "suite", "page"]
+
+
 def test_all_of_it_on_a_card(check, tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     (wheels / "one.whl").touch()
-    status, stages, files, said = check("--wheels", wheels, "--tune")
+    status, stages, files, said = check("--wheels", wheels)
     assert status == 0, said
-    order = ["build", "backends", "wheels", "tests", "suite", "page", "tune"]
-    order += ["cuda-build", "hopper", "memcheck", "racecheck", "more-tests"]
-    assert ran(stages) == order
+    assert ran(stages) == ["build", "backends", "wheels", *ORDER[2:]]
     assert "H200" in stages["GPU"]
-    assert "-n 4" in stages["tests"]
-    assert "cache 1" in stages["memcheck"]
     assert (tmp_path / "installed").exists()
     expected = ["cuda-quick-roofline.png", "cuda-quick.json", "cuda-quick.md", "cuda-quick.png"]
-    assert files == [*expected, "log.txt", "stages.txt", "tiles.md"]
+    assert files == [*expected, "failures.txt", "log.txt", "stages.txt", "tiles.md"]
     assert len(files) <= 8
     assert "the table" in said
-    assert "--seconds 140" in (tmp_path / "out" / "tiles.md").read_text()
+    assert "a trace" in said
+    log = (tmp_path / "out" / "log.txt").read_text()
+    workers = len(os.sched_getaffinity(0))
+    for marks in ("gpu and not hopper", "hopper"):
+        (words,) = (line for line in log.splitlines() if line.startswith("12 passed") and line.endswith(f"-m {marks}"))
+        assert f"-n {workers} --dist worksteal --timeout=60 --timeout-method=thread -m" in words
+        assert f"--failures {tmp_path / 'out' / 'failures.txt'}" in words
+        assert "threads 1" in words
+        assert not re.search(r"-k|-x|test_\w+\.py", words)
+    assert "cache 1" in stages["memcheck"]
+    tuned = (tmp_path / "out" / "tiles.md").read_text()
+    assert "--lines half-narrow,tf32-narrow,tf32-wide,half-wide" in tuned
+    assert "--seconds 100" in tuned
+    assert "--without compile" in log
+
+
+def test_a_build_that_loads_is_kept(check):
+    status, stages, _, said = check(EXTENSION="loaded", CSRC_CUDA="built", FAIL="build_ext")
+    assert status == 0, said
+    assert stages["build"] == "kept, the extension that is there loads"
+    assert stages["cuda-build"] == "kept, the extension that is there has csrc/cuda"
+    assert "hopper" in ran(stages)
+    status, stages, _, _ = check("--only", "build,cuda-build", EXTENSION="loaded", CSRC_CUDA="built")
+    assert ran(stages) == ["build", "cuda-build"]
+    assert "build_ext --inplace" in stages["build"]
 
 
 def test_the_rest_goes_on_past_what_fails(check):
-    status, stages, _, said = check(FAIL="durations racecheck bench.sanitize")
+    status, stages, _, said = check(FAIL="not_hopper hopper bench.sanitize")
     assert status == 1
     assert stages["tests"].startswith("FAILED, status 3")
-    assert "broken at durations" in stages["tests"]
+    assert "broken at hopper" in stages["tests"]
     assert stages["memcheck"].startswith("FAILED, status 3")
-    assert ran(stages) == ["build", "backends", "suite", "page", "cuda-build", "hopper"]
+    assert ran(stages) == ["build", "backends", "cuda-build", "tune", "suite", "page"]
     assert "the table" in said
 
 
 def test_what_hangs_takes_the_time_that_is_left_and_no_more(check):
-    status, stages, _, _ = check(HANG="backends gssf_kernels", BUDGET_S="14")
+    status, stages, _, _ = check(HANG="--failures", BUDGET_S="14")
     assert status == 1
-    assert stages["build"].startswith("ok")
-    assert stages["backends"].startswith("FAILED, out of time (1")
-    for name in ("tests", "suite", "memcheck", "racecheck"):
+    assert ran(stages) == ["build", "backends"]
+    assert stages["tests"].startswith("FAILED, out of time (1")
+    for name in ("cuda-build", "memcheck", "tune", "suite"):
         assert stages[name] == "NOT RUN, no time left"
+    assert stages["hopper"] == "NOT RUN, csrc/cuda was not built"
+
+
+def test_a_suite_that_is_cut_off_is_no_failure(check):
+    status, stages, _, _ = check("--only", "backends,suite", HANG="suite", BUDGET_S="42")
+    assert status == 0
+    assert stages["suite"].startswith("stopped, as time ran out, 1")
 
 
 def test_csrc_cuda_that_does_not_build(check):
@@ -116,17 +155,16 @@ def test_csrc_cuda_that_does_not_build(check):
 
 
 def test_a_suite_that_measures_nothing(check):
-    status, stages, files, said = check(FAIL="suite")
+    status, stages, files, _ = check(FAIL="suite")
     assert status == 1
     assert stages["page"] == "NOT RUN, the suite measured nothing"
-    assert "no table" in said
     assert "cuda-quick.json" not in files
 
 
 def test_a_machine_that_keeps_the_sanitizer_out(check):
-    status, stages, _, _ = check(UNSUPPORTED="1")
-    assert status == 0
-    for tool in ("memcheck", "racecheck"):
+    for words, tool in (((), "memcheck"), (("--only", "racecheck"), "racecheck")):
+        status, stages, _, _ = check(*words, UNSUPPORTED="1")
+        assert status == 0
         assert stages[tool].startswith("NOT RUN, compute-sanitizer: ========= Error: Device not supported")
 
 
@@ -142,23 +180,29 @@ def test_a_wheel_that_does_not_fit_is_left_out(check, tmp_path):
 
 
 def test_without_a_card(check):
-    status, stages, files, said = check("--tune", NO_GPU="1")
+    status, stages, files, said = check(NO_GPU="1")
     assert status == 0, said
     assert ran(stages) == ["build", "backends", "machine-code"]
-    for name in ("tests", "suite", "memcheck", "racecheck", "tune"):
+    for name in ("tests", "hopper", "memcheck", "tune", "suite"):
         assert stages[name] == "NOT RUN, PyTorch sees no CUDA device"
-    assert files == ["log.txt", "machine-code.md", "stages.txt"]
+    assert files == ["failures.txt", "log.txt", "machine-code.md", "stages.txt"]
     assert "machine code" in said
 
 
-def test_some_stages_alone(check):
-    status, stages, _, _ = check("--only", "build,machine-code")
+def test_some_stages_alone(check, tmp_path):
+    status, stages, _, _ = check("--only", "build,racecheck,machine-code")
     assert status == 0
-    assert ran(stages) == ["build", "machine-code"]
+    assert ran(stages) == ["build", "racecheck", "machine-code"]
     assert not {"tests", "suite", "memcheck"} & set(stages)
+    status, stages, _, _ = check("--only", "tune,suite", "--lines", "half-wide", "--compile")
+    assert ran(stages) == ["tune", "suite"]
+    assert "--lines half-wide" in (tmp_path / "out" / "tiles.md").read_text()
+    assert "--without" not in (tmp_path / "out" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("words", [("--wheels", "/nowhere"), ("--wheels",), ("--only",), ("--fast",), ("another",)])
+@pytest.mark.parametrize(
+    "words", [("--wheels", "/nowhere"), ("--wheels",), ("--only",), ("--lines",), ("--tune",), ("a",)]
+)
 def test_bad_words(check, words):
     status, stages, _, said = check(*words)
     assert status == 2
@@ -166,11 +210,144 @@ def test_bad_words(check, words):
     assert "usage" in said or "expected a folder" in said
 
 
-def test_every_file_of_tests_that_a_card_runs_is_named():
-    script = (ROOT / "bench/gpu_check.sh").read_text()
+# Which tests a card runs.
+
+# Collects as on this machine, or with CARD as where PyTorch sees a card; writes every test, whether it is marked gpu,
+# and whether its source uses a CUDA device by name.
+COLLECTOR = r"""
+import inspect, json, os, re, torch
+
+if os.environ["CARD"]:
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch.cuda.mem_get_info = lambda device=None: (80 << 30, 80 << 30)
+
+USES = re.compile(r"device=.cuda|device=CUDA|\.cuda\(|\.to\((.cuda.|CUDA)|torch\.cuda\.(Stream|CUDAGraph|synchronize)")
+
+def pytest_collection_finish(session):
+    with open(os.environ["LISTED"], "w") as out:
+        for item in session.items:
+            marked, uses = bool(item.get_closest_marker("gpu")), bool(USES.search(inspect.getsource(item.function)))
+            out.write(json.dumps([item.nodeid, marked, uses]) + "\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Every test as {its id: (marked gpu, uses CUDA)}: of this machine, and of one with a card."""
+    folder = tmp_path_factory.mktemp("collected")
+    (folder / "collector.py").write_text(COLLECTOR)
+    lists = []
+    for card in ("", "1"):
+        environment = {**os.environ, "CARD": card, "LISTED": str(folder / "listed"), "TRITON_INTERPRET": ""}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
+        command = [sys.executable, "-m", "pytest", "-p", "collector", "-p", "no:cacheprovider", "-q", "--collect-only"]
+        done = subprocess.run([*command, "tests"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        rows = map(json.loads, (folder / "listed").read_text().splitlines())
+        lists.append({name: (marked, uses) for name, marked, uses in rows})
+    return lists
+
+
+def test_what_runs_on_a_card_is_marked(collected):
+    here, there = ({name for name, (marked, _) in tests.items() if marked} for tests in collected)
+    assert here == there
+    assert len(there) > 3500
+    assert not [name for name, (marked, uses) in collected[1].items() if uses and not marked]
+
+    def of(file):
+        return {name for name in collected[1] if name.startswith(f"tests/{file}.py::")}
+
     call = re.compile(r"^where_triton_runs\(", re.MULTILINE)
-    tests = {path.name for path in (ROOT / "tests").glob("test_*.py") if call.search(path.read_text())}
-    tests |= {"test_cuda.py", "test_capture.py", "test_values.py", "test_hopper.py"}
-    named = set(re.findall(r"tests/(test_\w+\.py)", script))
-    assert len(tests) > 8
-    assert named == tests
+    modules = [path.stem for path in (ROOT / "tests").glob("test_*.py") if call.search(path.read_text())]
+    assert len(modules) > 8
+    for module in ("test_cuda", *modules):
+        assert of(module)
+        assert of(module) <= there, module
+    assert of("test_values") & there == {name for name in of("test_values") if name.endswith("-cuda]")}
+    on_card = ("test_no_step_waits_on_a_card", "test_a_captured_step_gives")
+    expected = {name for name in of("test_capture") if name.partition("::")[2].startswith(on_card)}
+    assert of("test_capture") & there == expected
+    for module in ("test_errors", "test_autograd", "test_launches", "test_lowering", "test_bench", "test_gpu_check"):
+        assert of(module)
+        assert not of(module) & there, module
+    assert not [name for name in of("test_hopper") & there if "emulated" in name]
+
+
+def test_no_test_of_a_card_is_lost_for_its_name(collected):
+    """As nine were when tests were chosen by name."""
+    assert sum("cpu" in name for name, (marked, _) in collected[1].items() if marked) >= 9
+
+
+# What fails is written down at once.
+
+PLANTED = """
+import os, time
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 + 1 == 3
+
+def test_takes_its_process_down():
+    os._exit(7)
+
+def test_hangs():
+    time.sleep(100)
+"""
+
+
+def test_failures_are_kept_by_a_run_that_is_killed(tmp_path):
+    pytest.importorskip("xdist")
+    pytest.importorskip("pytest_timeout")
+    (tmp_path / "test_planted.py").write_text(PLANTED)
+    failures = tmp_path / "failures.txt"
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--failures", str(failures)]
+    command += ["-n", "2", "--dist", "worksteal", "--timeout=90", "--timeout-method=thread", "test_planted.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    run = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    until = time.monotonic() + 90
+    while not failures.exists() or failures.read_text().count("== test_planted.py::") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGINT)
+    said, _ = run.communicate(timeout=60)
+    text = failures.read_text()
+    assert re.search(r"^== test_planted.py::test_fails \(call, \d", text, re.MULTILINE)
+    assert "assert (1 + 1) == 3" in text
+    assert re.search(r"^== test_planted.py::test_takes_its_process_down \(", text, re.MULTILINE)
+    assert "test_passes" not in text
+    assert "2 failed" in said
+
+
+def test_a_file_that_does_not_import_is_a_failure(tmp_path):
+    (tmp_path / "test_planted.py").write_text("import nothing_of_this_name")
+    failures = tmp_path / "failures.txt"
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--failures", str(failures)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([*command, "test_planted.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "== test_planted.py (collection)" in failures.read_text()
+    assert "nothing_of_this_name" in failures.read_text()
+
+
+# The order in which compute-sanitizer meets the kernels.
+
+
+def test_what_is_known_to_go_wrong_is_looked_at_first():
+    pytest.importorskip("triton")
+    from bench import sanitize
+    from bench.calls import CASES
+
+    calls = sanitize.calls()
+    first = calls[: next(k for k, case in enumerate(calls) if case.product == "ieee")]
+    assert {kernel for case in first for kernel in case.kernels} >= {"gradients_kernel", "relation_loss_kernel"}
+    assert {case.product for case in first} == {"bf16", "tf32", "fp16"}
+    launchers = {case.name.partition(" ")[0] for case in CASES if sanitize.FIRST & set(case.kernels)}
+    assert len(first) == 3 * len(launchers | {"hardest_negatives"})
+    assert len(set(map(str, calls))) == len(calls)
+    assert {k for case in calls for k in case.kernels} == {k for case in CASES for k in case.kernels}

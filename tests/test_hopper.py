@@ -24,7 +24,9 @@ AT_ONCE, LATE, AT_RANDOM = range(3)
 REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and hopper.built()
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-needs_card = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
+not_built = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
+ON_CARD = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper, not_built])
+needs_card = pytest.mark.parametrize("device", [ON_CARD], indirect=True)  # too much for the emulator
 
 
 class Emulator:
@@ -52,7 +54,7 @@ def emulator(tmp_path_factory):
 
 
 @pytest.fixture(
-    params=[pytest.param("emulated", marks=needs_compiler), pytest.param("cuda", marks=needs_card)],
+    params=[pytest.param("emulated", marks=needs_compiler), ON_CARD],
 )
 def device(request, monkeypatch):
     """Where inputs lie: on the card, or on the CPU, for the emulated one."""

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,35 @@ def test_the_page_holds_lines_that_can_be_pasted():
     assert "spills 8 bytes" in page
     assert "Out of time" in page
     assert "0.500×" in page
+
+
+def test_lines_are_chosen_by_name_and_order(monkeypatch, capsys, tmp_path):
+    """Both are of the card that is there; what its table lacks is left out."""
+    table = {(arch, kind, "wide"): LINE for arch in (80, 90) for kind in ("half", "tf32")}
+    monkeypatch.setattr(tiles, "SWEEP", {**table, (80, "ieee", "wide"): LINE})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(
+        tune, "why_not", partial(str.format, "not {} {}")
+    )  # a reason against every tile, so that nothing is timed
+    for lines, expected in (
+        ("tf32-wide,ieee-wide,half-wide", ["tf32", "half"]),
+        ("half-wide", ["half"]),
+        ("all", ["half", "tf32"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "page.md"), "--lines", lines])
+        assert tune.main() == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if "the table's own" in line]
+        assert [line.partition(":")[0] for line in said] == [f"(90, '{kind}', 'wide')" for kind in expected]
+    monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "page.md"), "--lines", "half-wider"])
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 2
+    assert (
+        "--lines: expected all or some of half-wide, tf32-wide, ieee-wide, got 'half-wider'" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
