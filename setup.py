@@ -42,8 +42,8 @@ def native_build() -> dict:
 
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
     cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    # Only where asked for: nothing is dispatched to csrc/cuda yet (docs/gpu-kernels.md), so that a failing nvcc costs nobody
-    # the CPU kernels.
+    # Only where asked for: nothing is dispatched to csrc/cuda yet (docs/gpu-kernels.md), so that a failing nvcc costs
+    # nobody the CPU kernels.
     with_cuda = bool(cuda_sources) and os.environ.get("FORCE_CUDA", "0") not in ("", "0")
     kind = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = kind(

@@ -67,7 +67,8 @@ class Rescore(NamedTuple):
 # size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
 # for epilogues that sum terms of every score (`relative`), "slabs" for those that store its gradient too (`slabs`, of
 # bf16 alone): with more scores in registers they would spill.
-# Persistent are the lines of 90 that do not spill so: half wide does with Triton 3.6, sums with both (docs/gpu-kernels.md).
+# Persistent are the lines of 90 that do not spill so: half wide does with Triton 3.6, sums with both
+# (docs/gpu-kernels.md).
 # The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 SWEEP = {
     (80, "half", "small"): Sweep(64, 64, 64, 4, 3),
