@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
