@@ -245,10 +245,10 @@ class _Weights(NamedTuple):
     diag: bool
     blocks: bool
 
-    def project(self, dtype: torch.dtype) -> tuple:
-        d = 1024 // self.block * self.block
+    def project(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
+        d = most // self.block * self.block
         return (
-            torch.zeros(80, d, dtype=dtype),
+            torch.zeros(n, d, dtype=dtype),
             torch.zeros(d, dtype=dtype) if self.diag else None,
             torch.zeros(d // self.block, self.block, self.block, dtype=dtype) if self.blocks else None,
             torch.arange(d) if self.permuted else None,
@@ -274,15 +274,15 @@ class _Weights(NamedTuple):
         dp, _, norm, x, _, *rest = self.project_sides_backward(dtype)
         return dp, dp, norm, x, None, *rest
 
-    def pairs_project_backward(self, dtype: torch.dtype) -> tuple:
-        x, *rest = self.project(dtype)
-        index = torch.zeros(80, dtype=torch.int64)
-        return torch.zeros(80), index, index, x, x, *rest, [True] * 3
+    def pairs_project_backward(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
+        x, *rest = self.project(dtype, n, most)
+        index = torch.zeros(n, dtype=torch.int64)
+        return torch.zeros(n), index, index, x, x, *rest, [True] * 3
 
-    def hardest_project_backward(self, dtype: torch.dtype) -> tuple:
-        x, *rest = self.project(dtype)
-        index = torch.zeros(80, dtype=torch.int64)
-        return (*zeros(80, 80, 80), index, index, x, x, *rest, [True] * 4)
+    def hardest_project_backward(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
+        x, *rest = self.project(dtype, n, most)
+        index = torch.zeros(n, dtype=torch.int64)
+        return (*zeros(n, n, n), index, index, x, x, *rest, [True] * 4)
 
 
 def _projections() -> Iterator[Case]:
@@ -322,6 +322,29 @@ def _projections() -> Iterator[Case]:
                 yield Case(f"pairs_project_backward {name}", launcher, make, kernels, product)
 
 
+def _of_one() -> Iterator[Case]:
+    """One row of one channel: Triton compiles the number 1 in, which then has none of a tensor's methods."""
+    dtype, off, metric = torch.float32, "off 16 bytes", _Weights(1, True, True, True, True)
+    options = ("nca", "sig_ms", 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, "mean")
+    certified = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
+    n = math.isqrt(tiles.CERTIFIED_SCORES - 1) + 1
+    for launcher, make, kernels in (
+        (hardest.hardest_negatives, partial(_sweep, None, dtype, n, 1, off), certified),
+        (relative.relative_negatives, partial(_sweep, None, dtype, 1, 1, off, torch.tensor(0.1), 10.0),
+         ("sweep_kernel", "merge_kernel", "terms_kernel")),
+        (relative_goal.relative_goal, partial(_sweep, None, dtype, 1, 1, off, *options),
+         ("sweep_kernel", "relative_goal_kernel")),
+        (batch_hard.batch_hard_backward, partial(_batch_hard_backward, dtype, 1, 1, "none"), ("batch_scan_kernel",)),
+        (positives.hardest_positives, partial(_labelled, dtype, 1, 1), ("positives_kernel",)),
+        (pairs.pair_scores, partial(_pair_forward, dtype, 1), ("pair_scores_kernel",)),
+        (project.pairs_project_backward, partial(metric.pairs_project_backward, dtype, 1, 1),
+         ("segment_sum_kernel", "project_kernel", "parameter_kernel")),
+        (project.hardest_project_backward, partial(metric.hardest_project_backward, dtype, 1, 1),
+         ("scan_kernel", "sides_kernel")),
+    ):  # fmt: skip
+        yield Case(f"{launcher.__name__} of one", launcher, make, kernels)
+
+
 CASES = [
     *_sweeps(),
     *_pairs(),
@@ -331,5 +354,6 @@ CASES = [
     *_batch_hards(),
     *_positives(),
     *_projections(),
+    *_of_one(),
     *DENSE_CASES,
 ]

@@ -266,9 +266,24 @@ def _passes() -> Iterator[Case]:
             yield case(f"relation_pass {kind}{ragged}", partial(_relation, m, kind, not ragged))
 
 
+def _of_one() -> Iterator[Case]:
+    """One row of one channel: see `bench/calls.py`."""
+    dtype, call = torch.float32, _Contrast(1, 1, True, True, 0.1, True, "mean")
+    relative = (dtype, 1, 1, ("hinge", "exclude", True), True, "ab")
+    for launcher, make, kernels in (
+        (contrast.contrast, partial(call.forward, dtype), ("sweep_kernel", "contrast_lines_kernel")),
+        (contrast.contrast_backward, partial(call.backward, dtype), ("sweep_kernel", "gradients_kernel")),
+        (sums.score_rows_backward, partial(_rows_backward, *relative), ("sweep_kernel", "gradients_kernel")),
+        (relations.relation_loss, partial(_relation_loss, dtype, 1, 1, "abs", True, True),
+         ("relation_tile_kernel", "relation_loss_kernel")),
+        (dense.logsumexp_pass, partial(_logsumexp, 1), ("logsumexp_kernel", "merge_logs_kernel")),
+    ):  # fmt: skip
+        yield Case(f"{launcher.__name__} of one", launcher, make, kernels)
+
+
 def _told_apart(case: Case) -> bool:
     """Whether to compile a call: of TF32 and fp16, whose code is that of fp32 and bf16 but for a word, few are."""
     return case.product in ("ieee", "bf16") or "ragged" in case.name or " " not in case.name
 
 
-DENSE_CASES = [*filter(_told_apart, _small()), *_slabs(), *_passes()]
+DENSE_CASES = [*filter(_told_apart, _small()), *_slabs(), *_passes(), *_of_one()]

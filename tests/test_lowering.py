@@ -197,6 +197,21 @@ def test_every_kernel_line_and_dtype_is_compiled():
     assert lines == expected
 
 
+def test_no_size_is_compiled_in_where_it_is_one():
+    """As a number it would have none of a tensor's methods, and its loops would be other ones: see `sweep.py`."""
+    kernels = {f for module in MODULES for f in vars(module).values() if isinstance(f, JITFunction)}
+    sizes = [
+        (kernel.__name__, parameter)
+        for kernel in kernels
+        if kernel.__name__.endswith("_kernel")
+        for parameter in kernel.params
+        if parameter.name in ("N", "M", "D", "R", "K", "E")
+    ]
+    assert len(sizes) > 40
+    for name, parameter in sizes:
+        assert parameter.do_not_specialize or parameter.annotation_type == "i32", (name, parameter.name)
+
+
 def test_every_cell_of_the_table_is_there():
     sizes, kinds = ("small", "narrow", "wide", "sums"), ("half", "tf32", "ieee")
     assert set(tiles.SWEEP) == {

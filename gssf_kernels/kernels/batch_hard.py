@@ -83,7 +83,7 @@ def edges(
 
 @triton.jit(do_not_specialize=["N"])
 def batch_scan_kernel(
-    grad, positive, negative, positive_place, negative_place, x, dx, margin, grad_stride, stride, N, D,
+    grad, positive, negative, positive_place, negative_place, x, dx, margin, grad_stride, stride, N, D: tl.int32,
     SUM: tl.constexpr, MEAN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for every row of dx and BD channels, which looks for the rows whose best it is."""

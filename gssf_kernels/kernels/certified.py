@@ -35,9 +35,10 @@ MULTIPLE = 256  # of rows: of every tile's sides
 ROUNDED = torch.bfloat16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def round_kernel(
-    x, stride, rounded, norms, low, exact, place, made, N, D, WIDTH, LENGTH, BR: tl.constexpr, BK: tl.constexpr
+    x, stride, rounded, norms, low, exact, place, made, N, D: tl.int32, WIDTH, LENGTH,
+    BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """rounded [N, WIDTH] = x to bf16, ties to even, subnormals to zero; norms [2, LENGTH], of rows and what they lost.
 
@@ -184,7 +185,7 @@ def improved(score, index, new, j, counted):
 )
 def rescore_kernel(
     x, y, x_stride, y_stride, x_ids, y_ids, norms, blocks, norms_stride, blocks_stride, partial,
-    low, exact, score, place, made, D, lines, others, first_line, first_other, length, parts,
+    low, exact, score, place, made, D: tl.int32, lines, others, first_line, first_other, length, parts,
     ALL: tl.constexpr, WIDTH: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Take a slab's parts [parts, length] of the lines x[first_line :] into their best: (exact, score, place) [lines].
@@ -246,8 +247,8 @@ def rescore_kernel(
         tl.store(made + i, tl.load(made + i, mask=inside, other=0) + count, mask=inside)
 
 
-@triton.jit
-def exact_pairs_kernel(a, b, a_stride, b_stride, pair_score, N, D, BL: tl.constexpr, UNROLL: tl.constexpr):
+@triton.jit(do_not_specialize=["N"])
+def exact_pairs_kernel(a, b, a_stride, b_stride, pair_score, N, D: tl.int32, BL: tl.constexpr, UNROLL: tl.constexpr):
     i = tl.program_id(0) * BL + tl.arange(0, BL)
     exact = exact_scores(a, b, a_stride, b_stride, i[:, None], i[:, None], (i < N)[:, None], D, UNROLL)
     tl.store(pair_score + i, tl.sum(exact, 1).to(tl.float32), mask=i < N)
@@ -296,14 +297,16 @@ class Side(NamedTuple):
 
     def rescore(self, other: Side, blocks: torch.Tensor, partial: tuple, place: Slab) -> None:
         """Take a slab's partial results into the best of its lines; blocks: of the slab's rows of other, [2, parts]."""
+        D = self.values.shape[1]
         for which, tile in tiles.RESCORE.items():
             rescore_kernel[(triton.cdiv(place.length, tile.BL),)](
                 self.values, other.values, self.values.stride(0), other.values.stride(0), self.ids, other.ids,
                 self.norms, blocks, self.norms.stride(0), blocks.stride(0), partial,
                 self.low, self.exact, self.score, self.place, self.made,
-                self.values.shape[1], len(self.values), len(other.values), *place[:3], blocks.shape[1],
+                D, len(self.values), len(other.values), *place[:3], blocks.shape[1],
                 ALL=which == "all", WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
+                maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more
             )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def add_own(total, weights, x, r, c, stride, N, D):
 
 @triton.jit(do_not_specialize=["N", "M", "constant", "share", "count", "rows", "across", "down"])
 def gradients_kernel(
-    ds, a, b, da, db, scale, constant, slopes, parts, sums, share, stride, a_stride, b_stride, N, M, D,
+    ds, a, b, da, db, scale, constant, slopes, parts, sums, share, stride, a_stride, b_stride, N, M, D: tl.int32,
     count, rows, across, down, SAME: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip

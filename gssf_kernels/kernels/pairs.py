@@ -15,7 +15,7 @@ from gssf_kernels.kernels import operands, tiles
 
 @triton.jit(do_not_specialize=["E"])
 def pair_scores_kernel(
-    a, b, rows, cols, scores, a_stride, b_stride, E, D, BE: tl.constexpr, BD: tl.constexpr
+    a, b, rows, cols, scores, a_stride, b_stride, E, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """BE edges to a program, BD channels at a time."""
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
@@ -34,7 +34,7 @@ def pair_scores_kernel(
 
 @triton.jit
 def segment_sum_kernel(
-    grad, order, offsets, ends, source, out, stride, D, BE: tl.constexpr, BD: tl.constexpr
+    grad, order, offsets, ends, source, out, stride, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """out[i] = Σ grad[e] source[ends[e]] over e in order[offsets[i] : offsets[i + 1]], BE edges abreast."""
     i = tl.program_id(0).to(tl.int64)
@@ -103,7 +103,7 @@ def side(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def scan_kernel(
-    dpair, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D,
+    dpair, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D: tl.int32,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for every row of da, then for every row of db; of one alone where the other is None.
@@ -233,4 +233,5 @@ def scan(
             scan_kernel[(programs, triton.cdiv(D, BD))](
                 *given, a, b, da, db, norm, a.stride(0), b.stride(0), N, M, D,
                 NORMALIZE=normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
+                maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more
             )  # fmt: skip

@@ -18,7 +18,7 @@ from gssf_kernels.kernels.epilogues import best
 
 @triton.jit(do_not_specialize=["N"])
 def positives_kernel(
-    x, order, firsts, ends, place, stride, N, D, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    x, order, firsts, ends, place, stride, N, D: tl.int32, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
     """order [N]: rows by label; firsts, ends [N]: where the label of a sorted row begins and ends."""
     p = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -125,7 +125,7 @@ def project_rows(
 
 @triton.jit(do_not_specialize=["N"])
 def project_kernel(
-    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D, eps, B: tl.constexpr,
+    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D: tl.int32, eps, B: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def sum_parameters(
 
 @triton.jit(do_not_specialize=["N", "share"])
 def parameter_kernel(
-    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, share, B: tl.constexpr,
+    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D: tl.int32, share, B: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`sum_parameters` of every share: ddiag, dblocks [splits, …] fp32."""
@@ -229,7 +229,7 @@ def pair_rows(
 @triton.jit(do_not_specialize=["N", "M"])
 def sides_kernel(
     x, y, above, below, x_out, y_out, pair, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
-    N, M, D, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    N, M, D: tl.int32, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, WEIGHTED: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     """x̂ W and ŷ; or with BACKWARD dx of above, dy of below and the parameters' gradients. None for what is not wanted.

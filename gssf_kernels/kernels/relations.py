@@ -96,8 +96,8 @@ def wide(tensor, constant):
 @triton.jit(do_not_specialize=["N", "count", "lam_number", "tau_number", "own", "to_image", "to_text"])
 def relation_loss_kernel(
     ds, student, dh, parts, lam, tau, lam_number, tau_number, own, to_image, to_text, loss, dlam, dtau, slope,
-    stride, student_stride, N, D, count, KIND: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr,
+    stride, student_stride, N, D: tl.int32, count, KIND: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """A program for every tile of dh = ds h, if it is wanted, then one for the loss, what λ and τ get, and slope."""
     p = tl.program_id(0)

@@ -14,6 +14,9 @@ An epilogue is a `@triton.jit` function that reduces a tile to partial results:
 Partial results belong to one tile each, so they need no initialisation and no atomics; a second small kernel
 merges them, in the order of the tiles. Row blocks go through in slabs, which bounds their memory.
 
+Sizes are arguments of every kernel here as `do_not_specialize` or, where a multiple of 16 helps its loads, as
+`tl.int32`: a plain argument that is 1 is compiled in as a number, which has none of a tensor's methods.
+
 A program makes one tile, or, where the tile table says `persistent`, goes on from tile to tile.
 """
 
@@ -94,7 +97,7 @@ def reduce_tile(
 
 @triton.jit(do_not_specialize=["N", "M", "first", "blocks", "rows", "columns", "column_blocks"])
 def sweep_kernel(
-    a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+    a, b, a_stride, b_stride, N, M, D: tl.int32, first, blocks, rows, columns, column_blocks, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
