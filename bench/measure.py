@@ -186,7 +186,7 @@ def turn(op: Op, case: Case, variant: Variant, problem: Problem) -> tuple[float,
     stages = [lambda: held.append(forward(op, variant, problem))]
     if op.differentiable:
         stages.append(lambda: backward(problem, held[0]))
-    took = clock_of(case).time_ms(*stages)
+    took = clock_of(case).time_ms(*stages, of=(case, variant))
     return took[0], took[1] if op.differentiable else 0.0
 
 
