@@ -2,7 +2,8 @@
 
 ops/        what is measured: inputs, plain PyTorch, ours, truth, minimal work; one small file an op
 peers/      other packages computing the same; one small file each
-measure.py  correctness first, then interleaved turns; clock.py, memory.py and ceilings.py serve it
+measure.py  correctness first, then interleaved turns; clock.py and ceilings.py serve it
+whole.py    the fp64 truth at the timed shape, in chunks of rows
 worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
 calls.py      the calls of every launcher that lowering.py compiles and sanitize.py runs
 lowering.py   every kernel compiled without a GPU: registers, spills, machine code

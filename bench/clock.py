@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 FLUSH_L2S = 4  # how many times the L2's size is written before a timed step
+HEAD_START = 1.5  # how long the GPU sleeps before a step, in times what the host took to enqueue the step last time
+MAX_SLEEP_MS = 50.0
+CALIBRATION_CYCLES = 10_000_000
 
 
 class CpuClock:
@@ -19,8 +22,8 @@ class CpuClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def time_ms(self, *stages: Callable[[], Any]) -> list[float]:
-        """Milliseconds of each stage, run one after the other."""
+    def time_ms(self, *stages: Callable[[], Any], of: Any = None) -> list[float]:
+        """Milliseconds of each stage, run one after the other. (of: CudaClock's.)"""
         marks = [time.perf_counter()]
         for stage in stages:
             stage()
@@ -41,22 +44,48 @@ def _status_mib(field: str) -> float:
 
 
 class CudaClock:
-    """Times between events on the current stream, each step behind a flushed L2."""
+    """Times between events on the current stream, each step behind a flushed L2, without what the host takes.
+
+    A launch costs the host tens of microseconds, which an idle GPU would wait for between two events. So the GPU sleeps
+    before the first event while the host enqueues the whole step: as long as the host took for that step the last time,
+    and half as long again. The first call of a step is this trial, and no measurement; it sleeps longest.
+
+    The host's share shows again where the host takes longer than MAX_SLEEP_MS can hide, or waits for the GPU halfway.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(FLUSH_L2S * max(l2_bytes, 1 << 20) // 4, dtype=torch.int32, device=device)
+        self.host_ms: dict[Any, float] = {}  # what enqueueing a step took last
+        for _ in range(2):  # the first loads the kernel
+            start, end = self._events(2)
+            start.record()
+            torch.cuda._sleep(CALIBRATION_CYCLES)
+            end.record()
+            torch.cuda.synchronize(device)
+        self.cycles_per_ms = CALIBRATION_CYCLES / start.elapsed_time(end)
 
-    def time_ms(self, *stages: Callable[[], Any]) -> list[float]:
-        """Milliseconds of each stage, run one after the other; launches overlap with the flush, as in a busy step."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
+    @staticmethod
+    def _events(count: int) -> list[torch.cuda.Event]:
+        return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+
+    def time_ms(self, *stages: Callable[[], Any], of: Any = None) -> list[float]:
+        """Milliseconds of each stage, run one after the other.
+
+        of: what tells one step from another, hashable; steps of one kind cost the host about the same.
+        """
+        events = self._events(len(stages) + 1)
+        sleep_ms = min(HEAD_START * self.host_ms.get(of, MAX_SLEEP_MS), MAX_SLEEP_MS)
         torch.cuda.synchronize(self.device)
         self.flush.zero_()
+        torch.cuda._sleep(int(sleep_ms * self.cycles_per_ms))
         events[0].record()
+        began = time.perf_counter()
         for stage, event in zip(stages, events[1:], strict=True):
             stage()
             event.record()
+        self.host_ms[of] = (time.perf_counter() - began) * 1e3
         torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 

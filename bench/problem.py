@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench.whole import Expected
 from gssf_kernels.kernels import hopper
 
 
@@ -81,6 +82,9 @@ class Op(NamedTuple):
         str, Callable[[], Variant | None]
     ]  # "ours", "naive", …; a builder gives None where there is none yet
     work: Callable[[Shape, int], Work]  # of the bytes of one input number
+    # The truth of a problem of any size (fp64, and the dtype that variants get), in chunks: bench/whole.py. Where there
+    # is none, `truth` serves: it stores no matrix.
+    whole: Callable[[Problem, torch.dtype], Expected] | None = None
     differentiable: bool = True
     outcome: Callable[[Any, Problem], Sequence[Tensor]] | None = None  # outputs as numbers that truth can be held to
 

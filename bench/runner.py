@@ -14,9 +14,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from bench import results
-from bench.measure import Case
-
-NAIVE_MATRICES = 8  # N x N matrices, in bytes of fp32, that plain PyTorch was seen to hold at its peak
+from bench.measure import NAIVE_MATRICES, Case, naive_fits
 
 
 class Entry(NamedTuple):
@@ -133,7 +131,7 @@ class Run:
                 row = self.rows.get((k, name))
                 if row is None or row["status"] != "ok":
                     continue
-                if name != "ours" and entry.case.device == "cpu" and self._too_large(entry.case):
+                if name != "ours" and entry.case.device == "cpu" and not naive_fits(entry.case.n, "cpu"):
                     row["note"] = f"memory not taken: {NAIVE_MATRICES} matrices of {entry.case.n}² fp32 would not fit"
                     continue
                 plan = {"peak": {"case": entry.case, "variant": name}, "own": dict(self.plan.own)}
@@ -144,11 +142,6 @@ class Run:
                 except _Lost as lost:
                     row["note"] = f"memory not taken: its process {lost.args[1]}"
                 self._save()
-
-    @staticmethod
-    def _too_large(case: Case) -> bool:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return NAIVE_MATRICES * case.n * case.n * 4 > int(fields["MemAvailable"].split()[0]) * 1024
 
     @staticmethod
     def _json(entry: Entry) -> dict:

@@ -141,7 +141,7 @@ def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: 
             order = [tile for tile in sane if not found[tile].note]
             shift = turns % max(len(order), 1)
             for tile in order[shift:] + order[:shift]:
-                found[tile].ms.append(timer.time_ms(steps[tile])[0])
+                found[tile].ms.append(timer.time_ms(steps[tile], of=tile)[0])
             turns += 1
     finally:
         torch.set_float32_matmul_precision(before)

@@ -37,6 +37,12 @@ def too_large(problem):
         raise MemoryError("no room for that")
     return triplet.naive(problem)
 
+def wrong_past_1000_rows(problem):
+    x = problem.x.clone()
+    if len(x) > 1000:
+        x.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1000]), 0))
+    return triplet.naive(problem._replace(x=x))
+
 def aborts(problem):
     os.abort()
 
@@ -54,7 +60,7 @@ def planted(tmp_path, monkeypatch):
     """Names for the variants above, importable by the worker."""
     (tmp_path / "planted_variants.py").write_text(PLANTED)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(tmp_path)]))
-    names = ("wrong_value", "wrong_gradient", "too_large", "aborts", "hangs", "holds_64_mib")
+    names = ("wrong_value", "wrong_gradient", "wrong_past_1000_rows", "too_large", "aborts", "hangs", "holds_64_mib")
     return {name: f"planted_variants:{name}" for name in names}
 
 
@@ -79,7 +85,7 @@ def rows(book):
 
 
 def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted):
-    names = ("ours", "naive", "wrong_value", "wrong_gradient", "too_large", "aborts")
+    names = ("ours", "naive", "wrong_value", "wrong_gradient", "wrong_past_1000_rows", "too_large", "aborts")
     case = CASE._replace(n=1200)
     book = Run(Plan([Entry(case, names, seconds=0, min_turns=3)], "test", planted), None, Progress())()
     found = rows(book)
@@ -88,6 +94,7 @@ def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted):
         "naive": "ok",
         "wrong_value": "wrong",
         "wrong_gradient": "wrong",
+        "wrong_past_1000_rows": "wrong",
         "too_large": "failed",
         "aborts": "crashed",
     }
@@ -96,8 +103,9 @@ def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted):
     assert "signal 6" in found["aborts"]["note"]
     assert "relative error 1.0e-04" in found["wrong_value"]["note"]
     assert max(found["wrong_gradient"]["errors"][1:]) > 1e-5 > found["wrong_gradient"]["errors"][0]
+    assert "at N = 1200: the worst row of result 1 is off by" in found["wrong_past_1000_rows"]["note"]
     assert "no room for that" in found["too_large"]["note"]
-    assert found["ours"]["checked_rows"] == measure.CHECK_ROWS
+    assert found["ours"]["checked_rows"] == 1200
     assert all(0 < ms < 60_000 for ms in found["ours"]["forward_ms"])
     assert len(book["ceilings"]) == 1
 

@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
+REGISTERS, WARPGROUP = 65536, 128  # of a processor of Hopper, threads
 KERNELS = {"hopper_hardest.cu": 6, "hopper_log_sums.cu": 5}  # sweeps of bf16 and fp16 by two shapes, merge; ranges
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc not found")
@@ -57,14 +58,28 @@ class Compiled:
         entry = r"Compiling entry function '(\S+)' for 'sm_90a'\n((?:.*\n)*?.*Used .*)"
         self.kernels = dict(re.findall(entry, done.stderr))
 
-    def instructions(self) -> dict[str, str]:
-        """kernel: its machine code."""
+    def dump(self, what: str) -> str:
+        """What cuobjdump says."""
         tool = disassembler()
         if tool is None:
             pytest.skip("no cuobjdump: neither in the CUDA toolkit nor with Triton")
-        done = subprocess.run([tool, "-sass", str(self.object)], capture_output=True, text=True, check=True)
-        functions = done.stdout.split("Function : ")[1:]
+        return subprocess.run([tool, what, str(self.object)], capture_output=True, text=True, check=True).stdout
+
+    def instructions(self) -> dict[str, str]:
+        """kernel: its machine code."""
+        functions = self.dump("-sass").split("Function : ")[1:]
         return {name: code for name, _, code in (text.partition("\n") for text in functions)}
+
+    def launch_bounds(self) -> dict[str, tuple[int, int]]:
+        """kernel: (threads of a block, registers of a thread at most), as the object file tells the driver."""
+        found = {}
+        for section in re.split(r"^\.nv\.info\.", self.dump("-elf"), flags=re.MULTILINE)[1:]:
+            values = {}
+            for attribute in ("MAX_THREADS", "MAXREG_COUNT"):
+                at = re.search(rf"EIATTR_{attribute}\n.*\n\s*Value:\s*(0x[0-9a-f]+)", section)
+                values[attribute] = int(at[1], 16) if at else 0
+            found[section.partition("\n")[0].strip()] = values["MAX_THREADS"], values["MAXREG_COUNT"]
+        return found
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
@@ -84,11 +99,36 @@ def test_nothing_spills(compiled):
     """Nor does ptxas warn: of wgmma that it serialises (C7510) or of setmaxnreg that it ignores (C7508)."""
     assert len(compiled.kernels) == KERNELS[compiled.source.name], compiled.report
     assert "warning" not in compiled.report.lower(), compiled.report
+    assert not re.search(r"\bC75(08|10)\b", compiled.report), compiled.report
     for name, usage in compiled.kernels.items():
         print(f"sm_90a {name}: {re.search('Used .*', usage)[0]}")
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in usage, name
         registers = int(re.search(r"Used (\d+) registers", usage)[1])
-        assert registers <= (168 if "sweep" in name else 64), name  # 384 threads x 168, the launch's share of 64 Ki
+        assert "sweep" in name or registers <= 64, name
+
+
+def test_registers_are_what_warpgroups_exchange(compiled):
+    """setmaxnreg takes effect only where registers have a cap at entry, and moves what the block entered with.
+
+    It waits until the registers that it asks for have been given up: were they more, for ever.
+    """
+    code, bounds = compiled.instructions(), compiled.launch_bounds()
+    sweeps = {name: usage for name, usage in compiled.kernels.items() if "sweep_kernel" in name}
+    assert len(sweeps) == 4
+    for name, usage in sweeps.items():
+        at_entry = int(re.search(r"Used (\d+) registers", usage)[1])
+        threads, cap = bounds[name]
+        assert threads == 3 * WARPGROUP, name
+        assert at_entry == cap == REGISTERS // threads // 8 * 8, name  # of which registers are given out
+        given_up = [int(x, 16) for x in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code[name])]
+        taken = [int(x, 16) for x in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL \w+, (0x[0-9a-f]+)", code[name])]
+        assert given_up == [constant("kLoaderRegisters")], name
+        assert taken == [constant("kConsumerRegisters")], name
+        assert given_up[0] < at_entry < taken[0], name
+        assert WARPGROUP * (given_up[0] + 2 * taken[0]) <= threads * at_entry <= REGISTERS, name
+        assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*given_up, *taken)), name
+    header = (ROOT / "csrc/cuda/sweep.h").read_text()
+    assert f"kLoaderRegisters + 2 * kConsumerRegisters <= 3 * {at_entry}," in header  # what is asserted there is so
 
 
 def test_sweep_is_made_of_wgmma_and_bulk_tensor_copies(compiled):

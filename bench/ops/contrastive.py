@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
+from bench.whole import Rows, chunks, sweep
 from gssf_kernels.kernels import tiles
 
 SCALE, BIAS = 1 / 0.07, -10.0  # CLIP's and SigLIP's starts
@@ -40,6 +41,42 @@ def info_nce_by_hopper(problem: Problem):
 def our_sigmoid():
     loss = getattr(gk, "sigmoid_loss", None)
     return loss and (lambda problem: loss(problem.x, problem.y, scale=problem.scale, bias=problem.bias))
+
+
+def whole_info_nce(exact: Problem, dtype: torch.dtype):
+    x, y, scale = (t.detach() for t in (exact.x, exact.y, exact.scale))
+    count = len(x)
+    row_lse, col_lse = x.new_empty(count), x.new_full((count,), -torch.inf)
+    for rows, s in chunks(x, y):
+        t = s.mul_(scale)
+        row_lse[rows] = t.logsumexp(1)
+        col_lse = torch.logaddexp(col_lse, t.logsumexp(0))
+    pair = scale * (x * y).sum(1)
+    loss = (row_lse + col_lse - 2 * pair).sum() / (2 * count)
+
+    def slope(s, rows):
+        t = scale * s
+        dt = ((t - row_lse[rows, None]).exp_() + (t - col_lse).exp_()) / (2 * count)
+        dt.diagonal(rows.start).sub_(1 / count)
+        return scale * dt, [(dt * s).sum()]
+
+    seen = sweep(x, y, slope)
+    return [loss, Rows(seen.da, seen.directions), Rows(seen.db, seen.directions), *seen.sums]
+
+
+def whole_sigmoid(exact: Problem, dtype: torch.dtype):
+    x, y, scale, bias = (t.detach() for t in (exact.x, exact.y, exact.scale, exact.bias))
+
+    def slope(s, rows):
+        t = scale * s + bias
+        t.diagonal(rows.start).neg_()  # of a pair -log σ(t), of others -log σ(-t)
+        loss, dt = F.softplus(t).sum() / len(x), torch.sigmoid(t).div_(len(x))
+        dt.diagonal(rows.start).neg_()
+        return scale * dt, [loss, (dt * s).sum(), dt.sum()]
+
+    seen = sweep(x, y, slope)
+    loss, *numbers = seen.sums
+    return [loss, Rows(seen.da, seen.directions), Rows(seen.db, seen.directions), *numbers]
 
 
 def parameter(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +113,7 @@ INFO_NCE = Op(
         **({"hopper": lambda: info_nce_by_hopper} if on_hopper() else {}),
     },
     work,
+    whole_info_nce,
 )
 SIGMOID = Op(
     "sigmoid",
@@ -84,4 +122,5 @@ SIGMOID = Op(
     sigmoid,
     {"ours": our_sigmoid, "naive": lambda: sigmoid, "compile": compiled(sigmoid)},
     work,
+    whole_sigmoid,
 )

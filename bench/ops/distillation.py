@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import gssf_kernels as gk
 from bench.ops.contrastive import parameter
 from bench.problem import Op, Problem, Work, compiled, normal, product_flop
+from bench.whole import Rows, sweep
 
 LAMBDA, TAU = 0.5, 0.07
 WEIGHTS = (2.0, 1.0, 1.0)
@@ -34,6 +35,28 @@ def ours():
     return loss and (
         lambda problem: loss(problem.x, problem.y, problem.z, lam=problem.lam, tau=problem.tau, weights=WEIGHTS)
     )
+
+
+def whole(exact: Problem, dtype: torch.dtype):
+    """With e = f - λw - (1 - λ)u of relations f, u and w: u and w are off the mixture by shares of their own gap."""
+    student, image, text, lam, tau = (t.detach() for t in (exact.x, exact.y, exact.z, exact.lam, exact.tau))
+    pairs = len(student) * (len(student) - 1)
+
+    def slope(s, rows):
+        f, u, w = (t / tau for t in (s, image[rows] @ image.mT, text[rows] @ text.mT))
+        gap = w - u
+        e = f - lam * w - (1 - lam) * u
+        for t in (e, gap):
+            t.diagonal(rows.start).fill_(0)
+        sign = e.sign()
+        return sign, [e.abs().sum(), gap.abs().sum(), (sign * gap).sum()]
+
+    seen = sweep(student, student, slope)
+    own, gap, signed = (total / pairs for total in seen.sums)
+    loss = WEIGHTS[0] * own + (WEIGHTS[1] * lam.abs() + WEIGHTS[2] * (1 - lam).abs()) * gap
+    by_lam = (WEIGHTS[1] * lam.sign() - WEIGHTS[2] * (1 - lam).sign()) * gap - WEIGHTS[0] * signed
+    of_student = WEIGHTS[0] / (tau * pairs) * (seen.da + seen.db)
+    return [loss, Rows(of_student, seen.directions), by_lam, -loss / tau]
 
 
 def inputs(shape, dtype, device, seed):
@@ -64,4 +87,5 @@ OP = Op(
     naive,
     {"ours": ours, "naive": lambda: naive, "compile": compiled(naive)},
     work,
+    whole,
 )

@@ -7,6 +7,7 @@ import torch
 
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
+from bench.whole import Rows, hardest
 from gssf_kernels.kernels import hopper, tiles
 
 
@@ -45,6 +46,11 @@ def outcome(outputs, exact: Problem):
     ]
 
 
+def whole(exact: Problem, dtype: torch.dtype):
+    lines = [Rows(anchors.score) for anchors in hardest(exact.x, exact.y, torch.zeros_like)]
+    return [*lines, *lines]
+
+
 def inputs(shape, dtype, device, seed):
     return Problem(*normal(shape, dtype, device, seed, 2, unit=True))
 
@@ -66,6 +72,7 @@ OP = Op(
         **({"hopper": lambda: by_hopper} if on_hopper() else {}),
     },
     work,
+    whole,
     differentiable=False,
     outcome=outcome,
 )

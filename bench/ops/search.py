@@ -1,7 +1,10 @@
 """The k best of y for every row of x by ``x yᵀ``, rows of unit length; forward only."""
 
+import torch
+
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+from bench.whole import Rows, chunks
 
 
 def top(k: int):
@@ -18,7 +21,8 @@ def top(k: int):
 def outcome(outputs, exact: Problem):
     """The scores, and the exact scores of the places named."""
     score, index = outputs
-    return [score, (exact.x[:, None] * exact.y[index.reshape(score.shape).long()]).sum(-1)]
+    index = index.reshape(score.shape).long()
+    return [score, torch.stack([(exact.x * exact.y[place]).sum(1) for place in index.unbind(1)], 1)]
 
 
 def inputs(shape, dtype, device, seed):
@@ -28,12 +32,16 @@ def inputs(shape, dtype, device, seed):
 def op(name: str, k: int) -> Op:
     naive, ours = top(k)
 
+    def whole(exact: Problem, dtype: torch.dtype):
+        best = Rows(torch.cat([s.topk(k, dim=1).values for _, s in chunks(exact.x, exact.y)]))
+        return [best, best]
+
     def work(shape, itemsize):
         return Work(product_flop(shape), 0.0, sides_bytes(shape, itemsize) + 12.0 * k * shape.n, 0.0)
 
     summary = f"the {k} best of y for every row of x" if k > 1 else "the nearest of y for every row of x"
     variants = {"ours": ours, "naive": lambda: naive, "compile": compiled(naive)}
-    return Op(name, summary, inputs, naive, variants, work, differentiable=False, outcome=outcome)
+    return Op(name, summary, inputs, naive, variants, work, whole, differentiable=False, outcome=outcome)
 
 
 NEAREST = op("nearest", 1)

@@ -6,6 +6,7 @@ import gssf_kernels as gk
 from bench.ops import contrastive
 from bench.ops.triplet import MARGIN
 from bench.problem import Op, Problem, compiled, normal
+from bench.whole import Rows, pairs_out, sweep
 
 
 def naive(problem: Problem):
@@ -25,6 +26,24 @@ def ours(problem: Problem):
     return gk.triplet_loss(problem.x, problem.y, margin=MARGIN, negatives="all", reduction="sum")
 
 
+def whole(exact: Problem, dtype: torch.dtype):
+    x, y = exact.x.detach(), exact.y.detach()
+    pair = (x * y).sum(1)
+    of_pair = torch.zeros_like(pair)  # what s_ii gets of the terms of row i and of column i
+
+    def slope(s, rows):
+        by_row, by_col = MARGIN + pairs_out(s, rows) - pair[rows, None], MARGIN + s - pair
+        loss = by_row.clamp(min=0).sum() + by_col.clamp(min=0).sum()
+        active_row, active_col = (by_row > 0).double(), (by_col > 0).double()
+        of_pair[rows] -= active_row.sum(1)
+        of_pair.sub_(active_col.sum(0))
+        return active_row + active_col, [loss]
+
+    seen = sweep(x, y, slope)
+    da, db = (t + of_pair[:, None] * (other @ seen.directions) for t, other in ((seen.da, y), (seen.db, x)))
+    return [*seen.sums, Rows(da, seen.directions), Rows(db, seen.directions)]
+
+
 def inputs(shape, dtype, device, seed):
     """Random pairs: nearly every hinge is active, as for an untrained model."""
     x, y = normal(shape, dtype, device, seed, 2, unit=True)
@@ -38,4 +57,5 @@ OP = Op(
     naive,
     {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
     contrastive.work,
+    whole,
 )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, product_flop, sides_bytes
+from bench.whole import TIES, by_choice
 
 MARGIN = 0.2
 
@@ -35,6 +36,26 @@ def truth(problem: Problem):
     return gk.reference.triplet_loss(problem.x, problem.y, margin=MARGIN, metric=problem.metric)
 
 
+def whole(problem: Problem, dtype: torch.dtype):
+    """The costs that public code chooses among are rounded three times: scores, with the margin, less the pair's."""
+
+    def window(score):
+        return TIES[dtype] * (3 * score.abs() + 2 * MARGIN)
+
+    def terms(p, n, q, k, anchors):
+        cost = MARGIN + n - p
+        return cost.clamp(min=0), cost.detach().abs() <= window(anchors.score)
+
+    return by_choice(problem.leaves(), *sides(problem), window, terms)
+
+
+def sides(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """The metric's two factors."""
+    metric = problem.metric
+    a = gk.reference.project(problem.x, metric.diag, metric.blocks, normalize=True)
+    return a, F.normalize(problem.y, dim=1)
+
+
 def inputs(shape, dtype, device, seed):
     """Random embeddings, and a metric a little off its start."""
     x, y = normal(shape, dtype, device, seed, 2)
@@ -61,4 +82,5 @@ OP = Op(
     truth,
     {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
     work,
+    whole,
 )
