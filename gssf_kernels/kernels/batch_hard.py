@@ -121,7 +121,7 @@ def batch_hard(
     N, some = len(x), reduction != "none"
     if not 0 < N * N <= tiles.SMALL or hopper.takes_over("hardest_negatives", x, x) or certified.pays(x, x):
         return NotImplemented
-    positive, negative = x.new_empty(2, N, dtype=torch.float32)
+    positive, negative = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     places = labels.new_empty(N), labels.new_empty(N)
     out = positive.new_empty(() if some else N)
     with torch.cuda.device_of(x):

@@ -129,7 +129,7 @@ def merge_hinge_kernel(
 def nothing_found(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """pair_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
     N, M = len(a), len(b)
-    pair_score, row_score = a.new_empty(2, N, dtype=torch.float32)
+    pair_score, row_score = (a.new_empty(N, dtype=torch.float32) for _ in range(2))  # no two results share memory
     col_score, col_index = a.new_empty(M, dtype=torch.float32), a.new_empty(M, dtype=torch.int64)
     row_index = a.new_empty(N, dtype=torch.int64)
     if N == 0:
