@@ -185,6 +185,14 @@ def sweep_tile(
     return SWEEP[architecture(device), of, sweep_size(N, M, D, own)]
 
 
+def unaligned(D: int, registers: int) -> dict[str, int]:
+    """Launch options for rows of D channels: the most registers a thread, where D is no multiple of 16.
+
+    Masks take registers then, and ptxas would rather spill a value than fit one block fewer in a processor.
+    """
+    return {"maxnreg": registers} if D % 16 else {}
+
+
 def project_tile(dtype: torch.dtype) -> Project:
     """The tile for a projection of x in dtype."""
     return PROJECT[kind(dtype)]
