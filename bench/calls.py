@@ -28,7 +28,7 @@ from gssf_kernels.kernels import (
 )
 
 
-def _sweep(launcher: Callable, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
+def _sweep(launcher: Any, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
     x = torch.zeros(n, d, dtype=dtype)
     y = x if twice else x.clone()  # one side twice leaves tiles out
     first = int(ids == "off 16 bytes")

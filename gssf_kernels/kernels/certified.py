@@ -306,7 +306,7 @@ class Side(NamedTuple):
                 D, len(self.values), len(other.values), *place[:3], blocks.shape[1],
                 ALL=which == "all", WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
-                maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more
+                **tiles.unaligned(D),
             )  # fmt: skip
 
 

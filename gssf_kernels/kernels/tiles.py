@@ -185,12 +185,12 @@ def sweep_tile(
     return SWEEP[architecture(device), of, sweep_size(N, M, D, own)]
 
 
-def unaligned(D: int, registers: int) -> dict[str, int]:
-    """Launch options for rows of D channels: the most registers a thread, where D is no multiple of 16.
+def unaligned(D: int) -> dict[str, int]:
+    """Launch options for rows of D channels: where D is no multiple of 16, as many registers as a thread can have.
 
-    Masks take registers then, and ptxas would rather spill a value than fit one block fewer in a processor.
+    Masks take some then, and ptxas would rather spill a value than fit one block fewer in a processor.
     """
-    return {"maxnreg": registers} if D % 16 else {}
+    return {"maxnreg": 255} if D % 16 else {}
 
 
 def project_tile(dtype: torch.dtype) -> Project:
