@@ -150,7 +150,7 @@ def _steps(headline: Headline, case: measure.Case, variants: dict) -> dict[str, 
     def timed(variant: Variant, route: Callable = contextlib.nullcontext) -> Callable[[], float]:
         def eager() -> float:
             with route():
-                return clock.time_ms(lambda: step(variant))[0]
+                return clock.time_ms(lambda: step(variant), of=eager)[0]
 
         return eager
 
@@ -166,7 +166,7 @@ def _steps(headline: Headline, case: measure.Case, variants: dict) -> dict[str, 
         graph = torch.cuda.CUDAGraph()
         with route(), torch.cuda.graph(graph):
             step(variant)
-        return lambda: clock.time_ms(graph.replay)[0]
+        return lambda: clock.time_ms(graph.replay, of=graph)[0]
 
     ours, plain = variants["ours"](), variants["plain"]()
     a, b = (torch.randn(case.n, case.d, device=device).to(case.torch_dtype) for _ in range(2))
@@ -174,7 +174,7 @@ def _steps(headline: Headline, case: measure.Case, variants: dict) -> dict[str, 
         "ours": lambda: timed(ours),
         "ours replayed": lambda: replayed(ours),
         "plain": lambda: timed(plain),
-        "bare product": lambda: lambda: clock.time_ms(lambda: torch.mm(a, b.mT))[0],
+        "bare product": lambda: lambda: clock.time_ms(lambda: torch.mm(a, b.mT), of="bare product")[0],
     }
     if headline.small:
         makers["composite"] = lambda: timed(ours, composite_route)
