@@ -329,10 +329,10 @@ def _of_one() -> Iterator[Case]:
     certified = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
     n = math.isqrt(tiles.CERTIFIED_SCORES - 1) + 1
     for launcher, make, kernels in (
-        (hardest.hardest_negatives, partial(_sweep, None, dtype, n, 1, off), certified),
-        (relative.relative_negatives, partial(_sweep, None, dtype, 1, 1, off, torch.tensor(0.1), 10.0),
+        (hardest.hardest_negatives, partial(_sweep, hardest.hardest_negatives, dtype, n, 1, off), certified),
+        (relative.relative_negatives, partial(_sweep, hardest.hardest_negatives, dtype, 1, 1, off, torch.ones(()), 2.0),
          ("sweep_kernel", "merge_kernel", "terms_kernel")),
-        (relative_goal.relative_goal, partial(_sweep, None, dtype, 1, 1, off, *options),
+        (relative_goal.relative_goal, partial(_sweep, hardest.hardest_negatives, dtype, 1, 1, off, *options),
          ("sweep_kernel", "relative_goal_kernel")),
         (batch_hard.batch_hard_backward, partial(_batch_hard_backward, dtype, 1, 1, "none"), ("batch_scan_kernel",)),
         (positives.hardest_positives, partial(_labelled, dtype, 1, 1), ("positives_kernel",)),

@@ -32,5 +32,5 @@ def diagnose(x: Tensor, y: Tensor, margin: float, positive: Tensor, hardest: Har
         active=(margin + negative - positive > 0).to(positive.dtype).sum() / max(2 * count, 1),
         positive=positive.sum() / max(count, 1),
         negative=torch.where(found, negative, 0).sum() / found.sum().clamp_min(1),
-        spread=1 - (total / max(points, 1)).square().sum(),
+        spread=(1 - (total / max(points, 1)).square().sum()).clamp_min(0),  # which rounding may pass; NaN stays
     )

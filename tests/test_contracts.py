@@ -4,6 +4,7 @@ import math
 import resource
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,36 @@ def test_fp32_products_follow_pytorchs_precision(precision):
         assert float((got - exact).norm()) <= allowed
         if float((twin - exact).norm()) > 1e-3:  # a machine where the setting matters: it reaches our tiles too
             assert float((got - exact).norm()) > 1e-4
+
+
+@pytest.fixture
+def no_warnings():
+    """PyTorch says many a warning once a process alone: here each time, and each is an error."""
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(False)
+
+
+def test_sliced_ids_give_the_same_and_no_warning(no_warnings):
+    x, y, wide = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8), torch.arange(60) // 9
+    sliced = {"x_ids": wide[:40:2], "y_ids": wide[::2]}
+    assert not any(t.is_contiguous() for t in sliced.values())
+    for loss in (
+        gk.triplet_loss,
+        lambda x, y, **ids: gk.triplet_loss(x, y, negatives="all", **ids),
+        lambda x, y, **ids: gk.goal_loss(x, y, pair="sig_ms", **ids),
+        lambda x, y, **ids: gk.info_nce_loss(x, y, scale=2.0, label_smoothing=0.1, **ids),
+        lambda x, y, **ids: gk.sigmoid_loss(x, y, scale=2.0, bias=0.0, **ids),
+        lambda x, y, **ids: gk.batch_hard_loss(x, ids["x_ids"]),
+    ):
+        found = []
+        for ids in (sliced, {name: t.contiguous() for name, t in sliced.items()}):
+            value = loss(x, y, **ids)
+            found.append((value, *torch.autograd.grad(value, x)))
+        for got, expected in zip(*found, strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_zero_gradient_edges_add_nothing_even_to_infinite_rows():

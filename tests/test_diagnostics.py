@@ -94,6 +94,19 @@ def test_a_collapse_shows():
     assert float(gk.triplet_loss(scaled, scaled, diagnostics=True)[1].spread) == pytest.approx(float(healthy.spread))
 
 
+def test_the_spread_is_never_below_zero():
+    """Of equal rows it is 0 but for rounding, which goes either way."""
+    for module in (gk, gk.reference):
+        found = []
+        for seed in range(20):
+            point = torch.randn(1, 24, generator=torch.Generator().manual_seed(seed)).expand(40, 24)
+            found.append(float(module.triplet_loss(point, point, diagnostics=True)[1].spread))
+        assert min(found) == 0
+        assert 0 < max(found) < 1e-6
+    point = torch.full((4, 3), torch.nan)
+    assert gk.triplet_loss(point, point, diagnostics=True)[1].spread.isnan()
+
+
 @pytest.mark.parametrize("m", [0, 3])
 @pytest.mark.parametrize("name", sorted(calls(gk)))
 def test_none_at_all(name, m):

@@ -87,8 +87,9 @@ def batch_scan_kernel(
     SUM: tl.constexpr, MEAN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for every row of dx and BD channels, which looks for the rows whose best it is."""
-    i = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    pieces = tl.cdiv(D, BD)
+    i = (tl.program_id(0) // pieces).to(tl.int64)
+    d = tl.program_id(0) % pieces * BD + tl.arange(0, BD)
     w, p_at, n_at = edges(
         grad, positive, negative, positive_place, negative_place, margin, grad_stride, i, N, SUM, MEAN
     )
@@ -159,7 +160,7 @@ def batch_hard_backward(
     given = operands.contiguous(positive, negative, positive_place, negative_place)
     BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
     with torch.cuda.device_of(x):
-        batch_scan_kernel[(N, triton.cdiv(D, BD))](
+        batch_scan_kernel[(N * triton.cdiv(D, BD),)](
             grad, *given, x, dx, margin, 0 if some else grad.stride(0), x.stride(0), N, D,
             SUM=some, MEAN=reduction == "mean", BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip

@@ -16,10 +16,15 @@ from gssf_kernels.kernels import operands, tiles
 
 @triton.jit
 def tile_places(R, M, BR: tl.constexpr, BM: tl.constexpr):
-    """(i [BR], j [BM], inside [BR, BM]) of this program's tile."""
-    i = tl.program_id(0) * BR + tl.arange(0, BR)
-    j = tl.program_id(1) * BM + tl.arange(0, BM)
-    return i, j, (i < R)[:, None] & (j < M)[None, :]
+    """(row block, column block, i [BR], j [BM], inside [BR, BM]) of this program's tile; programs go down, then right.
+
+    The grid has one dimension: a second may have 65,535 programs at most, too few for four million columns.
+    """
+    down = tl.cdiv(R, BR)
+    tile_i, tile_j = tl.program_id(0) % down, tl.program_id(0) // down
+    i = tile_i * BR + tl.arange(0, BR)
+    j = tile_j * BM + tl.arange(0, BM)
+    return tile_i, tile_j, i, j, (i < R)[:, None] & (j < M)[None, :]
 
 
 @triton.jit
@@ -35,15 +40,15 @@ def log_sums(t, axis: tl.constexpr):
 def logsumexp_kernel(
     s, scale, row_max, row_sum, col_max, col_sum, stride, R, M, BR: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    i, j, inside = tile_places(R, M, BR, BM)
+    tile_i, tile_j, i, j, inside = tile_places(R, M, BR, BM)
     t = tl.load(s + i.to(tl.int64)[:, None] * stride + j[None, :], mask=inside, other=0.0) * tl.load(scale)
     t = tl.where(inside, t, float("-inf"))
     top, total = log_sums(t, 1)  # [BR]
-    at = tl.program_id(1).to(tl.int64) * R + i
+    at = tile_j.to(tl.int64) * R + i
     tl.store(row_max + at, top, mask=i < R)
     tl.store(row_sum + at, total, mask=i < R)
     top, total = log_sums(t, 0)  # [BM]
-    at = tl.program_id(0).to(tl.int64) * M + j
+    at = tile_i.to(tl.int64) * M + j
     tl.store(col_max + at, top, mask=j < M)
     tl.store(col_sum + at, total, mask=j < M)
 
@@ -93,7 +98,7 @@ def softmax_kernel(
     s, scale, row_max, row_log, row_grad, col_max, col_log, col_grad, along, stride, R, M,
     BR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    i, j, inside = tile_places(R, M, BR, BM)
+    _, tile_j, i, j, inside = tile_places(R, M, BR, BM)
     at = s + i.to(tl.int64)[:, None] * stride + j[None, :]
     score = tl.load(at, mask=inside, other=0.0)
     t = score * tl.load(scale)
@@ -106,7 +111,7 @@ def softmax_kernel(
         ds += tl.load(col_grad + j, mask=j < M, other=0.0)[None, :] * tl.exp((t - top[None, :]) - log[None, :])
     tl.store(at, ds, mask=inside)
     sums = tl.sum(tl.where(inside, ds * score, 0.0), 1)
-    tl.store(along + tl.program_id(1).to(tl.int64) * R + i, sums, mask=i < R)
+    tl.store(along + tile_j.to(tl.int64) * R + i, sums, mask=i < R)
 
 
 @triton.jit
@@ -160,7 +165,7 @@ def score_sums_kernel(
     KIND: tl.constexpr, POSITIVES: tl.constexpr, COLUMNS: tl.constexpr, GRADIENT: tl.constexpr,
     BR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    i, j, inside = tile_places(R, M, BR, BM)
+    tile_i, tile_j, i, j, inside = tile_places(R, M, BR, BM)
     at = s + i.to(tl.int64)[:, None] * stride + j[None, :]
     score = tl.load(at, mask=inside, other=0.0)
     t = score * tl.load(scale)
@@ -170,7 +175,7 @@ def score_sums_kernel(
         same = same | (x[:, None] == y[None, :])
     bias = tl.load(row_bias + i, mask=i < R, other=0.0) if row_bias is not None else tl.zeros([BR], tl.float32)
     f, ds = term(t + bias[:, None], same, inside, KIND, POSITIVES)
-    to = rows + tl.program_id(1).to(tl.int64) * 3 * R + i  # [column block, 3, R]
+    to = rows + tile_j.to(tl.int64) * 3 * R + i  # [column block, 3, R]
     tl.store(to, tl.sum(f, 1), mask=i < R)
     tl.store(to + R, tl.sum(ds, 1), mask=i < R)
     if row_weight is not None:
@@ -178,14 +183,14 @@ def score_sums_kernel(
     if COLUMNS:
         bias = tl.load(col_bias + j, mask=j < K, other=0.0)
         f, slope = term(t + bias[None, :], same, inside & (j < K)[None, :], KIND, POSITIVES)
-        to = cols + tl.program_id(0).to(tl.int64) * 2 * K + j  # [row block, 2, K]
+        to = cols + tile_i.to(tl.int64) * 2 * K + j  # [row block, 2, K]
         tl.store(to, tl.sum(f, 0), mask=j < K)
         tl.store(to + K, tl.sum(slope, 0), mask=j < K)
         if col_weight is not None:
             slope *= tl.load(col_weight + j, mask=j < K, other=0.0)[None, :]
         ds += slope
     sums = tl.sum(tl.where(inside, ds * score, 0.0), 1)
-    tl.store(rows + tl.program_id(1).to(tl.int64) * 3 * R + 2 * R + i, sums, mask=i < R)
+    tl.store(rows + tile_j.to(tl.int64) * 3 * R + 2 * R + i, sums, mask=i < R)
     if GRADIENT:
         tl.store(at, ds, mask=inside)
 
@@ -194,7 +199,7 @@ def score_sums_kernel(
 def relation_kernel(
     f, u, w, lam, rows, stride, R, M, KIND: tl.constexpr, GRADIENT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    i, j, inside = tile_places(R, M, BR, BM)
+    _, tile_j, i, j, inside = tile_places(R, M, BR, BM)
     at = i.to(tl.int64)[:, None] * stride + j[None, :]
     image = tl.load(u + at, mask=inside, other=0.0)
     gap = tl.load(w + at, mask=inside, other=0.0) - image
@@ -203,7 +208,7 @@ def relation_kernel(
     times = tl.where(j < R, 1.0, 2.0)[None, :]  # what lies right of the chunk's own square stands for its mirror too
     phi, slope = pointwise(e, KIND)
     between, _ = pointwise(gap, KIND)
-    to = rows + tl.program_id(1).to(tl.int64) * 3 * R + i  # [column block, 3, R]
+    to = rows + tile_j.to(tl.int64) * 3 * R + i  # [column block, 3, R]
     tl.store(to, tl.sum(tl.where(counted, times * phi, 0.0), 1), mask=i < R)
     tl.store(to + R, tl.sum(tl.where(counted, times * between, 0.0), 1), mask=i < R)
     tl.store(to + 2 * R, tl.sum(tl.where(counted, times * slope * gap, 0.0), 1), mask=i < R)
@@ -239,7 +244,7 @@ def logsumexp_pass(
     rows, cols = s.new_empty(2, across, R), s.new_empty(2, down, M)
     BL = tiles.MERGE_LANES
     with torch.cuda.device_of(s):
-        logsumexp_kernel[(down, across)](s, scale, *rows, *cols, s.stride(0), R, M, **options)
+        logsumexp_kernel[(down * across,)](s, scale, *rows, *cols, s.stride(0), R, M, **options)
         merge_logs_kernel[(triton.cdiv(R, BL) + triton.cdiv(M, BL),)](
             rows, cols, row_max, row_sum, col_max, col_sum, R, M, down, across,
             BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2,
@@ -268,7 +273,7 @@ def softmax_pass(
         return
     parts = s.new_empty(across, R)
     with torch.cuda.device_of(s):
-        softmax_kernel[(down, across)](
+        softmax_kernel[(down * across,)](
             s, scale, row_max, row_log, row_grad, col_max, col_log, col_grad, parts, s.stride(0), R, M, **options
         )  # fmt: skip
     torch.sum(parts, 0, out=along)
@@ -304,7 +309,7 @@ def score_sums_pass(
     if K and col_bias is None:
         col_bias = s.new_zeros(K)
     with torch.cuda.device_of(s):
-        score_sums_kernel[(down, across)](
+        score_sums_kernel[(down * across,)](
             s, scale, row_bias, row_weight, col_bias, col_weight, row_ids, col_ids, row_parts, col_parts, s.stride(0),
             R, M, K, first, KIND=kind, POSITIVES=positives, COLUMNS=K > 0, GRADIENT=gradient, **options,
         )  # fmt: skip
@@ -325,7 +330,7 @@ def relation_pass(
     (R, M), (down, across, options) = f.shape, grid(f)
     parts = f.new_empty(across, 3, R)
     with torch.cuda.device_of(f):
-        relation_kernel[(down, across)](
+        relation_kernel[(down * across,)](
             f, u, w, lam, parts, f.stride(0), R, M, KIND=kind, GRADIENT=gradient, **options
         )  # fmt: skip
     torch.sum(parts, 0, out=rows)

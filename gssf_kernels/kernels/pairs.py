@@ -37,8 +37,9 @@ def segment_sum_kernel(
     grad, order, offsets, ends, source, out, stride, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """out[i] = Σ grad[e] source[ends[e]] over e in order[offsets[i] : offsets[i + 1]], BE edges abreast."""
-    i = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    pieces = tl.cdiv(D, BD)  # of a row, each a program's
+    i = (tl.program_id(0) // pieces).to(tl.int64)
+    d = tl.program_id(0) % pieces * BD + tl.arange(0, BD)
     stop = tl.load(offsets + i + 1)
     total = tl.zeros([BE, BD], tl.float32)
     for p0 in range(tl.load(offsets + i), stop, BE):
@@ -83,7 +84,7 @@ def side(
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Row i of one side's gradient: from its pair, its own hardest negative, and all whose hardest negative it is."""
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
     weight = tl.load(dpair + i, mask=i < pairs, other=0.0)
     total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D, NORMALIZE)
     total = add_row(total, source, stride, tl.load(index + i), tl.load(down + i), d, D, NORMALIZE)
@@ -110,10 +111,10 @@ def scan_kernel(
 
     norm, or None: gets the lengths of a's rows, BE of them from each program after those.
     """
-    p = tl.program_id(0).to(tl.int64)
+    p = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)
     of_rows = (N if da is not None else 0) + (M if db is not None else 0)
     if norm is not None and p >= of_rows:
-        if tl.program_id(1) == 0:
+        if tl.program_id(0) % tl.cdiv(D, BD) == 0:
             i = (p - of_rows) * BE + tl.arange(0, BE)
             tl.store(norm + i, lengths(a, i * a_stride, i < N, D, BD), mask=i < N)
     elif da is None:
@@ -154,7 +155,7 @@ def segment_sum(
     offsets = torch.searchsorted(starts, torch.arange(count + 1, device=starts.device))
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     BE, BD = tiles.SEGMENT_EDGES, tiles.EDGE_CHANNELS
-    segment_sum_kernel[(count, triton.cdiv(D, BD))](
+    segment_sum_kernel[(count * triton.cdiv(D, BD),)](
         grad, order, offsets, ends, source, out, source.stride(0), D,
         BE=BE, BD=BD, num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
@@ -230,7 +231,7 @@ def scan(
         BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
         programs += triton.cdiv(N, BE) if norm is not None else 0
         with torch.cuda.device_of(a):
-            scan_kernel[(programs, triton.cdiv(D, BD))](
+            scan_kernel[(programs * triton.cdiv(D, BD),)](
                 *given, a, b, da, db, norm, a.stride(0), b.stride(0), N, M, D,
                 NORMALIZE=normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
                 maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more

@@ -5,7 +5,8 @@ Backward, by the same kernel with blocks transposed and h = dL/dx̂:
     dx = (h − x̂ ⟨x̂, h⟩) / ‖x‖,  ddiag = Σ_n x̂ ∘ grad,  dblocks[g] = Σ_n q_gᵀ grad_g
 
 Seen along the permutation, blocks is a band of the [D, D] matrix W with W[u, v] = blocks[u // b, u % b, v % b] where
-u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any block size takes the same path.
+u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any block size takes the same path. Places
+in blocks are 32-bit: 2³¹ numbers and more are declined (NotImplemented).
 """
 
 from __future__ import annotations
@@ -176,15 +177,16 @@ def sum_parameters(
         tl.store(dblocks + at, block_sum.to(dblocks.dtype.element_ty), mask=band)
 
 
-@triton.jit(do_not_specialize=["N", "share"])
+@triton.jit(do_not_specialize=["N", "share", "pieces"])
 def parameter_kernel(
-    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D: tl.int32, share, B: tl.constexpr,
+    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D: tl.int32, share, pieces, B: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`sum_parameters` of every share: ddiag, dblocks [splits, …] fp32."""
+    """`sum_parameters` of every share, whose number is the second index: ddiag, dblocks [splits, …] fp32."""
     sum_parameters(
         x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D,
-        tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64), share, B, BR, BC, PRECISION,
+        tl.program_id(0) // pieces, tl.program_id(0) % pieces, tl.program_id(1).to(tl.int64), share,
+        B, BR, BC, PRECISION,
     )  # fmt: skip
 
 
@@ -273,6 +275,11 @@ def sides_kernel(
             )  # fmt: skip
 
 
+def too_many(blocks: torch.Tensor | None) -> bool:
+    """Whether blocks hold more numbers than 32-bit places reach."""
+    return blocks is not None and blocks.numel() >= 1 << 31
+
+
 def launch_project(
     x: torch.Tensor,
     grad: torch.Tensor | None,
@@ -286,7 +293,7 @@ def launch_project(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     block_size = blocks.shape[1] if blocks is not None else 1
     tile = tiles.project_tile(x.dtype)
-    programs, pieces = triton.cdiv(N, tile.BN), triton.cdiv(D, tile.BC)
+    programs, pieces = triton.cdiv(N, tile.BN), min(triton.cdiv(D, tile.BC), tiles.GRID_SECOND)
     if normalize:  # every program reads whole rows for their norms: no more of them than fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
     project_kernel[(programs, pieces)](
@@ -328,8 +335,8 @@ def launch_parameters(
         norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
     ddiag = x.new_empty(splits, D, dtype=torch.float32) if diag is not None else None
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
-    parameter_kernel[(columns, pieces, splits)](
-        x, grad, norm, permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share,
+    parameter_kernel[(columns * pieces, splits)](
+        x, grad, norm, permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
         B=block_size, BR=tile.BN, BC=BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
         **tiles.unaligned(D),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -369,7 +376,8 @@ def launch_sides(
     tile = tiles.project_tile(x.dtype)
     programs = sum(triton.cdiv(len(t), tile.BN) for t in out[:2] if t is not None)
     columns = triton.cdiv(D, tile.BC)
-    pieces = min(columns, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1))) if normalize else columns
+    most = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if normalize else tiles.GRID_SECOND
+    pieces = min(columns, most)
     across = spans(D, block_size, tile.BC)
     programs += triton.cdiv(columns * across, pieces) if any(t is not None for t in out[2:]) else 0
     programs += triton.cdiv(triton.cdiv(N, tile.BN), pieces) if pair is not None else 0
@@ -393,7 +401,7 @@ def project_sides(
     permutation: torch.Tensor | None,
     normalize: bool = True,
     pairs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
     """Return (p of x [N, D], ŷ [M, D], the lengths of x [N], the pairs' scores [N]) in one launch.
 
     The last two are fp32. ŷ and the lengths are empty without normalize, the pairs without pairs; with them M >= N. The
@@ -402,10 +410,11 @@ def project_sides(
     Raises TypeError for other dtypes. Pairs of more than `tiles.SMALL` scores take a launch of their own.
     """
     operands.check_dtype("project_sides", x, y)
+    if too_many(blocks):
+        return NotImplemented
     N, M = len(x), len(y)
-    if pairs and N * M > tiles.SMALL:
-        p, unit, norm, _ = project_sides(x, y, diag, blocks, permutation, normalize)
-        return p, unit, norm, pair_scores(p, unit if normalize else y, None, None)
+    apart = pairs and N * M > tiles.SMALL
+    pairs = pairs and not apart
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     x, y = operands.rows(x), operands.rows(y)
     norm, pair = (x.new_empty(N if some else 0, dtype=torch.float32) for some in (normalize, pairs))
@@ -414,7 +423,7 @@ def project_sides(
             x, y, None, None, diag, blocks, permutation, normalize, False, (True, normalize, False, False),
             norm if normalize else None, pair if pairs else None,
         )  # fmt: skip
-    return p, unit, norm, pair
+    return p, unit, norm, pair_scores(p, unit if normalize else y, None, None) if apart else pair
 
 
 def project_sides_backward(
@@ -439,7 +448,7 @@ def project_sides_backward(
     one side twice of which but one factor is used.
     """
     operands.check_dtype("project_sides_backward", x)
-    if not 0 < len(x) <= tiles.SCAN_ROWS or (y is None and (dp is None or dunit is None)):
+    if not 0 < len(x) <= tiles.SCAN_ROWS or (y is None and (dp is None or dunit is None)) or too_many(blocks):
         return NotImplemented
     x, y = operands.rows(x), operands.rows(y) if y is not None else None
     above, below, diag, blocks, permutation = operands.contiguous(dp, dunit, diag, blocks, permutation)
@@ -459,7 +468,7 @@ def project(
     blocks: torch.Tensor | None,
     permutation: torch.Tensor | None,
     normalize: bool,
-) -> torch.Tensor:
+) -> torch.Tensor | NotImplementedType:
     """Return p [N, D] in the dtype of x, summed in fp32 and rounded once.
 
     x: [N, D] fp32, bf16 or fp16
@@ -470,6 +479,8 @@ def project(
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("project", x)
+    if too_many(blocks):
+        return NotImplemented
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     with torch.cuda.device_of(x):
         return launch_project(operands.rows(x), None, diag, blocks, permutation, normalize)
@@ -483,7 +494,7 @@ def project_backward(
     permutation: torch.Tensor | None,
     normalize: bool,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
     """Return (dx [N, D], ddiag [D], dblocks [D / b, b, b]), each empty where needs says no.
 
     grad: [N, D], the gradient of p; needs: for x, diag, blocks; the rest as for `project`
@@ -491,6 +502,8 @@ def project_backward(
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("project_backward", grad, x)
+    if too_many(blocks):
+        return NotImplemented
     x, grad = operands.rows(x), operands.rows(grad)
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     with torch.cuda.device_of(x):
@@ -512,7 +525,7 @@ def pairs_project_backward(
     permutation: torch.Tensor | None,
     normalize: bool,
     needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
     """`project_backward` of x for the gradient dp[i] = Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]], gathered in fp32.
 
     grad: [E] fp32; rows, cols: [E] int64, -1 for no edge
@@ -521,6 +534,8 @@ def pairs_project_backward(
     Raises TypeError for other dtypes.
     """
     operands.check_dtype("pairs_project_backward", grad, x, y)
+    if too_many(blocks):
+        return NotImplemented
     rows, cols, y = rows.contiguous(), cols.contiguous(), operands.rows(y)
     with torch.cuda.device_of(x):
         if normalize and len(y):
@@ -552,7 +567,7 @@ def hardest_project_backward(
     Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows, whose edges have to be sorted.
     """
     operands.check_dtype("hardest_project_backward", dpair, drow, dcol, x, y)
-    if not 0 < len(x) <= len(y) <= tiles.SCAN_ROWS:
+    if not 0 < len(x) <= len(y) <= tiles.SCAN_ROWS or too_many(blocks):
         return NotImplemented
     x, y = operands.rows(x), operands.rows(y)
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)

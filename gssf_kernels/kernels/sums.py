@@ -85,20 +85,20 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
         f, g = term(t + beta, same, inside, KIND, POSITIVES)
         total = tl.sum(f, 1)
         if above is not None:
-            g *= tl.load(above + i * above_stride, mask=i < N, other=0.0)[:, None]
+            g *= tl.load(above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None]
     else:
         row_at, col_at, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
         own = beta - tl.load(pair + i, mask=i < N, other=0.0)
         f, g = term(t + own[:, None], same, inside, KIND, POSITIVES)
         total = tl.sum(f, 1)
         if above is not None:
-            g *= tl.load(above + i * above_stride, mask=i < N, other=0.0)[:, None]
+            g *= tl.load(above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None]
         tl.store(slopes[0] + row_at, tl.sum(g, 1))
         own = beta - tl.load(pair + j, mask=j < N, other=0.0)
         f, h = term(t + own[None, :], same, inside & (j < N)[None, :], KIND, POSITIVES)
         total += tl.sum(f, 1)
         if above is not None:
-            h *= tl.load(above + j * above_stride, mask=j < N, other=0.0)[None, :]
+            h *= tl.load(above + j.to(tl.int64) * above_stride, mask=j < N, other=0.0)[None, :]
         tl.store(slopes[1] + col_at, tl.sum(h, 0), mask=j < M)
         g += h
     count = blocks * tl.cdiv(M, BM)

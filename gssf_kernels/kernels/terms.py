@@ -32,7 +32,7 @@ def upstream(grad, stride, i, N, SUM: tl.constexpr, MEAN: tl.constexpr):
         if MEAN:
             g = g / N
     else:
-        g = tl.load(grad + i * stride, mask=i < N, other=0.0)
+        g = tl.load(grad + i.to(tl.int64) * stride, mask=i < N, other=0.0)
     return g
 
 

@@ -150,6 +150,7 @@ SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MI
 SLAB_DTYPES = frozenset({torch.bfloat16})  # whose dense losses of many scores go by slabs (kernels/slabs.py)
 SLAB_SCORES = 1 << 26  # of those, gradients of scores that are stored at once: 128 MiB
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
+GRID_SECOND = 65_535  # the most programs that CUDA allows along a grid's second dimension; the first has 2³¹ - 1
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor
 
 

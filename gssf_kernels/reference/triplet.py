@@ -78,7 +78,7 @@ def diagnose(x: Tensor, y: Tensor, s: Tensor, same: Tensor, margin: float) -> Di
         active=(margin + negative - positive > 0).to(s).sum() / max(2 * count, 1),
         positive=positive.sum() / max(count, 1),
         negative=torch.where(found, negative, 0).sum() / found.sum().clamp_min(1),
-        spread=1 - (points.sum(0) / max(points.shape[0], 1)).square().sum(),
+        spread=(1 - (points.sum(0) / max(points.shape[0], 1)).square().sum()).clamp_min(0),  # past 0 is rounding
     )
 
 

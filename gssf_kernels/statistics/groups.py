@@ -40,6 +40,7 @@ class Groups(NamedTuple):
 
 def groups(a_ids: Tensor, b_ids: Tensor) -> Groups:
     """The groups of a_ids [N], N >= 1; an id of b_ids [M] that is not among them has none."""
+    a_ids, b_ids = a_ids.contiguous(), b_ids.contiguous()  # searchsorted warns of others
     table = a_ids.sort().values
     places = torch.searchsorted(table, b_ids).clamp_max(table.shape[0] - 1)
     places = torch.where(table[places] == b_ids, places, -1)
