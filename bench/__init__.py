@@ -5,8 +5,10 @@ peers/      other packages computing the same; one small file each
 measure.py  correctness first, then interleaved turns; clock.py and ceilings.py serve it
 whole.py    the fp64 truth at the timed shape, in chunks of rows
 worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
-calls.py      the calls of every launcher that lowering.py compiles and sanitize.py runs
-lowering.py   every kernel compiled without a GPU: registers, spills, machine code
-gpu_check.sh  all that a GPU machine can tell; sanitize.py and tune.py are stages of it
+calls.py        the calls of every launcher that lowering.py compiles and sanitize.py runs
+lowering.py     every kernel compiled without a GPU: registers, spills, machine code
+first_light.py  the first four minutes on a GPU, and a dry run of them without one; its parts are in light/
+gpu_check.sh    the next seven: tests of a card; sanitize.py and tune.py are stages of it
+stub_driver.py, device_path.py   launches and routes of a GPU, on a machine without one
 report.py, compare.py, plots.py   what is done with the result files
 """
