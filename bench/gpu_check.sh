@@ -88,8 +88,9 @@ stage() {
   return "$status"
 }
 
-# built WORD NAME: whether the report of this installation has WORD loaded or built; asked only where no stage is named.
-built() { [ -z "$only" ] && "$python" -m gssf_kernels 2> /dev/null | grep -Eq "^$1 +(loaded|built)\$"; }
+# built WORD: whether the report of this installation has WORD loaded or built; asked only where no stage is named. (Not
+# by grep -q, which leaves early: the report's broken pipe would fail it.)
+built() { [ -z "$only" ] && "$python" -m gssf_kernels 2> /dev/null | grep -E "^$1 +(loaded|built)\$" > /dev/null; }
 
 # All wheels at once; where one of them does not fit this machine, each by itself.
 # shellcheck disable=SC2317,SC2012  # called by name below

@@ -35,7 +35,7 @@ case $words in
   *"pip install"*) [[ $words != *broken*whl* ]] || exit 1; mkdir -p "${@: -2:1}"; touch "$SITE" ;;
   *bench.sanitize*) echo "64 calls, cache $PYTORCH_NO_CUDA_MEMORY_CACHING" ;;
   *pytest*) echo "a trace" > "$OUT/failures.txt"; echo "12 passed, threads $OMP_NUM_THREADS, $words" ;;
-  *"-m gssf_kernels") printf "extension    %s\ncsrc/cuda    %s\n" "$EXTENSION" "$CSRC_CUDA" ;;
+  *"-m gssf_kernels") printf "extension    %s\ncsrc/cuda    %s\n" "$EXTENSION" "$CSRC_CUDA"; seq 100000 ;;
   *) echo "did $words" ;;
 esac
 """
