@@ -145,7 +145,7 @@ fi
 if [ -n "$gpu" ]; then
   # Compilation takes most of the tests' time. Neighbours share kernels, and stay with one worker (worksteal). A test
   # that hangs in a kernel hears no signal: its worker is ended, and another goes on. Without workers that would be all.
-  pytest=(env OMP_NUM_THREADS=1 "$python" -m pytest -q -rf --tb=short --durations=8 -p no:cacheprovider --failures "$out/failures.txt")
+  pytest=(env OMP_NUM_THREADS=1 "$python" -m pytest -q -rf --tb=short --durations=8 -p no:cacheprovider "--failures=$out/failures.txt")
   if "$python" -c 'import xdist' 2> /dev/null; then
     pytest+=(-n "$cores" --dist worksteal) by=thread
   else
