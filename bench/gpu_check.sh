@@ -88,8 +88,9 @@ stage() {
   return "$status"
 }
 
-# built WORD NAME: whether the report of this installation has WORD loaded or built; asked only where no stage is named.
-built() { [ -z "$only" ] && "$python" -m gssf_kernels 2> /dev/null | grep -Eq "^$1 +(loaded|built)\$"; }
+# built WORD: whether the report of this installation has WORD loaded or built; asked only where no stage is named. (Not
+# by grep -q, which leaves early: the report's broken pipe would fail it.)
+built() { [ -z "$only" ] && "$python" -m gssf_kernels 2> /dev/null | grep -E "^$1 +(loaded|built)\$" > /dev/null; }
 
 # All wheels at once; where one of them does not fit this machine, each by itself.
 # shellcheck disable=SC2317,SC2012  # called by name below
@@ -144,7 +145,7 @@ fi
 if [ -n "$gpu" ]; then
   # Compilation takes most of the tests' time. Neighbours share kernels, and stay with one worker (worksteal). A test
   # that hangs in a kernel hears no signal: its worker is ended, and another goes on. Without workers that would be all.
-  pytest=(env OMP_NUM_THREADS=1 "$python" -m pytest -q -rf --tb=short --durations=8 -p no:cacheprovider --failures "$out/failures.txt")
+  pytest=(env OMP_NUM_THREADS=1 "$python" -m pytest -q -rf --tb=short --durations=8 -p no:cacheprovider "--failures=$out/failures.txt")
   if "$python" -c 'import xdist' 2> /dev/null; then
     pytest+=(-n "$cores" --dist worksteal) by=thread
   else

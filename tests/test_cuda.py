@@ -125,6 +125,7 @@ def test_what_a_tensor_core_loses_is_within_what_the_bound_allows(kind, d):
     assert share <= 1
 
 
+@pytest.mark.timeout(180)  # compiles all of it, where a test otherwise has 60 s (bench/gpu_check.sh)
 def test_nothing_spills_on_the_card():
     """What the driver says of every kernel of the table's lines that runs here."""
     kernels = [value for module in MODULES for value in vars(module).values() if isinstance(value, JITFunction)]

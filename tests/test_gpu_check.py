@@ -23,6 +23,12 @@ PYTHON = r"""#!/usr/bin/env bash
 words="$*"
 for word in $HANG; do [[ $words != *$word* ]] || { echo "hanging"; exec sleep 60; }; done
 for word in $FAIL; do [[ $words != *$word* ]] || { echo "broken at $word"; exit 3; }; done
+if [ -n "$REAL" ]; then
+  case $words in
+    *"import xdist"* | *"import pytest_timeout"*) exec "$REAL" "$@" ;;
+    *"-m pytest"*) exec "$REAL" "$@" --collect-only ;;
+  esac
+fi
 case $words in
   *is_available*) exit "$NO_GPU" ;;
   *"import xdist"* | *"import pytest_timeout"*) exit 0 ;;
@@ -35,7 +41,7 @@ case $words in
   *"pip install"*) [[ $words != *broken*whl* ]] || exit 1; mkdir -p "${@: -2:1}"; touch "$SITE" ;;
   *bench.sanitize*) echo "64 calls, cache $PYTORCH_NO_CUDA_MEMORY_CACHING" ;;
   *pytest*) echo "a trace" > "$OUT/failures.txt"; echo "12 passed, threads $OMP_NUM_THREADS, $words" ;;
-  *"-m gssf_kernels") printf "extension    %s\ncsrc/cuda    %s\n" "$EXTENSION" "$CSRC_CUDA" ;;
+  *"-m gssf_kernels") printf "extension    %s\ncsrc/cuda    %s\n" "$EXTENSION" "$CSRC_CUDA"; seq 100000 ;;
   *) echo "did $words" ;;
 esac
 """
@@ -57,7 +63,14 @@ def check(tmp_path):
         (stubs / name).chmod(0o755)
 
     def run(*words, **environment):
-        settings = {"NO_GPU": "0", "HANG": "", "FAIL": "", "UNSUPPORTED": "", "SITE": str(tmp_path / "installed")}
+        settings = {
+            "NO_GPU": "0",
+            "HANG": "",
+            "FAIL": "",
+            "UNSUPPORTED": "",
+            "REAL": "",
+            "SITE": str(tmp_path / "installed"),
+        }
         out = tmp_path / "out"
         settings |= {"EXTENSION": "not loaded (none)", "CSRC_CUDA": "not built", "OUT": str(out)}
         settings |= {"PYTHON": "fakepython", "PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", **environment}
@@ -99,7 +112,7 @@ def test_all_of_it_on_a_card(check, tmp_path):
     for marks in ("gpu and not hopper", "hopper"):
         (words,) = (line for line in log.splitlines() if line.startswith("12 passed") and line.endswith(f"-m {marks}"))
         assert f"-n {workers} --dist worksteal --timeout=60 --timeout-method=thread -m" in words
-        assert f"--failures {tmp_path / 'out' / 'failures.txt'}" in words
+        assert f"--failures={tmp_path / 'out' / 'failures.txt'}" in words
         assert "threads 1" in words
         assert not re.search(r"-k|-x|test_\w+\.py", words)
     assert "cache 1" in stages["memcheck"]
@@ -107,6 +120,15 @@ def test_all_of_it_on_a_card(check, tmp_path):
     assert "--lines half-narrow,tf32-narrow,tf32-wide,half-wide" in tuned
     assert "--seconds 100" in tuned
     assert "--without compile" in log
+
+
+def test_pytest_understands_what_it_is_asked(check):
+    """By the words of the script, in this tree; what is collected is what a card runs."""
+    status, stages, _, said = check("--only", "tests,hopper", REAL=sys.executable)
+    assert status == 0, said
+    counts = [int(re.search(r"(\d+)/\d+ tests collected", stages[name])[1]) for name in ("tests", "hopper")]
+    assert counts[0] > 3000
+    assert 200 < counts[1] < 1000
 
 
 def test_a_build_that_loads_is_kept(check):
@@ -304,7 +326,7 @@ def test_failures_are_kept_by_a_run_that_is_killed(tmp_path):
     pytest.importorskip("pytest_timeout")
     (tmp_path / "test_planted.py").write_text(PLANTED)
     failures = tmp_path / "failures.txt"
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--failures", str(failures)]
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", f"--failures={failures}"]
     command += ["-n", "2", "--dist", "worksteal", "--timeout=90", "--timeout-method=thread", "test_planted.py"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     run = subprocess.Popen(
@@ -327,7 +349,7 @@ def test_failures_are_kept_by_a_run_that_is_killed(tmp_path):
 def test_a_file_that_does_not_import_is_a_failure(tmp_path):
     (tmp_path / "test_planted.py").write_text("import nothing_of_this_name")
     failures = tmp_path / "failures.txt"
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--failures", str(failures)]
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", f"--failures={failures}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run([*command, "test_planted.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
