@@ -138,9 +138,9 @@ def test_a_planted_exception_is_looked_into_and_the_rest_goes_on(tmp_path):
 def run(tmp_path, monkeypatch):
     """run(worker's program, seconds) -> (the run, the findings of three items)."""
 
-    def start(program, seconds=60.0):
+    def start(program, seconds=60.0, dry=True):
         (tmp_path / "work").mkdir()
-        arguments = argparse.Namespace(dry_run=True, out=tmp_path, seconds=seconds, plant=None)
+        arguments = argparse.Namespace(dry_run=dry, out=tmp_path, seconds=seconds, plant=None)
         light = first_light.Run(arguments, {}, tmp_path / "work")
         monkeypatch.setattr(light, "_worker", lambda: [sys.executable, "-c", PREAMBLE + program])
         monkeypatch.setattr(first_light, "ITEM_SECONDS", 2)
@@ -188,6 +188,37 @@ for name in tasks:
     assert [(finding["item"], finding["error"]) for finding in died] == [(first, "nothing heard for 2 s")]
     done = [(finding["item"], "again" in finding) for finding in light.findings.all if finding["kind"] == "item"]
     assert done == [(first, True), *((name, False) for name in rest)]
+
+
+SANITIZER = """#!/bin/sh
+while [ "$1" != -m ] && [ "$1" != -c ]; do [ "$1" != --log-file ] || log=$2; python=$1; shift; done
+echo "Invalid __global__ read of size 4 bytes, memory cache $PYTORCH_NO_CUDA_MEMORY_CACHING" > "$log"
+exec "$python" "$@"
+"""
+
+
+def test_an_illegal_access_is_looked_into_by_the_sanitizer(run, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "compute-sanitizer").write_text(SANITIZER)
+    (tmp_path / "bin" / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    program = """
+for name in tasks:
+    begin(name)
+    if name.startswith("info_nce"):
+        say("exception", item=name, error="CUDA error: an illegal memory access was encountered", launches=[])
+        sys.exit(1)
+    fine(name)
+"""
+    light = run(program, dry=False)
+    first, *rest = names()
+    raised = [finding for finding in light.findings.all if finding["kind"] in ("exception", "died")]
+    assert [finding["item"] for finding in raised] == [first] * 3
+    assert raised[1]["again"] == "CUDA_LAUNCH_BLOCKING=1"
+    assert raised[2]["sanitizer"] == "Invalid __global__ read of size 4 bytes, memory cache 1\n"
+    assert [finding["item"] for finding in light.findings.all if finding["kind"] == "item"] == rest
+    text = report.summary(raised, {})
+    assert "compute-sanitizer: Invalid __global__ read" in text
 
 
 def test_a_worker_that_cannot_start_says_so_once(run):
