@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from device_path import DEVICE, DevicePath, device_path
 from triton.runtime.jit import JITFunction
 
+from bench.device_path import DEVICE, DevicePath, device_path
 from gssf_kernels import kernels
 from gssf_kernels.kernels import (
     batch_hard,

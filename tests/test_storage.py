@@ -18,9 +18,8 @@ from gssf_kernels import _library, dense
 
 pytest.importorskip("triton")
 
-import device_path as path_module
-from device_path import DEVICE, device_path
-
+import bench.device_path as path_module
+from bench.device_path import DEVICE, device_path
 from gssf_kernels.kernels import tiles
 
 ROUTES = ("cpu", "composite", "triton")
