@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -52,7 +53,7 @@ class Lowered(NamedTuple):
         return 32 * self.kernel.metadata.num_warps
 
 
-def no_product(self: Right, x: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+def no_product(self: Right, x: Tensor, out: Tensor, add: bool = False) -> None:
     """In the place of a library's product, which is not compiled here; the CPU may have none of bf16 and fp32."""
 
 
