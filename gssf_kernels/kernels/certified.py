@@ -306,7 +306,7 @@ class Side(NamedTuple):
                 D, len(self.values), len(other.values), *place[:3], blocks.shape[1],
                 ALL=which == "all", WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
-                **tiles.unaligned(D),
+                **tiles.most_registers(D),
             )  # fmt: skip
 
 

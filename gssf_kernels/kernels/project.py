@@ -299,7 +299,8 @@ def launch_project(
     project_kernel[(programs, pieces)](
         x, grad, out, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0,
         N, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None, **tiles.unaligned(D),
+        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
+        **tiles.most_registers(D, mixed=grad is not None and grad.dtype != x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -338,7 +339,7 @@ def launch_parameters(
     parameter_kernel[(columns * pieces, splits)](
         x, grad, norm, permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
         B=block_size, BR=tile.BN, BC=BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        **tiles.unaligned(D),
+        **tiles.most_registers(D),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return (

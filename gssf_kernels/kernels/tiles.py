@@ -186,12 +186,13 @@ def sweep_tile(
     return SWEEP[architecture(device), of, sweep_size(N, M, D, own)]
 
 
-def unaligned(D: int) -> dict[str, int]:
-    """Launch options for rows of D channels: where D is no multiple of 16, as many registers as a thread can have.
+def most_registers(D: int, mixed: bool = False) -> dict[str, int]:
+    """Launch options that let a thread have all registers, for rows of D channels where it needs a few more.
 
-    Masks take some then, and ptxas would rather spill a value than fit one block fewer in a processor.
+    Masks take some where D is no multiple of 16, and so does a gradient of another dtype (mixed). Without these options
+    ptxas would rather spill a value than fit one block fewer in a processor.
     """
-    return {"maxnreg": 255} if D % 16 else {}
+    return {"maxnreg": 255} if D % 16 or mixed else {}
 
 
 def project_tile(dtype: torch.dtype) -> Project:
