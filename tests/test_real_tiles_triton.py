@@ -40,7 +40,7 @@ def line(request, monkeypatch):
     """(dtype, channels, tile) of a line's problems, which then get that line."""
     kind, size = request.param
     dtype, precision = KINDS[kind]
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32" if precision == "high" else "ieee")
     return dtype, CHANNELS[size], tiles.SWEEP[90, kind, size]
 
 
