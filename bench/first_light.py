@@ -268,7 +268,7 @@ def facts(dry: bool) -> dict[str, Any]:
     import gssf_kernels as gk
 
     folder = Path(triton.__file__).parent
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "kind": "facts",
         "when": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "commit": _said("git", "rev-parse", "--short", "HEAD") or "none",
@@ -282,9 +282,9 @@ def facts(dry: bool) -> dict[str, Any]:
     }
     if not dry:
         properties = torch.cuda.get_device_properties(0)
-        found["processors"] = properties.multi_processor_count
-    found["card"] = found["card"] or "none"
-    return found
+        about["processors"] = properties.multi_processor_count
+    about["card"] = about["card"] or "none"
+    return about
 
 
 def _said(*command: str) -> str:

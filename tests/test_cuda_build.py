@@ -49,7 +49,7 @@ class Compiled:
         self.source = source
         self.object = folder / f"{source.stem}.o"
         includes = [f"-I{path}" for path in include_paths()]
-        flags = ["-std=c++20", *nvcc_flags(), "-Xptxas", "-v", *includes]
+        flags = [*nvcc_flags(), "-Xptxas", "-v", *includes]
         done = subprocess.run(
             ["nvcc", *flags, "-c", str(source), "-o", str(self.object)], capture_output=True, text=True
         )

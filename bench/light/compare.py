@@ -171,8 +171,8 @@ def describe(verdict: Verdict, ours: Results, exact: Results, tile: tuple[int, i
     about["share"] = f"{kind} {blocks[0]}" if len(blocks) == 1 else f"{len(blocks)} {kind}s: {blocks[:8]}"
     if result.dtype == torch.int64:
         places = result[verdict.wrong]
-        other = tile[0] if by_column else tile[1]
-        theirs = sorted({int(p) // other for p in places[:1000]})
+        named_width = tile[0] if by_column else tile[1]
+        theirs = sorted({int(p) // named_width for p in places[:1000]})
         if len(theirs) == 1:
             about["share"] += f", and all name one {'tile row' if by_column else 'tile column'}: {theirs[0]}"
         about["diagonal"] = bool((places.cpu() == torch.tensor(verdict.wrong)).all())

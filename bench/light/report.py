@@ -56,11 +56,11 @@ def is_wrong(finding: dict[str, Any]) -> bool:
 def _families(kinds: dict[str, list[dict[str, Any]]], planned: dict[str, list[str]]) -> str:
     if not planned:
         return ""
-    found = {finding["item"]: finding for finding in kinds.get("item", []) if "again" not in finding}
+    by_item = {finding["item"]: finding for finding in kinds.get("item", []) if "again" not in finding}
     failed = {finding["item"] for kind in ("exception", "died") for finding in kinds.get(kind, [])}
     rows, missing = [], []
     for family, names in planned.items():
-        done = [found[name] for name in names if name in found]
+        done = [by_item[name] for name in names if name in by_item]
         errors = [finding["error over allowed"] for finding in done]
         worst = "inf" if "inf" in errors else f"{max(errors):.2f}" if errors else "–"
         kernels = [kernel for finding in done for kernel in finding["kernels"]]
@@ -77,7 +77,7 @@ def _families(kinds: dict[str, list[dict[str, Any]]], planned: dict[str, list[st
                 f"{sum(finding['seconds'] for finding in done):.0f}",
             ]
         )
-        missing += [name for name in names if name not in found and name not in failed]
+        missing += [name for name in names if name not in by_item and name not in failed]
     head = ["family", "checked", "wrong", "error / allowed", "bits differ", "raised", "registers", "spills", "s"]
     text = f"## Items\n{table(head, rows)}"
     if missing:
@@ -126,10 +126,10 @@ def _headlines(kinds: dict[str, list[dict[str, Any]]], planned: list[str]) -> st
     """Medians (least–most); of a dry run they are the CPU's, of few rows."""
     if not planned:
         return ""
-    found = {finding["item"]: finding for finding in kinds.get("headline", [])}
+    by_item = {finding["item"]: finding for finding in kinds.get("headline", [])}
     rows, notes = [], []
     for name in planned:
-        finding = found.get(name)
+        finding = by_item.get(name)
         if finding is None:
             notes.append(f"{name}: NOT RUN")
             continue
@@ -140,7 +140,7 @@ def _headlines(kinds: dict[str, list[dict[str, Any]]], planned: list[str]) -> st
         share = finding["share"]
         rows.append([name, *(_ms(ms.get(column)) for column in COLUMNS), "–" if share is None else f"{share:.0%}"])
     head = ["shape, ms", "ours", "replayed", "composite", "replayed", "plain", "replayed", "product", "share"]
-    stand_in = any("compared" in finding for finding in found.values())
+    stand_in = any("compared" in finding for finding in by_item.values())
     title = "## Headline shapes" + (": TIMES OF THE CPU at few rows, to try the report" if stand_in else "") + "\n"
     return title + (table(head, rows) if rows else "") + "".join(f"\n{note}" for note in notes)
 
@@ -149,13 +149,13 @@ def _ms(spread: list[float] | None) -> str:
     return "–" if spread is None else f"{spread[0]:.3g} ({spread[1]:.3g}–{spread[2]:.3g})"
 
 
-def _hopper(found: list[dict[str, Any]]) -> str:
-    if not found:
+def _hopper(calls: list[dict[str, Any]]) -> str:
+    if not calls:
         return "## csrc/cuda\nNOT RUN"
-    if found[0]["right"] is None:
-        return f"## csrc/cuda\nNOT RUN: {found[0]['why']}"
-    wrong = [finding for finding in found if not finding["right"]]
-    lines = [f"## csrc/cuda\n{len(found) - len(wrong)} of {len(found)} calls right"]
+    if calls[0]["right"] is None:
+        return f"## csrc/cuda\nNOT RUN: {calls[0]['why']}"
+    wrong = [finding for finding in calls if not finding["right"]]
+    lines = [f"## csrc/cuda\n{len(calls) - len(wrong)} of {len(calls)} calls right"]
     for finding in wrong[:6]:
         lines.append(f"- {finding['name']}: {str(finding.get('results', finding.get('why', '')))[:300]}")
     return "\n".join(lines)
