@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype, fp32_products
+from gssf_kernels._library import EXTENSION_ERROR
+from gssf_kernels.precision import accumulation_dtype, fp32_products
 
 # Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice
 # as much gained nothing (N = 8192, D = 1024); a GPU needs more to be filled.

@@ -9,7 +9,7 @@ from cases import CASES, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_kernels as gk
-from gssf_kernels import _checks, _library, dense
+from gssf_kernels import _checks, _library, dense, precision
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
 INTEGRABLE = [case for case in SMALL if case.integrable]
@@ -44,19 +44,19 @@ def _op_samples():
         yield "project_sides", (a, b, diag, blocks, order)
         yield "project_sides", (a, b, None, None, None)
         yield "project_sides", (a, b, diag, blocks, order, False, True)
-        unit, of = torch.empty(0, dtype=_library.accumulation_dtype(dtype)), (diag, blocks, order, True)
+        unit, of = torch.empty(0, dtype=precision.accumulation_dtype(dtype)), (diag, blocks, order, True)
         yield "project_sides_backward", (a.flip(0), b.flip(0), unit, a, b, *of, [True] * 4)
         yield "project_sides_backward", (a.flip(0), b[:9], unit, a, None, *of, [True, False, True, True])
         yield "project_sides_backward", (None, b.flip(0), unit, a, b, *of, [False, True, False, False])
         yield "project_sides_backward", (a.flip(0), None, unit, a, b, diag, None, None, False, [True] + 3 * [False])
         yield "project_backward", (x.flip(0), x, diag, blocks, order, True, [True, True, True])
         yield "project_backward", (x.flip(0), x, None, blocks, None, False, [True, True, False])
-        pairs = (torch.randn(30, dtype=_library.accumulation_dtype(dtype)), rows, cols)
+        pairs = (torch.randn(30, dtype=precision.accumulation_dtype(dtype)), rows, cols)
         yield "pairs_project_backward", (*pairs, a, b, diag, blocks, order, True, [True, True, True])
         yield "pairs_project_backward", (*pairs, a, b, None, None, None, False, [True, False, False])
         yield "hardest_negatives", (a, b, None, None)
         yield "hardest_negatives", (a, b, *ids)
-        threshold = torch.tensor(-0.1, dtype=_library.accumulation_dtype(dtype))
+        threshold = torch.tensor(-0.1, dtype=precision.accumulation_dtype(dtype))
         yield "relative_negatives", (a, b, None, None, threshold, None)
         yield "relative_negatives", (a, b, *ids, threshold, 10.0)
         yield "pair_scores", (a, b, rows, cols)
@@ -64,7 +64,7 @@ def _op_samples():
         yield "pair_scores_backward", (*pairs, a, b, [False, True])
         yield "hardest_positives", (a, ids[0])
         places = torch.randint(-1, 14, (9,), generator=g), torch.randint(-1, 9, (14,), generator=g)
-        lines = [randn(g, n).to(_library.accumulation_dtype(dtype)) for n in (9, 9, 14)]
+        lines = [randn(g, n).to(precision.accumulation_dtype(dtype)) for n in (9, 9, 14)]
         yield "hardest_negatives_backward", (*lines, *places, a, b, [True, True])
         yield "hardest_negatives_backward", (*lines, *places, a, b, [False, True])
         metric = (diag, blocks, order)
@@ -98,7 +98,7 @@ def _op_samples():
 
 def _dense_samples(a, b, g):
     """The ops of :mod:`gssf_kernels.dense` and its passes on a and b."""
-    wide = _library.accumulation_dtype(a.dtype)
+    wide = precision.accumulation_dtype(a.dtype)
     n, m, scale = a.shape[0], b.shape[0], torch.tensor(0.5, dtype=wide)
     rows, cols = randn(g, 4, n).to(wide).unbind(), randn(g, 4, m).to(wide).unbind()
     chunk = randn(g, n, m).to(wide)

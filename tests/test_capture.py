@@ -9,11 +9,11 @@ import torch
 from cases import CASES
 
 import gssf_kernels as gk
+from gssf_kernels import plan
 
 pytest.importorskip("triton")
 
 from bench.device_path import DEVICE, Waits, device_path
-from gssf_kernels.kernels import tiles
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # fp16 differs from bf16 in no choice made on the host
 # What a replay may be off, relative to the largest number: the library may choose another product while capturing.
@@ -83,7 +83,7 @@ def test_nothing_waits_and_nothing_leaves_the_device(case, dtype):
 @pytest.mark.parametrize("case", [c for c in CASES if c.function in ("hardest_negatives", "triplet_loss")], ids=str)
 def test_certified_mining_does_not_wait(case, monkeypatch):
     """Which takes more scores than the table's cases have."""
-    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 1)
+    monkeypatch.setattr(plan, "CERTIFIED", 1)
     tensors, options = case.inputs(torch.float32, device=DEVICE)
     with device_path() as path:
         step(case, leaves(tensors), options)

@@ -10,6 +10,7 @@ import triton.language as tl
 from interpreted import DEVICE, INTERPRETED, where_triton_runs
 from test_certified import MAKERS, UNIT, check, unit
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import certified, hardest, tiles
 
 INF, NAN = float("inf"), float("nan")
@@ -202,7 +203,7 @@ def test_who_takes_it(monkeypatch):
     calls = []
     real = certified.hardest_negatives
     monkeypatch.setattr(certified, "hardest_negatives", lambda *arguments: calls.append(1) or real(*arguments))
-    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 20 * 30)
+    monkeypatch.setattr(plan, "CERTIFIED", 20 * 30)
     a, b = unit(torch.randn(20, 8)).to(DEVICE), unit(torch.randn(30, 8)).to(DEVICE)
     found = hardest.hardest_negatives(a, b, None, None)
     assert len(calls) == 1

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
-from gssf_kernels import reference
+from gssf_kernels import plan, reference
 from gssf_kernels.kernels import batch_hard, goal, hardest, project, sweep, tiles
 
 INF, NAN = float("inf"), float("nan")
@@ -70,7 +70,7 @@ def test_both_sides(n, m, d, b, weights, dtype):
 @pytest.mark.parametrize(("n", "m", "d", "b"), [(1, 1, 4, 2), (19, 23, 50, 25), (33, 40, 50, 5), (33, 33, 48, 3)])
 def test_both_sides_with_their_pairs(n, m, d, b, normalize, dtype, monkeypatch):
     if n == m == 33:
-        monkeypatch.setattr(tiles, "SMALL", 33 * 33 - 1)  # and in a launch of their own
+        monkeypatch.setattr(plan, "SMALL", 33 * 33 - 1)  # and in a launch of their own
     x, y, diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((n, d), (m, d), (d,), (d // b, b, b)))
     permutation = torch.randperm(d) if b > 2 else None
     on = on_device(x, y, diag, blocks, permutation)
@@ -133,7 +133,7 @@ def test_gradients_of_sides_that_are_not_wanted_or_not_used():
 
 
 def test_sides_of_many_rows_are_declined(monkeypatch):
-    monkeypatch.setattr(tiles, "SCAN_ROWS", 20)
+    monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, y = on_device(torch.randn(21, 8), torch.randn(22, 8))
     options = None, None, None, True, [True, True, False, False]
     assert project.project_sides_backward(x, y, x[:, 0], x, y, *options) is NotImplemented
@@ -377,11 +377,11 @@ def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
 def test_batch_hard_is_never_tf32(monkeypatch):
     monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32")
     check_batch_hard(*labelled(33, 40, torch.float32, 3), 0.25, "sum")
-    assert sweep.Sweep(torch.zeros(8, 8), torch.zeros(8, 8), exact=True).precision == "ieee"
+    assert sweep.Sweep(torch.zeros(8, 8), torch.zeros(8, 8), tiles.Sweep(16, 32, 16, 4, 2), exact=True).precision == "ieee"
 
 
 def test_what_is_large_or_empty_is_declined(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALL", 40 * 50)
+    monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         found = hardest.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
         assert (found is NotImplemented) == declined
@@ -390,7 +390,7 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
     for n, declined in ((44, False), (45, True)):
         found = batch_hard.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
         assert (found is NotImplemented) == declined
-    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 40 * 50)
+    monkeypatch.setattr(plan, "CERTIFIED", 40 * 50)
     assert hardest.hardest_hinge(*on_device(*mined(40, 50, 8, torch.float32)), 0.25, "sum") is NotImplemented
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from bench.device_path import DEVICE, DevicePath, device_path
-from gssf_kernels import kernels
+from gssf_kernels import kernels, plan
 from gssf_kernels.kernels import (
     batch_hard,
     contrast,
@@ -31,7 +31,6 @@ from gssf_kernels.kernels import (
     relative_goal,
     sums,
     terms,
-    tiles,
 )
 
 MOST = (2**31 - 1, 65_535, 65_535)
@@ -167,7 +166,7 @@ CASES = {
     "dense losses among many rows": lambda: dense_slabs(256, 1 << 28, 64),
     "dense losses of many rows": lambda: dense_slabs(100_000, 5 * MILLION, 64),
     "few scores of many channels": lambda: small(64, 64, 9 * MILLION),
-    "few scores of one row": lambda: small(1, tiles.SMALL, 1024),
+    "few scores of one row": lambda: small(1, plan.SMALL, 1024),
     "few scores of one side": lambda: square(512, 9 * MILLION),
     "formulas": lambda: formulas(2**31 - 4096),
     "gradients scaled": lambda: scaled(1 << 31, 512),

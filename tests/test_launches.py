@@ -261,7 +261,7 @@ def test_a_metric_takes_as_few(n):
 
 
 def test_the_count_does_not_grow_with_the_batch_but_for_the_sort():
-    """Past `tiles.SCAN_ROWS` the gradient's edges are sorted, and that is one step for any size; fp32 is certified."""
+    """Past `plan.SCAN_ROWS` the gradient's edges are sorted, and that is one step for any size; fp32 is certified."""
     for dtype, count in ((torch.bfloat16, (3, 14)), (torch.float32, (11, 14))):
         steps = [launches(STEPS["triplet"][0], n, dtype) for n in (4096, 16384)]
         assert [tuple(map(len, step)) for step in steps] == [count] * 2

@@ -5,6 +5,7 @@ import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
 from triton_checks import INF, NAN, assert_as_good, small_tiles  # noqa: F401
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
 from gssf_kernels.kernels.pairs import hardest_negatives_backward, pair_scores, pair_scores_backward
 from gssf_kernels.kernels.terms import (
@@ -115,7 +116,7 @@ def test_hardest_backward_scanning_is_the_sum_of_its_pairs(N, M, D, dtype, needs
     dpair[::3] = dcol[1::5] = 0
     on = [t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, a, b)]
     scanned = hardest_negatives_backward(*on, needs)
-    monkeypatch.setattr(tiles, "SCAN_ROWS", 0)
+    monkeypatch.setattr(plan, "SCAN_ROWS", 0)
     summed = hardest_negatives_backward(*on, needs)
     i, j = torch.arange(N), torch.arange(M)
     edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))

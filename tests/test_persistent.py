@@ -17,6 +17,7 @@ from gssf_kernels.kernels import sweep, tiles
 from gssf_kernels.kernels.hardest import hardest_negatives
 from gssf_kernels.kernels.relative import relative_negatives
 from gssf_kernels.kernels.sweep import Sweep, tile_of
+from gssf_kernels.plan import Scores
 
 LINE = tiles.Sweep(16, 32, 16, 4, 2)
 PROGRAMS = [(1, 1), (1, 3), (2, 4), (1, 1000)]  # to a processor, and processors: one, a few, more than there are tiles
@@ -104,7 +105,7 @@ def total_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, 
 def test_any_epilogue_meets_every_tile_once(persistent, half, monkeypatch):
     use(monkeypatch, LINE._replace(persistent=persistent), 5)
     a = torch.randint(-3, 4, (75, 20), device=DEVICE).float()
-    walk = Sweep(a, a, half=half)
+    walk = Sweep(a, a, Scores(a, a).tile(), half=half)
     totals, made = (
         torch.zeros(walk.row_blocks, walk.column_blocks, dtype=t, device=DEVICE) for t in (a.dtype, torch.int32)
     )
@@ -139,7 +140,7 @@ def test_every_tile_has_one_number(BN, BM, half, monkeypatch):
         for slab in (1, 2, 3, 5, 12, 1000):
             monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", slab)
             x = torch.zeros(N, 16, device=DEVICE)
-            walk = Sweep(x, x, half=half)
+            walk = Sweep(x, x, Scores(x, x).tile(), half=half)
             assert walk.row_blocks * BN >= N
             assert walk.column_blocks * BM >= N
             seen = 0
@@ -178,7 +179,7 @@ def test_no_more_programs_than_the_card_holds_nor_than_there_are_tiles(monkeypat
     x = torch.zeros(64, 16, device=DEVICE)  # 4 x 2 tiles, 6 of them on or above the diagonal
     for persistent, processors, half in [(0, 1, False), (0, 1, True), (1, 3, False), (2, 3, True), (2, 100, True)]:
         use(monkeypatch, LINE._replace(persistent=persistent), processors)
-        walk = Sweep(x, x, half=half)
+        walk = Sweep(x, x, Scores(x, x).tile(), half=half)
         walk.run(total_tile, (), 0, 4)
     assert launches.grids == [(8, False), (6, False), (3, True), (6, True), (6, True)]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gssf_kernels as gk
-from gssf_kernels._library import fp32_products
+from gssf_kernels.precision import fp32_products
 
 
 def cuda(precision):

@@ -12,6 +12,7 @@ from test_certified import check, unit
 from test_slabs_triton import close, leaves_of
 from triton_checks import check_hardest, check_relative
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import certified, hardest, logsumexp, slabs, sums, sweep, tiles
 from gssf_kernels.statistics.sums import pointwise
 
@@ -30,7 +31,7 @@ def card(monkeypatch):
         pytest.skip("lines of sm_90 need such a card")
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     monkeypatch.setattr(tiles, "processors", lambda device: PROCESSORS)
-    monkeypatch.setattr(tiles, "SMALL", 0)
+    monkeypatch.setattr(plan, "SMALL", 0)
     if INTERPRETED:  # whose bf16 is wrong
         monkeypatch.setattr(certified, "ROUNDED", torch.float32)
 
@@ -144,13 +145,13 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     """The launcher takes this way by itself, and sweeps in bf16 by that sweep's own line."""
     n, m = (300, 420) if INTERPRETED else (2048, 2049)
     if INTERPRETED:
-        monkeypatch.setattr(tiles, "CERTIFIED_SCORES", n * m)
+        monkeypatch.setattr(plan, "CERTIFIED", n * m)
         lines = {"best": tiles.Rescore(256, 4, 1, 1, 4), "all": tiles.Rescore(64, 4, 64, 1, 4)}
         monkeypatch.setattr(tiles, "RESCORE", lines)  # a program of four lines takes the interpreter as long
         monkeypatch.setitem(tiles.SWEEP, (90, "ieee", "sums"), tiles.SWEEP[90, "half", "sums"])
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
-    assert tiles.CERTIFIED_SCORES <= n * m < tiles.CERTIFIED_SCORES + m
+    assert plan.CERTIFIED <= n * m < plan.CERTIFIED + m
     a, b = unit(torch.randn(n, channels)), unit(torch.randn(m, channels))
     b[270:290] = b[10:30]  # ties of rows two tiles apart
     labels = (torch.arange(n) // 3, torch.arange(m) // 3) if ids else ()
@@ -187,7 +188,7 @@ def slabbed(request, monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     if INTERPRETED:
-        monkeypatch.setattr(tiles, "SLAB_DTYPES", frozenset({torch.float32}))
+        monkeypatch.setattr(plan, "ROW_PANEL_DTYPES", frozenset({torch.float32}))
         for size in ("slabs", "sums"):
             monkeypatch.setitem(tiles.SWEEP, (90, "ieee", size), tiles.SWEEP[90, "half", size])
     return -(-N // (tile.BN * blocks))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
-from gssf_kernels import reference
+from gssf_kernels import plan, reference
 from gssf_kernels.kernels import pairs, relative_goal, tiles
 from gssf_kernels.statistics import relative_goal as statistics
 from gssf_kernels.statistics.goal import Constants, anchor_weights
@@ -206,9 +206,9 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
     def declined(n, m):
         return relative_goal.relative_goal(*on_device(*given(n, m, 8)), *options) is NotImplemented
 
-    monkeypatch.setattr(tiles, "SMALL", 40 * 50)
+    monkeypatch.setattr(plan, "SMALL", 40 * 50)
     assert [declined(40, 50), declined(40, 51), declined(0, 5)] == [False, True, True]
-    monkeypatch.setattr(tiles, "LINE", 48)
+    monkeypatch.setattr(plan, "LONGEST_ROW", 48)
     assert [declined(20, 48), declined(20, 49)] == [False, True]
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from interpreted import DEVICE, where_triton_runs
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import logsumexp, slabs, sums, tiles
 from gssf_kernels.statistics.sums import pointwise
 
@@ -21,8 +22,8 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 32, 16, 4, 2))
     monkeypatch.setattr(tiles, "MERGE_PARTS", 2)
     monkeypatch.setattr(tiles, "MERGE_LANES", 32)
-    monkeypatch.setattr(tiles, "SMALL", 64)
-    monkeypatch.setattr(tiles, "SLAB_DTYPES", frozenset({DTYPE}))
+    monkeypatch.setattr(plan, "SMALL", 64)
+    monkeypatch.setattr(plan, "ROW_PANEL_DTYPES", frozenset({DTYPE}))
 
 
 def given(n, m, d):
@@ -152,7 +153,7 @@ def test_what_is_declined(monkeypatch):
     relative = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True, 1.0, [True, True])
     assert sums.score_total(a, b, *relative) is NotImplemented
     monkeypatch.undo()
-    assert {torch.bfloat16} == tiles.SLAB_DTYPES
+    assert {torch.bfloat16} == plan.ROW_PANEL_DTYPES
     assert slabs.takes(torch.empty(1025, 1, dtype=torch.bfloat16), torch.empty(1024, 1, dtype=torch.bfloat16))
     assert not slabs.takes(torch.empty(1024, 1, dtype=torch.bfloat16), torch.empty(1024, 1, dtype=torch.bfloat16))
 

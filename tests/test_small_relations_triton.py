@@ -4,7 +4,7 @@ import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
-from gssf_kernels import reference
+from gssf_kernels import plan, reference
 from gssf_kernels.kernels import relations, sums, tiles
 from gssf_kernels.statistics import relations as statistics
 
@@ -146,7 +146,7 @@ def test_gradients_below_the_smallest_half():
 
 
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALL", 40 * 40)
+    monkeypatch.setattr(plan, "SMALL", 40 * 40)
     for n, declined in ((40, False), (41, True), (0, True)):
         assert (run(given(n, (3, 3, 3), torch.float32), 0.5, 0.5, "abs")[0] is NotImplemented) == declined
 

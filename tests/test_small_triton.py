@@ -4,7 +4,7 @@ import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
-from gssf_kernels import reference
+from gssf_kernels import plan, reference
 from gssf_kernels.kernels import contrast, logsumexp, pairs, project, sums, tiles
 from gssf_kernels.statistics.sums import pointwise
 
@@ -552,14 +552,14 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
 
 
 def test_many_rows_of_a_metric_are_declined(monkeypatch):
-    monkeypatch.setattr(tiles, "SCAN_ROWS", 20)
+    monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
     given = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
     assert project.hardest_project_backward(*given) is NotImplemented
 
 
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
-    monkeypatch.setattr(tiles, "SMALL", 40 * 50)
+    monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True), (5, 0, True)):
         a, b = given(n, m, 8, torch.float32)
         assert (forward(a, b, torch.tensor(1.0))[1] is NotImplemented) == declined

@@ -14,13 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import gssf_kernels as gk
-from gssf_kernels import _library, dense
+from gssf_kernels import _library, dense, plan
 
 pytest.importorskip("triton")
 
 import bench.device_path as path_module
 from bench.device_path import DEVICE, device_path
-from gssf_kernels.kernels import tiles
 
 ROUTES = ("cpu", "composite", "triton")
 # Ops that write what they are given and return nothing.
@@ -141,9 +140,9 @@ def everywhere():
             sides = [torch.ones(n, 8, dtype=dtype, device=device, requires_grad=True) for n in (20, 27)]
             with pytest.MonkeyPatch.context() as monkeypatch:
                 if not small:
-                    monkeypatch.setattr(tiles, "SMALL", 0)
-                    monkeypatch.setattr(tiles, "SCAN_ROWS", 0)
-                    monkeypatch.setattr(tiles, "CERTIFIED_SCORES", 1)
+                    monkeypatch.setattr(plan, "SMALL", 0)
+                    monkeypatch.setattr(plan, "SCAN_ROWS", 0)
+                    monkeypatch.setattr(plan, "CERTIFIED", 1)
                 with watched(route, monkeypatch) as seen:
                     run_the_table(inputs)
                     run_one_side_twice(dtype, device)

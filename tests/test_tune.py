@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import tune  # noqa: E402
+from gssf_kernels import plan  # noqa: E402
 from gssf_kernels.kernels import tiles  # noqa: E402
 from gssf_kernels.kernels.tiles import Sweep  # noqa: E402
 
@@ -42,7 +43,8 @@ def test_every_line_has_a_problem_of_its_size():
             patch.setattr(tiles, "fp32_products", lambda device, product=product: product)
             for rows in (n, tune._small_problem((arch, kind, size))[0].shape[0]):
                 own = size if size in ("sums", "slabs") else ""
-                assert tiles.sweep_tile(torch.device("cpu"), dtype, rows, rows, d, own) == expected
+                x = torch.zeros(rows, d, dtype=dtype)
+                assert plan.Scores(x, x).tile(own) == expected
 
 
 @compiles
@@ -77,7 +79,7 @@ def test_turns_are_taken_and_wrong_results_are_not_timed(monkeypatch):
     wrong, fails = LINE._replace(BN=64), LINE._replace(BM=64)
 
     def launcher(*_):
-        tile = tiles.sweep_tile(None, None, 0, 0, 0)
+        tile = tiles.sweep_tile(None, None, "small")
         if tile == fails:
             raise RuntimeError("no room")
         return (torch.full((3,), 2.0 if tile == wrong else 1.0), torch.zeros(3, dtype=torch.int64))

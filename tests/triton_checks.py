@@ -9,6 +9,7 @@ from interpreted import DEVICE
 from test_relative import plain as plain_relative
 from test_relative import truth as true_relative
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
 from gssf_kernels.kernels.hardest import hardest_negatives
 from gssf_kernels.kernels.relative import relative_negatives
@@ -31,7 +32,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 32, 16, 4, 2))
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
-    monkeypatch.setattr(tiles, "SMALL", 0)
+    monkeypatch.setattr(plan, "SMALL", 0)
     monkeypatch.setattr(tiles, "MERGE_PARTS", 4)
     monkeypatch.setattr(tiles, "MERGE_LANES", 32)
     monkeypatch.setattr(tiles, "POSITIVES", {key: tiles.Sweep(16, 32, 16, 4, 2) for key in tiles.POSITIVES})

@@ -2,7 +2,7 @@
 
     forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile, and with ids or label
                smoothing what targets are sums of; one kernel merges them and makes the terms, a sum in one program
-    backward   a sweep takes what comes from above and stores dL/dt [N, M], at most `tiles.SMALL` entries; one kernel
+    backward   a sweep takes what comes from above and stores dL/dt [N, M], at most `plan.SMALL` entries; one kernel
                makes da, db and dκ of it
 
 Larger problems are declined (NotImplemented) and go by their log-sums (`logsumexp.py`).
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import merge_logs
 from gssf_kernels.kernels.epilogues import tile_lines
@@ -24,6 +25,7 @@ from gssf_kernels.kernels.logsumexp import log_tile, share_of
 from gssf_kernels.kernels.sums import met
 from gssf_kernels.kernels.sweep import Sweep
 from gssf_kernels.kernels.terms import store_sum, upstream
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -169,18 +171,18 @@ def contrast(
     scale: κ, fp32 scalar, or None: constant is; without constant its logarithm
     epsilon: of label smoothing; symmetric: both directions, or rows alone
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, and none.
     """
     y = a if b is None else b
     operands.check_dtype("contrast", a, y)
     N, M, some = len(a), len(y), reduction != "none"
-    if not 0 < N * M <= tiles.SMALL:
+    if not 0 < N * M <= plan.SMALL:
         return NotImplemented
     found = tuple(a.new_empty(size, dtype=torch.float32) for size in (N, N, M, M))
     pair, counts = found[0].new_empty(N), tuple(found[0].new_empty(N if a_ids is not None else 0) for _ in range(2))
     out = pair.new_empty(() if some else N)
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, y)
+        sweep = Sweep(a, y, Scores(a, y).tile())
         down, across, rows = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
 
         def parts(each: int) -> tuple[torch.Tensor, ...]:
@@ -226,11 +228,11 @@ def contrast_backward(
     y = a if b is None else b
     operands.check_dtype("contrast_backward", grad, a, y)
     N, M, some = len(a), len(y), reduction != "none"
-    if not 0 < N * M <= tiles.SMALL:
+    if not 0 < N * M <= plan.SMALL:
         return NotImplemented
     of_ids = (*operands.contiguous(a_ids, b_ids), row_count, col_count) if a_ids is not None else None
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, y)
+        sweep = Sweep(a, y, Scores(a, y).tile())
         ds, along = room(a, M), a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
         options = tuple(tl.constexpr(flag) for flag in (symmetric, some, reduction == "mean", epsilon > 0))
         lines = (row_max, row_log, col_max, col_log)

@@ -1,7 +1,7 @@
 """Log-sums and their gradients by sweeps: `gssf_kernels/statistics/logsumexp.py` has the formulas.
 
     forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile; one kernel merges them
-    backward   a sweep stores ds [N, M], at most `tiles.SMALL` entries; one kernel makes da, db and dκ of it
+    backward   a sweep stores ds [N, M], at most `plan.SMALL` entries; one kernel makes da, db and dκ of it
 
 More scores than that go by slabs of row blocks: forward the same two kernels for each, backward `kernels/slabs.py`. So
 do those of bf16 alone; others, and those of one side twice, are declined (NotImplemented) and go by chunks, a pass and
@@ -16,12 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels._library import outside_autocast
-from gssf_kernels.kernels import hopper, operands, slabs, tiles
+from gssf_kernels.kernels import hopper, operands, slabs
 from gssf_kernels.kernels.dense import log_sums, merge_logs
 from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, room
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -120,19 +122,19 @@ def logsumexp_scores(
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, or None: a
     scale: κ, fp32 scalar, or None: constant is
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores unless `slabs.takes` them, and none.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores unless `slabs.takes` them, and none.
     """
     y = a if b is None else b
     operands.check_dtype("logsumexp_scores", a, y)
     if hopper.takes_over("logsumexp_scores", a, y):
         return *hopper.logsumexp_scores(a, y, scale, constant), a.new_empty(0, dtype=torch.float32)
     N, M = len(a), len(y)
-    if not (0 < N * M <= tiles.SMALL or slabs.takes(a, b)):
+    if not (0 < N * M <= plan.SMALL or slabs.takes(a, b)):
         return NotImplemented
     found = [a.new_empty(size, dtype=torch.float32) for size in (N, N, M, M)]
     pair = found[0].new_empty(min(N, M))
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, y, own="sums")
+        sweep = Sweep(a, y, Scores(a, y).tile("sums"))
         rows, cols = sweep.partial_results(torch.float32, torch.float32)
         for first, blocks in sweep.slabs():
             sweep.run(log_tile, (scale, constant, pair, *rows, *cols), first, blocks)
@@ -168,10 +170,10 @@ def logsumexp_scores_backward(
     given = (scale, constant, row_max, row_log, drow, col_max, col_log, dcol, dpair)
     if b is not None and slabs.takes(a, b):
         return _by_slabs(a, b, needs, given)
-    if not 0 < N * M <= tiles.SMALL:
+    if not 0 < N * M <= plan.SMALL:
         return NotImplemented
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, y)
+        sweep = Sweep(a, y, Scores(a, y).tile())
         ds, along = room(a, M), a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
         sweep.run(softmax_tile, (*given, ds, ds.stride(0), along), 0, sweep.row_blocks)
         da, db, sums = gradients(ds, a, b, needs, along if needs[2] else None, scale=scale, constant=constant)

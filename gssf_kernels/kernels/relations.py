@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.dense import pointwise
 from gssf_kernels.kernels.gradients import number, products, room
@@ -142,11 +143,11 @@ def relation_loss(
     student, image, text: [N, any] fp32, bf16 or fp16; lam, tau: fp32 scalars, or None: the numbers are
     kind: "abs" or "square"; need: whether student's is wanted, else [0]; all are fp32
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, and none.
     """
     operands.check_dtype("relation_loss", student, image, text)
     N, D = student.shape
-    if not 0 < N * N <= tiles.SMALL:
+    if not 0 < N * N <= plan.SMALL:
         return NotImplemented
     kind_of_product = tiles.kind(student.dtype)
     precision = "ieee" if kind_of_product == "ieee" else "tf32"

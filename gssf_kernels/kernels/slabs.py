@@ -12,15 +12,17 @@ from collections.abc import Callable
 
 import torch
 
+from gssf_kernels import plan
 from gssf_kernels.dense import Right
 from gssf_kernels.kernels import tiles
 from gssf_kernels.kernels.gradients import room
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.plan import Scores
 
 
 def takes(a: torch.Tensor, b: torch.Tensor | None) -> bool:
     """Whether scores of a [N, D] and b [M, D] are swept; of one side twice (None) chunks make half of them."""
-    return b is not None and a.dtype in tiles.SLAB_DTYPES and len(a) * len(b) > tiles.SMALL
+    return b is not None and a.dtype in plan.ROW_PANEL_DTYPES and len(a) * len(b) > plan.SMALL
 
 
 def gradients_by_slabs(
@@ -35,7 +37,7 @@ def gradients_by_slabs(
     launch(sweep, first, blocks, ds, parts) sweeps row blocks [first, first + blocks), stores their ds [·, M] if it is
     not None, and leaves parts [count, blocks times sweep.column_blocks] fp32, of every tile.
     """
-    sweep, N, M = Sweep(a, b, own="slabs"), len(a), len(b)
+    sweep, N, M = Sweep(a, b, Scores(a, b).tile("slabs")), len(a), len(b)
     BN, step = sweep.tile.BN, max(min(sweep.row_blocks, tiles.SLAB_SCORES // (M * sweep.tile.BN)), 1)
     da = a.new_empty(a.shape if needs[0] else 0, dtype=torch.float32)
     db = b.new_empty(b.shape if needs[1] else 0, dtype=torch.float32)

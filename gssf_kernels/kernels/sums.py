@@ -1,6 +1,6 @@
 """Sums of a function of every score, of small problems, in two launches, or three of differences from the pairs' own.
 
-    a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores f' [N, M], at most `tiles.SMALL` entries, where a
+    a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores f' [N, M], at most `plan.SMALL` entries, where a
     gradient is wanted; one kernel makes the sums, da and db of it: `gssf_kernels/statistics/sums.py`
 
     of rows' own terms the sweep leaves Σ f alone, and one kernel adds them up; backward the same sweep as above takes
@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.kernels import operands, slabs, tiles
 from gssf_kernels.kernels.dense import term
@@ -25,6 +26,7 @@ from gssf_kernels.kernels.epilogues import tile_lines
 from gssf_kernels.kernels.gradients import gradients, number, outer_slope, part_sums, room
 from gssf_kernels.kernels.pairs import pair_scores
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def score_total(
     scale, bias: κ, β, fp32 scalars, or None: constant and offset are; scale without constant: log κ; needs: for a and b
     relative: the sum of f(s_ij + β - s_ii) and, j < N, f(s_ij + β - s_jj), M >= N; pair: the s_ii [N] fp32, if known
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, unless `slabs.takes` them and they are
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, unless `slabs.takes` them and they are
     not relative, and none.
     """
     y = a if b is None else b
@@ -143,7 +145,7 @@ def score_total(
         options = tl.constexpr(kind), tl.constexpr(positives)
         ids = operands.contiguous(a_ids, a_ids if b_ids is None else b_ids)
         return _by_slabs(a, b, needs, options, (scale, constant, bias, offset, None, *ids), share)
-    if not 0 < len(a) * len(y) <= tiles.SMALL:
+    if not 0 < len(a) * len(y) <= plan.SMALL:
         return NotImplemented
     with torch.cuda.device_of(a):
         if relative and pair is None:
@@ -185,7 +187,7 @@ def swept(
 
     given: scale, constant, bias, offset and the pairs' scores or None; above: [N] fp32 at any stride, or None
     """
-    sweep, M = Sweep(a, b), len(b)
+    sweep, M = Sweep(a, b, Scores(a, b).tile()), len(b)
     down, across = sweep.row_blocks, sweep.column_blocks
     parts = a.new_empty(3, down * across, dtype=torch.float32)
     slopes = ds = None
@@ -218,18 +220,18 @@ def score_rows(
 
     The last is empty where pair is given or not asked for. The rest as for `score_total`.
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, and none.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, and none.
     """
     y = a if b is None else b
     operands.check_dtype("score_rows", a, y)
     N, M = len(a), len(y)
-    if not 0 < N * M <= tiles.SMALL:
+    if not 0 < N * M <= plan.SMALL:
         return NotImplemented
     own, out = a.new_empty(0, dtype=torch.float32), a.new_empty(N, dtype=torch.float32)
     with torch.cuda.device_of(a):
         if relative and pair is None:
             own = pair = pair_scores(a, y, None, None)
-        sweep = Sweep(a, y)
+        sweep = Sweep(a, y, Scores(a, y).tile())
         down, across, length = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
         rows, cols = out.new_empty(across, length), out.new_empty(down, M) if relative else None
         options, ids = (tl.constexpr(kind), tl.constexpr(positives)), (a_ids, a_ids if b_ids is None else b_ids)
@@ -266,7 +268,7 @@ def score_rows_backward(
     """
     y = a if b is None else b
     operands.check_dtype("score_rows_backward", grad, a, y)
-    if not 0 < len(a) * len(y) <= tiles.SMALL:
+    if not 0 < len(a) * len(y) <= plan.SMALL:
         return NotImplemented
     with torch.cuda.device_of(a):
         given = (scale, constant, bias, offset, pair if relative else None)

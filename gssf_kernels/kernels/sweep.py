@@ -122,14 +122,13 @@ class Sweep:
 
     N and M stay below 2³¹; addresses are 64-bit. With ``half``, for a symmetric s, tiles below the diagonal are left
     out, and their partial results as they were; one may lie past N or M altogether. With ``exact`` fp32 products are
-    never TF32. own: the epilogue's own line of the table, if it has one.
+    never TF32.
     """
 
     def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, own: str = "", half: bool = False, exact: bool = False
+        self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, half: bool = False, exact: bool = False
     ) -> None:
-        self.N, self.M, self.half = len(a), len(b), half
-        self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1], own, exact)
+        self.N, self.M, self.half, self.tile = len(a), len(b), half, tile
         self.precision = "ieee" if exact or tiles.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)

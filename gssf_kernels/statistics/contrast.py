@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, define, distinct, last_derivative
 from gssf_kernels.dense import keeps
+from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.statistics.groups import Groups, group_sums, groups
 from gssf_kernels.statistics.sums import scale_of
 

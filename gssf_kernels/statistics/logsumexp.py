@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
+from gssf_kernels.precision import accumulation_dtype
 
 
 def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

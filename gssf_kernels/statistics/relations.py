@@ -14,8 +14,9 @@ follows from S, B and Σ φ'(e) (w − u). Small problems on a GPU take two laun
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, define, distinct, last_derivative
 from gssf_kernels.dense import triangle
+from gssf_kernels.precision import accumulation_dtype
 
 KINDS = {"mae": "abs", "mse": "square"}
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, define, distinct, last_derivative
 from gssf_kernels.dense import chunks, triangle, unit_of
+from gssf_kernels.precision import accumulation_dtype
 
 KINDS = ("hinge", "softplus", "abs", "square")
 POSITIVES = ("include", "exclude", "negate")
