@@ -217,7 +217,7 @@ def test_the_same_inputs_give_the_same_bits():
 @slab_checks.slabbed
 @pytest.mark.parametrize("learnable", [True, False], ids=["learned", "a number"])
 @pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES)
-def test_slabs_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
+def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     monkeypatch.setattr(tiles, "SLAB_SCORES", scores)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
@@ -248,7 +248,7 @@ def test_slabs_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
 
 @slabs
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["a", "b", "κ alone"])
-def test_slabs_log_sums_gradients_of_some(monkeypatch, needs):
+def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
     monkeypatch.setattr(tiles, "SLAB_SCORES", 1)
     a, b = slab_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
@@ -261,7 +261,7 @@ def test_slabs_log_sums_gradients_of_some(monkeypatch, needs):
 
 
 @slabs
-def test_slabs_log_sums_of_nothing_to_sum_and_nan(monkeypatch):
+def test_log_sums_by_slabs_of_nothing_to_sum_and_nan(monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
     a, b = (t.abs() for t in slab_checks.sides(40, 50, 8))
