@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         "sums and contrast: columns' terms are taken off",
         CONTRAST_KERNELS,
-        "contrast_lines_kernel",
+        "merge_info_nce_kernel",
         "0.5 * (terms + of_cols)",
         "0.5 * (terms - of_cols)",
     ),

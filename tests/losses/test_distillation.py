@@ -1,18 +1,17 @@
 """Relational distillation: against loops over pairs, over chunks, at extremes, its Triton kernels and launches."""
 
+import device_ops
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_cases import X, assert_same, normal, value_and_gradients
 from interpreted import DEVICE, every_dtype
-from kernel_modules import dense, relations, sums
 from launch_counts import DEVICE as NO_DEVICE
 from launch_counts import check_count, counted, every_small_batch, launches
 from triton_checks import INF, NAN, both_passes, close, few
 
 import gssf_kernels as gk
 from gssf_kernels import plan, reference
-from gssf_kernels.statistics import relations as statistics
 
 
 def unit_rows(n, d):
@@ -110,12 +109,10 @@ def run(sides, lam, tau, kind, learnable=True, need=True, upstream=1.5):
     """(the loss, the gradients of student, λ and τ)"""
     on = [x.to(DEVICE) for x in sides]
     numbers = [torch.tensor(v).to(DEVICE) for v in (lam, tau)] if learnable else [None, None]
-    found = relations.relation_loss(*on, *numbers, lam, tau, list(WEIGHTS), kind, need)
-    if found is NotImplemented:
-        return found, None
+    found = device_ops.relation_loss(*on, *numbers, lam, tau, list(WEIGHTS), kind, need)
     loss, dlam, dtau, slope, dh = found
     grad, none = torch.tensor(upstream).to(DEVICE), dh.new_empty(0)
-    dh, _, dlam, dtau = sums.score_total_backward(grad, dlam, dtau, dh, none, on[0], None, slope, None, 1.0, 1.0)
+    dh, _, dlam, dtau = device_ops.total_backward(grad, dlam, dtau, dh, none, on[0], None, slope, None, 1.0, 1.0)
     return loss, (dh, dlam, dtau)
 
 
@@ -198,9 +195,9 @@ def test_special_values(side, special, kind):
     sides = quarters(40, (8, 8, 8), torch.float32)
     sides[side][17] = torch.where(sides[side][17] > 0, special, 1.0)
     options = (None, None, 0.375, 0.25, list(WEIGHTS), kind, True)
-    expected = statistics._forward(*(x.double() for x in sides), *options)
+    expected = device_ops.composite("relation_loss", *(x.double() for x in sides), *options)
     assert not expected[0].isfinite()
-    for got, known in zip(relations.relation_loss(*(x.to(DEVICE) for x in sides), *options), expected, strict=True):
+    for got, known in zip(device_ops.relation_loss(*(x.to(DEVICE) for x in sides), *options), expected, strict=True):
         torch.testing.assert_close(got.cpu().double(), known, equal_nan=True)
 
 
@@ -256,7 +253,7 @@ def test_relation_pass(n, m, kind, gradient):
     f, u, w = torch.randn(3, n, m)
     f[0, -1] = u[0, -1] = w[0, -1]  # e is 0 there, exactly
     arguments = [f, u, w, torch.tensor(0.25), kind, gradient, torch.empty(3, n)]
-    for got, expected in both_passes(dense.relation_pass, statistics._relation_pass, arguments, (0, 6)):
+    for got, expected in both_passes("relation_pass", arguments, (0, 6)):
         close(got, expected, torch.float32, rtol=1e-5)
 
 

@@ -1,11 +1,12 @@
 """InfoNCE: against formulas written otherwise, over chunks and at extremes, its Triton kernels and launches."""
 
+import device_ops
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_cases import INF, NAN, X, Y, assert_same, check_learnt_scale, leaves, normal, value_and_gradients
 from interpreted import DEVICE, DTYPES, every_dtype
-from kernel_modules import contrast, terms, tiles
+from kernel_modules import terms, tiles
 from launch_counts import (
     REDUCTIONS,
     check_count,
@@ -179,7 +180,7 @@ def ids_in_common(n, m, ids):
 
 
 class Contrast:
-    """A call of `contrast` and its truth in fp64, by the definition."""
+    """A call of `info_nce` and its truth in fp64, by the definition."""
 
     def __init__(self, n, m, d, dtype, reduction="mean", ids=False, epsilon=0.0, symmetric=True, learnable=True,
                  twice=False):  # fmt: skip
@@ -214,11 +215,11 @@ class Contrast:
         ids = [t if t is None else t.to(DEVICE) for t in self.ids]
         constant = None if logarithm else 1.0 if self.learnable else float(self.scale)
         inputs = (*on, constant, *ids, *self.options)
-        found = contrast.contrast(*inputs)
-        if found is NotImplemented or grad is None:
+        found = device_ops.info_nce(*inputs)
+        if grad is None:
             return found, None
         needs = [needs[0], needs[1] and self.b is not None, needs[2] and self.learnable]
-        return found, contrast.contrast_backward(grad.to(DEVICE), *inputs, *found[1:-1], needs)
+        return found, device_ops.info_nce_backward(grad.to(DEVICE), *inputs, *found[1:-1], needs)
 
     def check(self, needs=(True, True, True), size=1.0, expanded=False, logarithm=False):
         leaves, t, *parts = self.truth()
@@ -332,11 +333,11 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         call = Contrast(n, m, 8, torch.float32)
-        assert (call.run()[0] is NotImplemented) == declined
-        lines = [torch.zeros(size) for size in (n, n, m, m, 0, 0)]
-        options = (call.scale, 1.0, None, None, *call.options, *lines, [True] * 3)
-        found = contrast.contrast_backward(torch.ones(()), call.a, call.b, *options) if declined else None
-        assert (found is NotImplemented) == declined
+        inputs = (call.a, call.b, call.scale, 1.0, None, None, *call.options)
+        assert (device_ops.route("info_nce", *inputs) == "composite") == declined
+        statistics = [torch.zeros(size) for size in (n, n, m, m, 0, 0)]
+        arguments = (torch.ones(()), *inputs, *statistics, [True] * 3)
+        assert (device_ops.route("info_nce_backward", *arguments) == "composite") == declined
 
 
 @few
@@ -416,14 +417,14 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 def test_what_info_nce_launches():
     for extra in (0, 37):
         forward, backward = launches(by_scale, 128, extra=extra)
-        assert forward == ["sweep_kernel", "contrast_lines_kernel"]
+        assert forward == ["sweep_kernel", "merge_info_nce_kernel"]
         assert backward == ["sweep_kernel", "gradients_kernel"]
 
 
 @counted
 def test_what_a_metric_launches():
     found = launches(BY_A_METRIC["a number"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "contrast_lines_kernel"]
+    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_info_nce_kernel"]
     assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
@@ -448,7 +449,7 @@ def test_what_many_bf16_scores_launch(monkeypatch):
         monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
-        assert "log_lines_kernel" in forward
+        assert "merge_logs_kernel" in forward
         assert not {"logsumexp_kernel", "softmax_kernel", "score_sums_kernel"} & {*forward, *backward}
     assert sweeps[0] == (1, 1)
     assert sweeps[1][1] == 6

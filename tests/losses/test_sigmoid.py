@@ -153,7 +153,7 @@ def test_what_it_launches():
     for extra in (0, 37):
         assert launches(by_scale, 128, extra=extra) == (["sweep_kernel", "gradients_kernel"], ["scaled_kernel"])
         assert launches(by_scale, 128, extra=extra, reduction="none") == (
-            ["sweep_kernel", "line_sums_kernel"],
+            ["sweep_kernel", "merge_sums_kernel"],
             ["sweep_kernel", "gradients_kernel"],
         )
 
@@ -161,7 +161,7 @@ def test_what_it_launches():
 @counted
 def test_what_a_metric_launches():
     found = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "line_sums_kernel"]
+    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
     assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
@@ -186,6 +186,6 @@ def test_what_many_bf16_scores_launch(monkeypatch):
         monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
-        assert not {"logsumexp_kernel", "softmax_kernel", "score_sums_kernel"} & {*forward, *backward}
+        assert not {"chunk_kernel"} & {*forward, *backward}
     assert sweeps[0] == (1, 0)
     assert sweeps[1][0] == 6

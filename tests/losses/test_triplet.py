@@ -331,7 +331,7 @@ def test_a_metric_takes_as_few(n):
 @counted
 def test_what_all_negatives_launch_by_a_metric():
     found = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "line_sums_kernel"]
+    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
     assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 

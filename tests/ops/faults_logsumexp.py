@@ -10,7 +10,7 @@ FAULTS = [
     Fault(
         "small: a row's log-sum is that of its first parts",
         LOGSUMEXP_KERNELS,
-        "log_lines_kernel",
+        "merge_logs_kernel",
         "row_sums, lane, rows, tl.cdiv(M, BM), BP)",
         "row_sums, lane, rows, 1, BP)",
     ),
@@ -63,14 +63,14 @@ FAULTS = [
     Fault(
         "slabs: columns' log-sums of the slabs before are lost",
         LOGSUMEXP_KERNELS,
-        "log_lines_kernel",
+        "merge_logs_kernel",
         "before = (j < M) & (first > 0)",
         "before = (j < M) & (first < 0)",
     ),
     Fault(
         "slabs: every slab takes its columns' logarithms",
         LOGSUMEXP_KERNELS,
-        "log_lines_kernel",
+        "merge_logs_kernel",
         "last = (first + blocks) * BN >= N",
         "last = first >= 0",
     ),

@@ -27,7 +27,7 @@ FAULTS = [
     Fault(
         "sums and contrast: a row's columns are not added",
         SUMS_KERNELS,
-        "line_sums_kernel",
+        "merge_sums_kernel",
         "total += part_sums(cols, i, M, N, down, BP)",
         "total -= part_sums(cols, i, M, N, down, BP)",
     ),

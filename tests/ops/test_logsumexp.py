@@ -1,17 +1,16 @@
 """logsumexp_scores: formulas written otherwise, chunks, extremes, and its Triton kernels against fp64."""
 
+import device_ops
 import pytest
 import slab_checks
 import torch
 from dense_cases import INF, NAN, assert_same, normal, value_and_gradients
 from interpreted import DEVICE, every_dtype
-from kernel_modules import dense as passes
-from kernel_modules import logsumexp, tiles
+from kernel_modules import tiles
 from triton_checks import SLAB_DTYPE, both_passes, close, few, fp64_leaves, log_sum_truth, slabs, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
-from gssf_kernels.statistics import logsumexp as statistics
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 3), (40, 33), (70, 1100), (130, 64)])
@@ -60,13 +59,16 @@ def test_infinities_and_nan_are_those_of_torch(chunked, special):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+SCALED = ("scaled", [], None, None, None, None, 0, False)  # t = κ s, all alike
+
+
 def run_logsumexp_pass(t, rows=plan.MIN_CHUNK_ROWS):
     """Log-sums of t by its rows chunk by chunk, on whatever backend t's device has."""
     n, m = t.shape
     row_max, row_sum, col_max, col_sum = (t.new_full((size,), fill) for size in (n, m) for fill in (-INF, 0))
     for k in range(0, n, rows):
         part = slice(k, k + rows)
-        torch.ops.gssf.logsumexp_pass(t[part], t.new_ones(()), row_max[part], row_sum[part], col_max, col_sum)
+        torch.ops.gssf.logsumexp_pass(t[part], t.new_ones(()), *SCALED, row_max[part], row_sum[part], col_max, col_sum)
     return row_max + row_sum.log(), col_max + col_sum.log()
 
 
@@ -89,7 +91,7 @@ SHAPES = [(1, 1, 1), (1, 40, 3), (40, 1, 8), (16, 32, 16), (17, 33, 17), (50, 97
 def forward(a, b, scale, learnable=True):
     on = [t if t is None else t.to(DEVICE) for t in (a, b, scale if learnable else None)]
     constant = 1.0 if learnable else float(scale)
-    return (*on, constant), logsumexp.logsumexp_scores(*on, constant)
+    return (*on, constant), device_ops.logsumexp_scores(*on, constant)
 
 
 @few
@@ -167,7 +169,7 @@ def check_gradients(n, m, d, lines, dtype, twice=False, learnable=True, needs=(T
     ]
     sum((t * g.double()).sum() for t, g in zip(outputs, grads, strict=True) if g is not None).backward()
     on = [t if t is None else t.to(DEVICE) for t in grads]
-    got = logsumexp.logsumexp_scores_backward(*on, *inputs, *found[:4], [*needs])
+    got = device_ops.logsumexp_scores_backward(*on, *inputs, *found[:4], [*needs])
     for gradient, leaf, need in zip(got, leaves, needs, strict=True):
         if not need or leaf is None:
             assert gradient.numel() == 0
@@ -186,7 +188,7 @@ def test_a_line_of_nothing_gets_no_gradient():
     assert found[0].tolist() == [-INF] * 3
     assert found[1].tolist() == [-INF] * 3
     drow = torch.ones(3).to(DEVICE)
-    _, db, _ = logsumexp.logsumexp_scores_backward(drow, None, None, *inputs, *found[:4], [False, True, False])
+    _, db, _ = device_ops.logsumexp_scores_backward(drow, None, None, *inputs, *found[:4], [False, True, False])
     assert db.tolist() == [[0.0]] * 4
 
 
@@ -195,7 +197,7 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True), (5, 0, True)):
         a, b = two_sides(n, m, 8, torch.float32)
-        assert (forward(a, b, torch.tensor(1.0))[1] is NotImplemented) == declined
+        assert (device_ops.route("logsumexp_scores", a, b, None, 1.0) == "chunks") == declined
 
 
 @few
@@ -205,7 +207,7 @@ def test_the_same_inputs_give_the_same_bits():
     for _ in range(2):
         inputs, found = forward(a, b, torch.tensor(0.75))
         grads = (found[1], found[3], found[4])
-        runs.append((*found, *logsumexp.logsumexp_scores_backward(*grads, *inputs, *found[:4], [True] * 3)))
+        runs.append((*found, *device_ops.logsumexp_scores_backward(*grads, *inputs, *found[:4], [True] * 3)))
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
 
@@ -218,7 +220,7 @@ def test_the_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize("learnable", [True, False], ids=["learned", "a number"])
 @pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES)
 def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
-    monkeypatch.setattr(tiles, "SLAB_SCORES", scores)
+    monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
     a, b = slab_checks.sides(n, m, d)
@@ -228,7 +230,7 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     t = kappa * (x @ y.T)
     expected = t.logsumexp(1), t.logsumexp(0), t.diagonal()
 
-    row_max, row_log, col_max, col_log, pair, kept = logsumexp.logsumexp_scores(a, b, *number)
+    row_max, row_log, col_max, col_log, pair, kept = device_ops.logsumexp_scores(a, b, *number)
     assert kept.numel() == 0
     slab_checks.close(row_max, t.detach().amax(1))
     slab_checks.close(col_max, t.detach().amax(0))
@@ -239,7 +241,7 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     right = torch.autograd.grad(expected, (x, y, kappa), above)
     lines = row_max, row_log, col_max, col_log
     grads = [g.float().to(DEVICE) for g in above]
-    found = logsumexp.logsumexp_scores_backward(*grads, a, b, *number, *lines, [True, True, learnable])
+    found = device_ops.logsumexp_scores_backward(*grads, a, b, *number, *lines, [True, True, learnable])
     for ours, truth in zip(found[: 2 + learnable], right, strict=False):
         slab_checks.close(ours, truth)
     assert [g.dtype for g in found[:2]] == [SLAB_DTYPE] * 2
@@ -249,13 +251,13 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
 @slabs
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["a", "b", "κ alone"])
 def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
-    monkeypatch.setattr(tiles, "SLAB_SCORES", 1)
+    monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", 1)
     a, b = slab_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
-    *lines, _, _ = logsumexp.logsumexp_scores(a, b, scale, 1.0)
+    *lines, _, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
     drow = torch.randn(50, device=DEVICE)
-    whole = logsumexp.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [True] * 3)
-    some = logsumexp.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [*needs, True])
+    whole = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [True] * 3)
+    some = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [*needs, True])
     for found, expected, need in zip(some, whole, (*needs, True), strict=True):
         assert torch.equal(found, expected) if need else found.numel() == 0
 
@@ -267,13 +269,13 @@ def test_log_sums_by_slabs_of_nothing_to_sum_and_nan(monkeypatch):
     a, b = (t.abs() for t in slab_checks.sides(40, 50, 8))
     a[3], a[20, 0], b[7] = -INF, NAN, INF  # t of row 3 and column 7: -inf
     expected = a.double().cpu() @ b.double().cpu().T
-    row_max, row_log, col_max, col_log, *_ = logsumexp.logsumexp_scores(a, b, None, 1.0)
+    row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
     slab_checks.close(row_max + row_log, expected.logsumexp(1))
     slab_checks.close(col_max + col_log, expected.logsumexp(0))
     a[20, 0] = 1
     b[7] = -INF
     a[3] = 1
-    row_max, row_log, col_max, col_log, *_ = logsumexp.logsumexp_scores(a, b, None, 1.0)
+    row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
     assert float(col_max[7] + col_log[7]) == -INF
     slab_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
 
@@ -293,8 +295,8 @@ def test_logsumexp_pass(n, m, special):
         s[:, m // 3] = special
         s[0, 0] = special
     before = (torch.randn(m), torch.rand(m) + 1)
-    arguments = (s, scale, torch.empty(n), torch.empty(n), *before)
-    found = list(both_passes(passes.logsumexp_pass, statistics._logsumexp_pass, arguments, (2, 3, 4, 5)))
+    arguments = (s, scale, *SCALED, torch.empty(n), torch.empty(n), *before)
+    found = list(both_passes("logsumexp_pass", arguments, (10, 11, 12, 13)))
     for (top, exact_top), (total, exact_total) in (found[:2], found[2:]):
         close(top + total.log(), exact_top + exact_total.log(), torch.float32, rtol=2e-6)
 
@@ -307,8 +309,8 @@ def test_softmax_pass(n, m, directions):
     t = s * scale
     row = (t.amax(1), (t - t.amax(1, keepdim=True)).exp().sum(1).log(), torch.randn(n))
     col = (t.amax(0), (t - t.amax(0)).exp().sum(0).log(), torch.randn(m))
-    arguments = [s, scale, *row, *col, torch.empty(n)]
+    arguments = [s, scale, *SCALED, *row, *col, torch.empty(n)]
     if directions != "both":
-        arguments[7 if directions == "rows" else 4] = None
-    for got, expected in both_passes(passes.softmax_pass, statistics._softmax_pass, arguments, (0, 8)):
+        arguments[15 if directions == "rows" else 12] = None
+    for got, expected in both_passes("softmax_pass", arguments, (0, 16)):
         close(got, expected, torch.float32, rtol=1e-5)

@@ -2,19 +2,19 @@
 
 import math
 
+import device_ops
 import pytest
 import slab_checks
 import torch
 from dense_cases import INF, NAN, X, Y, normal
 from interpreted import DEVICE, every_dtype
-from kernel_modules import dense, pairs, sums, tiles
+from kernel_modules import pairs, tiles
 from launch_counts import check_count, every_small_batch
 from triton_checks import both_passes, close, few, fp64_leaves, slabs, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
-from gssf_kernels.statistics import sums as statistics
-from gssf_kernels.statistics.sums import pointwise
+from gssf_kernels.statistics.score_functions import pointwise
 
 FUNCTIONS = {
     "hinge": lambda t: max(t, 0.0),
@@ -102,7 +102,7 @@ PAIRED = [shape for shape in SHAPES if shape[0] <= shape[1]]
 
 
 class Sum:
-    """A call of `score_total` and its truth in fp64."""
+    """A call of `score_sums` and its truth in fp64."""
 
     def __init__(self, n, m, d, dtype, kind, positives, ids=False, relative=False, learnable=True, twice=False):
         self.a, self.b = two_sides(n, m, d, dtype, twice)
@@ -138,11 +138,9 @@ class Sum:
         on = [t if t is None else t.to(DEVICE) for t in (self.a, self.b)]
         numbers, constants, *given = self.arguments()
         needs = [needs[0], needs[1] and self.b is not None]
-        found = sums.score_total(*on, *numbers, *constants, *given, share, needs)
-        if found is NotImplemented:
-            return found, None
+        found = device_ops.total(*on, *numbers, *constants, *given, share=share, needs=needs)
         grad = torch.tensor(upstream).to(DEVICE)
-        return found, sums.score_total_backward(grad, *found[1:], *on, *numbers, constants[0], share)
+        return found, device_ops.total_backward(grad, *found[1:], *on, *numbers, constants[0], share)
 
     def arguments(self):
         """(tensors of κ and β, numbers for them, ids, kind, positives, relative)"""
@@ -155,7 +153,7 @@ class Sum:
         return numbers, constants, *ids, self.kind, self.positives, self.relative
 
     def check_rows(self, needs=(True, True), known=False, expanded=False):
-        """`score_rows` and its gradient; known: with the pairs' scores given, and so in `score_total`."""
+        """Rows' sums and its gradient; known: with the pairs' scores given, and so in `score_sums`."""
         dtype = self.a.dtype
         leaves, t, terms = self.truth()
         grad = torch.full((), 0.75).expand(len(terms)) if expanded else torch.randn(len(terms))
@@ -166,12 +164,12 @@ class Sum:
         numbers, constants, *given = self.arguments()
         inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
         pair = pairs.pair_scores(*on, None, None) if known else None
-        found, own = sums.score_rows(*inputs, pair)
+        found, own = device_ops.rows(*inputs, positive_score=pair)
         assert found.dtype == torch.float32
         close(found, terms.detach(), torch.float32, subnormal=True)
         assert own.shape == ((len(terms),) if self.relative and not known else (0,))
         pair = pair if known else own if self.relative else None
-        gradients = sums.score_rows_backward(grad.to(DEVICE), *inputs, pair, needs)
+        gradients = device_ops.rows_backward(grad.to(DEVICE), *inputs, positive_score=pair, needs=needs)
         slopes = t.grad.abs() * (self.a.double() @ (self.a if self.b is None else self.b).double().T).abs()
         sizes = (None, None, slopes.sum(), t.grad.abs().sum())
         for gradient, leaf, need, size in zip(gradients, leaves, (*needs, True, True), sizes, strict=True):
@@ -181,7 +179,7 @@ class Sum:
                 close(gradient, leaf.grad, dtype, size=size, subnormal=True)
                 assert gradient.dtype == (dtype if leaf.dim() else torch.float32)
         if known:
-            value, *_ = sums.score_total(*inputs, 0.25, needs, pair)
+            value, *_ = device_ops.total(*inputs, share=0.25, needs=needs, positive_score=pair)
             close(value, 0.25 * terms.sum().detach(), torch.float32, subnormal=True)
 
     def check(self, share=0.25, upstream=2.0, needs=(True, True)):
@@ -290,7 +288,7 @@ def test_rows_of_special_values(special):
         call = Sum(40, 70, 8, torch.float32, "hinge", "exclude", relative=relative, learnable=False)
         call.a[17, 0], call.b[:, 0] = special, call.b[:, 0].abs()
         numbers, constants, *given = call.arguments()
-        found, _ = sums.score_rows(call.a.to(DEVICE), call.b.to(DEVICE), *numbers, *constants, *given)
+        found, _ = device_ops.rows(call.a.to(DEVICE), call.b.to(DEVICE), *numbers, *constants, *given)
         expected = call.truth()[2].detach()
         torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
@@ -311,12 +309,16 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True), (5, 0, True)):
         call = Sum(n, m, 8, torch.float32, "abs", "include")
-        assert (call.run()[0] is NotImplemented) == declined
         numbers, constants, *options = call.arguments()
-        inputs = (*(t.to(DEVICE) for t in (call.a, call.b, *numbers)), *constants, *options)
-        assert (sums.score_rows(*inputs) is NotImplemented) == declined
-        grad = torch.zeros(n).to(DEVICE)
-        assert (sums.score_rows_backward(grad, *inputs, None, [True, True]) is NotImplemented) == declined
+        inputs = (call.a, call.b, *numbers, *constants, *options)
+        needs = [True, True]
+        assert (device_ops.route("score_sums", *inputs, "sum", 1.0, needs) == "chunks") == declined
+        assert (device_ops.route("score_sums", *inputs, "none", 1.0, needs) == "chunks") == declined
+        gradients = [torch.zeros(n)] * 5
+        assert (
+            device_ops.route("score_sums_backward", *gradients, *inputs, "none", 1.0, needs) == "chunks"
+        ) == declined
+        assert device_ops.route("score_sums_backward", *gradients, *inputs, "sum", 1.0, needs) == "triton"
 
 
 @few
@@ -335,14 +337,14 @@ def test_the_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize(("kind", "positives"), [("softplus", "negate"), ("hinge", "exclude"), ("square", "include")])
 @pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES[1:4])
 def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
-    monkeypatch.setattr(tiles, "SLAB_SCORES", scores)
+    monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     a, b = slab_checks.sides(n, m, d)
     labels = [torch.randint(0, 9, (k,), device=DEVICE) for k in (n, m)] if ids else [None, None]
     scale, bias = torch.tensor(0.9, device=DEVICE), torch.tensor(-0.4, device=DEVICE)
     expected, right = slab_checks.true_sums(fp64_leaves(a, b, scale, bias), labels, kind, positives, 0.25)
 
-    options = (*labels, kind, positives, False, 0.25)
-    found = sums.score_total(a, b, scale, bias, 1.0, 0.0, *options, [True, True])
+    options = (*labels, kind, positives, False)
+    found = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[True, True])
     total, dscale, dbias, da, db = found
     for ours, truth in zip((total, dscale, dbias), (expected, *right[2:]), strict=True):
         assert ours.dtype == torch.float32
@@ -350,13 +352,13 @@ def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
     for ours, truth in zip((da, db), right[:2], strict=True):  # κ, the share and grad_out are still to come
         slab_checks.close(0.25 * 0.9 * ours, truth)
 
-    alone = sums.score_total(a, b, scale, bias, 1.0, 0.0, *options, [False, False])
+    alone = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[False, False])
     assert [g.numel() for g in alone[3:]] == [0, 0]
     if scores == slab_checks.SLABS[0]:
         return
     for ours, whole in zip(alone[:3], found[:3], strict=True):
         torch.testing.assert_close(ours, whole)
-    log = sums.score_total(a, b, scale.log(), bias, None, 0.0, *options, [False, False])
+    log = device_ops.total(a, b, scale.log(), bias, None, 0.0, *options, share=0.25, needs=[False, False])
     torch.testing.assert_close(log[0], total)
 
 
@@ -373,12 +375,12 @@ def test_score_sums_pass(n, m, columns, kind, positives):
     k = {"none": 0, "some": (m + 1) // 2, "all": m}[columns]
     weighted, with_ids = kind != "abs", kind != "softplus"
     arguments = [
-        s, scale, torch.randn(n), torch.randn(n) if weighted else None,
+        s, scale, torch.tensor(-0.4), torch.randn(n), torch.randn(n) if weighted else None,
         torch.randn(k) if k else None, torch.randn(k) if k and weighted else None,
         torch.arange(n) % 5 - 2**40 if with_ids else None, torch.arange(m) % 3 - 2**40 if with_ids else None,
         3, kind, positives, columns != "some", torch.empty(3, n), torch.randn(2, k),
     ]  # fmt: skip
-    for got, expected in both_passes(dense.score_sums_pass, statistics._score_sums_pass, arguments, (0, 12, 13)):
+    for got, expected in both_passes("score_sums_pass", arguments, (0, 13, 14)):
         if expected.numel():
             close(got, expected, torch.float32, rtol=1e-5)
 
@@ -387,8 +389,19 @@ def test_score_sums_pass(n, m, columns, kind, positives):
 def test_special_values_pass_through_the_sums():
     s = torch.tensor([[0.0, NAN, INF, -INF, 1e30, -1e30]]).repeat(3, 1)
     for kind in ("hinge", "softplus", "abs", "square"):
-        arguments = [s, torch.ones(()), *[None] * 6, 0, kind, "include", True, torch.empty(3, 3), torch.empty(2, 0)]
-        slopes, _ = both_passes(dense.score_sums_pass, statistics._score_sums_pass, arguments, (0, 12))
+        arguments = [
+            s,
+            torch.ones(()),
+            torch.zeros(()),
+            *[None] * 6,
+            0,
+            kind,
+            "include",
+            True,
+            torch.empty(3, 3),
+            torch.empty(2, 0),
+        ]
+        slopes, _ = both_passes("score_sums_pass", arguments, (0, 13))
         assert torch.equal(slopes[0].float().nan_to_num(9), slopes[1].float().nan_to_num(9))
 
 

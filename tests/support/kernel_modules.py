@@ -5,8 +5,19 @@ import importlib
 from interpreter_process import FOUND
 
 NAMES = (
-    *("batch_hard", "certified", "contrast", "dense", "epilogues", "goal", "gradients", "hardest", "logsumexp"),
-    *("pairs", "positives", "project", "relations", "relative", "relative_goal", "slabs", "sums", "sweep", "terms"),
+    *("batch_hard", "certified", "epilogues", "goal", "gradients", "hardest", "info_nce", "logsumexp"),
+    *(
+        "pairs",
+        "positives",
+        "project",
+        "relations",
+        "relative",
+        "relative_goal",
+        "row_panels",
+        "sums",
+        "sweep",
+        "terms",
+    ),
 )
 
 
@@ -15,6 +26,6 @@ def _module(name):
 
 
 MODULES = tuple(map(_module, NAMES))
-batch_hard, certified, contrast, dense, epilogues, goal, gradients, hardest, logsumexp = map(_module, NAMES[:9])
-pairs, positives, project, relations, relative, relative_goal, slabs, sums, sweep, terms = map(_module, NAMES[9:])
+batch_hard, certified, epilogues, goal, gradients, hardest, info_nce, logsumexp = map(_module, NAMES[:8])
+pairs, positives, project, relations, relative, relative_goal, row_panels, sums, sweep, terms = map(_module, NAMES[8:])
 tiles = _module("tiles")

@@ -3,12 +3,17 @@
 Small tiles make small problems meet every edge.
 """
 
+from functools import partial
+
+import device_ops
 import pytest
 import torch
 from interpreted import DEVICE, INTERPRETED
 from kernel_modules import certified, hardest, relative, tiles
 from relative_loops import plain as plain_relative
 from relative_loops import truth as true_relative
+
+from gssf_kernels import plan
 
 INF, NAN = float("inf"), float("nan")
 IDS = {
@@ -36,7 +41,7 @@ SLAB_DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # the interpr
 
 
 def small_tiles(which):
-    """{name in `tiles`: what it is in such tests}"""
+    """{name in `tiles` or `plan`: what it is in such tests}"""
     sweep, project = tiles.Sweep(16, 32, 16, 4, 2), tiles.Project(16, 16, 4, 2)
     settings = {"sweep_tile": lambda *_: sweep}
     if which == "exact":
@@ -45,7 +50,7 @@ def small_tiles(which):
         return settings
     settings |= {"MERGE_PARTS": 4 if which == "many" else 2, "MERGE_LANES": 32}
     if which == "slabs":
-        return settings | {"SMALL": 64, "SLAB_DTYPES": frozenset({SLAB_DTYPE})}
+        return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({SLAB_DTYPE})}
     settings["PROJECT"] = dict.fromkeys(tiles.PROJECT, project)
     if which == "many":
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "SMALL": 0}
@@ -58,7 +63,7 @@ def small_tiles(which):
 
 def use_small_tiles(which, monkeypatch):
     for name, value in small_tiles(which).items():
-        monkeypatch.setattr(tiles, name, value)
+        monkeypatch.setattr(plan if hasattr(plan, name) else tiles, name, value)
     if which == "exact" and INTERPRETED:  # whose bf16 is wrong
         monkeypatch.setattr(certified, "ROUNDED", torch.float32)
 
@@ -192,10 +197,13 @@ def log_sum_truth(a, b, scale):
     return leaves, t, t.logsumexp(1), t.logsumexp(0), t.diagonal()
 
 
-def both_passes(kernel, definition, arguments, written):
-    """What kernel in fp32 and definition in fp64 leave in the written arguments."""
+def both_passes(name, arguments, written):
+    """What the op leaves in the written arguments: its kernel in fp32, its composite in fp64."""
     results = []
-    for run, dtype, device in ((kernel, torch.float32, DEVICE), (definition, torch.float64, "cpu")):
+    for run, dtype, device in (
+        (getattr(device_ops, name), torch.float32, DEVICE),
+        (partial(device_ops.composite, name), torch.float64, "cpu"),
+    ):
         own = [
             t.to(device, dtype if t.is_floating_point() else None, copy=True) if isinstance(t, torch.Tensor) else t
             for t in arguments

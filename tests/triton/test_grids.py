@@ -7,6 +7,7 @@ should is for the tests of each kernel, under the interpreter.
 import importlib
 import pkgutil
 
+import device_ops
 import pytest
 import torch
 
@@ -18,18 +19,13 @@ from bench.device_path import DEVICE, DevicePath, device_path
 from gssf_kernels import kernels, plan
 from gssf_kernels.kernels import (
     batch_hard,
-    contrast,
-    dense,
     goal,
     hardest,
-    logsumexp,
     pairs,
     positives,
     project,
-    relations,
     relative,
     relative_goal,
-    sums,
     terms,
 )
 
@@ -56,18 +52,19 @@ def lines(*sizes):
 def chunk(rows, columns):
     """What the passes over a chunk of scores take."""
     s, one, row, col = zeros(rows, columns), zeros(), zeros(rows), zeros(columns)
+    scaled = ("scaled", [], None, None, None, None, 0, False)
     return {
-        "logsumexp_pass": (s, one, row, row, col, col),
-        "softmax_pass": (s, one, row, row, row, col, col, col, row),
-        "score_sums_pass": (s, one, row, row, col, col, places(rows), places(columns), 0, "softplus", "negate", True,
-                            zeros(3, rows), zeros(2, columns)),
+        "logsumexp_pass": (s, one, *scaled, row, row, col, col),
+        "softmax_pass": (s, one, *scaled, row, row, row, col, col, col, row),
+        "score_sums_pass": (s, one, one, row, row, col, col, places(rows), places(columns), 0, "softplus", "negate",
+                            True, zeros(3, rows), zeros(2, columns)),
         "relation_pass": (s, s, s, one, "abs", True, zeros(3, rows)),
     }  # fmt: skip
 
 
 def passes(rows, columns):
     for name, arguments in chunk(rows, columns).items():
-        getattr(dense, name)(*arguments)
+        getattr(device_ops, name)(*arguments)
 
 
 def projections(n, d, width=32, normalize=False):
@@ -100,9 +97,9 @@ def sweeps(make, n, m, d):
 
 def dense_slabs(n, m, d):
     a, b, both = half(n, d), half(m, d), [True, True]
-    logsumexp.logsumexp_scores(a, b, None, 2.0)
-    logsumexp.logsumexp_scores_backward(*lines(n, m, min(n, m)), a, b, None, 2.0, *lines(n, n, m, m), [True] * 3)
-    sums.score_total(a, b, None, None, 1.0, 0.0, None, None, "softplus", "negate", False, 0.5, both)
+    device_ops.logsumexp_scores(a, b, None, 2.0)
+    device_ops.logsumexp_scores_backward(*lines(n, m, min(n, m)), a, b, None, 2.0, *lines(n, n, m, m), [True] * 3)
+    device_ops.total(a, b, None, None, 1.0, 0.0, None, None, "softplus", "negate", False, share=0.5, needs=both)
 
 
 def small(n, m, d):
@@ -111,21 +108,21 @@ def small(n, m, d):
     options = ("nca", "sig", 1.0, 2.0, 3.0, 0.5)
     hardest.hardest_hinge(a, b, None, None, 0.2, "none")
     goal.hardest_goal(a, b, None, None, *options, "none")
-    contrast.contrast(a, b, None, 2.0, None, None, 0.1, True, "none")
-    contrast.contrast_backward(
+    device_ops.info_nce(a, b, None, 2.0, None, None, 0.1, True, "none")
+    device_ops.info_nce_backward(
         zeros(n), a, b, None, 2.0, None, None, 0.1, True, "none", *lines(n, n, m, m, 0, 0), [True] * 3
     )
     given = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True)
-    sums.score_total(a, b, *given, 0.5, both)
-    sums.score_rows(a, b, *given)
-    sums.score_rows_backward(zeros(n), a, b, *given, zeros(n), both)
+    device_ops.total(a, b, *given, share=0.5, needs=both)
+    device_ops.rows(a, b, *given)
+    device_ops.rows_backward(zeros(n), a, b, *given, positive_score=zeros(n), needs=both)
 
 
 def square(n, d):
     """And of few rows of one side."""
     x = zeros(n, d)
     batch_hard.batch_hard(x, places(n), 0.2, "none")
-    relations.relation_loss(x, x, x, None, None, 0.5, 0.5, [1.0, 1.0, 1.0], "abs", True)
+    device_ops.relation_loss(x, x, x, None, None, 0.5, 0.5, [1.0, 1.0, 1.0], "abs", True)
     mode = ("nca", "sig_ms", 1.0, 2.0, 3.0, 0.5, 0.1, 0.1, "none")
     relative_goal.relative_goal(x, x, None, None, *mode)
 
@@ -144,7 +141,7 @@ def formulas(n):
 
 def scaled(n, d):
     gradient = zeros(n, d)
-    sums.score_total_backward(
+    device_ops.total_backward(
         *(zeros() for _ in range(3)), gradient, gradient, gradient, gradient, None, None, 1.0, 0.5
     )
 

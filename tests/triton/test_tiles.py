@@ -5,6 +5,7 @@ all of dL/ds at once. Here three processors share the tiles, and a slab is one r
 used. The interpreter takes the same sizes, in fp16 and fp32.
 """
 
+import device_ops
 import pytest
 import torch
 from certified_cases import check, unit
@@ -15,7 +16,7 @@ from triton_checks import check_hardest, check_relative, fp64_leaves, own_tiles
 pytest.importorskip("triton")
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import certified, hardest, logsumexp, slabs, sums, sweep, tiles
+from gssf_kernels.kernels import certified, hardest, logsumexp, row_panels, sums, sweep, tiles
 
 pytestmark = own_tiles
 PROCESSORS = 3
@@ -186,7 +187,7 @@ def slabbed(request, monkeypatch):
     """How many slabs the gradients of [N, M] scores go by, at the line of the table for them."""
     tile = tiles.SWEEP[90, "half", "slabs"]
     blocks = request.param
-    monkeypatch.setattr(tiles, "SLAB_SCORES", blocks * tile.BN * M)
+    monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", blocks * tile.BN * M)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     if INTERPRETED:
@@ -200,18 +201,19 @@ def slabbed(request, monkeypatch):
 def swept(monkeypatch):
     """(first row block, row blocks) of every slab whose dL/ds was stored."""
     seen = []
-    real = slabs.gradients_by_slabs
+    real = row_panels.gradients_by_row_panels
 
-    def watched(a, b, needs, count, launch):
+    def watched(a, b, tile, needs, count, launch):
         def noted(sweep, first, blocks, ds, parts):
             assert ds is not None
             assert (sweep.tile.BN, sweep.tile.BM) == (128, 64)
             seen.append((first, blocks))
             launch(sweep, first, blocks, ds, parts)
 
-        return real(a, b, needs, count, noted)
+        return real(a, b, tile, needs, count, noted)
 
-    monkeypatch.setattr(slabs, "gradients_by_slabs", watched)
+    for module in (logsumexp, sums):
+        monkeypatch.setattr(module, "gradients_by_row_panels", watched)
     return seen
 
 
@@ -228,7 +230,7 @@ def test_info_nce_s_gradients_over_slabs(slabbed, swept):
     loss = (t.logsumexp(1) - t.diagonal()).mean() / 2 + (t.logsumexp(0)[:N] - t.diagonal()).mean() / 2
     expected = torch.autograd.grad(loss, (x, y, kappa))
 
-    row_max, row_log, col_max, col_log, pair, _ = logsumexp.logsumexp_scores(a, b, scale, 1.0)
+    row_max, row_log, col_max, col_log, pair, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
     close(row_max + row_log, t.detach().logsumexp(1))
     close(col_max + col_log, t.detach().logsumexp(0))
     close(pair, t.detach().diagonal())
@@ -236,7 +238,7 @@ def test_info_nce_s_gradients_over_slabs(slabbed, swept):
     of_columns = torch.zeros(M, device=DEVICE)
     of_columns[:N] = 0.5 / N
     lines = row_max, row_log, col_max, col_log
-    found = logsumexp.logsumexp_scores_backward(
+    found = device_ops.logsumexp_scores_backward(
         share, of_columns, -2 * share, a, b, scale, 1.0, *lines, [True, True, True]
     )
     assert len(swept) == slabbed > 1
@@ -253,8 +255,8 @@ def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
     scale, bias = torch.tensor(10.0, device=DEVICE), torch.tensor(-3.0, device=DEVICE)
     expected, right = true_sums(fp64_leaves(a, b, scale, bias), labels, "softplus", "negate", 1 / N)
 
-    total, dscale, dbias, da, db = sums.score_total(
-        a, b, scale, bias, 1.0, 0.0, *labels, "softplus", "negate", False, 1 / N, [True, True]
+    total, dscale, dbias, da, db = device_ops.total(
+        a, b, scale, bias, 1.0, 0.0, *labels, "softplus", "negate", False, share=1 / N, needs=[True, True]
     )
     assert len(swept) == slabbed > 1
     for ours, truth in zip((total, dscale, dbias), (expected, *right[2:]), strict=True):
