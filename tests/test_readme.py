@@ -76,7 +76,7 @@ def test_the_changed_line_gives_the_same_loss_and_gradients():
         torch.testing.assert_close(ours, plain)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_of_the_page_runs(page):
     torch.manual_seed(0)
     names: dict = {}
