@@ -254,18 +254,55 @@ def test_report_shows_medians_ratios_and_floor():
 
 
 def test_report_goes_between_the_marks_of_a_page(tmp_path):
-    page = tmp_path / "README.md"
+    page = tmp_path / "benchmarks.md"
     page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
     report.into(page, book(OURS, NAIVE), "plot.png")
     text = page.read_text()
     assert text.startswith("before\n<!-- bench -->\n")
-    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert text.endswith("![Time over N](plot.png)\n<!-- /bench -->\nafter\n")
     assert "old" not in text
     assert "3.00×" in text
     page.write_text("no marks")
     with pytest.raises(results.ResultError, match="no lines"):
         report.into(page, book(OURS), None)
     assert page.read_text() == "no marks"
+
+
+def test_headline_is_plain_pytorch_beside_each_loss_at_its_smallest_and_largest_size(tmp_path):
+    sizes = [row(name, [ms], [ms], n=n) for n in (512, 64, 256) for name, ms in (("ours", n * 1.0), ("naive", n * 4.0))]
+    alone = row("ours", [1.0], [1.0], op="info_nce", n=99)  # nothing to compare with
+    primitive = [row(name, [1.0], [1.0], op="project") for name in ("ours", "naive")]
+    single = [row("ours", [2.0], [3.0], op="sigmoid"), row("naive", [5.0], [5.0], op="sigmoid", peak_mib=30.0)]
+    single[0]["peak_mib"] = 20.0
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- bench headline -->\nold\n<!-- /bench headline -->\nafter\n")
+    report.into(page, book(*sizes, alone, *primitive, *single), "plot.png")
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench headline -->\n`test`, ")
+    assert text.endswith("\n<!-- /bench headline -->\nafter\n")
+    triplet, sigmoid = (f"`{op}`: {OPS[op].summary}" for op in ("triplet", "sigmoid"))
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        f"| {triplet} | 64 | 512 | float32 | 128 (128–128) | 512 (512–512) | 4.00× (4.00–4.00) |",
+        f"| {triplet} | 512 | 512 | float32 | 1,024 (1,024–1,024) | 4,096 (4,096–4,096) | 4.00× (4.00–4.00) |",
+        f"| {sigmoid} | 1,024 | 512 | float32 | 5.00 (5.00–5.00) | 10.0 (10.0–10.0) | 2.00× (2.00–2.00) |",
+    ]
+    assert "`sigmoid` at N = 1,024: 20.0 MiB, plain PyTorch 30.0 MiB" in text.replace("\n", " ")
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
+    assert "plot.png" not in text
+
+
+def test_report_writes_every_page_that_it_is_asked_to(tmp_path, monkeypatch):
+    results.save(book(OURS, NAIVE), tmp_path / "run.json")
+    pages = {"docs.md": "bench", "README.md": "bench headline"}
+    for name, mark in pages.items():
+        (tmp_path / name).write_text(f"<!-- {mark} -->\nold\n<!-- /{mark} -->\n")
+    words = ["report", tmp_path / "run.json", "--into", *(tmp_path / name for name in pages)]
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, words)])
+    assert command_line.main() == 0
+    for name in pages:
+        text = (tmp_path / name).read_text()
+        assert "old" not in text
+        assert "3.00× (3.00–3.00)" in text
 
 
 def test_comparison_says_where_ratios_differ():
