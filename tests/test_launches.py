@@ -11,7 +11,7 @@ import gssf_kernels as gk
 
 pytest.importorskip("triton")
 
-from bench.device_path import DEVICE, device_path
+from gssf_kernels.device_path import DEVICE, device_path
 from gssf_kernels.kernels import tiles
 
 

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 
 from bench import measure, stub_driver
-from bench.device_path import DEVICE as NO_VALUES
-from bench.device_path import device_path
+from gssf_kernels.device_path import DEVICE as NO_VALUES
+from gssf_kernels.device_path import device_path
 from bench.light.record import Recorder
 from bench.ops import OPS
 from bench.problem import Problem, Shape, Variant, product_flop
