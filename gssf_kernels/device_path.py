@@ -76,13 +76,16 @@ class Device(NamedTuple):
         return f"cuda, {cards}, {self.processors} multiprocessors"
 
 
+CARD = Device()
+
+
 class DevicePath(TorchDispatchMode):
     """``with device_path() as path``: path.launches are the kernels' names, in order; PyTorch's as "aten::…".
 
     launch: what runs a kernel in the place of `JITFunction.run`, or None: then kernels are only noted.
     """
 
-    def __init__(self, device: Device = Device(), launch: Callable | None = None) -> None:
+    def __init__(self, device: Device = CARD, launch: Callable | None = None) -> None:
         super().__init__()
         self.device = device
         self.launches: list[str] = []

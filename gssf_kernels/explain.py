@@ -166,7 +166,8 @@ class _Recorder(DevicePath):
     # What is replaced and run
 
     def replacements(self):
-        replaced = [*super().replacements(), (dense, "starts", lambda length, step: self.few(range(0, length, step)))]
+        replaced = super().replacements()
+        replaced.append((dense, "starts", lambda length, step: self.few(range(0, length, step))))
         if self.device.type == "cuda" and _library._HAS_TRITON:
             from gssf_kernels.kernels.sweep import Sweep
 
@@ -288,7 +289,8 @@ class _Recorder(DevicePath):
 def _explained(title: str, call: tuple, recorder: _Recorder, wanted: list[Tensor]) -> Explanation:
     """Of (function, args, kwargs) without values. wanted: what gets gradients."""
     function, args, kwargs = call
-    device, grads = recorder.device, ()
+    device = recorder.device
+    grads: tuple[Tensor | None, ...] = ()
     with described(recorder):
         results = tensors(function(*args, **kwargs))
         forward, end = recorder.stack[0], len(recorder.allocated)
