@@ -132,7 +132,7 @@ class _Sides(Function):
 
 def _lengths(x: Tensor, normalize: bool) -> int:
     """Of how many rows the lengths are kept for the backward: C++ makes them again."""
-    return x.shape[0] if normalize and x.device.type != "cpu" else 0
+    return x.shape[0] if normalize and _checks.device_type(x) != "cpu" else 0
 
 
 def _reference_sides(x, y, diag, blocks, permutation, normalize=True, pairs=False):

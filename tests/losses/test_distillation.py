@@ -231,7 +231,9 @@ def test_gradients_below_the_smallest_half():
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 40)
     for n, declined in ((40, False), (41, True), (0, True)):
-        assert (run(quarters(n, (3, 3, 3), torch.float32), 0.5, 0.5, "abs")[0] is NotImplemented) == declined
+        options = (None, None, 0.5, 0.5, list(WEIGHTS), "abs", True)
+        sides = quarters(n, (3, 3, 3), torch.float32)
+        assert (device_ops.route("relation_loss", *sides, *options) == "chunks") == declined
 
 
 @few

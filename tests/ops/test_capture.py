@@ -14,7 +14,7 @@ from gssf_kernels import plan
 
 pytest.importorskip("triton")
 
-from bench.device_path import DEVICE, Waits, device_path
+from gssf_kernels.device_path import DEVICE, Waits, device_path
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # fp16 differs from bf16 in no choice made on the host
 # What a replay may be off, relative to the largest number: the library may choose another product while capturing.

@@ -146,7 +146,7 @@ def test_hardest_negatives_are_as_rough_as_the_setting_allows(name, setting):
 def test_kernels_are_compiled_for_what_cuda_allows(name, setting, monkeypatch):
     """On the path of a card, without one: each product's precision, but for those that never are TF32."""
     pytest.importorskip("triton")
-    from bench.device_path import DEVICE, DevicePath, device_path
+    from gssf_kernels.device_path import DEVICE, DevicePath, device_path
 
     found = {}
 

@@ -18,8 +18,8 @@ from gssf_kernels import _library, dense, plan
 
 pytest.importorskip("triton")
 
-import bench.device_path as path_module
-from bench.device_path import DEVICE, device_path
+from gssf_kernels import device_path as path_module
+from gssf_kernels.device_path import DEVICE, device_path
 
 ROUTES = ("cpu", "composite", "triton")
 # Ops that write what they are given and return nothing.
@@ -72,7 +72,7 @@ def watched(route, monkeypatch):
             yield watch.seen
         return
     seen: dict[str, set] = {}
-    on_cuda = path_module._on_cuda
+    on_cuda = path_module.on_cuda
 
     def noted(name):
         def call(*arguments):
@@ -82,7 +82,7 @@ def watched(route, monkeypatch):
 
         return call
 
-    monkeypatch.setattr(path_module, "_on_cuda", noted)
+    monkeypatch.setattr(path_module, "on_cuda", noted)
     with device_path():
         yield seen
 

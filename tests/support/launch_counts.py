@@ -1,6 +1,6 @@
 """How many kernels a step launches on CUDA: what a small batch's time is made of.
 
-Counted without a card (`bench/device_path.py`): Triton's launches, and PyTorch's ops that are no views, each as one (a
+Counted without a card (`device_path.py`): Triton's launches, and PyTorch's ops that are no views, each as one (a
 sort is several). The figures in the tests are of this version: a change that raises one has to say so there.
 """
 
@@ -11,7 +11,7 @@ from kernel_modules import FOUND
 import gssf_kernels as gk
 
 if FOUND:
-    from bench.device_path import DEVICE, device_path
+    from gssf_kernels.device_path import DEVICE, device_path
 else:  # every test that counts is skipped
     DEVICE, device_path = "meta", None
 

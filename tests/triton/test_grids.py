@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import JITFunction
 
-from bench.device_path import DEVICE, DevicePath, device_path
 from gssf_kernels import kernels, plan
+from gssf_kernels.device_path import DEVICE, DevicePath, device_path
 from gssf_kernels.kernels import (
     batch_hard,
     goal,
