@@ -13,7 +13,7 @@ class Fault:
 
 
 GOAL = "tests/test_goal.py"
-HOPPER = "tests/test_hopper.py"
+HOPPER = "tests/native/test_hopper_layout.py tests/native/test_hopper.py"
 SLABS = "tests/test_slabs_triton.py"
 PERSISTENT = "tests/test_persistent.py"
 SMALL = "tests/test_small_triton.py"

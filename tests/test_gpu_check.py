@@ -294,7 +294,7 @@ def test_what_runs_on_a_card_is_marked(collected):
     for module in ("test_errors", "test_autograd", "test_launches", "test_lowering", "test_bench", "test_gpu_check"):
         assert of(module)
         assert not of(module) & there, module
-    assert not [name for name in of("test_hopper") & there if "emulated" in name]
+    assert not [name for name in of("native/test_hopper") & there if "emulated" in name]
 
 
 def test_no_test_of_a_card_is_lost_for_its_name(collected):
