@@ -14,6 +14,7 @@ import torch
 
 from bench.case import PRODUCTS, Case, zeros
 from bench.dense_calls import DENSE_CASES
+from gssf_kernels import plan
 from gssf_kernels.kernels import (
     batch_hard,
     goal,
@@ -24,7 +25,6 @@ from gssf_kernels.kernels import (
     relative,
     relative_goal,
     terms,
-    tiles,
 )
 
 
@@ -79,9 +79,9 @@ def _sweeps() -> Iterator[Case]:
 
 
 def _certified(aligned: str) -> Iterator[Case]:
-    """The launcher of hardest negatives takes this way from `tiles.CERTIFIED_SCORES` on."""
+    """The launcher of hardest negatives takes this way from `plan.CERTIFIED` on."""
     kernels = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
-    n = math.isqrt(tiles.CERTIFIED_SCORES - 1) + 1
+    n = math.isqrt(plan.CERTIFIED - 1) + 1
     for size, d in (("narrow", 256), ("wide", 1024)):
         for words, shape, ids, twice in (
             ("", (n, d), "", False),
@@ -327,7 +327,7 @@ def _of_one() -> Iterator[Case]:
     dtype, off, metric = torch.float32, "off 16 bytes", _Weights(1, True, True, True, True)
     options = ("nca", "sig_ms", 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, "mean")
     certified = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
-    n = math.isqrt(tiles.CERTIFIED_SCORES - 1) + 1
+    n = math.isqrt(plan.CERTIFIED - 1) + 1
     for launcher, make, kernels in (
         (hardest.hardest_negatives, partial(_sweep, hardest.hardest_negatives, dtype, n, 1, off), certified),
         (relative.relative_negatives, partial(_sweep, hardest.hardest_negatives, dtype, 1, 1, off, torch.ones(()), 2.0),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from triton.runtime.jit import JITFunction
 
-from gssf_kernels import _library, dense
+from gssf_kernels import _library, dense, plan
 from gssf_kernels.kernels import operands, tiles
 
 DEVICE = "meta"
@@ -101,12 +101,12 @@ class DevicePath(TorchDispatchMode):
 def device_path(arch: int = 90, launch=None):
     """The mode, and around it what would ask a card."""
     path = DevicePath(launch)
-    chunk = {**dense.CHUNK_SCORES, DEVICE: dense.CHUNK_SCORES["cuda"]}
+    chunk = {**plan.CHUNK_SCORES, DEVICE: plan.CHUNK_SCORES["cuda"]}
     with (
         mock.patch.object(JITFunction, "run", lambda kernel, *a, **options: path.note(kernel, *a, **options)),
         mock.patch.object(tiles, "architecture", return_value=arch),
         mock.patch.object(tiles, "processors", return_value=132),
-        mock.patch.object(dense, "CHUNK_SCORES", chunk),
+        mock.patch.object(plan, "CHUNK_SCORES", chunk),
         mock.patch.object(dense, "operand", lambda x, dtype: x),  # as on CUDA
         mock.patch.object(operands, "same", _same),  # here all addresses are 0
         path,

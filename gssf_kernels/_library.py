@@ -16,11 +16,13 @@ import importlib
 import importlib.util
 import inspect
 import types
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from gssf_kernels import plan as planning
 from gssf_kernels._checks import AUTOCAST_DEVICES
 
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
@@ -74,6 +76,116 @@ def define(
         _LAUNCHERS[name] = triton
     if dispatched:
         _OPS[name], _REFERENCES[name] = through or name, reference
+
+
+_TYPES = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    list[torch.Tensor]: "Tensor[]",
+    list[torch.Tensor | None]: "Tensor?[]",
+    float: "float",
+    float | None: "float?",
+    list[float]: "float[]",
+    int: "int",
+    torch.SymInt: "SymInt",
+    str: "str",
+    bool: "bool",
+    list[bool]: "bool[]",
+}
+
+
+class Op(NamedTuple):
+    """A registered op: called with its bundle of arguments, as ``op(Call(a, b, ...))``."""
+
+    name: str
+    call: type  # a NamedTuple: the op's arguments, in the schema's order
+    composite: Callable  # plain PyTorch over other ops, or the definition: what runs where nothing faster does
+    fake: Callable
+    launcher: str | None  # "module.function" of the Triton launcher
+    plans: Callable  # of plan.py: the routes there are on CUDA for a call, the best first
+    overload: Any  # torch.ops.gssf.<name>.default
+
+    def __call__(self, call):
+        return self.overload(*call)
+
+    def on_cuda(self, *arguments):
+        """What the op is on CUDA, of the schema's arguments: what `plan` chooses."""
+        call = self.call(*arguments)
+        plan = planning.choose(self.name, self.plans, call)
+        if plan.composite:
+            return self.plainly(call)
+        assert self.launcher is not None
+        module, _, function = self.launcher.rpartition(".")
+        return getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)(call, plan)
+
+    def plainly(self, call):
+        """The composite, outside of any autocast region."""
+        device = next(t.device for t in _tensors(call))
+        with outside_autocast(device):
+            return self.composite(call)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(
+    name: str,
+    call: type,
+    returns: str,
+    *,
+    composite: Callable,
+    fake: Callable,
+    launcher: str | None = None,
+    plans: Callable = planning.composite_only,
+    mutates: tuple[str, ...] = (),
+    through: str | None = None,
+    dispatched: bool = True,
+) -> Op:
+    """Register ``gssf::<name>``, whose arguments are the fields of the NamedTuple ``call``.
+
+    Args:
+        name: the op's name.
+        call: the arguments; the schema is made of the fields' names, types and defaults.
+        returns: the schema's result, ``"Tensor"`` or ``"(Tensor, Tensor)"``.
+        composite: plain PyTorch of the bundle ``call``: a formula over other ops, or the definition.
+        fake: the same on shapes only, for ``torch.compile`` and ``torch.export``.
+        launcher: ``"module.function"`` under ``gssf_kernels.kernels``, called with (call, plan).
+        plans: of ``plan.py``, gives the routes that there are on CUDA for a call, the best first.
+        mutates: the arguments that are written.
+        through: for a composite that serves every device, the op in it that has backends.
+        dispatched: whether the package calls it; `backends` lists only what it does.
+    """
+    _LIBRARY.define(f"{name}({_arguments(call, mutates)}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+    op = Op(name, call, composite, fake, launcher, plans, getattr(torch.ops.gssf, name).default)
+    _LIBRARY.impl(name, lambda *arguments: op.plainly(call(*arguments)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gssf::{name}", lambda *arguments: fake(call(*arguments)), lib=_LIBRARY)
+    if launcher is not None and _HAS_TRITON:
+        _LIBRARY.impl(name, op.on_cuda, "CUDA")
+    OPS[name] = op
+    if dispatched:
+        _OPS[name] = through or name
+    return op
+
+
+def _arguments(call: type, mutates: tuple[str, ...]) -> str:
+    """The schema's arguments: "Tensor a, Tensor? b, str kind, Tensor? pair=None"."""
+    written = {name: f"Tensor({chr(ord('a') + k)}!)" for k, name in enumerate(mutates)}
+    defaults = call._field_defaults  # type: ignore[attr-defined]
+    texts = []
+    for name, kind in typing.get_type_hints(call).items():
+        default = f'="{defaults[name]}"' if isinstance(defaults.get(name), str) else f"={defaults.get(name)}"
+        text = _TYPES[kind].replace("Tensor", written.get(name, "Tensor"))
+        texts.append(f"{text} {name}{default if name in defaults else ''}")
+    return ", ".join(texts)
+
+
+def _tensors(call):
+    """The tensors among an op's arguments, in lists too."""
+    for value in call:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (t for t in value if isinstance(t, torch.Tensor))
 
 
 def _lazy(target: str, reference: Callable) -> Callable:
@@ -192,21 +304,3 @@ def distinct(*tensors: torch.Tensor | None) -> tuple:
             seen.append(t)
         out.append(t.view_as(t) if repeated and t is not None else t)
     return tuple(out)
-
-
-def fp32_products(device_type: str) -> str:
-    """How products of fp32 sides may be made on such a device, by PyTorch's settings: "ieee", "tf32" or "bf16".
-
-    Both of PyTorch's ways to say so set what is read here: ``torch.backends.cuda.matmul.fp32_precision`` with its
-    parents, whose place it takes where it is "none", and ``torch.set_float32_matmul_precision``, which cannot be asked
-    back once both ways have been used: its getter raises. It is for code below the dispatcher: a traced graph would
-    keep the answer of the day.
-    """
-    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    precision = backend.matmul.fp32_precision
-    return "ieee" if precision == "none" else precision
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores and sums for inputs of ``dtype``: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

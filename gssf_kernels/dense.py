@@ -21,19 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_kernels._library import EXTENSION_ERROR, accumulation_dtype, fp32_products
-
-# Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice
-# as much gained nothing (N = 8192, D = 1024); a GPU needs more to be filled.
-CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
-MIN_ROWS = 16  # of a chunk, however long
-KEPT_SCORES = {"cpu": 1 << 18}  # so many may be kept for a backward: 1 MiB of fp32, for a product less
+from gssf_kernels import plan
+from gssf_kernels._library import EXTENSION_ERROR
+from gssf_kernels.precision import accumulation_dtype, fp32_products
 
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
     """Rows of a in one chunk: of the problem alone, so that the same inputs are summed in the same order."""
-    scores = CHUNK_SCORES.get(a.device.type, CHUNK_SCORES["cpu"])
-    return min(max(scores // max(b.shape[0], 1), MIN_ROWS), max(a.shape[0], 1))
+    scores = plan.CHUNK_SCORES.get(a.device.type, plan.CHUNK_SCORES["cpu"])
+    return min(max(scores // max(b.shape[0], 1), plan.MIN_CHUNK_ROWS), max(a.shape[0], 1))
 
 
 def chunks(
@@ -74,7 +70,7 @@ def chunks(
 
 def keeps(a: Tensor, b: Tensor | None) -> bool:
     """Whether s = a bᵀ is small enough to be kept for a backward; of one side twice (None) half a product is not."""
-    return b is not None and a.shape[0] * b.shape[0] <= KEPT_SCORES.get(a.device.type, 0)
+    return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(a.device.type, 0)
 
 
 def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import Function, accumulation_dtype, define, distinct, last_derivative
+from gssf_kernels._library import Function, define, distinct, last_derivative
+from gssf_kernels.precision import accumulation_dtype
 
 
 def project(

@@ -21,7 +21,7 @@ from bench.device_path import device_path
 from bench.light.record import Recorder
 from bench.ops import OPS
 from bench.problem import Problem, Shape, Variant, product_flop
-from gssf_kernels.kernels import tiles
+from gssf_kernels import plan
 
 TURNS = 3, 15
 SECONDS = 1.5  # of turns, a shape
@@ -67,7 +67,7 @@ HEADLINES = [
 @contextlib.contextmanager
 def composite_route():
     """Small problems go by the kernels of large ones."""
-    with mock.patch.object(tiles, "SMALL", 0):
+    with mock.patch.object(plan, "SMALL", 0):
         yield
 
 

@@ -192,7 +192,7 @@ class Family(NamedTuple):
     exact: bool = False
 
 
-# Certified mining takes fp32 of `tiles.CERTIFIED_SCORES` scores and more, and gives the choices of exact scores.
+# Certified mining takes fp32 of `plan.CERTIFIED` scores and more, and gives the choices of exact scores.
 CERTIFIED = {"square": (4096, 4096, 1024), "ragged": (2500, 3001, 77), "one channel": (2100, 2100, 1)}
 
 FAMILIES = {

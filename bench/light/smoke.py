@@ -68,7 +68,7 @@ def _sweep(device: str, line: tiles.Sweep, n: int, m: int, d: int, processors: i
         mock.patch.object(tiles, "sweep_tile", return_value=line),
         mock.patch.object(tiles, "processors", return_value=processors),
     ):
-        sweep = Sweep(a.to(device), b.to(device))
+        sweep = Sweep(a.to(device), b.to(device), line)
         for first, blocks in sweep.slabs():
             sweep.run(store_tile, (s,), first, blocks)
     return s, a.float() @ b.float().T

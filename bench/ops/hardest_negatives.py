@@ -8,7 +8,8 @@ import torch
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
 from bench.whole import Rows, hardest
-from gssf_kernels.kernels import hopper, tiles
+from gssf_kernels import plan
+from gssf_kernels.kernels import hopper
 
 
 def naive(problem: Problem):
@@ -26,7 +27,7 @@ def swept(problem: Problem):
     """By products in the inputs' own dtype, where `ours` may be certified mining: what that gains."""
     if problem.x.device.type == "cpu":
         return torch.ops.gssf.hardest_negatives_by(problem.x, problem.y, None, None, False)[1:5]
-    with mock.patch.object(tiles, "CERTIFIED_SCORES", sys.maxsize):
+    with mock.patch.object(plan, "CERTIFIED", sys.maxsize):
         return ours(problem)
 
 

@@ -14,12 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import certified, hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import best, tile_lines
 from gssf_kernels.kernels.hardest import fold
 from gssf_kernels.kernels.pairs import add_row
 from gssf_kernels.kernels.sweep import Sweep
 from gssf_kernels.kernels.terms import hinge, store_sum, upstream
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -116,17 +118,17 @@ def batch_hard(
     x: [N, D] fp32, bf16 or fp16; labels: [N] int64
     Without a positive: -inf and -1; without a negative the same.
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, none, and those another kernel mines.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, none, and those another kernel mines.
     """
     operands.check_dtype("batch_hard", x)
     N, some = len(x), reduction != "none"
-    if not 0 < N * N <= tiles.SMALL or hopper.takes_over("hardest_negatives", x, x) or certified.pays(x, x):
+    if not 0 < N * N <= plan.SMALL or hopper.takes_over("hardest_negatives", x, x) or certified.pays(x, x):
         return NotImplemented
     positive, negative = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     places = labels.new_empty(N), labels.new_empty(N)
     out = positive.new_empty(() if some else N)
     with torch.cuda.device_of(x):
-        sweep = Sweep(x, x, exact=True)
+        sweep = Sweep(x, x, Scores(x, x).tile(exact=True), exact=True)
         ((_, blocks),) = sweep.slabs()  # so few scores are one
         partial = [row for _ in range(2) for row in sweep.partial_results(torch.float32, torch.int16)[0]]
         sweep.run(batch_tile, (labels.contiguous(), *partial), 0, blocks)
@@ -150,11 +152,11 @@ def batch_hard_backward(
 ) -> torch.Tensor | NotImplementedType:
     """Return dx [N, D] in the dtype of x, summed in fp32; grad and the rest: of what `batch_hard` gives.
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows, whose edges have to be sorted.
+    Raises TypeError for other dtypes. Declines more than `plan.SCAN_ROWS` rows, whose edges have to be sorted.
     """
     operands.check_dtype("batch_hard_backward", grad, positive, negative, x)
     (N, D), some = x.shape, reduction != "none"
-    if not 0 < N <= tiles.SCAN_ROWS:
+    if not 0 < N <= plan.SCAN_ROWS:
         return NotImplemented
     dx, x = x.new_empty(x.shape), operands.rows(x)
     given = operands.contiguous(positive, negative, positive_place, negative_place)

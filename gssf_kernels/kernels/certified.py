@@ -25,9 +25,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.plan import Scores
 
 MULTIPLE = 256  # of rows: of every tile's sides
 
@@ -312,7 +314,7 @@ class Side(NamedTuple):
 
 def pays(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a and b are mined this way: fp32 without tf32, and enough scores."""
-    return a.dtype == torch.float32 and tiles.kind(a.dtype) == "ieee" and len(a) * len(b) >= tiles.CERTIFIED_SCORES
+    return a.dtype == torch.float32 and tiles.kind(a.dtype) == "ieee" and len(a) * len(b) >= plan.CERTIFIED
 
 
 def hardest_negatives(
@@ -334,7 +336,7 @@ def hardest_negatives(
         half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
         rows = Side.of(operands.rows(a), a_ids, counted)
         cols = rows if half else Side.of(operands.rows(b), b_ids, counted)
-        sweep = Sweep(rows.rounded, cols.rounded, own="sums", half=half)
+        sweep = Sweep(rows.rounded, cols.rounded, Scores(rows.rounded, cols.rounded).tile("sums"), half=half)
         BN, BM = sweep.tile.BN, sweep.tile.BM
         row_blocks, col_blocks = rows.blocks(BN), cols.blocks(BM)
         by_row, by_col = sweep.partial_results(torch.float32, torch.int16, torch.float32)

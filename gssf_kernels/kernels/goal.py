@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.dense import pointwise
 from gssf_kernels.kernels.hardest import merge_lines, merged_terms
+from gssf_kernels.kernels.score_functions import pointwise
 from gssf_kernels.kernels.terms import store_sum, upstream
 
 

@@ -16,10 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import certified, hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.sweep import Sweep
 from gssf_kernels.kernels.terms import hinge, store_sum
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -158,8 +160,8 @@ def hardest_negatives(
     if len(a) > 0:
         with torch.cuda.device_of(a):
             half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
-            half = half and len(a) * len(b) > tiles.SMALL  # below, what halves save costs less than merging them
-            sweep = Sweep(a, b, half=half)
+            half = half and len(a) * len(b) > plan.SMALL  # below, what halves save costs less than merging them
+            sweep = Sweep(a, b, Scores(a, b).tile(), half=half)
             rows, cols = sweep.partial_results(torch.float32, torch.int16)
             state = (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols)
             for first, blocks in sweep.slabs():
@@ -183,7 +185,7 @@ def hardest_hinge(
 ) -> tuple[torch.Tensor, ...] | NotImplementedType:
     """Return (the hinge terms [N] or their sum or mean, and what `hardest_negatives` gives), in two launches.
 
-    The rest as for `hardest_negatives` and `terms.hinge_terms`. Declines more than `tiles.SMALL` scores, none, and
+    The rest as for `hardest_negatives` and `terms.hinge_terms`. Declines more than `plan.SMALL` scores, none, and
     those that another kernel mines.
     """
     operands.check_dtype("hardest_hinge", a, b)
@@ -202,12 +204,12 @@ def merged_terms(
 ) -> tuple[torch.Tensor, ...] | NotImplementedType:
     """`hardest_hinge` for any kernel that merges as `merge_lines` does and makes terms by numbers and modes."""
     N, M, some = len(a), len(b), reduction != "none"
-    if not 0 < N * M <= tiles.SMALL or hopper.takes_over("hardest_negatives", a, b) or certified.pays(a, b):
+    if not 0 < N * M <= plan.SMALL or hopper.takes_over("hardest_negatives", a, b) or certified.pays(a, b):
         return NotImplemented
     pair_score, *found = nothing_found(a, b)
     out = pair_score.new_empty(() if some else N)
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, b)
+        sweep = Sweep(a, b, Scores(a, b).tile())
         ((_, blocks),) = sweep.slabs()  # so few scores are one
         rows, cols = sweep.partial_results(torch.float32, torch.int16)
         sweep.run(hardest_tile, (*operands.contiguous(a_ids, b_ids), pair_score, *rows, *cols), 0, blocks)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels import plan
+from gssf_kernels.kernels import operands
 
 ops = torch.ops.gssf
 
@@ -20,8 +21,7 @@ def built() -> bool:
 
 def takes_over(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether the table sends `name` of a [N, D] and b [M, D] here, and there is a kernel to send them to."""
-    line = name, tiles.kind(a.dtype), tiles.sweep_size(len(a), len(b), a.shape[1])
-    return line in tiles.HOPPER_CUDA and tiles.architecture(a.device) == 90 and built()
+    return plan.hopper(name, a, b)
 
 
 def hardest_negatives(

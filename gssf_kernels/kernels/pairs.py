@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 
 
@@ -197,7 +198,7 @@ def hardest_negatives_backward(
     """
     operands.check_dtype("hardest_negatives_backward", dpair, drow, dcol, a, b)
     N, M = len(a), len(b)
-    if M > tiles.SCAN_ROWS:
+    if M > plan.SCAN_ROWS:
         i, j = torch.arange(N, device=a.device), torch.arange(M, device=a.device)
         rows, cols = torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
         return pair_scores_backward(torch.cat((dpair, drow, dcol)), rows, cols, a, b, needs)

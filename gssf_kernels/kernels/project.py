@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.pairs import pair_scores, scan, segment_sum
 
@@ -408,13 +409,13 @@ def project_sides(
     The last two are fp32. ŷ and the lengths are empty without normalize, the pairs without pairs; with them M >= N. The
     rest as for `project`.
 
-    Raises TypeError for other dtypes. Pairs of more than `tiles.SMALL` scores take a launch of their own.
+    Raises TypeError for other dtypes. Pairs of more than `plan.SMALL` scores take a launch of their own.
     """
     operands.check_dtype("project_sides", x, y)
     if too_many(blocks):
         return NotImplemented
     N, M = len(x), len(y)
-    apart = pairs and N * M > tiles.SMALL
+    apart = pairs and N * M > plan.SMALL
     pairs = pairs and not apart
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
     x, y = operands.rows(x), operands.rows(y)
@@ -445,11 +446,11 @@ def project_sides_backward(
     needs: for x, y, diag, blocks; empty where it says no, and where there is nothing to make it of; the rest as for
     `project`
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows of x, whose sums have to be split, and
+    Raises TypeError for other dtypes. Declines more than `plan.SCAN_ROWS` rows of x, whose sums have to be split, and
     one side twice of which but one factor is used.
     """
     operands.check_dtype("project_sides_backward", x)
-    if not 0 < len(x) <= tiles.SCAN_ROWS or (y is None and (dp is None or dunit is None)) or too_many(blocks):
+    if not 0 < len(x) <= plan.SCAN_ROWS or (y is None and (dp is None or dunit is None)) or too_many(blocks):
         return NotImplemented
     x, y = operands.rows(x), operands.rows(y) if y is not None else None
     above, below, diag, blocks, permutation = operands.contiguous(dp, dunit, diag, blocks, permutation)
@@ -565,10 +566,10 @@ def hardest_project_backward(
     dpair, drow: [N] fp32; dcol: [M] fp32; row_index, col_index: [N], [M] int64, -1 for none; the rest as for `project`
     needs: for x, y, diag, blocks; empty where it says no
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SCAN_ROWS` rows, whose edges have to be sorted.
+    Raises TypeError for other dtypes. Declines more than `plan.SCAN_ROWS` rows, whose edges have to be sorted.
     """
     operands.check_dtype("hardest_project_backward", dpair, drow, dcol, x, y)
-    if not 0 < len(x) <= len(y) <= tiles.SCAN_ROWS or too_many(blocks):
+    if not 0 < len(x) <= len(y) <= plan.SCAN_ROWS or too_many(blocks):
         return NotImplemented
     x, y = operands.rows(x), operands.rows(y)
     diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)

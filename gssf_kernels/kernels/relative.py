@@ -19,6 +19,7 @@ from gssf_kernels.kernels import operands
 from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
 from gssf_kernels.kernels.hardest import merge_kernel, nothing_found
 from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def relative_negatives(
     if len(a) > 0:
         threshold = threshold.to(torch.float32)
         with torch.cuda.device_of(a):
-            sweep = Sweep(a, b, own="sums")
+            sweep = Sweep(a, b, Scores(a, b).tile("sums"))
             rows, cols = sweep.partial_results(torch.float32, torch.int16, torch.float32, torch.int32)
             so_far = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
             state = (*operands.contiguous(a_ids, b_ids), threshold, beta, pair_score, rows, cols)

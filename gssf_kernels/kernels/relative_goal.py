@@ -1,6 +1,6 @@
 """GOAL with relative terms of a small problem: two launches forward, one of the weights back.
 
-    a sweep stores the scores of negatives [N, M], at most `tiles.SMALL`, and leaves every tile's bests; then a program
+    a sweep stores the scores of negatives [N, M], at most `plan.SMALL`, and leaves every tile's bests; then a program
     for some rows, or columns, merges their bests, reads their scores and all positives again and makes the weights,
     and another merges the bests alone, of which the value Σ (n - p) is made
 
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import only_negatives
 from gssf_kernels.kernels.goal import value, weights
@@ -23,6 +24,7 @@ from gssf_kernels.kernels.hardest import fold, hardest_tile, nothing_found
 from gssf_kernels.kernels.relative import close_terms, mean
 from gssf_kernels.kernels.sweep import Sweep
 from gssf_kernels.kernels.terms import store_sum, upstream
+from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -197,18 +199,18 @@ def relative_goal(
     a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, M ≥ N; a_ids, b_ids: [N], [M] int64, or both None
     triplet: "con", "nca" or "cir"; pair: "lin_ms" or "sig_ms"; the weights: [4, N]; all but indices are fp32
 
-    Raises TypeError for other dtypes. Declines more than `tiles.SMALL` scores, none, and lines longer than
-    `tiles.LINE`, which one program would read for too long.
+    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, none, and lines longer than
+    `plan.LONGEST_ROW`, which one program would read for too long.
     """
     operands.check_dtype("relative_goal", a, b)
     N, M, some = len(a), len(b), reduction != "none"
-    if not 0 < N * M <= tiles.SMALL or M > tiles.LINE:
+    if not 0 < N * M <= plan.SMALL or M > plan.LONGEST_ROW:
         return NotImplemented
     pair_score, *found = nothing_found(a, b)
     out, made = pair_score.new_empty(() if some else N), pair_score.new_empty(4, N)
     scores = pair_score.new_empty(N, M + -M % 4)  # rows on 16 bytes
     with torch.cuda.device_of(a):
-        sweep, tile = Sweep(a, b), tiles.CLOSE
+        sweep, tile = Sweep(a, b, Scores(a, b).tile()), tiles.CLOSE
         ((_, blocks),) = sweep.slabs()  # so few scores are one
         rows, cols = sweep.partial_results(torch.float32, torch.int16)
         bests = (*rows, *cols)

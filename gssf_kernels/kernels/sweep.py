@@ -117,19 +117,30 @@ def sweep_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def chunk_kernel(
+    scores, stride, N, M, first, blocks, state, EPILOGUE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """The same of scores [N, M] that are there: `Chunk`. The grid has one dimension, of which a second is too short."""
+    tile_i, tile_j = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i, j = tile_i * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
+    inside = (i < N)[:, None] & (j < M)[None, :]
+    s = tl.load(scores + i.to(tl.int64)[:, None] * stride + j[None, :], mask=inside, other=0.0)
+    EPILOGUE(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
+
+
 class Sweep:
     """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
 
     N and M stay below 2³¹; addresses are 64-bit. With ``half``, for a symmetric s, tiles below the diagonal are left
     out, and their partial results as they were; one may lie past N or M altogether. With ``exact`` fp32 products are
-    never TF32. own: the epilogue's own line of the table, if it has one.
+    never TF32.
     """
 
     def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, own: str = "", half: bool = False, exact: bool = False
+        self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, half: bool = False, exact: bool = False
     ) -> None:
-        self.N, self.M, self.half = len(a), len(b), half
-        self.tile = tile = tiles.sweep_tile(a.device, a.dtype, self.N, self.M, a.shape[1], own, exact)
+        self.N, self.M, self.half, self.tile = len(a), len(b), half, tile
         self.precision = "ieee" if exact or tiles.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
@@ -187,10 +198,35 @@ class Sweep:
             for count in (rows, columns)
         ]
 
-    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any) -> None:
+    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel that folds a slab's partial results: BL rows a program, then BL columns a program."""
         BN, BL = self.tile.BN, tiles.MERGE_LANES
         kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL),)](
             *arguments, self.N, self.M, first, blocks,
-            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2,
+            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2, **constants,
         )  # fmt: skip
+
+
+class Chunk:
+    """A pass over scores s [N, M] that a library's product left, with adjacent columns."""
+
+    def __init__(self, s: torch.Tensor) -> None:
+        self.s, (self.N, self.M), self.tile = s, s.shape, tiles.PASS
+        self.row_blocks = triton.cdiv(self.N, self.tile.BR)
+        self.column_blocks = triton.cdiv(self.M, self.tile.BM)
+
+    def run(self, epilogue: Any, state: tuple) -> None:
+        """Launch it; the epilogue's slab is the whole chunk."""
+        tile = self.tile
+        chunk_kernel[(self.row_blocks * self.column_blocks,)](
+            self.s, self.s.stride(0), self.N, self.M, 0, self.row_blocks, state, EPILOGUE=epilogue,
+            BN=tile.BR, BM=tile.BM, num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def row_partials(self, *count: int) -> torch.Tensor:
+        """Empty fp32 [*count, column blocks, rows of all row blocks]."""
+        return self.s.new_empty(*count, self.column_blocks, self.row_blocks * self.tile.BR)
+
+    def column_partials(self, *count: int) -> torch.Tensor:
+        """Empty fp32 [*count, row blocks, M]."""
+        return self.s.new_empty(*count, self.row_blocks, self.M)

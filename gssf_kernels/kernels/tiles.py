@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from gssf_kernels._library import fp32_products
+from gssf_kernels.precision import fp32_products
 
 
 class Sweep(NamedTuple):
@@ -130,12 +130,8 @@ RELATIONS = {  # three sums of a tile at once; BN = BM
 
 PASS = Pass(16, 64, 8)
 CLOSE = Pass(16, 128, 4)  # lines, and scores of each, that relative terms of a small problem are made of at a time
-LINE = 1 << 13  # scores of a line that one program reads
 ROUND = Pass(4, 256, 4)
 RESCORE = {"best": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
-CERTIFIED_SCORES = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
-
-SMALL = 1 << 20  # scores of a small problem: small tiles, and dense losses store the gradient of each (4 MiB) at once
 
 GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
 MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
@@ -143,12 +139,10 @@ TERM_LANES = 128  # rows and columns that a merge which ends in a loss takes at 
 TERMS = 1024  # terms of a loss that a program takes at a time
 PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
 
-SCAN_ROWS = 2048  # of either side, up to which a gradient's row looks for its edges itself: cheaper than a sort
 SCAN_EDGES = 32  # edges abreast there
 
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
-SLAB_DTYPES = frozenset({torch.bfloat16})  # whose dense losses of many scores go by slabs (kernels/slabs.py)
-SLAB_SCORES = 1 << 26  # of those, gradients of scores that are stored at once: 128 MiB
+ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of bf16
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 GRID_SECOND = 65_535  # the most programs that CUDA allows along a grid's second dimension; the first has 2³¹ - 1
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor
@@ -170,20 +164,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def sweep_size(N: int, M: int, D: int, own: str = "") -> str:
-    """The size of a sweep over [N, M] scores of D channels, as the table names it; own: of the epilogue, or none."""
-    return "small" if N * M <= SMALL else own or ("narrow" if D < 512 else "wide")
-
-
-def sweep_tile(
-    device: torch.device, dtype: torch.dtype, N: int, M: int, D: int, own: str = "", exact: bool = False
-) -> Sweep:
-    """The tile for a sweep over [N, M] scores of D channels; own: "sums" or "slabs", for epilogues of that kind.
-
-    ``exact``: fp32 products are never TF32.
-    """
-    of = "ieee" if exact and dtype == torch.float32 else kind(dtype)
-    return SWEEP[architecture(device), of, sweep_size(N, M, D, own)]
+def sweep_tile(device: torch.device, dtype: torch.dtype, size: str, exact: bool = False) -> Sweep:
+    """The tile for a sweep of a size that SWEEP names (`plan.sweep_size`). exact: fp32 products are never TF32."""
+    product = "ieee" if exact and dtype == torch.float32 else kind(dtype)
+    return SWEEP[architecture(device), product, size]
 
 
 def most_registers(D: int, mixed: bool = False) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
 
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
-from gssf_kernels.statistics.contrast import contrast_loss
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
@@ -9,6 +8,7 @@ from gssf_kernels.statistics.hardest import (
     rescored_candidates,
     structured_terms,
 )
+from gssf_kernels.statistics.info_nce import contrast_loss
 from gssf_kernels.statistics.logsumexp import logsumexp_scores
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
+from gssf_kernels.precision import accumulation_dtype
 
 
 def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import Function, accumulation_dtype, define, last_derivative
+from gssf_kernels._library import Function, define, last_derivative
+from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.reference import AnchorStatistics
 
 

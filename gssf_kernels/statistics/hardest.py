@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
-from gssf_kernels._library import Function, accumulation_dtype, backends, define, distinct, last_derivative
+from gssf_kernels._library import Function, backends, define, distinct, last_derivative
+from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.relative import relative_sweep
 

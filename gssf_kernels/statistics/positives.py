@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels._library import define
+from gssf_kernels.precision import accumulation_dtype
 
 _ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
 

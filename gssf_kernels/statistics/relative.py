@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels._library import accumulation_dtype, define
+from gssf_kernels._library import define
+from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.reference import RelativeTerms
 
 

@@ -45,30 +45,77 @@ Positives positives_of(const std::string& name) {
   throw py::value_error("positives: " + name);
 }
 
+// A direction's labels, of rows or of columns, and with mining the bounds [2, count] of what counts.
+template <class A>
+ByLabel<A> by_label(const Optional& labels, const Optional& bounds, int64_t count) {
+  const A* bound = read<A>("bounds", bounds, 2 * count);
+  return {labels ? read<typename Simd<A>::Lane>("labels", *labels, count + Simd<A>::lanes) : nullptr, bound,
+          bound ? bound + count : nullptr};
+}
+
+// The arguments by which scores become logits; labels end with a vector's worth of others.
+struct Logits {
+  int64_t m;
+  std::string score;
+  std::vector<double> constants;
+  int64_t offset;
+  bool leave_out, columns;
+  Optional row_labels, col_labels, row_bounds, col_bounds;
+
+  // f(ScoreTag, tile)
+  template <class A, class F>
+  void with_tile(A* s, const Sizes& sizes, F f) const {
+    LogitTile<A> tile{s, sizes.ld, sizes.n, m, offset, leave_out, columns, {}, {}, {}};
+    expect(constants.size() <= tile.constants.size(), "constants: more than three");
+    std::copy(constants.begin(), constants.end(), tile.constants.begin());
+    tile.rows = by_label<A>(row_labels, row_bounds, sizes.n);
+    tile.cols = by_label<A>(col_labels, col_bounds, m);
+#define NAMED(name) \
+  if (score == #name) return f(ScoreTag<Score::name>(), tile);
+    GSSF_SCORES(NAMED)
+#undef NAMED
+    throw py::value_error("score: " + score);
+  }
+};
+
+// (row_max, row_sum, col_max, col_sum), each [classes, lines] flat
 template <class A, class Kernels>
-py::object logsumexp(const py::array& s, int64_t m, double scale) {
-  const Sizes tile(s, m);
-  LogSums<A> sums;
-  Kernels::logsumexp_tile_of(read<A>("s", s, tile.count()), tile.ld, tile.n, m, static_cast<A>(scale), sums);
-  return py::make_tuple(array(sums.row_max, tile.n), array(sums.row_sum, tile.n), array(sums.col_max, m),
-                        array(sums.col_sum, m));
+py::object logsumexp(const py::array& s, const Logits& logits) {
+  const Sizes sizes(s, logits.m);
+  py::object result;
+  logits.with_tile(const_cast<A*>(read<A>("s", s, sizes.count())), sizes, [&](auto tag, const LogitTile<A>& tile) {
+    constexpr int C = classes(decltype(tag)::value);
+    LogSums<A, C> sums;
+    Kernels::logsumexp_tile_of(tag, tile, sums);
+    const auto flat = [](const auto& lines, int64_t count) {
+      std::vector<A> values;
+      for (const auto& of_class : lines) values.insert(values.end(), of_class, of_class + count);
+      return array(values);
+    };
+    result = py::make_tuple(flat(sums.row_max, sizes.n), flat(sums.row_sum, sizes.n), flat(sums.col_max, logits.m),
+                            flat(sums.col_sum, logits.m));
+  });
+  return result;
 }
 
 template <class A>
-Softmax<A> direction(const Optional& max, const Optional& log, const Optional& grad, int64_t count) {
-  return {read<A>("max", max, count), read<A>("log", log, count), read<A>("grad", grad, count)};
+Softmax<A> direction(const Optional& max, const Optional& log, const Optional& grad, int64_t count, int number) {
+  return {read<A>("max", max, number * count), read<A>("log", log, number * count),
+          read<A>("grad", grad, number * count), count, count};
 }
 
 // Rows' Σ ds s; s becomes ds.
 template <class A, class Kernels>
-py::object softmax(py::array& s, int64_t m, double scale, const Optional& row_max, const Optional& row_log,
+py::object softmax(py::array& s, const Logits& logits, const Optional& row_max, const Optional& row_log,
                    const Optional& row_grad, const Optional& col_max, const Optional& col_log,
                    const Optional& col_grad) {
-  const Sizes tile(s, m);
-  std::vector<A> ds_dot_s(tile.n);
-  Kernels::softmax_tile_of(written<A>("s", s, tile.count()), tile.ld, tile.n, m, static_cast<A>(scale),
-                           direction<A>(row_max, row_log, row_grad, tile.n),
-                           direction<A>(col_max, col_log, col_grad, m), ds_dot_s.data());
+  const Sizes sizes(s, logits.m);
+  std::vector<A> ds_dot_s(sizes.n);
+  logits.with_tile(written<A>("s", s, sizes.count()), sizes, [&](auto tag, const LogitTile<A>& tile) {
+    constexpr int C = classes(decltype(tag)::value);
+    Kernels::softmax_tile_of(tag, tile, direction<A>(row_max, row_log, row_grad, sizes.n, C),
+                             direction<A>(col_max, col_log, col_grad, logits.m, C), ds_dot_s.data());
+  });
   return array(ds_dot_s);
 }
 
@@ -113,20 +160,19 @@ py::object relation(py::array& f, const py::array& u, const py::array& w, int64_
 
 template <class Kernels>
 void bind(py::module_ set) {
-  set.def("logsumexp_tile", [](const py::array& s, int64_t m, double scale) {
-    return with_dtype<float, double>("s", s,
-                                     [&](auto type) { return logsumexp<decltype(type), Kernels>(s, m, scale); });
+  set.def("logsumexp_tile", [](const py::array& s, const Logits& logits) {
+    return with_dtype<float, double>("s", s, [&](auto type) { return logsumexp<decltype(type), Kernels>(s, logits); });
   });
   set.def(
       "softmax_tile",
-      [](py::array s, int64_t m, double scale, const Optional& row_max, const Optional& row_log,
-         const Optional& row_grad, const Optional& col_max, const Optional& col_log, const Optional& col_grad) {
+      [](py::array s, const Logits& logits, const Optional& row_max, const Optional& row_log, const Optional& row_grad,
+         const Optional& col_max, const Optional& col_log, const Optional& col_grad) {
         return with_dtype<float, double>("s", s, [&](auto type) {
-          return softmax<decltype(type), Kernels>(s, m, scale, row_max, row_log, row_grad, col_max, col_log, col_grad);
+          return softmax<decltype(type), Kernels>(s, logits, row_max, row_log, row_grad, col_max, col_log, col_grad);
         });
       },
-      py::arg("s"), py::arg("m"), py::arg("scale"), py::kw_only(), py::arg("row_max"), py::arg("row_log"),
-      py::arg("row_grad"), py::arg("col_max"), py::arg("col_log"), py::arg("col_grad"));
+      py::arg("s"), py::arg("logits"), py::kw_only(), py::arg("row_max"), py::arg("row_log"), py::arg("row_grad"),
+      py::arg("col_max"), py::arg("col_log"), py::arg("col_grad"));
   set.def(
       "sum_tile",
       [](py::array s, int64_t m, int64_t cols, int64_t offset, double scale, const Optional& row_bias,
@@ -157,5 +203,15 @@ void bind(py::module_ set) {
 void bind_passes(py::module_& internals) {
   internals.attr("kPassRows") = kPassRows;
   internals.attr("kPassCols") = kPassCols;
+  py::class_<Logits>(internals, "Logits")
+      .def(py::init([](int64_t m, std::string score, std::vector<double> constants, int64_t offset, bool leave_out,
+                       bool columns, Optional row_labels, Optional col_labels, Optional row_bounds,
+                       Optional col_bounds) {
+             return Logits{m,       score,      constants,  offset,     leave_out,
+                           columns, row_labels, col_labels, row_bounds, col_bounds};
+           }),
+           py::arg("m"), py::arg("score"), py::arg("constants"), py::kw_only(), py::arg("offset") = 0,
+           py::arg("leave_out") = false, py::arg("columns") = true, py::arg("row_labels") = py::none(),
+           py::arg("col_labels") = py::none(), py::arg("row_bounds") = py::none(), py::arg("col_bounds") = py::none());
   BIND_EACH_SET(bind, internals);
 }

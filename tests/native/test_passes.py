@@ -21,23 +21,96 @@ def wide(*arrays):
     return [x.astype(np.float64) for x in arrays]
 
 
-def log_sums(t):
-    top = t.max(1)
-    return top, np.exp(t - top[:, None]).sum(1)
+def lane(dtype):
+    return np.int32 if dtype == np.float32 else np.int64
 
 
-def test_log_sums_of_a_tile(kernels, dtype, s, assert_near):
-    (t,) = wide(SCALE * s[:, :M])
-    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, M, SCALE)
-    for top, total, truth in ((row_max, row_sum, log_sums(t)), (col_max, col_sum, log_sums(t.T))):
-        assert top.dtype == dtype
-        np.testing.assert_array_equal(top, truth[0])
-        assert_near(total, truth[1])
+def numbered(labels, dtype):
+    """Labels as the kernels take them: a vector's worth of others behind the last."""
+    return np.concatenate((labels, np.full(16 if dtype == np.float32 else 8, -1))).astype(lane(dtype))
 
 
-def test_log_sums_beside_infinities_and_nan(kernels, s):
+def scaled(s, positive):
+    return SCALE * s, np.full(s.shape, SCALE)
+
+
+def circle(s, positive, margin=0.25, scale=0.5):
+    distance = np.where(positive, 1 + margin - s, s + margin)
+    slope = scale * np.maximum(distance, 0) * np.where(positive, -1, 1)
+    return slope * (s - np.where(positive, 1 - margin, margin)), slope
+
+
+def multi_similarity(s, positive, alpha=2.0, beta=3.0, base=0.5):
+    slope = np.where(positive, -alpha, beta)
+    return slope * (s - base), slope
+
+
+SCORES = {  # (t and dt/ds, its constants)
+    "scaled": (scaled, [SCALE]),
+    "circle": (circle, [0.25, 0.5]),
+    "multi_similarity": (multi_similarity, [2.0, 3.0, 0.5]),
+}
+
+
+class Problem:
+    """A tile's logits, what of them counts for rows and for columns, by class, and the kernel's arguments for that."""
+
+    def __init__(self, internals, s, score, random, options=""):
+        function, constants = SCORES[score]
+        row_labels, col_labels = random.integers(0, 4, N), random.integers(0, 4, M)
+        self.positive = row_labels[:, None] == col_labels
+        (self.score,) = wide(s[:, :M])
+        self.t, self.slope = function(self.score, self.positive)
+        itself = np.arange(N)[:, None] - np.arange(M) == 3
+        counts = ~itself if "leave out" in options else np.ones_like(itself)
+        self.row_counts = self.col_counts = counts
+        arguments = {"offset": 3, "leave_out": "leave out" in options, "columns": "rows alone" not in options}
+        if score != "scaled":
+            arguments["row_labels"], arguments["col_labels"] = (numbered(v, s.dtype) for v in (row_labels, col_labels))
+        if "mining" in options:  # positives below and negatives above these scores
+            row_bounds, col_bounds = (random.uniform(-0.5, 0.5, (2, count)).astype(s.dtype) for count in (N, M))
+            arguments.update(row_bounds=row_bounds, col_bounds=col_bounds)
+            self.row_counts, self.col_counts = (
+                counts & np.where(self.positive, self.score < below, self.score > above)
+                for below, above in (row_bounds[:, :, None], col_bounds[:, None])
+            )
+        self.classes = [np.ones_like(itself)] if score == "scaled" else [self.positive, ~self.positive]
+        self.logits = internals.Logits(M, score, constants, **arguments)
+
+    def log_sums(self, counts, axis):
+        """(max, Σ e^(t - max)), each [classes, lines]."""
+        tops, sums = [], []
+        for of_class in self.classes:
+            t = np.where(counts & of_class, self.t, -np.inf)
+            top = t.max(axis)
+            shift = np.where(np.isfinite(top), top, 0)
+            tops.append(top), sums.append(np.exp(t - np.expand_dims(shift, axis)).sum(axis))
+        return np.array(tops), np.array(sums)
+
+
+OPTIONS = ["", "leave out", "mining", "leave out, mining", "rows alone"]
+CASES = [("scaled", ""), ("scaled", "rows alone")]
+CASES += [(score, options) for score in ("circle", "multi_similarity") for options in OPTIONS]
+
+
+@pytest.mark.parametrize(("score", "options"), CASES)
+def test_log_sums_of_a_tile(internals, kernels, s, random, score, options, assert_near):
+    problem = Problem(internals, s, score, random, options)
+    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, problem.logits)
+    directions = [(row_max, row_sum, *problem.log_sums(problem.row_counts, 1))]
+    if options != "rows alone":
+        directions.append((col_max, col_sum, *problem.log_sums(problem.col_counts, 0)))
+    for top, total, true_top, true_total in directions:
+        finite = np.isfinite(true_top.ravel())
+        np.testing.assert_array_equal(np.isfinite(top), finite)
+        assert (top[~finite] == -np.inf).all()
+        assert_near(top[finite], true_top.ravel()[finite])
+        assert_near(total, true_total.ravel())
+
+
+def test_log_sums_beside_infinities_and_nan(internals, kernels, s):
     s[2, 5], s[4, 7], s[6, :M] = np.inf, np.nan, -np.inf
-    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, M, 1.0)
+    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, internals.Logits(M, "scaled", [1.0]))
     with np.errstate(divide="ignore"):  # the logarithm of 0
         row, col = row_max + np.log(row_sum), col_max + np.log(col_sum)
     assert row[2] == col[5] == np.inf
@@ -49,28 +122,41 @@ def test_log_sums_beside_infinities_and_nan(kernels, s):
 
 
 @pytest.mark.parametrize("directions", ["both", "rows", "columns"])
-def test_softmax_gradient_of_a_tile(kernels, s, random, directions, assert_near):
-    row_grad, col_grad = (random.standard_normal(count).astype(s.dtype) for count in (N, M))
-    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, M, SCALE)
+@pytest.mark.parametrize(("score", "options"), [case for case in CASES if case[1] != "rows alone"])
+def test_softmax_gradient_of_a_tile(internals, kernels, s, random, score, options, directions, assert_near):
+    problem = Problem(internals, s, score, random, options)
+    classes = len(problem.classes)
+    row_grad, col_grad = (random.standard_normal((classes, count)).astype(s.dtype) for count in (N, M))
+    row_max, row_sum, col_max, col_sum = kernels.logsumexp_tile(s, problem.logits)
     by_rows, by_columns = directions != "columns", directions != "rows"
     ds = s.copy()
+    with np.errstate(divide="ignore"):
+        row_log, col_log = np.log(row_sum), np.log(col_sum)
     ds_dot_s = kernels.softmax_tile(
         ds,
-        M,
-        SCALE,
+        problem.logits,
         row_max=row_max,
-        row_log=np.log(row_sum),
+        row_log=row_log,
         row_grad=row_grad if by_rows else None,
         col_max=col_max,
-        col_log=np.log(col_sum),
+        col_log=col_log,
         col_grad=col_grad if by_columns else None,
     )
-    score, row_weight, col_weight = wide(s[:, :M], row_grad, col_grad)
-    p, q = (np.exp(SCALE * score - SCALE * score.max(axis, keepdims=True)) for axis in (1, 0))
-    truth = by_rows * row_weight[:, None] * p / p.sum(1, keepdims=True)
-    truth = truth + by_columns * col_weight * q / q.sum(0)
+    truth = np.zeros((N, M))
+    for used, counts, grad, axis in (
+        (by_rows, problem.row_counts, row_grad, 1),
+        (by_columns, problem.col_counts, col_grad, 0),
+    ):
+        tops, sums = problem.log_sums(counts, axis)
+        for of_class, top, total, weight in zip(problem.classes, tops, sums, wide(*grad), strict=True):
+            top, total, weight = (np.expand_dims(v, axis) for v in (top, total, weight))
+            members = used & counts & of_class
+            p = np.where(members, np.exp(np.where(members, problem.t - top, 0)), 0)
+            truth += weight * p / np.where(total > 0, total, 1)
+    if score != "scaled":  # the scale of scores is left to who calls
+        truth *= problem.slope
     assert_near(ds[:, :M], truth)
-    assert_near(ds_dot_s, (truth * score).sum(1))
+    assert_near(ds_dot_s, (truth * problem.score).sum(1))
     np.testing.assert_array_equal(ds[:, M:], s[:, M:])
 
 
