@@ -1,6 +1,6 @@
 """The scores of anchors by label: each anchor's positives have its label, its negatives another.
 
-s = x yᵀ, anchors the rows of x;   without y  s = x xᵀ, where a row never meets itself
+    s = x yᵀ, anchors the rows of x;   without y  s = x xᵀ, where a row never meets itself
 """
 
 import torch

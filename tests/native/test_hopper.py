@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import gssf_kernels as gk
+from gssf_kernels import plan
 from gssf_kernels.kernels import hopper, tiles
+from gssf_kernels.statistics.logsumexp import Call
 
 DTYPES = (torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
@@ -429,34 +431,42 @@ def test_nothing_is_dispatched_to_it_yet():
     assert frozenset() == tiles.HOPPER_CUDA
 
 
-def test_the_table_sends_its_lines_here(monkeypatch):
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As if tensors were on a card of compute capability 9.0, and csrc/cuda were built. Changes the table's lines."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    return lambda *lines: monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset(lines))
+
+
+def test_the_table_sends_its_lines_here(on_hopper, monkeypatch):
     hardest = pytest.importorskip("gssf_kernels.kernels.hardest")
     monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: "hopper")
-    monkeypatch.setattr(hopper, "built", lambda: True)
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
     op = "hardest_negatives"
     assert not hopper.takes_over(op, a, a)
-    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({(op, "half", "wide")}))
+    on_hopper((op, "half", "wide"))
     assert hardest.hardest_negatives(a, a, None, None) == "hopper"
     assert not hopper.takes_over("logsumexp_scores", a, a)
     assert not hopper.takes_over(op, a.float(), a.float())
     assert not hopper.takes_over(op, a[:, :64], a[:, :64])
     assert not hopper.takes_over(op, a[:100], a[:100])
-    monkeypatch.setattr(hopper, "built", lambda: False)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     assert not hopper.takes_over(op, a, a)
 
 
-def test_the_table_sends_log_sums_here(monkeypatch):
+def test_the_table_sends_log_sums_here(on_hopper, monkeypatch):
     logsumexp = pytest.importorskip("gssf_kernels.kernels.logsumexp")
     monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
-    monkeypatch.setattr(hopper, "built", lambda: True)
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())  # bf16 goes by slabs
-    assert logsumexp.logsumexp_scores(a, b, scale, 1.0) is NotImplemented
-    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("logsumexp_scores", "half", "narrow")}))
-    given, *_, kept = logsumexp.logsumexp_scores(a, b, scale, 1.0)
-    assert given[0] is a and given[1] is b and given[2] is scale  # noqa: PT018
+    a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())
+    call = Call(a, b, scale, 1.0)
+    assert next(plan.logsumexp(call)).route != "hopper"
+    on_hopper(("logsumexp_scores", "half", "narrow"))
+    choice = next(plan.logsumexp(call))
+    assert choice.route == "hopper"
+    arguments, *_, kept = logsumexp.logsumexp_scores(call, choice)
+    assert all(x is y for x, y in zip(arguments, (a, b, scale, 1.0), strict=True))
     assert kept.shape == (0,)
-    given, *_ = logsumexp.logsumexp_scores(a, None, None, 2.0)
-    assert given[1] is a and given[2:] == (None, 2.0)  # noqa: PT018
+    arguments, *_ = logsumexp.logsumexp_scores(Call(a, None, None, 2.0), choice)
+    assert arguments[1] is a
+    assert arguments[2:] == (None, 2.0)
