@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.h tests/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/native/*.h tests/native/*.cpp)
 
 # The Python, PyTorch and Triton of the GPU machine, on a machine without a GPU. The tree is copied, because the
 # extension's file has one name whichever PyTorch it was built for.

@@ -101,8 +101,8 @@ SWEEP = {
 
 # What csrc/cuda takes over on sm_90, as (launcher, kind, size) with launcher "hardest_negatives" or "logsumexp_scores".
 # Empty: the CUDA kernels have been compiled and emulated, but not run on a card. A line comes in once a card has shown
-# its results to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and info_nce,
-# variant "hopper").
+# its results to be right (tests/native/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and
+# info_nce, variant "hopper").
 HOPPER_CUDA: frozenset[tuple[str, str, str]] = frozenset()
 
 POSITIVES = {  # fp32 is always "ieee" there

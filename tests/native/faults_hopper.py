@@ -27,7 +27,7 @@ FAULTS = [
         "Ring",
         "parity(step / STAGES & 1)",
         "parity(0)",
-        tests=CAUGHT_BY,
+        tests="test_hopper_layout test_hopper",
     ),
     Fault(
         "hopper: teams multiply out of turn",
@@ -59,7 +59,7 @@ FAULTS = [
         "",
         "kInstruction * 2 / 16",
         "kInstruction / 16",
-        tests=CAUGHT_BY,
+        tests="test_hopper_layout test_hopper",
     ),
     Fault(
         "hopper: ids' ranges of the tile, not the warpgroup",
@@ -123,7 +123,7 @@ FAULTS = [
         "join_logs",
         "part.sum * exponential(part.top - top)",
         "part.sum",
-        tests=CAUGHT_BY,
+        tests="test_hopper_layout test_hopper",
     ),
     Fault(
         "hopper: half of a column's warps make its largest",

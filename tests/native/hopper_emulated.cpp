@@ -1,11 +1,13 @@
-// The ops of csrc/cuda, their sources on the card of hopper_emulator.h, on CPU tensors. Built and called by
-// test_hopper.py.
+// The ops of csrc/cuda, their sources on the card of hopper_emulator.h, on CPU tensors: torch.ops.gssf_emulated, as of
+// the module's import.
 #include "hopper_emulator.h"
 
-#include "../csrc/cuda/hardest_launch.h"
-#include "../csrc/cuda/log_sums_launch.h"
+#include "cuda/hardest_launch.h"
+#include "cuda/log_sums_launch.h"
 
 #include <torch/csrc/stable/library.h>
+
+#include "bindings.h"
 
 namespace gssf::hopper {
 
@@ -24,12 +26,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> log_sums_in_slabs(const Tenso
 
 }  // namespace gssf::hopper
 
-extern "C" __attribute__((visibility("default"))) void gssf_emulator(int processors, int copies, int products,
-                                                                     unsigned seed) {
-  using namespace gssf::chip;
-  settings = {processors, static_cast<When>(copies), static_cast<When>(products), seed};
-}
-
 STABLE_TORCH_LIBRARY(gssf_emulated, library) {
   for (const char* schema :
        {"hardest_negatives_hopper(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, "
@@ -47,4 +43,20 @@ STABLE_TORCH_LIBRARY_IMPL(gssf_emulated, CPU, library) {
   library.impl("in_slabs", TORCH_BOX(&gssf::hopper::in_slabs));
   library.impl("logsumexp_scores_hopper", TORCH_BOX(&gssf::hopper::logsumexp_scores_hopper));
   library.impl("log_sums_in_slabs", TORCH_BOX(&gssf::hopper::log_sums_in_slabs));
+}
+
+void bind_emulator(py::module_& internals) {
+  using namespace gssf::chip;
+  py::module_ emulator = internals.def_submodule("emulator");
+  emulator.attr("AT_ONCE") = int(at_once);
+  emulator.attr("LATE") = int(late);
+  emulator.attr("AT_RANDOM") = int(at_random);
+  // Blocks that run at once, and when copies and products happen; seed 0: threads go on as they come.
+  emulator.def(
+      "settings",
+      [](int processors, int copies, int products, uint32_t seed) {
+        settings = {processors, static_cast<When>(copies), static_cast<When>(products), seed};
+      },
+      py::arg("processors") = 3, py::arg("copies") = int(at_once), py::arg("products") = int(at_once),
+      py::arg("seed") = 0);
 }

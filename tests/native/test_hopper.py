@@ -1,65 +1,42 @@
 """The Hopper sweep of csrc/cuda: on an emulated card everywhere, on a real one where there is one and it was built.
 
-The emulator (hopper_emulator.h) runs the kernel sources themselves on the CPU, and copies and products happen at once,
-as late as can be or at random. It knows nothing of the card's speed, and takes the PTX ISA at its word.
+The emulator (hopper_emulator.h, in the module `internals`) runs the kernel sources themselves on the CPU; copies and
+products happen at once, as late as can be or at random. It knows nothing of the card's speed, and takes the PTX ISA at
+its word.
 """
 
-import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import include_paths
 
 import gssf_kernels as gk
+from gssf_kernels import plan
 from gssf_kernels.kernels import hopper, tiles
+from gssf_kernels.statistics.logsumexp import Call
 
-ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
-AT_ONCE, LATE, AT_RANDOM = range(3)
+WHEN = ["AT_ONCE", "LATE", "AT_RANDOM"]  # of the emulator
 REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and hopper.built()
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 not_built = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
 ON_CARD = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper, not_built])
 needs_card = pytest.mark.parametrize("device", [ON_CARD], indirect=True)  # too much for the emulator
 
 
-class Emulator:
-    """The sources of csrc/cuda, compiled for the emulated card."""
-
-    def __init__(self, folder: Path) -> None:
-        library = folder / "hopper_emulated.so"
-        torch_library = Path(torch.__file__).parent / "lib"
-        command = ["g++", "-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden", "-w"]
-        command += [*(f"-I{path}" for path in include_paths()), str(ROOT / "tests" / "hopper_emulated.cpp")]
-        command += ["-o", str(library), f"-L{torch_library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_library}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        torch.ops.load_library(library)
-        self._settings = ctypes.CDLL(str(library)).gssf_emulator
-
-    def settings(self, processors=3, copies=AT_ONCE, products=AT_ONCE, seed=0) -> None:
-        """Blocks that run at once, and when copies and products happen; seed 0: threads go on as they come."""
-        self._settings(processors, copies, products, seed)
+@pytest.fixture
+def emulator(internals):
+    """The settings of the emulated card, on which torch.ops.gssf_emulated run."""
+    internals.emulator.settings()
+    return internals.emulator
 
 
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    return Emulator(tmp_path_factory.mktemp("hopper"))
-
-
-@pytest.fixture(
-    params=[pytest.param("emulated", marks=needs_compiler), ON_CARD],
-)
+@pytest.fixture(params=["emulated", ON_CARD])
 def device(request, monkeypatch):
     """Where inputs lie: on the card, or on the CPU, for the emulated one."""
     if request.param == "emulated":
-        request.getfixturevalue("emulator").settings()
+        request.getfixturevalue("emulator")
         monkeypatch.setattr(hopper, "ops", torch.ops.gssf_emulated)
         return "cpu"
     return "cuda"
@@ -366,29 +343,26 @@ def test_bad_input_of_log_sums(log_sums, arguments, message):
 # What only the emulator can show.
 
 
-@needs_compiler
 def test_op_itself_asks_for_aligned_rows(emulator):
     x = torch.ones(4, 9).half()
     with pytest.raises(RuntimeError, match="rows that start on 16 bytes"):
         torch.ops.gssf_emulated.hardest_negatives_hopper(x, x, None, None)
 
 
-@needs_compiler
 @pytest.mark.parametrize("d", [40, 400, 1032])  # one stage a tile; more than the ring has, in either shape
-@pytest.mark.parametrize("copies", [AT_ONCE, LATE, AT_RANDOM], ids=["copies at once", "late", "at random"])
-@pytest.mark.parametrize("products", [AT_ONCE, LATE, AT_RANDOM], ids=["products at once", "late", "at random"])
+@pytest.mark.parametrize("copies", WHEN)
+@pytest.mark.parametrize("products", WHEN)
 def test_every_order_of_events_gives_the_same(emulator, products, copies, d):
     a, b = whole_numbers(260, 530, d, torch.bfloat16)
     labels = torch.randint(0, 50, (260,)), torch.randint(0, 50, (530,))
     expected = truth(a, b, *labels)
     for seed in range(4):
-        emulator.settings(1 + seed % 3, copies, products, seed)
+        emulator.settings(1 + seed % 3, getattr(emulator, copies), getattr(emulator, products), seed)
         assert_exact(torch.ops.gssf_emulated.hardest_negatives_hopper(a, b, *labels), expected)
 
 
-@needs_compiler
 @pytest.mark.parametrize("d", [40, 400, 1032])
-@pytest.mark.parametrize("products", [AT_ONCE, LATE, AT_RANDOM], ids=["products at once", "late", "at random"])
+@pytest.mark.parametrize("products", WHEN)
 def test_every_order_of_events_gives_the_same_log_sums(emulator, products, d):
     a, b = whole_numbers(260, 530, d, torch.bfloat16)
     op = torch.ops.gssf_emulated.logsumexp_scores_hopper
@@ -396,12 +370,11 @@ def test_every_order_of_events_gives_the_same_log_sums(emulator, products, d):
     expected = op(a, b, None, 0.1)
     assert_log_sums(expected, log_truth(a, b, torch.tensor(0.1)))
     for seed in range(4):
-        emulator.settings(1 + seed % 3, AT_RANDOM, products, seed)
+        emulator.settings(1 + seed % 3, emulator.AT_RANDOM, getattr(emulator, products), seed)
         for ours, right in zip(op(a, b, None, 0.1), expected, strict=True):
             assert torch.equal(ours, right)
 
 
-@needs_compiler
 @pytest.mark.parametrize("processors", [1, 5])
 @pytest.mark.parametrize("d", [40, 512])
 def test_log_sums_in_slabs(emulator, d, processors):
@@ -410,23 +383,12 @@ def test_log_sums_in_slabs(emulator, d, processors):
     assert_log_sums(torch.ops.gssf_emulated.log_sums_in_slabs(a, b, None, 2.0), log_truth(a, b, 2.0))
 
 
-@needs_compiler
 @pytest.mark.parametrize("processors", [1, 2, 5, 132])
 @pytest.mark.parametrize("d", [40, 512])
 def test_slabs_and_processors_change_nothing(emulator, d, processors):
     a, b = whole_numbers(700, 900, d, torch.float16, -1, 2)
     emulator.settings(processors)
     assert_exact(torch.ops.gssf_emulated.in_slabs(a, b, None, None), truth(a, b))
-
-
-@needs_compiler
-def test_layout_agrees_with_brute_force(tmp_path):
-    binary = tmp_path / "hopper_layout"
-    source = str(ROOT / "tests" / "hopper_layout.cpp")
-    subprocess.run(["g++", "-O1", "-std=c++17", "-Wall", "-Werror", source, "-o", str(binary)], check=True)
-    done = subprocess.run([str(binary)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "agree with brute force" in done.stdout
 
 
 # What only a card can show.
@@ -469,34 +431,42 @@ def test_nothing_is_dispatched_to_it_yet():
     assert frozenset() == tiles.HOPPER_CUDA
 
 
-def test_the_table_sends_its_lines_here(monkeypatch):
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """As if tensors were on a card of compute capability 9.0, and csrc/cuda were built. Changes the table's lines."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    return lambda *lines: monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset(lines))
+
+
+def test_the_table_sends_its_lines_here(on_hopper, monkeypatch):
     hardest = pytest.importorskip("gssf_kernels.kernels.hardest")
     monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: "hopper")
-    monkeypatch.setattr(hopper, "built", lambda: True)
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
     op = "hardest_negatives"
     assert not hopper.takes_over(op, a, a)
-    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({(op, "half", "wide")}))
+    on_hopper((op, "half", "wide"))
     assert hardest.hardest_negatives(a, a, None, None) == "hopper"
     assert not hopper.takes_over("logsumexp_scores", a, a)
     assert not hopper.takes_over(op, a.float(), a.float())
     assert not hopper.takes_over(op, a[:, :64], a[:, :64])
     assert not hopper.takes_over(op, a[:100], a[:100])
-    monkeypatch.setattr(hopper, "built", lambda: False)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
     assert not hopper.takes_over(op, a, a)
 
 
-def test_the_table_sends_log_sums_here(monkeypatch):
+def test_the_table_sends_log_sums_here(on_hopper, monkeypatch):
     logsumexp = pytest.importorskip("gssf_kernels.kernels.logsumexp")
     monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
-    monkeypatch.setattr(hopper, "built", lambda: True)
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())  # bf16 goes by slabs
-    assert logsumexp.logsumexp_scores(a, b, scale, 1.0) is NotImplemented
-    monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({("logsumexp_scores", "half", "narrow")}))
-    given, *_, kept = logsumexp.logsumexp_scores(a, b, scale, 1.0)
-    assert given[0] is a and given[1] is b and given[2] is scale  # noqa: PT018
+    a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())
+    call = Call(a, b, scale, 1.0)
+    assert next(plan.logsumexp(call)).route != "hopper"
+    on_hopper(("logsumexp_scores", "half", "narrow"))
+    choice = next(plan.logsumexp(call))
+    assert choice.route == "hopper"
+    arguments, *_, kept = logsumexp.logsumexp_scores(call, choice)
+    assert all(x is y for x, y in zip(arguments, (a, b, scale, 1.0), strict=True))
     assert kept.shape == (0,)
-    given, *_ = logsumexp.logsumexp_scores(a, None, None, 2.0)
-    assert given[1] is a and given[2:] == (None, 2.0)  # noqa: PT018
+    arguments, *_ = logsumexp.logsumexp_scores(Call(a, None, None, 2.0), choice)
+    assert arguments[1] is a
+    assert arguments[2:] == (None, 2.0)

@@ -27,7 +27,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/sweep_layout.h"
+#include "cuda/sweep_layout.h"
 
 #define GSSF_DEVICE inline
 #define GSSF_KERNEL(threads) inline void
