@@ -30,7 +30,8 @@ import torch
 from bench import clock, lowering, report, results
 from bench.case import PRODUCTS, Case
 from gssf_kernels import plan
-from gssf_kernels.kernels import hardest, relative, sums, tiles
+from gssf_kernels._library import OPS
+from gssf_kernels.kernels import hardest, relative, tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
@@ -82,7 +83,7 @@ def problem(key: Key, device: str) -> tuple:
 def _options(size: str, device: str) -> tuple:
     """What the launcher takes besides a and b."""
     if size == "slabs":
-        return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, 1.0, [True, True]
+        return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, "sum", 1.0, [True, True]
     return None, None, *((torch.tensor(0.1, device=device), 10.0) if size == "sums" else ())
 
 
@@ -91,7 +92,7 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    others = {"sums": relative.relative_negatives, "slabs": sums.score_total}
+    others = {"sums": relative.relative_negatives, "slabs": OPS["score_sums"].on_cuda}
     return others.get(size, hardest.hardest_negatives)
 
 
