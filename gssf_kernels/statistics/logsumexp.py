@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import Function, last_derivative, register
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
 from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.statistics.score_functions import ByLabel, logit, members
@@ -77,9 +77,10 @@ def logsumexp_by_label(
     bounds: [2, N], a positive counts only below bounds[0, i] and a negative above bounds[1, i]. -inf and -inf where
     nothing counts. The maxima are constants to autograd.
     """
-    a, b, a_labels, b_labels, leave_out = sides
-    keep = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    call = Call(a, None if b is a else b, None, 1.0, keep, score, constants, a_labels, b_labels, bounds, leave_out)
+    keep = torch.is_grad_enabled() and (sides.a.requires_grad or sides.b.requires_grad)
+    logit = None, 1.0, keep, score, constants
+    labels = distinct(sides.a_labels, sides.b_labels)
+    call = Call._make((sides.a, None if sides.b is sides.a else sides.b, *logit, *labels, bounds, sides.leave_out))
     return _LogSumExp.apply(*call)[:2]
 
 
