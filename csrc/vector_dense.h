@@ -38,6 +38,12 @@ GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, co
   if constexpr (kScore == Score::scaled) {
     slope = V{} + constants[0];
     return constants[0] * s;
+  } else if constexpr (kScore == Score::circle) {
+    const auto [margin, scale, none] = constants;
+    const V distance = positive ? (A(1) + margin) - s : s + margin;  // from the optimum, as the score's weight
+    const V weight = scale * (distance < V{} ? V{} : distance);
+    slope = positive ? -weight : weight;
+    return slope * (s - (positive ? V{} + (A(1) - margin) : V{} + margin));
   }
 }
 

@@ -15,12 +15,14 @@ from gssf_kernels._library import backends
 from gssf_kernels.explain import explain
 from gssf_kernels.losses import (
     BatchHardLoss,
+    CircleLoss,
     GoalLoss,
     InfoNCELoss,
     RelationalDistillationLoss,
     SigmoidLoss,
     TripletLoss,
     batch_hard_loss,
+    circle_loss,
     goal_loss,
     goal_weights,
     gradient_space_loss,
@@ -39,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnchorStatistics",
     "BatchHardLoss",
+    "CircleLoss",
     "Diagnostics",
     "GoalLoss",
     "HardestNegatives",
@@ -50,6 +53,7 @@ __all__ = [
     "TripletLoss",
     "backends",
     "batch_hard_loss",
+    "circle_loss",
     "explain",
     "goal_loss",
     "goal_weights",

@@ -87,9 +87,20 @@ def pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M):
 
 
 @triton.jit
+def circle(s, positive, margin, scale):
+    """Of circle loss: the weight is the distance from the optimum."""
+    weight = scale * tl.maximum(tl.where(positive, 1.0 + margin - s, s + margin), 0.0, tl.PropagateNan.ALL)
+    slope = tl.where(positive, -weight, weight)
+    return slope * (s - tl.where(positive, 1.0 - margin, margin)), slope
+
+
+@triton.jit
 def logit(s, positive, constants, SCORE: tl.constexpr):
     """(t, dt/ds) of scores by label, as its loss has them; a loss's own weights are constants to autograd."""
-    tl.static_assert(False, "no such score function")
+    if SCORE == "circle":
+        return circle(s, positive, constants[0], constants[1])
+    else:
+        tl.static_assert(False, "no such score function")
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Losses, one file each: a formula over statistics."""
 
 from gssf_kernels.losses.batch_hard import BatchHardLoss, batch_hard_loss
+from gssf_kernels.losses.circle import CircleLoss, circle_loss
 from gssf_kernels.losses.distillation import RelationalDistillationLoss, relational_distillation_loss
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
@@ -10,12 +11,14 @@ from gssf_kernels.losses.triplet import TripletLoss, triplet_loss
 
 __all__ = [
     "BatchHardLoss",
+    "CircleLoss",
     "GoalLoss",
     "InfoNCELoss",
     "RelationalDistillationLoss",
     "SigmoidLoss",
     "TripletLoss",
     "batch_hard_loss",
+    "circle_loss",
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels.reference.statistics import scores
-from gssf_kernels.reference.triplet import factors
+from gssf_kernels.reference.triplet import factors, reduce
 
 
 def by_label(
@@ -15,3 +15,24 @@ def by_label(
     same = labels[:, None] == (labels if y_labels is None else y_labels)
     itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device) if y is None else torch.zeros_like(same)
     return s, same & ~itself, ~same
+
+
+def circle_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.4,
+    scale: float = 80.0,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Circle loss; see :func:`gssf_kernels.circle_loss`."""
+    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    alpha_p, alpha_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
+    of_positives = (-scale * alpha_p * (s - 1 + margin)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    of_negatives = (scale * alpha_n * (s - margin)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    both = positive.any(1) & negative.any(1)
+    t = torch.where(both, of_positives + of_negatives, 0)
+    return reduce(torch.where(both, torch.logaddexp(t, t.new_zeros(())), 0), reduction)

@@ -54,8 +54,15 @@ class ByLabel(NamedTuple):
         return ByLabel._make((self.score, self.constants, *labels, *bounds, first, self.leave_out))
 
 
+def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Of circle loss: the weight is the distance from the optimum."""
+    weight = scale * torch.where(positive, (1 + margin) - s, s + margin).clamp_min(0)
+    slope = torch.where(positive, -weight, weight)
+    return slope * (s - torch.where(positive, 1 - margin, margin)), slope
+
+
 # t(s) and dt/ds of scores by label, of (s, positive, *constants); a loss's own weights are constants to autograd.
-LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {}
+LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle}
 
 
 def logit(s: Tensor, scale: Tensor, positive: Tensor | None, of: ByLabel) -> tuple[Tensor, Tensor]:
