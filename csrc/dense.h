@@ -12,7 +12,7 @@ namespace gssf {
 constexpr int64_t kPassRows = 64, kPassCols = 512;
 
 // How a score becomes a logit: t = scale * s; or t = slope * (s - centre), both by whether the score is a positive's.
-#define GSSF_SCORES(X) X(scaled) X(circle)
+#define GSSF_SCORES(X) X(scaled) X(circle) X(multi_similarity)
 #define GSSF_NAME(name) name,
 enum class Score { GSSF_SCORES(GSSF_NAME) };
 #undef GSSF_NAME

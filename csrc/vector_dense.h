@@ -44,6 +44,10 @@ GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, co
     const V weight = scale * (distance < V{} ? V{} : distance);
     slope = positive ? -weight : weight;
     return slope * (s - (positive ? V{} + (A(1) - margin) : V{} + margin));
+  } else {
+    const auto [alpha, beta, base] = constants;
+    slope = positive ? V{} - alpha : V{} + beta;
+    return slope * (s - base);
   }
 }
 

@@ -95,10 +95,19 @@ def circle(s, positive, margin, scale):
 
 
 @triton.jit
+def multi_similarity(s, positive, alpha, beta, base):
+    """Of multi-similarity loss."""
+    slope = tl.where(positive, -alpha, beta)
+    return slope * (s - base), slope
+
+
+@triton.jit
 def logit(s, positive, constants, SCORE: tl.constexpr):
     """(t, dt/ds) of scores by label, as its loss has them; a loss's own weights are constants to autograd."""
     if SCORE == "circle":
         return circle(s, positive, constants[0], constants[1])
+    elif SCORE == "multi_similarity":
+        return multi_similarity(s, positive, constants[0], constants[1], constants[2])
     else:
         tl.static_assert(False, "no such score function")
 

@@ -6,6 +6,7 @@ from gssf_kernels.losses.distillation import RelationalDistillationLoss, relatio
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
+from gssf_kernels.losses.multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from gssf_kernels.losses.sigmoid import SigmoidLoss, sigmoid_loss
 from gssf_kernels.losses.triplet import TripletLoss, triplet_loss
 
@@ -14,6 +15,7 @@ __all__ = [
     "CircleLoss",
     "GoalLoss",
     "InfoNCELoss",
+    "MultiSimilarityLoss",
     "RelationalDistillationLoss",
     "SigmoidLoss",
     "TripletLoss",
@@ -23,6 +25,7 @@ __all__ = [
     "goal_weights",
     "gradient_space_loss",
     "info_nce_loss",
+    "multi_similarity_loss",
     "relational_distillation_loss",
     "sigmoid_loss",
     "triplet_loss",

@@ -36,3 +36,28 @@ def circle_loss(
     both = positive.any(1) & negative.any(1)
     t = torch.where(both, of_positives + of_negatives, 0)
     return reduce(torch.where(both, torch.logaddexp(t, t.new_zeros(())), 0), reduction)
+
+
+def multi_similarity_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    epsilon: float | None = None,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Multi-similarity loss; see :func:`gssf_kernels.multi_similarity_loss`."""
+    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    if epsilon is not None and s.shape[1]:
+        least_positive = s.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        largest_negative = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+        positive, negative = positive & ~(s >= largest_negative + epsilon), negative & ~(s <= least_positive - epsilon)
+    zero = s.new_zeros(())
+    of_positives = (-alpha * (s - base)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    of_negatives = (beta * (s - base)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    return reduce(torch.logaddexp(of_positives, zero) / alpha + torch.logaddexp(of_negatives, zero) / beta, reduction)

@@ -61,8 +61,14 @@ def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Te
     return slope * (s - torch.where(positive, 1 - margin, margin)), slope
 
 
+def multi_similarity(s: Tensor, positive: Tensor, alpha: float, beta: float, base: float) -> tuple[Tensor, Tensor]:
+    """Of multi-similarity loss."""
+    slope = torch.where(positive, -alpha, beta).to(s.dtype)
+    return slope * (s - base), slope
+
+
 # t(s) and dt/ds of scores by label, of (s, positive, *constants); a loss's own weights are constants to autograd.
-LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle}
+LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle, "multi_similarity": multi_similarity}
 
 
 def logit(s: Tensor, scale: Tensor, positive: Tensor | None, of: ByLabel) -> tuple[Tensor, Tensor]:

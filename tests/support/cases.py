@@ -455,6 +455,7 @@ CASES = [
     *_gradient_space_cases(),
     *_batch_hard_cases(),
     *_label_cases("circle_loss", False, margin=0.25, scale=2.0),
+    *_label_cases("multi_similarity_loss", True, beta=5.0),
 ]
 
 
