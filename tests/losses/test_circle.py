@@ -68,10 +68,8 @@ def test_a_metric_compares_by_its_factors():
     got = torch.autograd.grad(loss, (metric.diag, metric.blocks))
     expected = gk.reference.circle_loss(x, labels, scale=4.0, metric=metric)
     torch.testing.assert_close(loss, expected)
-    for got, right in zip(
-        (ours_diag, ours_blocks), torch.autograd.grad(expected, (metric.diag, metric.blocks)), strict=True
-    ):
-        torch.testing.assert_close(got, right)
+    for ours, right in zip(got, torch.autograd.grad(expected, (metric.diag, metric.blocks)), strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 def test_anchors_without_a_positive_or_a_negative_contribute_nothing():
