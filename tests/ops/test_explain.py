@@ -194,6 +194,25 @@ def test_loops_of_which_few_turns_are_run(name, dtype, monkeypatch):
     assert gk.explain(function, a, b, **options) == few
 
 
+ONE_SIDE = {
+    "distillation": lambda x: gk.relational_distillation_loss(x, x, x, lam=0.5, tau=0.07),
+    "info_nce": lambda x: gk.info_nce_loss(x, x, scale=2.0),
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ONE_SIDE)
+def test_chunks_of_a_triangle_of_which_few_are_run(name, device, monkeypatch):
+    """Runs of many chunks of as many rows, odd and even, and few chunks of ever more rows; the last one is ragged."""
+    for n, chunk, dtype in ((1999, 16_000, torch.bfloat16), (1536, 500_000, torch.float32)):
+        monkeypatch.setattr(dense, "CHUNK_SCORES", {"cpu": chunk, "cuda": chunk})
+        (x,) = absent(n, device, dtype=dtype, d=64, count=1)
+        few = gk.explain(ONE_SIDE[name], x)
+        with monkeypatch.context() as whole:
+            whole.setattr(explaining._Recorder, "few_halves", lambda self, turns: iter(turns))
+            assert gk.explain(ONE_SIDE[name], x) == few
+
+
 @needs_triton
 def test_symmetric_scores_are_half():
     n = 4096
@@ -203,6 +222,25 @@ def test_symmetric_scores_are_half():
     if _library.EXTENSION_ERROR is None:
         (x,) = absent(n, "cpu", count=1)
         assert gk.explain(gk.hardest_negatives, x, x).forward.flops == n * n * D
+
+
+@needs_triton
+def test_both_gradients_of_one_side():
+    n = 128
+    (x,) = sides(n, count=1)
+    found = gk.explain(gk.info_nce_loss, x, x, scale=10.0)
+    assert (found.forward.flops, found.backward.flops) == (2 * n * n * D, 3 * 2 * n * n * D)
+
+
+@needs_triton
+def test_a_metric_of_few_scores():
+    """x goes through the blocks, and back with their gradient; y's gradient does too."""
+    n, m, d, b = 300, 337, 64, 8
+    (x,), (y,) = sides(n, d=d, count=1), sides(m, d=d, count=1)
+    metric = gk.StructuredSimilarity(d, b)
+    found = gk.explain(gk.triplet_loss, x.requires_grad_(), y.requires_grad_(), metric=metric)
+    assert found.forward.flops == 2 * n * m * d + 2 * n * d * b
+    assert found.backward.flops == 2 * (2 * n + m) * d * b
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -225,6 +263,14 @@ def test_pytorchs_own_products():
     assert found.backward.flops == 2 * found.forward.flops
     # The result of mm is let go, that of relu is the call's.
     assert extra(found) == (300 * 300 * 4 / KIB, 0, 300 * 300 * 4 / KIB)
+
+
+def test_what_the_backward_starts_from_is_not_counted():
+    """Nor are views of it."""
+    x, y = sides(300, d=64)
+    assert extra(gk.explain(lambda x: (x * 2).view(-1), x)) == (0, 0, 0)
+    kept = gk.explain(lambda x, y: (x * y).exp(), x, y)
+    assert extra(kept) == (300 * 64 * 4 / KIB, 0, 300 * 64 * 4 / KIB)
 
 
 @needs_triton
@@ -311,6 +357,20 @@ def test_a_module_stays_as_it_is():
     assert {name: (t, t._version) for name, t in (*loss.named_parameters(), *loss.named_buffers())} == before
     assert (int(loss.step), loss._steps_seen, loss.training) == (0, 0, True)
     assert all(p.grad is None and p.device.type == "cpu" for p in loss.parameters())
+
+
+def test_tensors_that_are_no_parameters_of_a_module():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.ones(16)
+            self.tables = {"more": [torch.ones(16)]}
+
+        def forward(self, x):
+            return x * self.table + self.tables["more"][0]
+
+    found = gk.explain(Scaled(), *sides(40, d=16, count=1))
+    assert found.forward.kernels == {"aten::mul": 1, "aten::add": 1}
 
 
 def test_inputs_stay_as_they_are():
