@@ -213,6 +213,18 @@ def test_chunks_of_a_triangle_of_which_few_are_run(name, device, monkeypatch):
             assert gk.explain(ONE_SIDE[name], x) == few
 
 
+def test_turns_that_stand_for_others():
+    """Sums over all turns, of what is alike and of what is linear in the columns that are left."""
+    recorder = explaining._Recorder(device_path.Device("cpu"), [])
+    for count in range(1, 14):
+        turns = [(32 * k, 32) for k in range(count)] + [(32 * count, 7)]
+        run = [(first, recorder.times) for first, _ in recorder.few_halves(turns)]
+        assert sum(times for _, times in run) == count + 1
+        assert sum(times * (1000 - first) for first, times in run) == sum(1000 - first for first, _ in turns)
+        assert sum(recorder.times for _ in recorder.few(turns)) == count + 1
+    assert recorder.times == 1
+
+
 @needs_triton
 def test_symmetric_scores_are_half():
     n = 4096
