@@ -525,9 +525,8 @@ def test_a_planned_op_gives_its_plan(monkeypatch):
 @needs_triton
 def test_nested_ops_stand_under_the_one_that_calls_them():
     found = gk.explain(gk.info_nce_loss, *sides(4096), scale=2.0)
-    (contrast,) = found.forward.ops
-    assert contrast.name == "contrast"
-    assert [op.name for op in contrast.ops] == ["logsumexp_scores", "contrast_terms"]
+    (loss,) = found.forward.ops
+    assert [op.name for op in loss.ops] == ["logsumexp_scores", "contrast_terms"]
     lines = str(found).splitlines()
     assert lines[0] == "info_nce_loss on cuda, compute capability 9.0, 132 multiprocessors"
     assert lines[1].startswith(f"forward: {found.forward.launches} launches, 34.36 GFLOP, ")
