@@ -78,6 +78,18 @@ def keeps(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
 
 
+def halves(n: int, limit: int, step: int) -> Iterable[tuple[int, int]]:
+    """(first row, rows) of the chunks of a symmetric s [n, n]: as many steps of rows as have at most ``limit`` scores.
+
+    As for :func:`starts`, `explain` runs few of them.
+    """
+    first = 0
+    while first < n:
+        count = min(max(limit // (n - first) // step, 1) * step, n - first)
+        yield first, count
+        first += count
+
+
 def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:
     """The same for symmetric ``s_k = x_k x_kᵀ``, x_k [N, any] the sides, from each chunk's place on the diagonal on.
 
@@ -93,11 +105,8 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
     step = max(right.width for right in rights)
     buffers = x.new_empty(len(sides), min(max(limit, step * n), n * n), dtype=dtype)
     dx = x.new_zeros(x.shape, dtype=dtype) if need else None
-    first = 0
-    while first < n:
-        width = n - first
-        count = min(max(limit // width // step, 1) * step, width)
-        rows = slice(first, first + count)
+    for first, count in halves(n, limit, step):
+        width, rows = n - first, slice(first, first + count)
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):
             right.after(column=first).product(left[rows], s)
@@ -106,7 +115,6 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
             ds = gradient(scores[0], x)
             channels.after(row=first).product(ds, dx[rows], add=True)
             Right(x[rows], dtype).product(ds[:, count:].mT, dx[rows.stop :], add=True)
-        first += count
     return dx
 
 

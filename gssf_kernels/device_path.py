@@ -15,7 +15,6 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,8 +177,11 @@ def _in_this_thread(owner: Any, name: str, function: Callable) -> Iterator[None]
     def either(*arguments, **options):
         return (function if threading.get_ident() == thread else before)(*arguments, **options)
 
-    with mock.patch.object(owner, name, either):
+    setattr(owner, name, either)
+    try:
         yield
+    finally:
+        setattr(owner, name, before)
 
 
 def on_cuda(name: str) -> Callable:
