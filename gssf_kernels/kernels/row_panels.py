@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import triton
 
-from gssf_kernels.dense import Right
+from gssf_kernels.dense import Right, starts
 from gssf_kernels.kernels import tiles
 from gssf_kernels.kernels.gradients import empty_dscores
 from gssf_kernels.kernels.sweep import Sweep
@@ -38,13 +39,12 @@ def gradients_by_row_panels(
     db = b.new_empty(b.shape if needs[1] else 0, dtype=torch.float32)
     dscores = empty_dscores(a[: step * BN], M) if any(needs) else None
     right = Right(b, torch.float32) if needs[0] else None
-    starts = range(0, sweep.row_blocks, step)
-    sums = a.new_empty(len(starts), count, dtype=torch.float64)
-    for panel, first in enumerate(starts):
+    sums = a.new_empty(triton.cdiv(sweep.row_blocks, step), count, dtype=torch.float64)
+    for first in starts(sweep.row_blocks, step):
         blocks, rows = min(step, sweep.row_blocks - first), slice(first * BN, min((first + step) * BN, N))
         partial = da.new_empty(count, blocks * sweep.column_blocks)
         launch(sweep, first, blocks, dscores, partial)
-        torch.sum(partial, 1, dtype=torch.float64, out=sums[panel])
+        torch.sum(partial, 1, dtype=torch.float64, out=sums[first // step])
         if dscores is None:
             continue
         of_rows = dscores[: rows.stop - rows.start]

@@ -113,8 +113,8 @@ def test_siglip_of_8192_on_cuda():
     found = gk.explain(gk.sigmoid_loss, *sides(n), scale=10.0, bias=-1.0)
     assert (found.forward.flops, found.backward.flops) == (3 * 2 * n * n * D, 0)  # the gradient is made in the forward
     kept = kib(gradients=(2 * n * D, 4), slopes=(2, 4))  # and what scale and bias get
-    # One chunk of all 2²⁶ scores; of tiles of 16 x 64 three sums for each row; three sums and a bias of each row.
-    chunk = kib(scores=(n * n, 4), partial=(3 * n * (n // 64), 4), rows=((3 + 1) * n, 4))
+    # One chunk of all 2²⁶ scores; of tiles of 16 x 64 three sums for each row; three sums of each row.
+    chunk = kib(scores=(n * n, 4), partial=(3 * n * (n // 64), 4), rows=(3 * n, 4))
     numbers = kib(scale_and_bias=(2, 4))
     assert extra(found)[:2] == (kept - kib(slopes=(2, 4)) + chunk + numbers, kept)
     assert extra(found)[2] == kept + kib(slopes=(2, 4))
@@ -205,7 +205,7 @@ ONE_SIDE = {
 def test_chunks_of_a_triangle_of_which_few_are_run(name, device, monkeypatch):
     """Runs of many chunks of as many rows, odd and even, and few chunks of ever more rows; the last one is ragged."""
     for n, chunk, dtype in ((1999, 16_000, torch.bfloat16), (1536, 500_000, torch.float32)):
-        monkeypatch.setattr(dense, "CHUNK_SCORES", {"cpu": chunk, "cuda": chunk})
+        monkeypatch.setattr(plan, "CHUNK_SCORES", {"cpu": chunk, "cuda": chunk})
         (x,) = absent(n, device, dtype=dtype, d=64, count=1)
         few = gk.explain(ONE_SIDE[name], x)
         with monkeypatch.context() as whole:
