@@ -49,6 +49,20 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     return row_max + row_log, col_max + col_log
 
 
+def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
+    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
+    if isinstance(scale, _checks.Logarithm):
+        return scale.tensor, None
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
+    """The κ that those stand for."""
+    if scale is None:
+        return constant
+    return scale.exp() if constant is None else scale
+
+
 def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, the last t_ii.
 
