@@ -149,6 +149,7 @@ def _small() -> Iterator[Case]:
         yield from _sums(product)
         yield from _distillations(product)
         yield from _info_nces(product)
+        yield from _labelled(product)
     for lines, needs in (
         ("row", [True, False, False]),
         ("col pair", [False, True, True]),
@@ -157,6 +158,40 @@ def _small() -> Iterator[Case]:
         make = partial(_logsumexp_small_backward, torch.float32, 128, 256, True, False, lines, needs)
         name = f"logsumexp_scores_backward {lines} {needs}"
         yield Case(name, _launcher("logsumexp_scores_backward"), make, ("sweep_kernel", "gradients_kernel"))
+
+
+SCORES: dict[str, list[float]] = {"circle": [0.4, 80.0], "multi_similarity": [2.0, 50.0, 0.5]}
+
+
+def _by_label(dtype: torch.dtype, n: int, d: int, score: str, mined: bool, alone: bool) -> tuple:
+    """The arguments of `logsumexp_scores` by label; alone: of one side."""
+    a, b = torch.zeros(n, d, dtype=dtype), None if alone else torch.zeros(n + 1, d, dtype=dtype)
+    labels = torch.zeros(n, dtype=torch.int64), torch.zeros(n if alone else n + 1, dtype=torch.int64)
+    bounds = torch.zeros(2, n) if mined else None
+    return a, b, None, 1.0, False, score, SCORES[score], *labels, bounds, alone
+
+
+def _by_label_backward(*arguments: Any) -> tuple:
+    a, b, scale, constant, _, *by_label = _by_label(*arguments)
+    statistics = torch.zeros(2, len(a)), torch.zeros(2, len(a)), *zeros(0, 0)
+    needs = [True, b is not None, False]
+    return torch.zeros(2, len(a)), None, None, a, b, scale, constant, *statistics, needs, None, *by_label
+
+
+def _labelled(product: str) -> Iterator[Case]:
+    """Circle loss and multi-similarity; ragged ones have neither rows nor channels on 16 bytes."""
+    dtype, _ = PRODUCTS[product]
+    for name, n, d, score, mined, alone in (
+        ("circle", 128, 256, "circle", False, True),
+        ("circle of two sides ragged", 129, 200, "circle", False, False),
+        ("multi_similarity mined", 128, 256, "multi_similarity", True, True),
+        ("multi_similarity mined of two sides ragged", 129, 200, "multi_similarity", True, False),
+    ):
+        options = dtype, n, d, score, mined, alone
+        make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_logs_kernel")
+        yield Case(f"logsumexp_scores {name}", _launcher("logsumexp_scores"), make, kernels, product)
+        make, kernels = partial(_by_label_backward, *options), ("sweep_kernel", "gradients_kernel")
+        yield Case(f"logsumexp_scores_backward {name}", _launcher("logsumexp_scores_backward"), make, kernels, product)
 
 
 def _row_panels() -> Iterator[Case]:
@@ -168,6 +203,13 @@ def _row_panels() -> Iterator[Case]:
         launcher, needs = _launcher("logsumexp_scores_backward"), [True, True, learned]
         make = partial(_logsumexp_small_backward, torch.bfloat16, n, d, learned, False, "row col pair", needs)
         yield Case("logsumexp_scores_backward row panels" + name, launcher, make, ("sweep_kernel",), "bf16")
+        for score in SCORES:
+            options = torch.bfloat16, n, d, score, learned, False
+            words = f"row panels {score}{name}"
+            make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_logs_kernel")
+            yield Case(f"logsumexp_scores {words}", _launcher("logsumexp_scores"), make, kernels, "bf16")
+            make, launcher = partial(_by_label_backward, *options), _launcher("logsumexp_scores_backward")
+            yield Case(f"logsumexp_scores_backward {words}", launcher, make, ("sweep_kernel",), "bf16")
         for term, sides in ((_Term("softplus", "negate", False), "ab"), (_Term("hinge", "exclude", False), "none")):
             make = partial(_sum, torch.bfloat16, n, d, term, learned, sides)
             words = f"score_sums row panels {term.kind} {sides}{name}"
@@ -224,6 +266,18 @@ def _logsumexp(m: int, by_label: tuple = SCALED) -> tuple:
     return torch.zeros(R, m), torch.ones(()), *by_label, *rows, *columns
 
 
+def _labelled_chunk(m: int, score: str) -> tuple:
+    """What a pass takes of chunks by label, mined."""
+    labels = torch.zeros(R, dtype=torch.int64), torch.zeros(m, dtype=torch.int64)
+    return score, SCORES[score], *labels, torch.zeros(2, R), torch.zeros(2, m), 0, True
+
+
+def _labelled_softmax(m: int, score: str) -> tuple:
+    row, col = torch.zeros(2, R), torch.zeros(2, m)
+    by_label = _labelled_chunk(m, score)
+    return torch.zeros(R, m), torch.ones(()), *by_label, row, row, row, col, col, col, torch.zeros(R)
+
+
 def _softmax(m: int, directions: str) -> tuple:
     (row, row_grad, dot), (col, col_grad) = zeros(R, R, R), zeros(m, m)
     rows = (row, row, row_grad if directions != "columns" else None)
@@ -259,6 +313,10 @@ def _passes() -> Iterator[Case]:
 
     for m, ragged in ((4096, ""), (4099, " ragged")):
         yield case("logsumexp_pass" + ragged, partial(_logsumexp, m))
+        for score in SCORES:
+            make = partial(_logsumexp, m, _labelled_chunk(m, score))
+            yield case(f"logsumexp_pass {score}{ragged}", make)
+            yield case(f"softmax_pass {score}{ragged}", partial(_labelled_softmax, m, score))
         for directions in ("both",) if ragged else ("both", "rows", "columns"):
             yield case(f"softmax_pass {directions}{ragged}", partial(_softmax, m, directions))
         for kind in ("softplus",) if ragged else ("hinge", "softplus", "abs", "square"):
