@@ -31,8 +31,9 @@ _OPS: dict[str, str] = {}  # name: the op whose backend does its work, most ofte
 _REFERENCES: dict[str, Callable] = {}  # name: plain PyTorch
 _LAUNCHERS: dict[str, str] = {}  # name: Triton launcher
 
+_EXTENSION: Any = None
 try:
-    importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
+    _EXTENSION = importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
     EXTENSION_ERROR = None
 except ImportError as error:
     # Not built (a supported way to install), or built against another PyTorch: `backends()` and
@@ -220,9 +221,14 @@ def backends() -> dict[str, dict[str, str]]:
         cpu = "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU") else "reference"
         cuda = "triton" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "reference"
         table[name] = {"cpu": cpu, "cuda": cuda if has_cuda else "unavailable"}
-    unit = torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
+    unit = bf16_unit()
     table["hardest_negatives"]["certified"] = unit if unit != "none" else "no"
     return table
+
+
+def bf16_unit() -> str:
+    """The unit for products of bf16 numbers that this CPU has: "amx", "avx512_bf16" or "none", also if unknown."""
+    return _EXTENSION.bf16_unit() if _EXTENSION is not None else "none"
 
 
 class _Positional(inspect.Signature):

@@ -1,5 +1,6 @@
 """Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
 
+import gssf_kernels.statistics.hopper  # registers its op
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
 from gssf_kernels.statistics.contrast import contrast_loss
 from gssf_kernels.statistics.hardest import (
@@ -7,27 +8,28 @@ from gssf_kernels.statistics.hardest import (
     paired_hardest_negatives,
     paired_relative_negatives,
     rescored_candidates,
-    structured_terms,
 )
+from gssf_kernels.statistics.hardest_terms import hardest_terms
 from gssf_kernels.statistics.logsumexp import logsumexp_scores
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
 from gssf_kernels.statistics.relative import relative_positives
 from gssf_kernels.statistics.sums import sum_scores
-from gssf_kernels.statistics.terms import hinge_terms
+from gssf_kernels.statistics.terms import hinge_terms, line_terms
 
 __all__ = [
     "batch_hard_terms",
     "contrast_loss",
     "hardest_negatives",
     "hardest_positives",
+    "hardest_terms",
     "hinge_terms",
+    "line_terms",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",
     "paired_relative_negatives",
     "relative_positives",
     "rescored_candidates",
-    "structured_terms",
     "sum_scores",
 ]

@@ -85,7 +85,7 @@ def _forward(a, b, scale, constant, a_ids, b_ids, epsilon, symmetric, reduction,
         col_target = torch.lerp(col_target, kappa * _mean_scores(b[:count], a), epsilon)
     shared = None if col_target is row_target else col_target
     given = (*cols, shared) if symmetric else (None, None, None)
-    loss = torch.ops.gssf.contrast_terms(*rows, row_target, *given, reduction)
+    loss = torch.ops.gssf.line_terms("contrast", [*rows, row_target, *given], [], reduction)
     return loss, *lines, row_count, col_count, kept
 
 
@@ -99,8 +99,8 @@ def _backward(
         da, db, dscale = _backward(grad, a, b, kappa, 1.0, *options, *known, needs, kept)
         return da, db, dscale * kappa if needs[2] else dscale
     plain = a_ids is None and not epsilon
-    op, of_cols = torch.ops.gssf.contrast_terms_backward, col_log if symmetric else None
-    drow, dtarget, dcol = op(grad, row_log, of_cols, symmetric and plain, reduction)
+    statistics = [None, row_log, None, None, col_log if symmetric else None, None if plain else row_log]
+    drow, dtarget, dcol = torch.ops.gssf.line_terms_backward(grad, "contrast", statistics, [], reduction)
     dcol, dpair, more = dcol if symmetric else None, dtarget, None
     if not plain:
         kappa = constant if scale is None else scale

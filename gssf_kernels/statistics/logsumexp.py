@@ -195,14 +195,6 @@ def _fake_backward(drow, dcol, dpair, a, b, scale, constant, row_max, row_log, c
     )
 
 
-def _forward_hopper(a, b, scale, constant):
-    return _forward(a, b, scale, constant)[:5]
-
-
-def _fake_hopper(a, b, scale, constant):
-    return _fake(a, b, scale, constant)[:5]
-
-
 def _logsumexp_pass(s, scale, row_max, row_sum, col_max, col_sum):
     t = s * scale
     _merge(row_max.fill_(-torch.inf), row_sum.zero_(), t, 1)
@@ -268,12 +260,4 @@ define(
     reference=_softmax_pass,
     fake=_fake_pass,
     triton="dense.softmax_pass",
-)
-# Log-sums by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing dispatches here.
-define(
-    "logsumexp_scores_hopper(Tensor a, Tensor b, Tensor? scale, float constant) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_forward_hopper,
-    fake=_fake_hopper,
-    dispatched=False,
 )
