@@ -121,6 +121,8 @@ def _same(x, y):
 
 def _on_cuda(name):
     """What an op of ours is there."""
+    if name in _library.OPS:
+        return _library.OPS[name].on_cuda
     reference = _library._REFERENCES[name]
     return _library._lazy(_library._LAUNCHERS[name], reference) if name in _library._LAUNCHERS else reference
 

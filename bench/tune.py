@@ -30,7 +30,8 @@ import torch
 from bench import clock, lowering, report, results
 from bench.case import PRODUCTS, Case
 from gssf_kernels import plan
-from gssf_kernels.kernels import hardest, relative, sums, tiles
+from gssf_kernels._library import OPS
+from gssf_kernels.kernels import sums, tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
@@ -91,8 +92,8 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    others = {"sums": relative.relative_negatives, "slabs": sums.score_total}
-    return others.get(size, hardest.hardest_negatives)
+    others = {"sums": OPS["relative_negatives"].on_cuda, "slabs": sums.score_total}
+    return others.get(size, OPS["hardest_negatives"].on_cuda)
 
 
 def why_not(key: Key, tile: tiles.Sweep) -> str:

@@ -179,7 +179,8 @@ def hardest_backward(call: Any) -> Iterator[Plan]:
     if too_many_weights(call):
         yield Plan("composite", _WEIGHTS)
         return
-    if 0 < len(call.x) <= rows <= SCAN_ROWS:
+    metric = call.diag is not None or call.blocks is not None or call.normalize
+    if rows <= SCAN_ROWS and (len(call.x) > 0 or not metric):
         yield Plan("small", f"{rows:,} rows, at most {SCAN_ROWS:,}: each looks for its pairs itself")
     yield Plan("triton", f"{rows:,} rows, none or above {SCAN_ROWS:,}: pairs are sorted by row")
     yield Plan("composite", "forced")
@@ -319,11 +320,7 @@ def few_rows(tensor: Callable[[Any], torch.Tensor], other: Callable[[Any], Any] 
 def hopper(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `tiles.HOPPER_CUDA` sends ``name`` of a [N, D] and b [M, D] to csrc/cuda, and it is built."""
     line = name, tiles.kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
-    return (
-        line in tiles.HOPPER_CUDA
-        and tiles.architecture(a.device) == 90
-        and hopper_built()
-    )
+    return line in tiles.HOPPER_CUDA and tiles.architecture(a.device) == 90 and hopper_built()
 
 
 def hopper_built() -> bool:

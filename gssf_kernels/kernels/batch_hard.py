@@ -103,7 +103,7 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 
 
 def batch_hard_backward(call: Any, plan: Any) -> torch.Tensor:
-    """Return dx [N, D] in the dtype of x, summed in fp32. Raises TypeError for other dtypes than fp32, bf16 and fp16."""
+    """Return dx [N, D] in the dtype of x, summed in fp32. Raises TypeError unless x is fp32, bf16 or fp16."""
     grad, x = call.grad, operands.rows(call.x)
     operands.check_dtype("batch_hard_backward", grad, call.positive, call.negative, x)
     (N, D), summed = x.shape, call.reduction != "none"

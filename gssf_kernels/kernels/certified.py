@@ -249,7 +249,9 @@ def rescore_kernel(
 
 
 @triton.jit(do_not_specialize=["N"])
-def exact_positives_kernel(a, b, a_stride, b_stride, positive_score, N, D: tl.int32, BL: tl.constexpr, UNROLL: tl.constexpr):
+def exact_positives_kernel(
+    a, b, a_stride, b_stride, positive_score, N, D: tl.int32, BL: tl.constexpr, UNROLL: tl.constexpr
+):
     i = tl.program_id(0) * BL + tl.arange(0, BL)
     exact = exact_scores(a, b, a_stride, b_stride, i[:, None], i[:, None], (i < N)[:, None], D, UNROLL)
     tl.store(positive_score + i, tl.sum(exact, 1).to(tl.float32), mask=i < N)

@@ -1,4 +1,4 @@
-"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal are compared.
+"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal.
 
 A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
 last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is

@@ -204,8 +204,8 @@ def row_divisors(x, row, inside, D, eps, BN: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def positive_rows(
-    x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
+    x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """The scores of BN pairs (i, i), of factors rounded as they are stored."""
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
@@ -432,7 +432,7 @@ def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def project_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, dy, ddiag, dblocks), in their tensors' dtypes, of the gradients dp of p and dunit of ŷ.
 
-    Empty where needs says no, and where there is nothing to make it of. Raises TypeError unless x is fp32, bf16 or fp16.
+    Empty where needs says no, and where there is nothing to make it of. Raises TypeError for fp64.
     """
     operands.check_dtype("project_backward", *(t for t in (call.x, call.dp, call.dunit) if t is not None))
     weights, needs, dp = Weights.of(call), call.needs, call.dp

@@ -1,4 +1,4 @@
-"""Reductions of scores, and of what tiles leave of them, each in one place; the kernel that merges, and may end in a loss.
+"""Reductions of scores and of tiles' partial results, each in one place; the kernel that merges, and may end in a loss.
 
 argmax    the largest score and the lowest index that holds it; NaN wins, of several the first; nothing: -inf and -1
 

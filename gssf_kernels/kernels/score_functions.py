@@ -1,4 +1,4 @@
-"""What losses make of scores, each in one place: of an anchor's positive score p and its hardest negative n, or of sums.
+"""What losses make of scores, each in one place: of an anchor's positive score p and hardest negative n, or of sums.
 
     function(p, n, constants, TRIPLET, PAIR)                → the term of one direction
     gradients(p, n, g, constants, TRIPLET, PAIR)            → (g times p's weight, g times n's weight)
@@ -129,7 +129,7 @@ def goal_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: 
 
 @triton.jit
 def log_ratio(top, log, target, i, inside):
-    """Σ e^s as its maximum and the logarithm beside that, less the target: their difference is exact where it is small."""
+    """log Σ e^s less the target: maximum and target are subtracted first, which is exact where the loss is small."""
     t = tl.load(top + i, mask=inside, other=0.0) - tl.load(target + i, mask=inside, other=0.0)
     return t + tl.load(log + i, mask=inside, other=0.0)
 

@@ -1,6 +1,6 @@
-"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
+"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, composite, autograd."""
 
-import gssf_kernels.statistics.hopper  # registers its op
+from gssf_kernels.statistics import hopper as _hopper  # noqa: F401 (registers its op)
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
 from gssf_kernels.statistics.contrast import contrast_loss
 from gssf_kernels.statistics.hardest import (

@@ -87,7 +87,7 @@ def hardest_negatives(
 
 
 def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple[Tensor, HardestNegatives]:
-    """``(positive_score [N], hardest negatives)`` of ``x yᵀ`` or of ``metric``: every triplet loss is a formula of them."""
+    """``(positive_score [N], hardest negatives)`` of ``x yᵀ`` or of ``metric``."""
     positive_score, *hardest = _paired(x, y, x_ids, y_ids, names, metric, None)
     return positive_score, HardestNegatives(*hardest)
 

@@ -1,4 +1,4 @@
-"""Hardest negatives and the terms of a loss made of them, in one op: two launches forward on a GPU where scores are few.
+"""Hardest negatives and the terms of a loss made of them, in one op: two launches forward on a GPU for few scores.
 
 Formulas: "hinge" and "goal <triplet> <pair>" of ``terms.py``. With GOAL's relative terms (lin_ms, sig_ms), weights are
 constants, so the forward makes them:

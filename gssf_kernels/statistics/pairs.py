@@ -103,9 +103,7 @@ def _fake_pair_scores(call):
 
 
 def _fake_pair_scores_backward(call):
-    return tuple(
-        t.new_empty(t.shape if need else 0) for t, need in zip((call.a, call.b), call.needs, strict=True)
-    )
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((call.a, call.b), call.needs, strict=True))
 
 
 register(

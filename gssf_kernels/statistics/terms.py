@@ -16,7 +16,7 @@ from torch import Tensor
 from gssf_kernels import plan, reference
 from gssf_kernels._library import Function, last_derivative, register
 from gssf_kernels.reference import AnchorStatistics
-from gssf_kernels.statistics.goal import Constants, anchor_weights, anchor_values
+from gssf_kernels.statistics.goal import Constants, anchor_values, anchor_weights
 
 
 class LineTermsCall(NamedTuple):
