@@ -226,7 +226,9 @@ def _pairs_side_backward(edges, x, y, weights, needs):
     """`_side_backward` of the gradient Σ_{e: rows_e = i} g_e ŷ[cols_e] of row i, in the dtype of sums."""
     diag, blocks, permutation, normalize = weights
     dtype = accumulation_dtype(x.dtype)
-    gathered = reference.weighted_sums(*edges, reference.project(y.to(dtype), normalize=normalize), x.shape[0])
+    grad, rows, cols = edges
+    other = reference.project(y.to(dtype), normalize=normalize)
+    gathered = reference.weighted_sums(grad, rows, cols, other, x.shape[0])
     wide_x, wide_diag, wide_blocks = (None if t is None else t.to(dtype) for t in (x, diag, blocks))
     grads = _side_backward(gathered, wide_x, (wide_diag, wide_blocks, permutation, normalize), needs)
     return tuple(g.to((x if t is None else t).dtype) for g, t in zip(grads, (x, diag, blocks), strict=True))

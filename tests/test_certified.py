@@ -220,7 +220,7 @@ def test_few_scores_are_made_again():
 
 def test_the_op_takes_it_where_it_pays():
     a, b = unit(torch.randn(1100, 40)), unit(torch.randn(1100, 40))
-    for got, expected in zip(torch.ops.gssf.hardest_negatives(a, b, None, None), certified(a, b)[0], strict=True):
+    for got, expected in zip(torch.ops.gssf.hardest_negatives(a, b, None, None)[:5], certified(a, b)[0], strict=True):
         assert torch.equal(got, expected)
 
 

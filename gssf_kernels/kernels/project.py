@@ -413,7 +413,7 @@ def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     if call.y is None:
         with torch.cuda.device_of(x):
             p = launch_project(x, None, weights)
-        return p, x.new_empty(0), *(x.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return p, x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
     y, N = operands.rows(call.y), len(x)
     together = call.pairs and plan.route == "small"
     norm, positive_score = (

@@ -97,7 +97,7 @@ def _relative_goal(call):
     *numbers, positive_threshold, negative_threshold = call.constants
     constants = Constants(*numbers)
     relative = RelativeTerms(RELATIVE[pair], constants.alpha, constants.beta, positive_threshold, negative_threshold)
-    *results, row_relative, col_relative = relative_sweep(*call[:4], relative)
+    *results, row_relative, col_relative = relative_sweep(call.a, call.b, call.a_ids, call.b_ids, relative)
     positive_score, row_score, _, col_score, _ = results
     count = positive_score.shape[0]
     terms, weights = [], []
