@@ -8,11 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import launchers
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
 from gssf_kernels import plan, reference
-from gssf_kernels.kernels import sweep, tiles
+from gssf_kernels.kernels import batch_hard, goal, hardest, project, sweep, tiles
 
 INF, NAN = float("inf"), float("nan")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -53,7 +52,7 @@ def test_both_sides(n, m, d, b, weights, dtype):
     diag = torch.randn(d).to(dtype) if "diag" in weights else None
     blocks = torch.randn(d // b, b, b).to(dtype) if "blocks" in weights else None
     permutation = torch.randperm(d) if b > 2 and blocks is not None else None
-    found = launchers.project_sides(*on_device(x, y, diag, blocks, permutation))
+    found = project.project_sides(*on_device(x, y, diag, blocks, permutation))
     wide = [t if t is None else t.double() for t in (x, y, diag, blocks)]
     p = reference.project(wide[0], *wide[2:], permutation=permutation, normalize=True)
     *found, norm, pair = found
@@ -75,7 +74,7 @@ def test_both_sides_with_their_pairs(n, m, d, b, normalize, dtype, monkeypatch):
     x, y, diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((n, d), (m, d), (d,), (d // b, b, b)))
     permutation = torch.randperm(d) if b > 2 else None
     on = on_device(x, y, diag, blocks, permutation)
-    p, unit, norm, pair = launchers.project_sides(*on, normalize, True)
+    p, unit, norm, pair = project.project_sides(*on, normalize, True)
     exact = reference.project(x.double(), diag.double(), blocks.double(), permutation=permutation, normalize=normalize)
     close(p, exact, dtype)
     if normalize:
@@ -101,10 +100,10 @@ def check_sides_backward(n, m, d, b, normalize, dtype, twice=False, needs=(True,
         total = total + (reference.project(other, normalize=True) * dunit.double()).sum()
     expected = torch.autograd.grad(total, leaves, allow_unused=True)
     on = on_device(x, x if twice else y, diag, blocks, permutation)
-    norm = launchers.project_sides(*on, normalize)[2]
+    norm = project.project_sides(*on, normalize)[2]
     given = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
     on[1] = None if twice else on[1]
-    found = launchers.project_sides_backward(*on_device(*given), norm, *on, normalize, [*needs])
+    found = project.project_sides_backward(*on_device(*given), norm, *on, normalize, [*needs])
     for got, known, need in zip(found, expected, needs, strict=True):
         if need and known is not None:
             assert got.dtype == dtype
@@ -137,13 +136,13 @@ def test_sides_of_many_rows_are_declined(monkeypatch):
     monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, y = on_device(torch.randn(21, 8), torch.randn(22, 8))
     options = None, None, None, True, [True, True, False, False]
-    assert launchers.route("project_backward", x, y, x[:, 0], x, y, *options) == "triton"
-    assert launchers.route("project_backward", x[:20], y, x[:20, 0], x[:20], y, *options) == "small"
-    assert launchers.route("project_backward", x[:20], None, x[:20, 0], x[:20], None, *options) == "triton"
+    assert project.project_sides_backward(x, y, x[:, 0], x, y, *options) is NotImplemented
+    assert project.project_sides_backward(x[:20], y, x[:20, 0], x[:20], y, *options) is not NotImplemented
+    assert project.project_sides_backward(x[:20], None, x[:20, 0], x[:20], None, *options) is NotImplemented
 
 
 def test_one_side_of_nothing():
-    p, unit, *_ = launchers.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
+    p, unit, *_ = project.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
     assert p.shape == (0, 8)
     close(unit, torch.full((2, 8), 8**-0.5), torch.float32)
 
@@ -157,8 +156,8 @@ def mined(n, m, d, dtype, ids=False):
 
 
 def check_hinge(a, b, a_ids, b_ids, margin, reduction):
-    loss, *found = launchers.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
-    for got, expected in zip(found, launchers.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
+    loss, *found = hardest.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
+    for got, expected in zip(found, hardest.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     x, y = a.double(), b.double()
     pair, exact = reference.pair_scores(x, y), reference.hardest_negatives(x, y, a_ids=a_ids, b_ids=b_ids)
@@ -190,7 +189,7 @@ def test_hinge_terms_of_special_values(special, reduction):
 def test_hinge_terms_without_negatives_are_0(reduction):
     a, b, *_ = mined(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    loss, _, row_score, row_index, *_ = launchers.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
+    loss, _, row_score, row_index, *_ = hardest.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
     assert not loss.any()
     assert set(row_index.tolist()) == {-1}
     assert set(row_score.tolist()) == {-INF}
@@ -236,12 +235,12 @@ def check_goal(lines, triplet, pair, reduction):
     grad = torch.randn(len(lines[0])) if reduction == "none" else torch.tensor(0.75)
     loss, gradients = goal_truth(lines, triplet, pair, reduction, grad)
     on, options = on_device(*lines), (triplet, pair, *NUMBERS, reduction)
-    got = launchers.goal_terms(*on, *options)
+    got = goal.goal_terms(*on, *options)
     assert got.shape == loss.shape
     size = torch.cat(lines).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
     torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
     for got, expected, line in zip(
-        launchers.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
+        goal.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
     ):
         assert got.shape == line.shape
         torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
@@ -259,23 +258,23 @@ def test_goal_of_special_values(triplet, pair):
 def test_goal_takes_expanded_gradients_and_an_empty_batch():
     lines, options = goal_lines(20, 23), ("nca", "con", *NUMBERS)
     on = on_device(*lines)
-    got = launchers.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
+    got = goal.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
     for one, expected in zip(got, goal_truth(lines, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
         torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
     nothing = [on[0][:0], on[1][:0], on[2]]
-    assert launchers.goal_terms(*nothing, *options, "mean").tolist() == 0
-    assert launchers.goal_terms(*nothing, *options, "none").shape == (0,)
-    assert not launchers.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
+    assert goal.goal_terms(*nothing, *options, "mean").tolist() == 0
+    assert goal.goal_terms(*nothing, *options, "none").shape == (0,)
+    assert not goal.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
 
 
 def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
     options = (triplet, pair, *NUMBERS, reduction)
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found = launchers.hardest_goal(*on, *options)
-    known = launchers.hardest_negatives(*on)
+    loss, *found = goal.hardest_goal(*on, *options)
+    known = hardest.hardest_negatives(*on)
     for got, expected in zip(found, known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    expected = launchers.goal_terms(known[0], known[1], known[3], *options)
+    expected = goal.goal_terms(known[0], known[1], known[3], *options)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
@@ -300,7 +299,7 @@ def test_goal_terms_of_a_sweep_of_special_values(reduction):
         check_hardest_goal(a, b, *ids, "nca", "sig", reduction)
     a, b, *_ = mined(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    assert not launchers.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
+    assert not goal.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
 
 
 # batch-hard
@@ -317,14 +316,14 @@ def check_batch_hard(x, labels, margin, reduction):
     grad = torch.rand(n) + 0.5 if reduction == "none" else torch.tensor(0.75)
     expected.backward(grad.double())
     on = on_device(x, labels)
-    loss, *found = launchers.batch_hard(*on, margin, reduction)
+    loss, *found = batch_hard.batch_hard(*on, margin, reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     size = float((leaf.detach() @ leaf.detach().T).nan_to_num(0, 0, 0).abs().max()) * (n if reduction == "sum" else 1)
     torch.testing.assert_close(
         loss.cpu().double(), expected.detach(), rtol=4e-6, atol=4e-6 * (size + margin), equal_nan=True
     )
-    dx = launchers.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
+    dx = batch_hard.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
     assert dx.dtype == x.dtype
     if bool(x.isfinite().all()):
         close(dx, leaf.grad, x.dtype)
@@ -343,7 +342,7 @@ def test_batch_hard(n, d, groups, reduction, dtype):
 def test_batch_hard_of_special_values(special):
     x, labels = labelled(40, 8, torch.float32, 5)
     x[17, 0], x[:, 0] = special, x[:, 0].abs()
-    loss, *_ = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    loss, *_ = batch_hard.batch_hard(*on_device(x, labels), 0.25, "none")
     expected = reference.batch_hard_loss(x.double(), labels, margin=0.25, reduction="none")
     close(loss, expected, torch.float32)
 
@@ -352,7 +351,7 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
     x = torch.randint(-2, 3, (60, 2)).float()
     labels = torch.randint(0, 4, (60,))
     s, same = x @ x.T, labels[:, None] == labels
-    _, _, _, positive_place, negative_place = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+    _, _, _, positive_place, negative_place = batch_hard.batch_hard(*on_device(x, labels), 0.25, "sum")
     positives = s.masked_fill(~same | torch.eye(60, dtype=torch.bool), INF)
     assert torch.equal(positive_place.cpu(), positives.argmin(1))
     assert torch.equal(negative_place.cpu(), s.masked_fill(same, -INF).argmax(1))
@@ -361,18 +360,18 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
 def test_batch_hard_without_partners():
     x, same = torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)
     for labels in (same, torch.arange(20)):
-        loss, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+        loss, *found = batch_hard.batch_hard(*on_device(x, labels), 0.25, "sum")
         assert not loss.any()
         assert set(found[2 if labels is not same else 3].tolist()) == {-1}
         grad = torch.tensor(1.0).to(DEVICE)
-        assert not launchers.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
+        assert not batch_hard.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
 
 
 def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
     x, labels = torch.randn(20, 8), torch.arange(20) // 4
-    _, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    _, *found = batch_hard.batch_hard(*on_device(x, labels), 0.25, "none")
     dead = torch.full((20, 8), NAN).to(DEVICE)
-    assert not launchers.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
+    assert not batch_hard.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
 
 
 def test_batch_hard_is_never_tf32(monkeypatch):
@@ -385,24 +384,24 @@ def test_batch_hard_is_never_tf32(monkeypatch):
 def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
-        found = launchers.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
+        found = hardest.hardest_hinge(*on_device(*mined(n, m, 8, torch.float32)), 0.25, "sum")
         assert (found is NotImplemented) == declined
-        found = launchers.hardest_goal(*on_device(*mined(n, m, 8, torch.float32)), "con", "con", *NUMBERS, "sum")
+        found = goal.hardest_goal(*on_device(*mined(n, m, 8, torch.float32)), "con", "con", *NUMBERS, "sum")
         assert (found is NotImplemented) == declined
     for n, declined in ((44, False), (45, True)):
-        found = launchers.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
+        found = batch_hard.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
         assert (found is NotImplemented) == declined
     monkeypatch.setattr(plan, "CERTIFIED", 40 * 50)
-    assert launchers.hardest_hinge(*on_device(*mined(40, 50, 8, torch.float32)), 0.25, "sum") is NotImplemented
+    assert hardest.hardest_hinge(*on_device(*mined(40, 50, 8, torch.float32)), 0.25, "sum") is NotImplemented
 
 
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     for call in (
-        lambda: launchers.project_sides(x, x, None, None, None),
-        lambda: launchers.hardest_hinge(x, x, None, None, 0.25, "sum"),
-        lambda: launchers.batch_hard(x, torch.arange(4), 0.25, "sum"),
-        lambda: launchers.goal_terms(x[0], x[0], x[0], "con", "con", *NUMBERS, "sum"),
+        lambda: project.project_sides(x, x, None, None, None),
+        lambda: hardest.hardest_hinge(x, x, None, None, 0.25, "sum"),
+        lambda: batch_hard.batch_hard(x, torch.arange(4), 0.25, "sum"),
+        lambda: goal.goal_terms(x[0], x[0], x[0], "con", "con", *NUMBERS, "sum"),
     ):
         with pytest.raises(TypeError, match="float64"):
             call()

@@ -12,17 +12,25 @@ import torch
 
 pytest.importorskip("triton")
 
-import launchers
 from triton.runtime.jit import JITFunction
 
 from bench.device_path import DEVICE, DevicePath, device_path
 from gssf_kernels import kernels, plan
 from gssf_kernels.kernels import (
+    batch_hard,
     contrast,
     dense,
+    goal,
+    hardest,
     logsumexp,
+    pairs,
+    positives,
+    project,
     relations,
+    relative,
+    relative_goal,
     sums,
+    terms,
 )
 
 MOST = (2**31 - 1, 65_535, 65_535)
@@ -66,28 +74,28 @@ def projections(n, d, width=32, normalize=False):
     """All of them, of n rows of d channels in blocks of width."""
     x, weights = half(n, d), (half(d), half(d // width, width, width), places(d), normalize)
     every = [True] * 4
-    launchers.project(x, *weights)
-    launchers.project_backward(x, x, *weights, every[:3])
-    launchers.project_sides(x, x, *weights, True)
-    launchers.project_sides_backward(x, x, zeros(n), x, x, *weights, every)
-    launchers.pairs_project_backward(zeros(n), places(n), places(n), x, x, *weights, every[:3])
-    launchers.hardest_project_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
+    project.project(x, *weights)
+    project.project_backward(x, x, *weights, every[:3])
+    project.project_sides(x, x, *weights, True)
+    project.project_sides_backward(x, x, zeros(n), x, x, *weights, every)
+    project.pairs_project_backward(zeros(n), places(n), places(n), x, x, *weights, every[:3])
+    project.hardest_project_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
 
 
 def gathers(n, d):
     """Scores of pairs and their gradients."""
     x, index, both = half(n, d), places(n), [True, True]
-    launchers.pair_scores(x, x, index, index)
-    launchers.pair_scores_backward(zeros(n), index, index, x, x, both)
-    launchers.hardest_negatives_backward(*lines(n, n, n), index, index, x, x, both)
-    launchers.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
-    launchers.hardest_positives(x, index)
+    pairs.pair_scores(x, x, index, index)
+    pairs.pair_scores_backward(zeros(n), index, index, x, x, both)
+    pairs.hardest_negatives_backward(*lines(n, n, n), index, index, x, x, both)
+    batch_hard.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
+    positives.hardest_positives(x, index)
 
 
 def sweeps(make, n, m, d):
     a, b = make(n, d), make(m, d)
-    launchers.hardest_negatives(a, b, places(n), places(m))
-    launchers.relative_negatives(a, b, None, None, zeros(), 10.0)
+    hardest.hardest_negatives(a, b, places(n), places(m))
+    relative.relative_negatives(a, b, None, None, zeros(), 10.0)
 
 
 def dense_slabs(n, m, d):
@@ -101,8 +109,8 @@ def small(n, m, d):
     """What takes few scores, of many channels or many rows of one side."""
     a, b, both = zeros(n, d), zeros(m, d), [True, True]
     options = ("nca", "sig", 1.0, 2.0, 3.0, 0.5)
-    launchers.hardest_hinge(a, b, None, None, 0.2, "none")
-    launchers.hardest_goal(a, b, None, None, *options, "none")
+    hardest.hardest_hinge(a, b, None, None, 0.2, "none")
+    goal.hardest_goal(a, b, None, None, *options, "none")
     contrast.contrast(a, b, None, 2.0, None, None, 0.1, True, "none")
     contrast.contrast_backward(
         zeros(n), a, b, None, 2.0, None, None, 0.1, True, "none", *lines(n, n, m, m, 0, 0), [True] * 3
@@ -116,22 +124,22 @@ def small(n, m, d):
 def square(n, d):
     """And of few rows of one side."""
     x = zeros(n, d)
-    launchers.batch_hard(x, places(n), 0.2, "none")
+    batch_hard.batch_hard(x, places(n), 0.2, "none")
     relations.relation_loss(x, x, x, None, None, 0.5, 0.5, [1.0, 1.0, 1.0], "abs", True)
     mode = ("nca", "sig_ms", 1.0, 2.0, 3.0, 0.5, 0.1, 0.1, "none")
-    launchers.relative_goal(x, x, None, None, *mode)
+    relative_goal.relative_goal(x, x, None, None, *mode)
 
 
 def formulas(n):
     """Terms of so many anchors."""
     line, of_goal = zeros(n), ("nca", "sig", 1.0, 2.0, 3.0, 0.5, "none")
-    launchers.hinge_terms(line, line, line, 0.2, "none")
-    launchers.hinge_terms_backward(line, line, line, line, 0.2, "none")
-    launchers.contrast_terms(*[line] * 6, "none")
-    launchers.contrast_terms_backward(line, line, line, False, "none")
-    launchers.goal_terms(line, line, line, *of_goal)
-    launchers.goal_terms_backward(line, line, line, line, *of_goal)
-    launchers.relative_goal_backward(line, zeros(4, n), n, "none")
+    terms.hinge_terms(line, line, line, 0.2, "none")
+    terms.hinge_terms_backward(line, line, line, line, 0.2, "none")
+    terms.contrast_terms(*[line] * 6, "none")
+    terms.contrast_terms_backward(line, line, line, False, "none")
+    goal.goal_terms(line, line, line, *of_goal)
+    goal.goal_terms_backward(line, line, line, line, *of_goal)
+    relative_goal.relative_goal_backward(line, zeros(4, n), n, "none")
 
 
 def scaled(n, d):
@@ -212,11 +220,12 @@ def test_more_weights_than_places_reach_are_declined():
     """Of 2³¹ and more, whose places in a tile are 32-bit: plain PyTorch takes them."""
     with device_path() as path:
         x, weights = half(64, 46_341), (None, half(1, 46_341, 46_341), None, False)
-        assert launchers.project(x, *weights) is NotImplemented
-        assert launchers.project_backward(x, x, *weights, [True] * 3) is NotImplemented
-        assert launchers.project_sides(x, x, *weights) is NotImplemented
-        assert launchers.project_sides_backward(x, x, zeros(64), x, x, *weights, [True] * 4) is NotImplemented
+        assert project.project(x, *weights) is NotImplemented
+        assert project.project_backward(x, x, *weights, [True] * 3) is NotImplemented
+        assert project.project_sides(x, x, *weights) is NotImplemented
+        assert project.project_sides_backward(x, x, zeros(64), x, x, *weights, [True] * 4) is NotImplemented
         given = (places(64), places(64), x, x)
+        assert project.pairs_project_backward(zeros(64), *given, *weights, [True] * 3) is NotImplemented
         lined = lines(64, 64, 64)
-        assert launchers.hardest_project_backward(*lined, *given, *weights, [True] * 4) is NotImplemented
+        assert project.hardest_project_backward(*lined, *given, *weights, [True] * 4) is NotImplemented
         assert not path.launches

@@ -15,14 +15,13 @@ import torch
 from torch.utils.cpp_extension import include_paths
 
 import gssf_kernels as gk
-from gssf_kernels import plan
 from gssf_kernels.kernels import hopper, tiles
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
 AT_ONCE, LATE, AT_RANDOM = range(3)
-REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and plan.hopper_built()
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and hopper.built()
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 not_built = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
@@ -471,27 +470,27 @@ def test_nothing_is_dispatched_to_it_yet():
 
 
 def test_the_table_sends_its_lines_here(monkeypatch):
-    launchers = pytest.importorskip("launchers")
-    monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: tuple("12345"))
-    monkeypatch.setattr(plan, "hopper_built", lambda: True)
+    hardest = pytest.importorskip("gssf_kernels.kernels.hardest")
+    monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: "hopper")
+    monkeypatch.setattr(hopper, "built", lambda: True)
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
     op = "hardest_negatives"
     assert not hopper.takes_over(op, a, a)
     monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset({(op, "half", "wide")}))
-    assert launchers.hardest_negatives(a, a, None, None) == tuple("12345")
+    assert hardest.hardest_negatives(a, a, None, None) == "hopper"
     assert not hopper.takes_over("logsumexp_scores", a, a)
     assert not hopper.takes_over(op, a.float(), a.float())
     assert not hopper.takes_over(op, a[:, :64], a[:, :64])
     assert not hopper.takes_over(op, a[:100], a[:100])
-    monkeypatch.setattr(plan, "hopper_built", lambda: False)
+    monkeypatch.setattr(hopper, "built", lambda: False)
     assert not hopper.takes_over(op, a, a)
 
 
 def test_the_table_sends_log_sums_here(monkeypatch):
     logsumexp = pytest.importorskip("gssf_kernels.kernels.logsumexp")
     monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
-    monkeypatch.setattr(plan, "hopper_built", lambda: True)
+    monkeypatch.setattr(hopper, "built", lambda: True)
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
     a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())  # bf16 goes by slabs
     assert logsumexp.logsumexp_scores(a, b, scale, 1.0) is NotImplemented

@@ -141,8 +141,8 @@ def test_small_batches(name, n, dtype):
 
 def test_what_the_triplet_launches():
     forward, backward = launches(STEPS["triplet"][0], 128, torch.float32)
-    assert forward == ["sweep_kernel", "merge_kernel", "line_terms_kernel"]
-    assert backward == ["line_terms_backward_kernel", "scan_kernel"]
+    assert forward == ["sweep_kernel", "merge_kernel", "hinge_kernel"]
+    assert backward == ["hinge_backward_kernel", "scan_kernel"]
 
 
 def test_what_info_nce_launches():
@@ -219,8 +219,8 @@ def test_what_a_metric_launches():
         found = launches(BY_A_METRIC[name][0], 128, torch.float32, metric=metric, **given)
         assert found == (["sides_kernel", "sweep_kernel", f"{after}_kernel"], gradients)
     found = launches(BY_A_METRIC["goal"][0], 128, torch.float32, metric=metric, **given)
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert found[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_goal_kernel"]
+    assert found[1] == ["goal_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 def test_what_distillation_launches():
@@ -244,7 +244,7 @@ def test_what_goal_with_relative_terms_launches(pair, reduction, metric):
         torch.autograd.grad(loss, [x, y, *(s.parameters() if metric else ())], upstream)
     sides = ["sides_kernel"] if metric else []
     assert forward == [*sides, "sweep_kernel", "relative_goal_kernel"]
-    assert path.launches[len(forward) :] == ["line_terms_backward_kernel", "scan_kernel", *sides]
+    assert path.launches[len(forward) :] == ["relative_goal_backward_kernel", "scan_kernel", *sides]
 
 
 @pytest.mark.parametrize("n", [128, 256, 512, 1024])
@@ -256,8 +256,8 @@ def test_a_metric_takes_as_few(n):
         loss = gk.triplet_loss(x, y, metric=metric)
         forward = list(path.launches)
         torch.autograd.grad(loss, [x, y, *metric.parameters()], torch.empty((), device=DEVICE))
-    assert forward == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert path.launches[3:] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert forward == ["sides_kernel", "sweep_kernel", "merge_hinge_kernel"]
+    assert path.launches[3:] == ["hinge_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 def test_the_count_does_not_grow_with_the_batch_but_for_the_sort():

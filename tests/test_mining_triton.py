@@ -3,7 +3,6 @@
 import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
-from launchers import hardest_negatives, hardest_positives, relative_negatives
 from test_relative import gap
 from triton_checks import (
     IDS,
@@ -18,6 +17,9 @@ from triton_checks import (
 )
 
 from gssf_kernels.kernels import tiles
+from gssf_kernels.kernels.hardest import hardest_negatives
+from gssf_kernels.kernels.positives import hardest_positives
+from gssf_kernels.kernels.relative import relative_negatives
 
 # hardest_negatives
 

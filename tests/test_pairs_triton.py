@@ -3,19 +3,17 @@
 import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
-from launchers import (
-    contrast_terms,
-    contrast_terms_backward,
-    hardest_negatives_backward,
-    hinge_terms,
-    hinge_terms_backward,
-    pair_scores,
-    pair_scores_backward,
-)
 from triton_checks import INF, NAN, assert_as_good, small_tiles  # noqa: F401
 
 from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
+from gssf_kernels.kernels.pairs import hardest_negatives_backward, pair_scores, pair_scores_backward
+from gssf_kernels.kernels.terms import (
+    contrast_terms,
+    contrast_terms_backward,
+    hinge_terms,
+    hinge_terms_backward,
+)
 
 # pair_scores
 

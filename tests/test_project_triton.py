@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interpreted import DEVICE, DTYPES, where_triton_runs
-from launchers import pairs_project_backward, project, project_backward
 from triton_checks import NAN, assert_as_good, small_tiles  # noqa: F401
+
+from gssf_kernels.kernels.project import pairs_project_backward, project, project_backward
 
 
 def plain_project(x, diag, blocks, permutation, normalize):

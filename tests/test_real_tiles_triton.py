@@ -5,7 +5,6 @@ all of dL/ds at once. Here three processors share the tiles, and a slab is one r
 used. The interpreter takes the same sizes, in fp16 and fp32.
 """
 
-import launchers
 import pytest
 import torch
 from interpreted import DEVICE, INTERPRETED, where_triton_runs
@@ -14,7 +13,7 @@ from test_slabs_triton import close, leaves_of
 from triton_checks import check_hardest, check_relative
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import certified, logsumexp, slabs, sums, sweep, tiles
+from gssf_kernels.kernels import certified, hardest, logsumexp, slabs, sums, sweep, tiles
 from gssf_kernels.statistics.sums import pointwise
 
 PROCESSORS = 3
@@ -107,7 +106,7 @@ def test_half_of_the_tiles(line, launches):
     """Of one side twice tiles on and above the diagonal alone have a number."""
     dtype, channels, tile = line
     a = whole(M, channels, dtype).to(DEVICE)
-    found = launchers.hardest_negatives(a, a, None, None)
+    found = hardest.hardest_negatives(a, a, None, None)
     go_on(launches, tile)
     s = a.double() @ a.double().T
     s.fill_diagonal_(-torch.inf)
@@ -167,7 +166,7 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     monkeypatch.setattr(certified, "hardest_negatives", counted)
 
     def mined(*sides):
-        found = launchers.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
+        found = hardest.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
         return [t.cpu() for t in found], calls[-1]
 
     check(a, b, *labels, by=mined)

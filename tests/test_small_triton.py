@@ -1,12 +1,11 @@
 """Small dense losses in few launches: their Triton kernels, and the triplet's by a metric, against fp64."""
 
-import launchers
 import pytest
 import torch
 from interpreted import DEVICE, DTYPES, where_triton_runs
 
 from gssf_kernels import plan, reference
-from gssf_kernels.kernels import contrast, logsumexp, sums, tiles
+from gssf_kernels.kernels import contrast, logsumexp, pairs, project, sums, tiles
 from gssf_kernels.statistics.sums import pointwise
 
 INF, NAN = float("inf"), float("nan")
@@ -367,7 +366,7 @@ class Sum:
         on = [x if x is None else x.to(DEVICE) for x in (self.a, self.b)]
         numbers, constants, *given = self.given()
         inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
-        pair = launchers.pair_scores(*on, None, None) if known else None
+        pair = pairs.pair_scores(*on, None, None) if known else None
         found, own = sums.score_rows(*inputs, pair)
         assert found.dtype == torch.float32
         close(found, terms.detach(), torch.float32)
@@ -497,7 +496,7 @@ def test_totals_of_special_values(special):
 
 def test_pairs_of_all_rows():
     a, b = given(40, 50, 24, torch.float32)
-    found = launchers.pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
+    found = pairs.pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
     close(found, (a.double() * b[:40].double()).sum(1), torch.float32)
 
 
@@ -534,7 +533,7 @@ def test_gradient_of_hardest_negatives_by_a_metric(n, m, d, b, needs, normalize,
     real = (edges[0] >= 0) & (edges[1] >= 0)
     (weight[real] * s[edges[0][real], edges[1][real]]).sum().backward()
     on = [t if t is None else t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, x, y, diag, blocks, permutation)]
-    found = launchers.hardest_project_backward(*on, normalize, [*needs])
+    found = project.hardest_project_backward(*on, normalize, [*needs])
     for got, leaf, need in zip(found, leaves, needs, strict=True):
         if need:
             assert got.dtype == dtype
@@ -547,7 +546,7 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
     x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
     zero, diag = torch.zeros(3), torch.randn(8)
     on = [t.to(DEVICE) for t in (zero, zero, zero, index, index, x, y, diag)]
-    dx, _, ddiag, _ = launchers.hardest_project_backward(*on, None, None, True, [True, False, True, False])
+    dx, _, ddiag, _ = project.hardest_project_backward(*on, None, None, True, [True, False, True, False])
     assert not dx.any()
     assert not ddiag.any()
 
@@ -556,7 +555,7 @@ def test_many_rows_of_a_metric_are_declined(monkeypatch):
     monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
     given = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
-    assert launchers.route("hardest_negatives_backward", *given) == "triton"
+    assert project.hardest_project_backward(*given) is NotImplemented
 
 
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):

@@ -6,12 +6,13 @@ Small tiles make small problems meet every edge.
 import pytest
 import torch
 from interpreted import DEVICE
-from launchers import hardest_negatives, relative_negatives
 from test_relative import plain as plain_relative
 from test_relative import truth as true_relative
 
 from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
+from gssf_kernels.kernels.hardest import hardest_negatives
+from gssf_kernels.kernels.relative import relative_negatives
 
 INF, NAN = float("inf"), float("nan")
 IDS = {
