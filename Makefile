@@ -5,7 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/*.h tests/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/native/*.h tests/native/*.cpp)
 
 # The Python, PyTorch and Triton of the GPU machine, on a machine without a GPU. The tree is copied, because the
 # extension's file has one name whichever PyTorch it was built for.
@@ -20,7 +20,7 @@ help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
 	@echo "make lint    ruff, mypy, clang-format"
-	@echo "make bench   time and memory against plain PyTorch and the peers that are installed, into the README (3 minutes)"
+	@echo "make bench   time and memory against plain PyTorch and the installed peers, into docs/benchmarks.md and README.md (3 minutes)"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"
 	@echo "make env-gpu       the GPU machine's Python 3.12, PyTorch 2.11 and Triton 3.6 (4 GB), the extension built with and without CUDA"
 	@echo "make test-env-gpu  the tests in it, and bench/first_light.py --dry-run"
@@ -57,7 +57,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) -m bench suite quick --device cpu
-	$(PY) -m bench report bench/results/cpu-quick.json --into README.md
+	$(PY) -m bench report bench/results/cpu-quick.json --into docs/benchmarks.md README.md
 
 mutate: $(READY)
 	$(PY) tests/mutate.py

@@ -9,6 +9,6 @@ calls.py        the calls of every launcher that lowering.py compiles and saniti
 lowering.py     every kernel compiled without a GPU: registers, spills, machine code
 first_light.py  the first four minutes on a GPU, and a dry run of them without one; its parts are in light/
 gpu_check.sh    the next seven: tests of a card; sanitize.py and tune.py are stages of it
-stub_driver.py, device_path.py   launches and routes of a GPU, on a machine without one
+stub_driver.py  kernels compiled and launched on a machine without a GPU
 report.py, compare.py, plots.py   what is done with the result files
 """

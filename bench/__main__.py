@@ -3,7 +3,7 @@
 python -m bench list                                            ops, ways to compute them, suites
 python -m bench run --op triplet --sizes 1024,4096 --against naive,compile,pml
 python -m bench suite quick                                     into bench/results/<device>-quick.json
-python -m bench report bench/results/cpu-quick.json --into README.md
+python -m bench report bench/results/cpu-quick.json --into docs/benchmarks.md README.md
 python -m bench compare before.json after.json                  exit status 1 where ratios differ
 """
 
@@ -146,10 +146,10 @@ def make_report(parser: Parser, arguments: argparse.Namespace) -> int:
         print("plots left as they are: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     page.write_text(report.whole(book, picture.name if drawn else None, roofline.name if roofed else None))
     print(f"wrote {', '.join(map(str, [page, *[picture] * drawn, *[roofline] * roofed]))}")
-    if arguments.into:
-        plot = Path(os.path.relpath(picture, arguments.into.parent)).as_posix() if drawn else None
-        report.into(arguments.into, book, plot)
-        print(f"wrote the summary into {arguments.into}")
+    for target in arguments.into:
+        plot = Path(os.path.relpath(picture, target.parent)).as_posix() if drawn else None
+        report.into(target, book, plot)
+        print(f"wrote the results into {target}")
     return 0
 
 
@@ -217,7 +217,8 @@ def main() -> int:
 
     command = commands.add_parser("report", help="a page and plots from a result file")
     command.add_argument("file", type=Path)
-    command.add_argument("--into", type=Path, help="a Markdown page, to write the summary between its bench marks")
+    command.add_argument("--into", type=Path, nargs="+", default=[], metavar="PAGE",
+                         help="Markdown pages, to write the tables between their bench marks")  # fmt: skip
     command.set_defaults(act=make_report)
 
     command = commands.add_parser("compare", help="whether two files' ratios agree")

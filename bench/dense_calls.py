@@ -109,7 +109,7 @@ def _small() -> Iterator[Case]:
         ):
             launcher: Callable = logsumexp.logsumexp_scores
             make = partial(_logsumexp_small, dtype, n, d, scaled, twice)
-            yield Case("logsumexp_scores" + name, launcher, make, ("sweep_kernel", "log_lines_kernel"), product)
+            yield Case("logsumexp_scores" + name, launcher, make, ("sweep_kernel", "merge_logs_kernel"), product)
             launcher = logsumexp.logsumexp_scores_backward
             needs = [True, not twice, scaled]
             make = partial(_logsumexp_small_backward, dtype, n, d, scaled, twice, "row col pair", needs)
@@ -135,7 +135,7 @@ def _slabs() -> Iterator[Case]:
     for name, n, d, learned in (("", 1024, 512, False), (" learnable ragged", 1025, 200, True)):
         launcher: Callable = logsumexp.logsumexp_scores
         make = partial(_logsumexp_small, torch.bfloat16, n, d, learned)
-        yield Case("logsumexp_scores slabs" + name, launcher, make, ("sweep_kernel", "log_lines_kernel"), "bf16")
+        yield Case("logsumexp_scores slabs" + name, launcher, make, ("sweep_kernel", "merge_logs_kernel"), "bf16")
         launcher, needs = logsumexp.logsumexp_scores_backward, [True, True, learned]
         make = partial(_logsumexp_small_backward, torch.bfloat16, n, d, learned, False, "row col pair", needs)
         yield Case("logsumexp_scores_backward slabs" + name, launcher, make, ("sweep_kernel",), "bf16")
@@ -166,7 +166,7 @@ def _rows_sums(product: str) -> Iterator[Case]:
         ("hinge relative", 128, 256, ("hinge", "exclude", True), False, "ab"),
         ("hinge relative of known pairs ragged", 129, 200, ("hinge", "exclude", True), True, "ab"),
     ):
-        given, kernels = (PRODUCTS[product][0], n, d, of, learned, sides), ("sweep_kernel", "line_sums_kernel")
+        given, kernels = (PRODUCTS[product][0], n, d, of, learned, sides), ("sweep_kernel", "merge_sums_kernel")
         launched = ("pair_scores_kernel", *kernels) if of[2] and not learned else kernels
         make, launcher = partial(_rows_forward, *given), cast(Callable, sums.score_rows)
         yield Case(f"score_rows {name}", launcher, make, launched, product)
@@ -209,7 +209,7 @@ def _contrasts(product: str) -> Iterator[Case]:
         (" of one side twice", _Contrast(128, 256, True, False, 0.0, True, "mean", True)),
     ):
         make, launcher = partial(call.forward, PRODUCTS[product][0]), cast(Callable, contrast.contrast)
-        yield Case("contrast" + name, launcher, make, ("sweep_kernel", "contrast_lines_kernel"), product)
+        yield Case("contrast" + name, launcher, make, ("sweep_kernel", "merge_info_nce_kernel"), product)
         make, launcher = partial(call.backward, PRODUCTS[product][0]), contrast.contrast_backward
         yield Case("contrast_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product)
 
@@ -271,7 +271,7 @@ def _of_one() -> Iterator[Case]:
     dtype, call = torch.float32, _Contrast(1, 1, True, True, 0.1, True, "mean")
     relative = (dtype, 1, 1, ("hinge", "exclude", True), True, "ab")
     for launcher, make, kernels in (
-        (contrast.contrast, partial(call.forward, dtype), ("sweep_kernel", "contrast_lines_kernel")),
+        (contrast.contrast, partial(call.forward, dtype), ("sweep_kernel", "merge_info_nce_kernel")),
         (contrast.contrast_backward, partial(call.backward, dtype), ("sweep_kernel", "gradients_kernel")),
         (sums.score_rows_backward, partial(_rows_backward, *relative), ("sweep_kernel", "gradients_kernel")),
         (relations.relation_loss, partial(_relation_loss, dtype, 1, 1, "abs", True, True),

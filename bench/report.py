@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from pathlib import Path
 
 from bench import results
@@ -12,6 +13,7 @@ from bench.ops import OPS
 from bench.problem import Shape, Work
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+PRIMITIVES = {"project", "pair_scores", "hardest_negatives", "nearest", "top_scores"}  # no losses: not in the headline
 TITLES = {"ours": "ours", "naive": "plain PyTorch", "compile": "`torch.compile`"}
 
 
@@ -140,21 +142,26 @@ def details(book: dict) -> str:
     return "\n\n".join(parts)
 
 
-def provenance(book: dict) -> str:
-    """What was measured where, in a sentence or two."""
+def origin(book: dict) -> str:
+    """Command, date, commit, machine and versions, in a sentence."""
     m = book["machine"]
     where = m["gpu"] or f"{m['cpu']}, {m['threads']} threads"
+    versions = f"torch {m['torch']}, Python {m['python']}, gssf_kernels {m['gssf_kernels']}"
+    triton = f", Triton {m['triton']}" if m["triton"] and m["gpu"] else ""
+    interrupted = " Interrupted." if book["interrupted"] else ""
+    return (
+        f"`{book['command']}`, {book['date'][:10]}, commit {book['commit']}: {where}; {versions}{triton}.{interrupted}"
+    )
+
+
+def provenance(book: dict) -> str:
+    """origin, and the ceilings that the same run measured."""
     ceilings = "; ".join(
         f"{c['dtype']} on {c['device']} {number(c['tflop_per_s'])} TFLOP/s (matrix product), "
         f"{number(c['gb_per_s'])} GB/s (copy)"
         for c in book["ceilings"]
     )
-    versions = f"torch {m['torch']}, Python {m['python']}, gssf_kernels {m['gssf_kernels']}"
-    triton = f", Triton {m['triton']}" if m["triton"] and m["gpu"] else ""
-    return (
-        f"`{book['command']}`, {book['date'][:10]}, commit {book['commit']}: {where}; {versions}{triton}. "
-        f"{'Interrupted. ' if book['interrupted'] else ''}Ceilings of the same run: {ceilings or 'not taken'}."
-    )
+    return f"{origin(book)} Ceilings of the same run: {ceilings or 'not taken'}."
 
 
 READING = (
@@ -176,12 +183,55 @@ def whole(book: dict, plot: str | None, roofline: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def headline(book: dict) -> str:
+    """Each loss at its smallest and largest N beside plain PyTorch, and the peak memory of a step where measured."""
+    timed: dict[tuple[str, str], list[dict]] = {}
+    for rows in results.cases(book).values():
+        timed_both = all(name in rows and rows[name]["forward_ms"] for name in ("ours", "naive"))
+        if timed_both and rows["ours"]["op"] not in PRIMITIVES:
+            timed.setdefault((rows["ours"]["op"], rows["ours"]["dtype"]), []).append(rows)
+    lines = []
+    for (op, dtype), cases in timed.items():
+        cases.sort(key=lambda rows: (rows["ours"]["n"], rows["ours"]["d"]))
+        for rows in cases[:: max(len(cases) - 1, 1)]:
+            ours, naive = rows["ours"], rows["naive"]
+            times = [between(results.spread(results.both_ms(row))) for row in (ours, naive)]
+            ratio = between(results.ratio(naive, ours), "×")
+            title = f"`{op}`: {OPS[op].summary}" if op in OPS else f"`{op}`"
+            lines.append([title, f"{ours['n']:,}", f"{ours['d']:,}", dtype, *times, ratio])
+    head = ["loss", "N", "D", "dtype", "ours, ms", "plain PyTorch, ms", "plain PyTorch / ours"]
+    peaks = []
+    for rows in results.cases(book).values():
+        peak = {name: rows[name]["peak_mib"] for name in ("ours", "naive") if name in rows}
+        if peak.get("ours") and peak.get("naive"):
+            case = f"`{rows['ours']['op']}` at N = {rows['ours']['n']:,}"
+            peaks.append(f"{case}: {number(peak['ours'])} MiB, plain PyTorch {number(peak['naive'])} MiB")
+    reading = (
+        "Milliseconds are medians (10th–90th percentile) of interleaved turns, forward + backward. Every variant "
+        "agreed with fp64 truth before it was timed."
+    )
+    if peaks:
+        reading += f" Peak extra memory of one step, {'; '.join(peaks)}."
+    return "\n\n".join([wrapped(origin(book)), table(head, lines), wrapped(reading)])
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def summary_block(book: dict, plot: str | None) -> str:
+    """provenance, summary and peak memory, with the plot."""
+    image = f"![Time over N]({plot})" if plot else ""
+    parts = [wrapped(provenance(book)), summary(book), wrapped(READING), memory(book), image]
+    return "\n\n".join(part for part in parts if part)
+
+
 def into(page: Path, book: dict, plot: str | None) -> None:
-    """Replace what stands between ``<!-- bench -->`` and ``<!-- /bench -->`` in page by the summary."""
-    text = page.read_text()
-    marks = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.DOTALL)
-    if not marks.search(text):
-        raise results.ResultError(f"{page}: no lines <!-- bench --> and <!-- /bench --> to write between")
-    parts = [provenance(book), summary(book), READING, memory(book), f"![Time over N]({plot})" if plot else ""]
-    block = "\n\n".join(part for part in parts if part)
-    page.write_text(marks.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text))
+    """Rewrite the page's blocks: ``<!-- bench -->`` holds summary_block, ``<!-- bench headline -->`` headline."""
+    blocks = {"bench": summary_block(book, plot), "bench headline": headline(book)}
+    mark = re.compile(rf"(<!-- ({'|'.join(blocks)}) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+    text, written = mark.subn(lambda match: f"{match[1]}{blocks[match[2]]}\n{match[3]}", page.read_text())
+    if not written:
+        names = " or ".join(f"<!-- {name} --> and <!-- /{name} -->" for name in blocks)
+        raise results.ResultError(f"{page}: no lines {names} to write between")
+    page.write_text(text)

@@ -11,6 +11,7 @@
 #include <limits>
 #include <optional>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -80,68 +81,173 @@ void merge(A& max, A& sum, A other_max, A other_sum) {
   }
 }
 
-void logsumexp_pass(const Tensor& s, const Tensor& scale, Tensor& row_max, Tensor& row_sum, Tensor& col_max,
-                    Tensor& col_sum) {
-  check_chunk(s);
-  const Tiles tiles(s);
-  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "logsumexp_pass", [&] {
-    using A = scalar_t;
-    A *row_m = data<A>(row_max, tiles.n, "row_max"), *row_s = data<A>(row_sum, tiles.n, "row_sum");
-    A *col_m = data<A>(col_max, tiles.m, "col_max"), *col_s = data<A>(col_sum, tiles.m, "col_sum");
-    const A* scores = s.const_data_ptr<A>();
-    const A factor = *scale.const_data_ptr<A>();
-    std::vector<LogSums<A>> found(tiles.down * tiles.across);
-    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
-      GSSF_VECTORIZED(logsumexp_tile_of, scores + i0 * s.stride(0) + j0, s.stride(0), n, m, factor, found[t]);
-    });
-    std::fill_n(row_m, tiles.n, -std::numeric_limits<A>::infinity());
-    std::fill_n(row_s, tiles.n, A(0));
-    for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
-      const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
-      for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i)
-        merge(row_m[i0 + i], row_s[i0 + i], found[t].row_max[i], found[t].row_sum[i]);
-      for (int64_t j = 0; j < std::min(kPassCols, tiles.m - j0); ++j)
-        merge(col_m[j0 + j], col_s[j0 + j], found[t].col_max[j], found[t].col_sum[j]);
-    }
-  });
-}
-
-void softmax_pass(Tensor& s, const Tensor& scale, const Tensor& row_max, const Tensor& row_log,
-                  const std::optional<Tensor>& row_grad, const Tensor& col_max, const Tensor& col_log,
-                  const std::optional<Tensor>& col_grad, Tensor& along) {
-  check_chunk(s);
-  const Tiles tiles(s);
-  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "softmax_pass", [&] {
-    using A = scalar_t;
-    const Softmax<A> rows{data<A>(row_max, tiles.n, "row_max"), data<A>(row_log, tiles.n, "row_log"),
-                          data<A>(row_grad, tiles.n, "row_grad")};
-    const Softmax<A> cols{data<A>(col_max, tiles.m, "col_max"), data<A>(col_log, tiles.m, "col_log"),
-                          data<A>(col_grad, tiles.m, "col_grad")};
-    A* scores = s.mutable_data_ptr<A>();
-    const A factor = *scale.const_data_ptr<A>();
-    A* sums = data<A>(along, tiles.n, "along");
-    std::vector<A> parts(tiles.down * tiles.across * kPassRows);
-    tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
-      const auto from = [](const Softmax<A>& x, int64_t k) {
-        return Softmax<A>{x.max + k, x.log + k, x.grad ? x.grad + k : nullptr};
-      };
-      GSSF_VECTORIZED(softmax_tile_of, scores + i0 * s.stride(0) + j0, s.stride(0), n, m, factor, from(rows, i0),
-                      from(cols, j0), parts.data() + t * kPassRows);
-    });
-    tiles.fold_rows(parts, sums);
-  });
-}
-
 template <class Name>
 Name named(std::string_view text, std::initializer_list<std::pair<std::string_view, Name>> names) {
   for (const auto& [name, value] : names)
     if (name == text) return value;
-  TORCH_CHECK_VALUE(false, "score_sums_pass: no such name: ", text);
+  TORCH_CHECK_VALUE(false, "no such name: ", text);
+}
+
+// The classes' statistics of one direction: [C, size], rows of a tensor that may be longer, or [size] for one class.
+template <class A>
+struct Statistic {
+  A* data = nullptr;
+  int64_t step = 0;
+};
+template <class A>
+Statistic<A> statistic(const Tensor& t, int64_t classes, int64_t size, const char* name) {
+  const bool one = classes == 1 && t.dim() == 1;
+  TORCH_CHECK_VALUE(
+      (one || (t.dim() == 2 && t.size(0) == classes)) && t.size(-1) == size && (size <= 1 || t.stride(-1) == 1), name,
+      ": expected [", classes, ", ", size, "] with adjacent entries, got ", t.sizes());
+  return {const_cast<A*>(t.const_data_ptr<A>()), one ? 0 : t.stride(0)};
+}
+template <class A>
+Statistic<A> statistic(const std::optional<Tensor>& t, int64_t classes, int64_t size, const char* name) {
+  return t ? statistic<A>(*t, classes, size, name) : Statistic<A>{};
+}
+
+// What scores by label need, of one direction.
+template <class A>
+struct Labels {
+  std::vector<typename Simd<A>::Lane> numbers;
+  Statistic<A> bounds;
+
+  Labels(const std::optional<Tensor>& labels, const std::optional<Tensor>& bound, int64_t size)
+      : bounds(statistic<A>(bound, 2, size, "bounds")) {
+    if (!labels) return;
+    const int64_t* from = data<int64_t>(labels, size, "labels");
+    numbers.resize(size + Simd<A>::lanes, -1);
+    for (int64_t k = 0; k < size; ++k) numbers[k] = static_cast<typename Simd<A>::Lane>(from[k]);
+  }
+  ByLabel<A> from(int64_t k) const {
+    return {numbers.empty() ? nullptr : numbers.data() + k, bounds.data ? bounds.data + k : nullptr,
+            bounds.data ? bounds.data + bounds.step + k : nullptr};
+  }
+};
+
+// The arguments of a pass by a score function, as ops take them.
+struct ScoreArguments {
+  std::string_view score;
+  at::ArrayRef<double> constants;
+  const std::optional<Tensor>&row_labels, &col_labels, &row_bounds, &col_bounds;
+  int64_t first;
+  bool leave_out;
+};
+
+// f(ScoreTag, tile) of every tile of s, from several threads; tile.columns is as given.
+template <class A, class F>
+void by_score(const Tensor& s, const Tiles& tiles, const Tensor& scale, const ScoreArguments& of, bool columns, F f) {
+#define GSSF_NAMED(name) {#name, Score::name},
+  const auto score = named<Score>(of.score, {GSSF_SCORES(GSSF_NAMED)});
+#undef GSSF_NAMED
+  TORCH_CHECK_VALUE(classes(score) == 1 || (of.row_labels && of.col_labels), "labels: expected those of both sides");
+  const Labels<A> rows(of.row_labels, of.row_bounds, tiles.n), cols(of.col_labels, of.col_bounds, tiles.m);
+  std::array<A, 3> constants{};
+  TORCH_CHECK_VALUE(of.constants.size() <= constants.size(), "constants: expected at most three");
+  std::copy(of.constants.begin(), of.constants.end(), constants.begin());
+  if (score == Score::scaled) constants[0] = *scale.const_data_ptr<A>();
+  A* scores = const_cast<A*>(s.const_data_ptr<A>());
+  const auto run = [&](auto tag) {
+    f(tag, [&](int64_t i0, int64_t n, int64_t j0, int64_t m) {
+      return LogitTile<A>{scores + i0 * s.stride(0) + j0,
+                          s.stride(0),
+                          n,
+                          m,
+                          j0 - i0 - of.first,
+                          of.leave_out,
+                          columns,
+                          constants,
+                          rows.from(i0),
+                          cols.from(j0)};
+    });
+  };
+#define GSSF_CASE(name) \
+  case Score::name:     \
+    return run(ScoreTag<Score::name>{});
+  switch (score) { GSSF_SCORES(GSSF_CASE) }
+#undef GSSF_CASE
+}
+
+// The chunk's rows' (max, Σ e^(t - max)), by class; those of its columns are merged with what is there.
+void logsumexp_pass(const Tensor& s, const Tensor& scale, std::string_view score, at::ArrayRef<double> constants,
+                    const std::optional<Tensor>& row_labels, const std::optional<Tensor>& col_labels,
+                    const std::optional<Tensor>& row_bounds, const std::optional<Tensor>& col_bounds, int64_t first,
+                    bool leave_out, Tensor& row_max, Tensor& row_sum, const std::optional<Tensor>& col_max,
+                    const std::optional<Tensor>& col_sum) {
+  check_chunk(s);
+  const Tiles tiles(s);
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "logsumexp_pass", [&] {
+    using A = scalar_t;
+    const ScoreArguments of{score, constants, row_labels, col_labels, row_bounds, col_bounds, first, leave_out};
+    by_score<A>(s, tiles, scale, of, col_max.has_value(), [&](auto tag, const auto& tile_at) {
+      constexpr int C = classes(decltype(tag)::value);
+      const auto row_m = statistic<A>(row_max, C, tiles.n, "row_max"),
+                 row_s = statistic<A>(row_sum, C, tiles.n, "row_sum");
+      const auto col_m = statistic<A>(col_max, C, tiles.m, "col_max"),
+                 col_s = statistic<A>(col_sum, C, tiles.m, "col_sum");
+      std::vector<LogSums<A, C>> partial(tiles.down * tiles.across);
+      tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+        GSSF_VECTORIZED(logsumexp_tile_of, tag, tile_at(i0, n, j0, m), partial[t]);
+      });
+      for (int c = 0; c < C; ++c) {
+        A *max = row_m.data + c * row_m.step, *sum = row_s.data + c * row_s.step;
+        std::fill_n(max, tiles.n, -std::numeric_limits<A>::infinity());
+        std::fill_n(sum, tiles.n, A(0));
+        for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
+          const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
+          const auto& part = partial[t];
+          for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i)
+            merge(max[i0 + i], sum[i0 + i], part.row_max[c][i], part.row_sum[c][i]);
+          for (int64_t j = 0; col_m.data && j < std::min(kPassCols, tiles.m - j0); ++j)
+            merge(col_m.data[c * col_m.step + j0 + j], col_s.data[c * col_s.step + j0 + j], part.col_max[c][j],
+                  part.col_sum[c][j]);
+        }
+      }
+    });
+  });
+}
+
+// s becomes dL/dt, by label dL/ds; products [n] = its rows' Σ of that times s.
+void softmax_pass(Tensor& s, const Tensor& scale, std::string_view score, at::ArrayRef<double> constants,
+                  const std::optional<Tensor>& row_labels, const std::optional<Tensor>& col_labels,
+                  const std::optional<Tensor>& row_bounds, const std::optional<Tensor>& col_bounds, int64_t first,
+                  bool leave_out, const Tensor& row_max, const Tensor& row_log, const std::optional<Tensor>& row_grad,
+                  const std::optional<Tensor>& col_max, const std::optional<Tensor>& col_log,
+                  const std::optional<Tensor>& col_grad, Tensor& products) {
+  check_chunk(s);
+  const Tiles tiles(s);
+  AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "softmax_pass", [&] {
+    using A = scalar_t;
+    const ScoreArguments of{score, constants, row_labels, col_labels, row_bounds, col_bounds, first, leave_out};
+    A* sums = data<A>(products, tiles.n, "products");
+    by_score<A>(s, tiles, scale, of, col_grad.has_value(), [&](auto tag, const auto& tile_at) {
+      constexpr int C = classes(decltype(tag)::value);
+      const auto softmax = [&](const auto& max, const auto& log, const auto& grad, int64_t size) {
+        const auto m = statistic<A>(max, C, size, "max"), l = statistic<A>(log, C, size, "log");
+        const auto g = statistic<A>(grad, C, size, "grad");
+        TORCH_CHECK_VALUE(m.step == l.step, "softmax_pass: expected max and log of one stride");
+        return Softmax<A>{m.data, l.data, g.data, m.step, g.step};
+      };
+      const auto rows = softmax(row_max, row_log, row_grad, tiles.n),
+                 cols = softmax(col_max, col_log, col_grad, tiles.m);
+      const auto from = [](Softmax<A> x, int64_t k) {
+        if (x.grad) x.max += k, x.log += k, x.grad += k;
+        return x;
+      };
+      std::vector<A> partial(tiles.down * tiles.across * kPassRows);
+      tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
+        GSSF_VECTORIZED(softmax_tile_of, tag, tile_at(i0, n, j0, m), from(rows, i0), from(cols, j0),
+                        partial.data() + t * kPassRows);
+      });
+      tiles.fold_rows(partial, sums);
+    });
+  });
 }
 
 // rows [3, R] = sums, slopes and Σ_j ds_ij s_ij of the chunk's rows; cols [2, K] += sums and slopes of columns.
-void score_sums_pass(Tensor& s, const Tensor& scale, const std::optional<Tensor>& row_bias,
-                     const std::optional<Tensor>& row_weight, const std::optional<Tensor>& col_bias,
+void score_sums_pass(Tensor& s, const Tensor& scale, const Tensor& bias, const std::optional<Tensor>& row_positive,
+                     const std::optional<Tensor>& row_weight, const std::optional<Tensor>& col_positive,
                      const std::optional<Tensor>& col_weight, const std::optional<Tensor>& row_ids,
                      const std::optional<Tensor>& col_ids, int64_t first, std::string_view kind_name,
                      std::string_view positives_name, bool gradient, Tensor& rows, Tensor& cols) {
@@ -157,9 +263,18 @@ void score_sums_pass(Tensor& s, const Tensor& scale, const std::optional<Tensor>
                     "score_sums_pass: expected terms of at most all columns, and ids of both sides or neither");
   AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "score_sums_pass", [&] {
     using A = scalar_t;
-    const SumTerm<A> row_term{data<A>(row_bias, tiles.n, "row_bias"), data<A>(row_weight, tiles.n, "row_weight"),
+    // Terms relative to positives: β less the scores of those.
+    const auto biases = [&](const std::optional<Tensor>& positive, int64_t size, const char* name) {
+      std::vector<A> out(size, *bias.const_data_ptr<A>());
+      const A* less = data<A>(positive, size, name);
+      for (int64_t k = 0; less && k < size; ++k) out[k] -= less[k];
+      return out;
+    };
+    const std::vector<A> row_bias = biases(row_positive, tiles.n, "row_positive"),
+                         col_bias = biases(col_positive, with_term, "col_positive");
+    const SumTerm<A> row_term{row_bias.data(), data<A>(row_weight, tiles.n, "row_weight"),
                               data<int64_t>(row_ids, tiles.n, "row_ids")};
-    const SumTerm<A> col_term{data<A>(col_bias, with_term, "col_bias"), data<A>(col_weight, with_term, "col_weight"),
+    const SumTerm<A> col_term{col_bias.data(), data<A>(col_weight, with_term, "col_weight"),
                               data<int64_t>(col_ids, tiles.m, "col_ids")};
     const auto from = [](const SumTerm<A>& x, int64_t k) {
       return SumTerm<A>{x.bias ? x.bias + k : nullptr, x.weight ? x.weight + k : nullptr, x.ids ? x.ids + k : nullptr};

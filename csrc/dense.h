@@ -1,24 +1,58 @@
 // What the passes over a chunk of scores hand to their vector kernels (vector_dense.h).
 #pragma once
 
+#include <array>
 #include <cstdint>
+
+#include "types.h"
 
 namespace gssf {
 
 // A pass takes a chunk in tiles of this size, whatever the thread count: the one table of it.
 constexpr int64_t kPassRows = 64, kPassCols = 512;
 
-// Maxima and sums of exponentials of one tile, of its rows and its columns.
+// How a score becomes a logit: t = scale * s; or t = slope * (s - centre), both by whether the score is a positive's.
+#define GSSF_SCORES(X) X(scaled) X(circle) X(multi_similarity)
+#define GSSF_NAME(name) name,
+enum class Score { GSSF_SCORES(GSSF_NAME) };
+#undef GSSF_NAME
+template <Score kScore>
+using ScoreTag = std::integral_constant<Score, kScore>;
+
+// Log-sums of a row: one over all of its scores, or one over its positives and one over its negatives.
+constexpr int classes(Score score) { return score == Score::scaled ? 1 : 2; }
+
+// The anchors of one direction, for scores by label: labels as numbers from 0 on, behind the last a vector's worth of
+// others; and with mining the score that a positive has to be below, and a negative above, to count (else null).
 template <class A>
-struct LogSums {
-  A row_max[kPassRows], row_sum[kPassRows], col_max[kPassCols], col_sum[kPassCols];
+struct ByLabel {
+  const typename Simd<A>::Lane* labels;
+  const A *positive_below, *negative_above;
 };
 
-// One direction of a softmax over logits t, p = e^(t - max - log), and the gradient of its log-sum. Without grad it
-// is left out.
+// A tile of s [n, m] whose scores become logits. With leave_out the score (i, j) with i - j = offset does not count.
+template <class A>
+struct LogitTile {
+  A* s;
+  int64_t ld, n, m, offset;
+  bool leave_out, columns;  // columns: whether columns have statistics too
+  std::array<A, 3> constants;
+  ByLabel<A> rows, cols;
+};
+
+// Maxima and sums of exponentials of one tile, of its rows and its columns.
+template <class A, int kClasses>
+struct LogSums {
+  A row_max[kClasses][kPassRows], row_sum[kClasses][kPassRows];
+  A col_max[kClasses][kPassCols], col_sum[kClasses][kPassCols];
+};
+
+// One direction of a softmax over logits t, p = e^(t - max - log), and the gradient of its log-sum: of class c from
+// c * step on. Without grad it is left out.
 template <class A>
 struct Softmax {
   const A *max, *log, *grad;
+  int64_t step, grad_step;
 };
 
 enum class Kind { hinge, softplus, abs, square };

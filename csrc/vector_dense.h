@@ -30,75 +30,179 @@ GSSF_INLINE typename Simd<A>::Vector exp_of_any(const typename Simd<A>::Vector& 
   return x > -ExpOf<A>::kLeast ? V{} + std::numeric_limits<A>::infinity() : exp_of<A>(x);
 }
 
-// Maxima of scale * s over the rows and columns of one tile, and Σ e^(scale * s - maximum).
-template <class A>
-GSSF_INLINE void logsumexp_tile(const A* s, int64_t ld, int64_t n, int64_t m, A scale, LogSums<A>& out) {
+// The score function of losses over log-sums: t of scores, and dt/ds with a loss's own weights taken as constants.
+// Constants: the scale; circle loss: margin, scale; multi-similarity: alpha, beta, base.
+template <Score kScore, class A>
+GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, const typename Simd<A>::Index& positive,
+                                           const std::array<A, 3>& constants, typename Simd<A>::Vector& slope) {
   using V = typename Simd<A>::Vector;
+  const auto [first, second, third] = constants;
+  if constexpr (kScore == Score::scaled) {
+    slope = V{} + first;
+    return first * s;
+  } else if constexpr (kScore == Score::circle) {
+    const V distance = positive ? (A(1) + first) - s : s + first;  // from the optimum, as the weight of the score
+    const V weight = second * (distance < V{} ? V{} : distance);
+    slope = positive ? -weight : weight;
+    return slope * (s - (positive ? V{} + (A(1) - first) : V{} + first));
+  } else {
+    slope = positive ? V{} - first : V{} + second;
+    return slope * (s - third);
+  }
+}
+
+// Of the scores of row i from column j on: which are positives, and which count for their row and for their column.
+template <class A>
+struct Members {
+  typename Simd<A>::Index positive, row, col;
+};
+
+template <Score kScore, class A>
+GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, const typename Simd<A>::Vector& s) {
+  using V = typename Simd<A>::Vector;
+  using I = typename Simd<A>::Index;
+  using Lane = typename Simd<A>::Lane;
   constexpr int64_t L = Simd<A>::lanes;
-  constexpr A kInf = std::numeric_limits<A>::infinity();
-  const auto lane = lane_numbers<A>();
-  const auto logits = [&](int64_t i, int64_t j) {
-    const V v = scale * load_some<V>(s + i * ld + j, m - j);
-    return m - j >= L ? v : lane < static_cast<typename Simd<A>::Lane>(m - j) ? v : V{} - kInf;
+  const I lane = lane_numbers<A>();
+  I inside = tile.m - j >= L ? I{} - 1 : lane < static_cast<Lane>(tile.m - j);
+  if constexpr (classes(kScore) == 1) return {I{}, inside, inside};
+  const int64_t itself = i - tile.offset - j;
+  if (tile.leave_out && itself >= 0 && itself < L) inside &= lane != static_cast<Lane>(itself);
+  const I positive = load<I>(tile.cols.labels + j) == tile.rows.labels[i];
+  const auto counted = [&](const V& below, const V& over) {  // a NaN is
+    return inside & (positive ? ~(s >= below) : ~(s <= over));
   };
+  I row = inside, col = inside;
+  if (tile.rows.positive_below) row = counted(V{} + tile.rows.positive_below[i], V{} + tile.rows.negative_above[i]);
+  if (tile.cols.positive_below)
+    col = counted(load_some<V>(tile.cols.positive_below + j, tile.m - j),
+                  load_some<V>(tile.cols.negative_above + j, tile.m - j));
+  return {positive, row, col};
+}
+
+// Maxima of t over the rows and columns of one tile, by class, and Σ e^(t - maximum).
+template <Score kScore, class A>
+GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kScore)>& out) {
+  using V = typename Simd<A>::Vector;
+  using I = typename Simd<A>::Index;
+  constexpr int64_t L = Simd<A>::lanes;
+  constexpr int C = classes(kScore);
+  constexpr A kInf = std::numeric_limits<A>::infinity();
+  const int64_t n = tile.n, m = tile.m;
   const auto shift = [](A max) { return std::isfinite(max) ? max : A(0); };
   // A NaN has no place among the maxima, but its sum must not be passed over where nothing else was seen.
   const auto seen = [](A max, A sum) { return sum != sum && max == -kInf ? kInf : max; };
+  const auto of_class = [](int c, const Members<A>& member, const I& counts) {
+    return C == 1 ? counts : counts & (c == 0 ? member.positive : ~member.positive);
+  };
 
-  A row_max[kPassRows], col_shift[kPassCols];
-  std::fill_n(out.col_max, kPassCols, -kInf);
-  std::fill_n(out.col_sum, kPassCols, A(0));
+  A row_max[C][kPassRows], col_shift[C][kPassCols];
+  std::fill_n(out.col_max[0], C * kPassCols, -kInf);
+  std::fill_n(out.col_sum[0], C * kPassCols, A(0));
   for (int64_t i = 0; i < n; ++i) {
-    V best = V{} - kInf;
+    V best[C];
+    for (int c = 0; c < C; ++c) best[c] = V{} - kInf;
     for (int64_t j = 0; j < m; j += L) {
-      const V v = logits(i, j), col = load<V>(out.col_max + j);
-      best = v > best ? v : best;
-      store(out.col_max + j, v > col ? v : col);
+      const V s = load_some<V>(tile.s + i * tile.ld + j, m - j);
+      const Members<A> member = members<kScore, A>(tile, i, j, s);
+      V slope;
+      const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
+      for (int c = 0; c < C; ++c) {
+        const V v = C == 1 && m - j >= L ? t : of_class(c, member, member.row) ? t : V{} - kInf;
+        best[c] = v > best[c] ? v : best[c];
+        if (tile.columns) {
+          const V w = C == 1 ? v : of_class(c, member, member.col) ? t : V{} - kInf;
+          const V col = load<V>(out.col_max[c] + j);
+          store(out.col_max[c] + j, w > col ? w : col);
+        }
+      }
     }
-    row_max[i] = best[0];
-    for (int64_t k = 1; k < L; ++k) row_max[i] = std::max(row_max[i], best[k]);
+    for (int c = 0; c < C; ++c) {
+      row_max[c][i] = best[c][0];
+      for (int64_t k = 1; k < L; ++k) row_max[c][i] = std::max(row_max[c][i], best[c][k]);
+    }
   }
-  for (int64_t j = 0; j < kPassCols; ++j) col_shift[j] = shift(out.col_max[j]);
+  for (int c = 0; c < C; ++c)
+    for (int64_t j = 0; j < kPassCols; ++j) col_shift[c][j] = shift(out.col_max[c][j]);
   for (int64_t i = 0; i < n; ++i) {
-    V sum{};
-    const V row_shift = V{} + shift(row_max[i]);
+    V sum[C]{}, row_shift[C];
+    for (int c = 0; c < C; ++c) row_shift[c] = V{} + shift(row_max[c][i]);
     for (int64_t j = 0; j < m; j += L) {
-      const V v = logits(i, j);
-      sum += exp_of_any<A>(v - row_shift);
-      store(out.col_sum + j, load<V>(out.col_sum + j) + exp_of_any<A>(v - load<V>(col_shift + j)));
+      const V s = load_some<V>(tile.s + i * tile.ld + j, m - j);
+      const Members<A> member = members<kScore, A>(tile, i, j, s);
+      V slope;
+      const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
+      const auto mine = [&](const V* both) { return C == 1 ? both[0] : member.positive ? both[0] : both[C - 1]; };
+      const auto add = [&](const I& counts, const V& e, const auto& to) {
+        for (int c = 0; c < C; ++c) to(c, C == 1 && m - j >= L ? e : of_class(c, member, counts) ? e : V{});
+      };
+      add(member.row, exp_of_any<A>(t - mine(row_shift)), [&](int c, const V& e) { sum[c] += e; });
+      if (tile.columns) {
+        V shifts[C];
+        for (int c = 0; c < C; ++c) shifts[c] = load<V>(col_shift[c] + j);
+        add(member.col, exp_of_any<A>(t - mine(shifts)),
+            [&](int c, const V& e) { store(out.col_sum[c] + j, load<V>(out.col_sum[c] + j) + e); });
+      }
     }
-    out.row_sum[i] = sum_lanes(sum);
-    out.row_max[i] = seen(row_max[i], out.row_sum[i]);
+    for (int c = 0; c < C; ++c) {
+      out.row_sum[c][i] = sum_lanes(sum[c]);
+      out.row_max[c][i] = seen(row_max[c][i], out.row_sum[c][i]);
+    }
   }
-  for (int64_t j = 0; j < m; ++j) out.col_max[j] = seen(out.col_max[j], out.col_sum[j]);
+  for (int c = 0; c < C; ++c)
+    for (int64_t j = 0; j < m; ++j) out.col_max[c][j] = seen(out.col_max[c][j], out.col_sum[c][j]);
 }
 
-// s [n, m] becomes row_grad_i e^(t - row_max_i - row_log_i) + col_grad_j e^(t - col_max_j - col_log_j), t = scale * s.
-// The maxima are taken off first: that difference is exact where it matters, and the logarithm is small.
-// along [n] = the rows' Σ ds * s.
-template <class A>
-GSSF_INLINE void softmax_tile(A* s, int64_t ld, int64_t n, int64_t m, A scale, const Softmax<A>& rows,
-                              const Softmax<A>& cols, A* along) {
+// s [n, m] becomes dL/dt = row_grad_i e^(t - row_max_i - row_log_i) + col_grad_j e^(t - col_max_j - col_log_j), each of
+// the score's class, and by label that times dt/ds. The maxima are taken off first: that difference is exact where it
+// matters, and the logarithm is small. products [n] = the rows' Σ of it times s.
+template <Score kScore, class A>
+GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, const Softmax<A>& cols, A* products) {
   using V = typename Simd<A>::Vector;
+  using I = typename Simd<A>::Index;
   using Lane = typename Simd<A>::Lane;
   constexpr int64_t L = Simd<A>::lanes;
+  constexpr int C = classes(kScore);
   const auto lane = lane_numbers<A>();
-  for (int64_t i = 0; i < n; ++i) {
-    A* row = s + i * ld;
+  for (int64_t i = 0; i < tile.n; ++i) {
+    A* row = tile.s + i * tile.ld;
     V sum{};
-    for (int64_t j = 0; j < m; j += L) {
-      const int64_t rest = m - j;
-      const V score = load_some<V>(row + j, rest), t = scale * score;
-      V ds{};
-      if (rows.grad) ds = rows.grad[i] * exp_of<A>((t - rows.max[i]) - rows.log[i]);
-      if (cols.grad) {
-        const V p = exp_of<A>((t - load_some<V>(cols.max + j, rest)) - load_some<V>(cols.log + j, rest));
-        ds += load_some<V>(cols.grad + j, rest) * p;
-      }
+    for (int64_t j = 0; j < tile.m; j += L) {
+      const int64_t rest = tile.m - j;
+      const V score = load_some<V>(row + j, rest);
+      const Members<A> member = members<kScore, A>(tile, i, j, score);
+      V slope, ds{};
+      const V t = logit<kScore, A>(score, member.positive, tile.constants, slope);
+      struct Line {
+        V max, log, grad;
+      };
+      const auto share = [&](const I& counts, const auto& of) {  // of(c): max, log and grad of class c
+        Line x = of(0);
+        if constexpr (C == 2) {
+          const Line y = of(1);
+          x.max = member.positive ? x.max : y.max;
+          x.log = member.positive ? x.log : y.log;
+          x.grad = member.positive ? x.grad : y.grad;
+        }
+        const V p = x.grad * exp_of<A>((t - x.max) - x.log);
+        return C == 1 ? p : counts ? p : V{};
+      };
+      if (rows.grad)
+        ds = share(member.row, [&](int c) {
+          const int64_t at = c * rows.step + i;
+          return Line{V{} + rows.max[at], V{} + rows.log[at], V{} + rows.grad[c * rows.grad_step + i]};
+        });
+      if (cols.grad)
+        ds += share(member.col, [&](int c) {
+          const int64_t at = c * cols.step + j;
+          return Line{load_some<V>(cols.max + at, rest), load_some<V>(cols.log + at, rest),
+                      load_some<V>(cols.grad + c * cols.grad_step + j, rest)};
+        });
+      if constexpr (C == 2) ds *= slope;
       sum += rest >= L ? ds * score : lane < static_cast<Lane>(rest) ? ds * score : V{};
       store_some(row + j, ds, rest);
     }
-    along[i] = sum_lanes(sum);
+    products[i] = sum_lanes(sum);
   }
 }
 
@@ -233,18 +337,28 @@ GSSF_INLINE void relation_tile(const RelationTile<A>& tile, RelationSums<A>& out
   }
 }
 
-#define GSSF_DENSE_KERNELS(A)                                                                             \
-  static void logsumexp_tile_of(const A* s, int64_t ld, int64_t n, int64_t m, A scale, LogSums<A>& out) { \
-    logsumexp_tile<A>(s, ld, n, m, scale, out);                                                           \
-  }                                                                                                       \
-  static void softmax_tile_of(A* s, int64_t ld, int64_t n, int64_t m, A scale, const Softmax<A>& rows,    \
-                              const Softmax<A>& cols, A* along) {                                         \
-    softmax_tile<A>(s, ld, n, m, scale, rows, cols, along);                                               \
-  }                                                                                                       \
-  static void relation_tile_of(const RelationTile<A>& tile, RelationSums<A>& out) {                       \
-    if (tile.kind == Kind::abs) relation_tile<Kind::abs, A>(tile, out);                                   \
-    else relation_tile<Kind::square, A>(tile, out);                                                       \
-  }                                                                                                       \
+#define GSSF_SCORE_KERNELS(A, name)                                                                    \
+  static void logsumexp_tile_of(ScoreTag<Score::name>, const LogitTile<A>& tile,                       \
+                                LogSums<A, classes(Score::name)>& out) {                               \
+    logsumexp_tile<Score::name, A>(tile, out);                                                         \
+  }                                                                                                    \
+  static void softmax_tile_of(ScoreTag<Score::name>, const LogitTile<A>& tile, const Softmax<A>& rows, \
+                              const Softmax<A>& cols, A* products) {                                   \
+    softmax_tile<Score::name, A>(tile, rows, cols, products);                                          \
+  }
+#define GSSF_FLOAT_KERNELS(name) GSSF_SCORE_KERNELS(float, name)
+#define GSSF_DOUBLE_KERNELS(name) GSSF_SCORE_KERNELS(double, name)
+GSSF_SCORES(GSSF_FLOAT_KERNELS)
+GSSF_SCORES(GSSF_DOUBLE_KERNELS)
+#undef GSSF_FLOAT_KERNELS
+#undef GSSF_DOUBLE_KERNELS
+#undef GSSF_SCORE_KERNELS
+
+#define GSSF_DENSE_KERNELS(A)                                                       \
+  static void relation_tile_of(const RelationTile<A>& tile, RelationSums<A>& out) { \
+    if (tile.kind == Kind::abs) relation_tile<Kind::abs, A>(tile, out);             \
+    else relation_tile<Kind::square, A>(tile, out);                                 \
+  }                                                                                 \
   static void sum_tile_of(Kind kind, const SumTile<A>& tile, Sums<A>& out) { sum_tile_of_kind(kind, tile, out); }
 GSSF_DENSE_KERNELS(float)
 GSSF_DENSE_KERNELS(double)

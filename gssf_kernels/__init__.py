@@ -7,11 +7,12 @@
     loss = gk.triplet_loss(a, b, margin=0.2, x_ids=picture, y_ids=picture)
 
 Every public function has a plain PyTorch twin in ``gk.reference`` that defines it. What runs on this
-machine: ``gk.backends()`` or ``python -m gssf_kernels``.
+machine: ``gk.backends()`` or ``python -m gssf_kernels``. What a call would run, and why: ``gk.explain``.
 """
 
 from gssf_kernels import reference
 from gssf_kernels._library import backends
+from gssf_kernels.explain import explain
 from gssf_kernels.losses import (
     BatchHardLoss,
     GoalLoss,
@@ -49,6 +50,7 @@ __all__ = [
     "TripletLoss",
     "backends",
     "batch_hard_loss",
+    "explain",
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",

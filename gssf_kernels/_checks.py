@@ -31,10 +31,15 @@ def autocast(*tensors: torch.Tensor | None) -> tuple:
     return tuple(cast)
 
 
+def device_type(t: torch.Tensor) -> str:
+    """The type of the device that t is on: for `explain` that of the device which tensors without values stand for."""
+    return t.device.type
+
+
 def _autocast_one(t):
     if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
         return t
-    device = t.device.type
+    device = device_type(t)
     if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return t
     return t.to(torch.get_autocast_dtype(device))

@@ -87,7 +87,8 @@ _TYPES = {
     float: "float",
     float | None: "float?",
     list[float]: "float[]",
-    int: "SymInt",
+    int: "int",
+    torch.SymInt: "SymInt",
     str: "str",
     bool: "bool",
     list[bool]: "bool[]",
@@ -174,7 +175,8 @@ def _arguments(call: type, mutates: tuple[str, ...]) -> str:
     texts = []
     for name, kind in typing.get_type_hints(call).items():
         default = f'="{defaults[name]}"' if isinstance(defaults.get(name), str) else f"={defaults.get(name)}"
-        texts.append(f"{written.get(name, _TYPES[kind])} {name}{default if name in defaults else ''}")
+        text = _TYPES[kind].replace("Tensor", written.get(name, "Tensor"))
+        texts.append(f"{text} {name}{default if name in defaults else ''}")
     return ", ".join(texts)
 
 

@@ -15,26 +15,26 @@ summed in fp32.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gssf_kernels import _checks, _library, plan
 from gssf_kernels._library import EXTENSION_ERROR
 from gssf_kernels.precision import accumulation_dtype, fp32_products
-
-# Scores of a chunk, by device type: the one table. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice
-# as much gained nothing (N = 8192, D = 1024); a GPU needs more to be filled.
-CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
-MIN_ROWS = 16  # of a chunk, however long
-KEPT_SCORES = {"cpu": 1 << 18}  # so many may be kept for a backward: 1 MiB of fp32, for a product less
 
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
     """Rows of a in one chunk: of the problem alone, so that the same inputs are summed in the same order."""
-    scores = CHUNK_SCORES.get(a.device.type, CHUNK_SCORES["cpu"])
-    return min(max(scores // max(b.shape[0], 1), MIN_ROWS), max(a.shape[0], 1))
+    scores = plan.CHUNK_SCORES.get(_checks.device_type(a), plan.CHUNK_SCORES["cpu"])
+    return min(max(scores // max(b.shape[0], 1), plan.MIN_CHUNK_ROWS), max(a.shape[0], 1))
+
+
+def starts(length: int, step: int) -> Iterable[int]:
+    """Where the chunks of a loop begin. All but the last are alike, and `explain` runs few of them."""
+    return range(0, length, step)
 
 
 def chunks(
@@ -57,7 +57,7 @@ def chunks(
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
     db = (b.new_empty if a.shape[0] else b.new_zeros)(b.shape, dtype=dtype) if needs[1] else None
-    for first in range(0, a.shape[0], rows):
+    for first in starts(a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
         if columns is not None:
@@ -75,7 +75,7 @@ def chunks(
 
 def keeps(a: Tensor, b: Tensor | None) -> bool:
     """Whether s = a bᵀ is small enough to be kept for a backward; of one side twice (None) half a product is not."""
-    return b is not None and a.shape[0] * b.shape[0] <= KEPT_SCORES.get(a.device.type, 0)
+    return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
 
 
 def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:
@@ -112,23 +112,23 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
 
 def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as a product's left side: 16-bit numbers where a unit sums them in fp32, as on CUDA; else in ``dtype``."""
-    return x if x.is_cuda or on_bf16_unit(x) else x.to(dtype)
+    return x if _checks.device_type(x) == "cuda" or on_bf16_unit(x) else x.to(dtype)
 
 
 def gradient(s: Tensor, part: Tensor) -> Tensor:
     """ds as a product's left side, in the place of ``part``: of its dtype on CUDA. On the CPU the product rounds it."""
-    return s.to(part.dtype) if s.is_cuda else s
+    return s.to(part.dtype) if _checks.device_type(s) == "cuda" else s
 
 
 def on_bf16_unit(x: Tensor) -> bool:
     """Whether x is bf16 on a CPU with a unit for products of such numbers."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and bf16_unit() != "none"
+    return x.dtype == torch.bfloat16 and _checks.device_type(x) == "cpu" and bf16_unit() != "none"
 
 
 @functools.cache
 def bf16_unit() -> str:
     """amx, avx512_bf16 or none, which it is too where the extension is not built."""
-    return torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
+    return _library.bf16_unit()
 
 
 class Right:
@@ -139,9 +139,9 @@ class Right:
     """
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
-        rough = dtype == torch.float32 and fp32_products(y.device.type) == "bf16"
+        rough = dtype == torch.float32 and fp32_products(_checks.device_type(y)) == "bf16"
         unit = on_bf16_unit(y)
-        self.packed = unit or (y.device.type == "cpu" and EXTENSION_ERROR is None and not rough)
+        self.packed = unit or (_checks.device_type(y) == "cpu" and EXTENSION_ERROR is None and not rough)
         self.width = 64 if unit else 32  # multiples of it are where columns may begin, and rows
         self.y = torch.ops.gssf.pack(y, y.dtype if unit else dtype) if self.packed else operand(y, dtype)
 

@@ -34,6 +34,11 @@ CERTIFIED = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
 LONGEST_ROW = 1 << 13  # scores of a row, or of a column, that one program reads
 SCAN_ROWS = 2048  # of either side, up to which a row of a gradient looks for its pairs itself: cheaper than a sort
 ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # of other dtypes the library's product leaves fp32 scores anyway
+# Scores of a chunk, by device type. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice as much gained
+# nothing (N = 8192, D = 1024); a GPU needs more to be filled.
+CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
+MIN_CHUNK_ROWS = 16  # of a chunk, however long
+KEPT_SCORES = {"cpu": 1 << 18}  # so many are kept for a backward: 1 MiB of fp32, for a product less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +270,8 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
             yield Plan("chunks", _FP64)
             return
         if scores.small:
-            yield Plan("small", f"{scores}, at most {SMALL:,}: dscores of all are stored", scores.tile(epilogue))
+            why = f"{scores}, at most {SMALL:,}: the fewest launches; a backward stores dscores of all"
+            yield Plan("small", why, scores.tile(epilogue))
         two_bf16 = a.dtype in ROW_PANEL_DTYPES and not scores.symmetric
         if two_bf16 and scores.count > SMALL and row_panels(call):
             why = f"{scores} of bf16, of two sides: dscores of one panel of rows are stored at a time"
@@ -284,11 +290,38 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
 
 
 def chunk_pass(call: Any) -> Iterator[Plan]:
-    if call.scores[0].dtype == torch.float64:
+    if call.s.dtype == torch.float64:
         yield Plan("composite", _FP64)
     else:
         yield Plan("triton", "a pass over a chunk of scores")
         yield Plan("composite", "forced")
+
+
+score_sums = dense(lambda call: call.reduction == "sum" and not call.relative)
+
+
+def score_sums_backward(call: Any) -> Iterator[Plan]:
+    """Of a sum what its forward left is multiplied; rows' sums make the scores again."""
+    if call.reduction == "none":
+        yield from dense(lambda call: False)(call)
+    else:
+        yield from kernel(lambda call: call.a)(call)
+
+
+def info_nce(call: Any) -> Iterator[Plan]:
+    """Of few scores the merge ends in the loss; else log-sums, then the terms."""
+    for option in dense(lambda call: False)(call):
+        yield option if option.route == "small" else Plan("composite", f"{option.why}; log-sums, then the terms")
+
+
+def logsumexp(call: Any) -> Iterator[Plan]:
+    """Of log-sums and of their gradients; the first has two tiles of its own, being a reduction."""
+    forward = not hasattr(call, "needs")
+    if forward and call.score == "scaled" and call.a.dtype != torch.float64:
+        b = call.a if call.b is None else call.b
+        if hopper("logsumexp_scores", call.a, b):
+            yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")
+    yield from dense(epilogue="sums" if forward else "")(call)
 
 
 def relation_loss(call: Any) -> Iterator[Plan]:

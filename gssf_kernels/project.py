@@ -143,7 +143,8 @@ class _Project(Function):
 
 def _kept_lengths(call) -> int:
     """How many lengths of rows are kept for the backward: C++ computes them again, and one side alone needs none."""
-    return call.x.shape[0] if call.normalize and call.y is not None and call.x.device.type != "cpu" else 0
+    kept = call.normalize and call.y is not None and _checks.device_type(call.x) != "cpu"
+    return call.x.shape[0] if kept else 0
 
 
 def _project(call):

@@ -4,11 +4,15 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: threads that wait leave a busy machine to others
 
+import interpreter_process
 import torch
 
-from gssf_kernels import dense
+from gssf_kernels import plan
 
-pytest.register_assert_rewrite("dense_cases", "triton_checks")  # their asserts too say what they compared
+# Their asserts too say what they compared.
+pytest.register_assert_rewrite(
+    "accuracy", "certified_cases", "dense_cases", "launch_counts", "slab_checks", "triton_checks"
+)
 
 
 class Failures:
@@ -30,20 +34,32 @@ class Failures:
 
 def pytest_addoption(parser):
     parser.addoption("--failures", metavar="FILE", help="append each failure, with its traceback, as it happens")
+    parser.addoption("--served-by", type=int, help="a pipe that says which tests to run: see interpreter_process.py")
 
 
 def pytest_configure(config):
     path = config.getoption("--failures")
     if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the process that started them
         config.pluginmanager.register(Failures(path))
+    interpreter_process.register(config, config.getoption("--served-by"), torch.cuda.is_available())
+
+
+def pytest_itemcollected(item):
+    """Tests of Triton kernels are tests of a card, but for the interpreter's process."""
+    if item.get_closest_marker("triton") and not interpreter_process.HERE:
+        item.add_marker(pytest.mark.gpu)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are collected everywhere, so that `-m gpu --collect-only` lists them, and run on a card."""
-    if torch.cuda.is_available():
-        return
+    """Tests marked gpu are collected everywhere, so that `-m gpu --collect-only` lists them, and run on a card.
+
+    Those marked triton run without one too, if there is Triton: under its interpreter.
+    """
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("triton"):
+            if not interpreter_process.FOUND:
+                item.add_marker(pytest.mark.skip(reason="there is no Triton"))
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="PyTorch sees no CUDA device"))
 
 
@@ -56,8 +72,18 @@ def _fixed_surroundings():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _small_tiles(request, monkeypatch):
+    """Those that a test marked `triton` asks for."""
+    marker = request.node.get_closest_marker("triton")
+    if marker and marker.args:
+        from triton_checks import use_small_tiles
+
+        use_small_tiles(*marker.args, monkeypatch)
+
+
 @pytest.fixture(params=[1, 700, 1 << 22], ids=["chunks of 16 rows", "ragged chunks", "one chunk"])
 def chunked(request, monkeypatch):
     """Every number of rows to a chunk gives the same results."""
-    monkeypatch.setitem(dense.CHUNK_SCORES, "cpu", request.param)
-    monkeypatch.setattr(dense, "MIN_ROWS", 16)
+    monkeypatch.setitem(plan.CHUNK_SCORES, "cpu", request.param)
+    monkeypatch.setattr(plan, "MIN_CHUNK_ROWS", 16)

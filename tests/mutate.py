@@ -1,9 +1,9 @@
 """Plants one fault at a time in a copy of the sources and sees that a test catches it.
 
-    make mutate        (python tests/mutate.py [NAME ...], about ten minutes: most faults need a rebuild)
+    make mutate        (python tests/mutate.py [WORDS ...], about ten minutes: most faults need a rebuild)
 
-A fault (`tests/faults.py`) is a file, a piece of its text, what takes its place, and the test files that must fail. One
-that survives, or whose text is no longer there, makes the run fail.
+Words choose faults by names or files. A fault (`tests/support/planting.py`) stands beside the tests that must fail,
+in `faults_<subject>.py`. One that survives, or whose place is no longer there, makes the run fail.
 """
 
 import os
@@ -13,9 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from faults import FAULTS, Fault
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from planting import Fault, all_faults  # noqa: E402
 
 
 def run(command, folder, **environment):
@@ -38,12 +39,14 @@ def caught(fault: Fault, folder: Path) -> tuple[bool, str]:
     """(whether a test failed, the first that did)."""
     path = folder / fault.file
     original = path.read_text()
-    if original.count(fault.text) == 0:
-        return False, f"its text is no longer in {fault.file}"
     try:
-        path.write_text(original.replace(fault.text, fault.instead))
+        faulty, tests = fault.plant(folder), fault.test_files(folder)
+    except LookupError as error:
+        return False, str(error)
+    try:
+        path.write_text(faulty)
         build(folder)  # one in Python too: it undoes that of the fault before
-        done = run([sys.executable, "-m", "pytest", "-x", "-q", *fault.tests.split()], folder)
+        done = run([sys.executable, "-m", "pytest", "-x", "-q", *tests], folder)
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         # 1: tests failed; negative: the process crashed. Anything else (nothing collected, say) catches nothing.
         found = done.returncode < 0 or (done.returncode == 1 and bool(failed))
@@ -52,14 +55,14 @@ def caught(fault: Fault, folder: Path) -> tuple[bool, str]:
         path.write_text(original)
 
 
-def main(names):
-    faults = [f for f in FAULTS if not names or any(name in f.name for name in names)]
+def main(words: list[str]) -> int:
+    faults = [f for f in all_faults() if not words or any(word in f.name or word in f.file for word in words)]
     survivors = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "examples", "*.so", "build"))
         build(folder)
-        clean = run([sys.executable, "-m", "pytest", "-x", "-q", *FAULTS[0].tests.split()], folder)
+        clean = run([sys.executable, "-m", "pytest", "-x", "-q", *faults[0].test_files(folder)], folder)
         if clean.returncode:
             raise SystemExit(f"the unchanged copy fails its tests:\n{clean.stdout[-3000:]}")
         for fault in faults:

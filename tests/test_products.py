@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gssf_kernels as gk
-from gssf_kernels import dense
+from gssf_kernels import dense, plan
 from gssf_kernels.dense import Right
 
 DTYPES = [torch.float32, torch.float64]
@@ -173,7 +173,7 @@ def test_the_thread_count_changes_no_bit_of_bf16_products(n, k, m):
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_bf16_gradients_are_summed_in_fp32_over_chunks(symmetric, monkeypatch):
     """The slopes of hinges are 0 and 1, exact in bf16; what is left is the rounding of fp32 sums."""
-    monkeypatch.setitem(dense.CHUNK_SCORES, "cpu", 5000)
+    monkeypatch.setitem(plan.CHUNK_SCORES, "cpu", 5000)
     a, b = torch.randn(500, 40).to(BF16), torch.randn(300, 40).to(BF16)
     one, bias = torch.ones(()), torch.full((500,), 0.5)
     arguments = (one, bias, None, None, None, None, None, "hinge", "include")
@@ -234,7 +234,7 @@ def test_one_side_twice_is_that_of_two_equal_sides(name, n, with_ids, monkeypatc
         monkeypatch.setattr(
             f"gssf_kernels.statistics.{module}.triangle", lambda *a: seen.append(a[0][0].shape[0]) or half(*a)
         )
-    monkeypatch.setitem(dense.CHUNK_SCORES, "cpu", 2000)
+    monkeypatch.setitem(plan.CHUNK_SCORES, "cpu", 2000)
     ids = torch.randint(0, max(n // 3, 1), (n,)) if with_ids else None
     a = torch.randn(n, 12, dtype=torch.float64)
     k, c = torch.tensor(1.3, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)

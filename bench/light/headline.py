@@ -16,12 +16,12 @@ from unittest import mock
 import torch
 
 from bench import measure, stub_driver
-from bench.device_path import DEVICE as NO_VALUES
-from bench.device_path import device_path
 from bench.light.record import Recorder
 from bench.ops import OPS
 from bench.problem import Problem, Shape, Variant, product_flop
 from gssf_kernels import plan
+from gssf_kernels.device_path import DEVICE as NO_VALUES
+from gssf_kernels.device_path import device_path
 
 TURNS = 3, 15
 SECONDS = 1.5  # of turns, a shape

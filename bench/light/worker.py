@@ -24,11 +24,11 @@ import torch
 
 import gssf_kernels as gk
 from bench import stub_driver
-from bench.device_path import DEVICE as NO_VALUES
-from bench.device_path import device_path
 from bench.light import compare, headline
 from bench.light.items import Item
 from bench.light.record import Recorder
+from gssf_kernels.device_path import DEVICE as NO_VALUES
+from gssf_kernels.device_path import device_path
 from gssf_kernels.kernels import tiles
 
 REPEATS = 3

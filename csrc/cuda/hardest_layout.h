@@ -1,5 +1,5 @@
 // Ids by ranges, and the rule by which partial results of the search for hardest negatives merge. Plain arithmetic,
-// held to brute force by tests/hopper_layout.cpp.
+// held to brute force by tests/native/test_hopper_layout.py.
 #pragma once
 
 #include "sweep_layout.h"

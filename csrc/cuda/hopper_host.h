@@ -1,5 +1,5 @@
 // The card, as the launcher sees it: its properties, tensor maps and launches, over the CUDA runtime and PyTorch's
-// stable ABI alone. tests/hopper_emulator.h has the same for the CPU.
+// stable ABI alone. tests/native/hopper_emulator.h has the same for the CPU.
 #pragma once
 
 #ifndef USE_CUDA

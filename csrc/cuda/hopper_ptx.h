@@ -1,5 +1,5 @@
 // The card, as the kernels see it: one function for each PTX instruction that CUDA C++ has no name for, and the few
-// built-in names they use. tests/hopper_emulator.h has the same functions for the CPU.
+// built-in names they use. tests/native/hopper_emulator.h has the same functions for the CPU.
 //
 // Instruction references are to the PTX ISA, "Parallel Synchronization and Communication" (mbarrier), "Data Movement"
 // (cp.async.bulk.tensor) and "Asynchronous Warpgroup Level Matrix Instructions" (wgmma).

@@ -1,4 +1,4 @@
-// The rule by which partial log-sums merge. tests/hopper_layout.cpp holds it to brute force.
+// The rule by which partial log-sums merge. tests/native/test_hopper_layout.py holds it to brute force.
 #pragma once
 
 #include <limits>

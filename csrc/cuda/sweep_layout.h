@@ -1,5 +1,5 @@
 // Where everything of the Hopper sweep lies: tiles, stages, fragments, descriptors. Plain arithmetic, compiled for the
-// card and for the CPU, where tests/hopper_layout.cpp holds it to brute force.
+// card and for the CPU, where tests/native/test_hopper_layout.py holds it to brute force.
 #pragma once
 
 #include <cstdint>

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from gssf_kernels import plan
 from gssf_kernels.kernels import operands
 
 ops = torch.ops.gssf
-
-
-def takes_over(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the table sends `name` of a [N, D] and b [M, D] here, and there is a kernel to send them to."""
-    return plan.hopper(name, a, b)
 
 
 def hardest_negatives(

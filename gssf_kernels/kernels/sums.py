@@ -1,281 +1,213 @@
-"""Sums of a function of every score, of small problems, in two launches, or three of differences from the pairs' own.
+"""Sums of a function of every score, and their gradients: `gssf_kernels/statistics/sums.py` has the formulas.
 
-    a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores f' [N, M], at most `plan.SMALL` entries, where a
-    gradient is wanted; one kernel makes the sums, da and db of it: `gssf_kernels/statistics/sums.py`
+    a sum        a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores dscores, [N, M] of few scores or a
+                 panel of rows; one kernel, or the library's products, makes the sums, da and db of them
+    rows' sums   forward a sweep leaves Σ f of every tile's rows and columns, which one kernel adds up; backward the
+                 first sweep with their gradients as weights
 
-    of rows' own terms the sweep leaves Σ f alone, and one kernel adds them up; backward the same sweep as above takes
-    what comes from above, and one kernel makes da and db
-
-More scores than that go by slabs (`kernels/slabs.py`) where they are bf16 and of two sides; else they are declined
-(NotImplemented) and go by chunks, a pass and the library's products.
+A chunk of scores that the library made takes the same epilogue.
 """
 
 from __future__ import annotations
 
-from types import NotImplementedType
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels import plan
 from gssf_kernels._library import outside_autocast
-from gssf_kernels.kernels import operands, slabs, tiles
-from gssf_kernels.kernels.dense import term
+from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import tile_lines
-from gssf_kernels.kernels.gradients import gradients, number, outer_slope, part_sums, room
+from gssf_kernels.kernels.gradients import empty_dscores, gradients, logarithm_slope
 from gssf_kernels.kernels.pairs import pair_scores
-from gssf_kernels.kernels.sweep import Sweep
-from gssf_kernels.plan import Scores
+from gssf_kernels.kernels.reductions import merge_sums
+from gssf_kernels.kernels.row_panels import gradients_by_row_panels
+from gssf_kernels.kernels.score_functions import number, pairs_and_ids, term
+from gssf_kernels.kernels.sweep import Chunk, Sweep
+from gssf_kernels.plan import Plan
 
 
 @triton.jit
-def met(i, j, a_ids, b_ids, N, M):
-    """(which scores there are, which are of positives)."""
-    inside = (i < N)[:, None] & (j < M)[None, :]
-    same = i[:, None] == j[None, :]
-    if a_ids is not None:
-        x, y = tl.load(a_ids + i, mask=i < N, other=0), tl.load(b_ids + j, mask=j < M, other=0)
-        same = same | (x[:, None] == y[None, :])
-    return inside, same
-
-
-@triton.jit
-def lines_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's Σ f of each row, and with pairs of each column."""
-    KIND: tl.constexpr = state[0][0]
-    POSITIVES: tl.constexpr = state[0][1]
-    scale, constant, bias, offset, pair, a_ids, b_ids, rows, cols = state[1]
-    i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
-    inside, same = met(i, j, a_ids, b_ids, N, M)
-    row_at, col_at, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
-    t, beta = s * number(scale, constant), number(bias, offset)
-    if pair is None:
-        f, _ = term(t + beta, same, inside, KIND, POSITIVES)
+def relative_bias(beta, positive_score, at, mask, AXIS: tl.constexpr):
+    """β, or less the positives' scores at the anchors."""
+    if positive_score is None:
+        return beta
     else:
-        own = beta - tl.load(pair + j, mask=j < N, other=0.0)
-        f, _ = term(t + own[None, :], same, inside & (j < N)[None, :], KIND, POSITIVES)
-        tl.store(cols + col_at, tl.sum(f, 0), mask=j < M)
-        own = beta - tl.load(pair + i, mask=i < N, other=0.0)
-        f, _ = term(t + own[:, None], same, inside, KIND, POSITIVES)
-    tl.store(rows + row_at, tl.sum(f, 1))
+        return tl.expand_dims(beta - tl.load(positive_score + at, mask=mask, other=0.0), AXIS)
 
 
-@triton.jit(do_not_specialize=["N", "M", "length", "across", "down"])
-def line_sums_kernel(rows, cols, out, N, M, length, across, down, BP: tl.constexpr, BL: tl.constexpr):
-    """out [N]: the sums of the parts rows [across, length], and of cols [down, M] where there are any."""
-    i = tl.program_id(0) * BL + tl.arange(0, BL)
-    total = part_sums(rows, i, length, N, across, BP)
-    if cols is not None:
-        total += part_sums(cols, i, M, N, down, BP)
-    tl.store(out + i, total, mask=i < N)
+@triton.jit
+def weighted(slope, weight, stride, at, mask, AXIS: tl.constexpr):
+    """slope times the anchors' weights, if there are any."""
+    if weight is not None:
+        slope *= tl.expand_dims(tl.load(weight + at.to(tl.int64) * stride, mask=mask, other=0.0), AXIS)
+    return slope
 
 
 @triton.jit
 def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's Σ f, Σ f' and Σ f' s, where there is room its f', and with pairs its rows' and columns' slopes.
+    """The tile's sums of f, of f' and of f' s, and its dscores where they are stored.
 
-    above: [N], what a row's f' are times, and with pairs a column's; None for 1.
+    state: ((KIND, POSITIVES, OUTPUT), logit, pairs, anchors, outputs) with
+    logit: scale, constant, bias, offset
+    pairs: a_ids, b_ids, diagonal: column i + diagonal is row i's own
+    anchors: row_positive, col_positive, columns, row_weight, col_weight, weight stride; where col_positive is not None,
+    the first ``columns`` columns have terms of their own, relative to it
+    outputs, of OUTPUT "tile": sums [3, tiles]; where columns have terms, of the rows' slopes and the columns' slopes;
+    "row": sums [3, column blocks, rows] and of columns [2, row blocks, columns]; "value": the first of each alone.
+    Then dscores or None, and its stride
     """
     KIND: tl.constexpr = state[0][0]
     POSITIVES: tl.constexpr = state[0][1]
-    scale, constant, bias, offset, pair, a_ids, b_ids, parts, slopes, ds, stride, above, above_stride = state[1]
+    OUTPUT: tl.constexpr = state[0][2]
+    scale, constant, bias, offset = state[1]
+    a_ids, b_ids, diagonal = state[2]
+    row_positive, col_positive, columns, row_weight, col_weight, weight_stride = state[3]
+    sums, row_slopes, col_slopes, dscores, stride = state[4]
     i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
-    inside, same = met(i, j, a_ids, b_ids, N, M)
+    inside, positive = pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M)
+    row_at, _, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
     t, beta = s * number(scale, constant), number(bias, offset)
-    if pair is None:
-        f, g = term(t + beta, same, inside, KIND, POSITIVES)
-        total = tl.sum(f, 1)
-        if above is not None:
-            g *= tl.load(above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None]
-    else:
-        row_at, col_at, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
-        own = beta - tl.load(pair + i, mask=i < N, other=0.0)
-        f, g = term(t + own[:, None], same, inside, KIND, POSITIVES)
-        total = tl.sum(f, 1)
-        if above is not None:
-            g *= tl.load(above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None]
-        tl.store(slopes[0] + row_at, tl.sum(g, 1))
-        own = beta - tl.load(pair + j, mask=j < N, other=0.0)
-        f, h = term(t + own[None, :], same, inside & (j < N)[None, :], KIND, POSITIVES)
+
+    f, g = term(t + relative_bias(beta, row_positive, i, i < N, 1), positive, inside, KIND, POSITIVES)
+    row_f = tl.sum(f, 1)
+    length = tl.cdiv(M, BM).to(tl.int64) * blocks * BN
+    if OUTPUT == "row":
+        tl.store(sums + length + row_at, tl.sum(g, 1))
+    if OUTPUT != "value":
+        g = weighted(g, row_weight, weight_stride, i, i < N, 1)
+    if OUTPUT == "tile" and row_slopes is not None:
+        tl.store(row_slopes + row_at, tl.sum(g, 1))
+    total = row_f
+    if col_positive is not None:
+        counts = inside & (j < columns)[None, :]
+        f, h = term(t + relative_bias(beta, col_positive, j, j < columns, 0), positive, counts, KIND, POSITIVES)
         total += tl.sum(f, 1)
-        if above is not None:
-            h *= tl.load(above + j.to(tl.int64) * above_stride, mask=j < N, other=0.0)[None, :]
-        tl.store(slopes[1] + col_at, tl.sum(h, 0), mask=j < M)
-        g += h
-    count = blocks * tl.cdiv(M, BM)
-    at = parts + tile_i * tl.cdiv(M, BM) + tile_j
-    tl.store(at, tl.sum(total, 0))
-    tl.store(at + count, tl.sum(tl.sum(g, 1), 0))
-    along = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
-    tl.store(at + 2 * count, tl.sum(tl.where(i < N, along, 0.0), 0))
-    if ds is not None:
-        rows = ds - (first * BN).to(tl.int64) * stride  # ds is of the slab's alone
-        tl.store(rows + i.to(tl.int64)[:, None] * stride + j[None, :], g.to(ds.dtype.element_ty), mask=inside)
+        col_at = tile_i.to(tl.int64) * columns + j
+        if OUTPUT != "tile":
+            tl.store(col_slopes + col_at, tl.sum(f, 0), mask=j < columns)
+        if OUTPUT == "row":
+            tl.store(col_slopes + blocks.to(tl.int64) * columns + col_at, tl.sum(h, 0), mask=j < columns)
+        if OUTPUT != "value":
+            h = weighted(h, col_weight, weight_stride, j, j < columns, 0)
+            if OUTPUT == "tile":
+                tl.store(col_slopes + tile_i.to(tl.int64) * M + j, tl.sum(h, 0), mask=j < M)
+            g += h
+    if OUTPUT == "value":
+        tl.store(sums + row_at, row_f)
+    else:
+        dot = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
+        if OUTPUT == "row":
+            tl.store(sums + row_at, row_f)
+            tl.store(sums + 2 * length + row_at, dot)
+        else:
+            count = blocks * tl.cdiv(M, BM)
+            at = sums + tile_i * tl.cdiv(M, BM) + tile_j
+            tl.store(at, tl.sum(total, 0))
+            tl.store(at + count, tl.sum(tl.sum(g, 1), 0))
+            tl.store(at + 2 * count, tl.sum(tl.where(i < N, dot, 0.0), 0))
+        if dscores is not None:
+            rows = dscores - (first * BN).to(tl.int64) * stride  # dscores is of the slab's alone
+            at = rows + i.to(tl.int64)[:, None] * stride + j[None, :]
+            tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
 
 
-def score_total(
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    constant: float | None,
-    offset: float,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    kind: str,
-    positives: str,
-    relative: bool,
-    share: float,
-    needs: list[bool],
-    pair: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...] | NotImplementedType:
-    """Return share Σ f(κ s + β), what κ and what β get of it, and Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], fp32.
+@triton.jit(do_not_specialize=["N", "M", "length", "across", "down"])
+def merge_sums_kernel(rows, cols, out, N, M, length, across, down, BP: tl.constexpr, BL: tl.constexpr):
+    """out [N]: the sums of the partial rows [across, length], and of cols [down, M] where there are any."""
+    i = tl.program_id(0) * BL + tl.arange(0, BL)
+    total = merge_sums(rows, i, length, N, across, BP)
+    if cols is not None:
+        total += merge_sums(cols, i, M, N, down, BP)
+    tl.store(out + i, total, mask=i < N)
 
-    a: [N, D] fp32, bf16 or fp16; b: [M, D] as a, or None: a; a_ids, b_ids: [N], [M] int64, or None
-    scale, bias: κ, β, fp32 scalars, or None: constant and offset are; scale without constant: log κ; needs: for a and b
-    relative: the sum of f(s_ij + β - s_ii) and, j < N, f(s_ij + β - s_jj), M >= N; pair: the s_ii [N] fp32, if known
 
-    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, unless `slabs.takes` them and they are
-    not relative, and none.
+def _options(call: Any, output: str) -> tuple:
+    return tl.constexpr(call.kind), tl.constexpr(call.positives), tl.constexpr(output)
+
+
+def _state(call: Any, output: str, positive_score: torch.Tensor | None, weight: torch.Tensor | None = None) -> tuple:
+    """What `sums_tile` takes of a call on whole sides, before its outputs."""
+    ids = operands.contiguous(call.a_ids, call.a_ids if call.b_ids is None else call.b_ids)
+    relative = (positive_score, positive_score, len(call.a)) if call.relative else (None, None, 0)
+    weights = (weight, weight if call.relative else None, weight.stride(0) if weight is not None else 0)
+    logit = (call.scale, call.constant, call.bias, call.offset)
+    return _options(call, output), logit, (*ids, 0), (*relative, *weights)
+
+
+def _positive_score(call: Any) -> torch.Tensor | None:
+    """The pairs' scores [N], if terms are relative to them."""
+    if not call.relative or call.positive_score is not None:
+        return call.positive_score
+    return pair_scores(call.a, call.other, None, None)
+
+
+def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Return the value, what κ and what β get of it, Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], and s_ii [N], fp32.
+
+    Of "sum" all but the last; of "none" the rows' sums [N] and, with relative and no positive_score, the last.
+    Raises TypeError for other dtypes than fp32, bf16 and fp16.
     """
-    y = a if b is None else b
-    operands.check_dtype("score_total", a, y)
-    if b is not None and not relative and slabs.takes(a, b):
-        options = tl.constexpr(kind), tl.constexpr(positives)
-        ids = operands.contiguous(a_ids, a_ids if b_ids is None else b_ids)
-        return _by_slabs(a, b, needs, options, (scale, constant, bias, offset, None, *ids), share)
-    if not 0 < len(a) * len(y) <= plan.SMALL:
-        return NotImplemented
+    a, b, empty = call.a, call.other, call.a.new_empty(0, dtype=torch.float32)
+    operands.check_dtype("score_sums", a, b)
+    assert plan.tile is not None
     with torch.cuda.device_of(a):
-        if relative and pair is None:
-            pair = pair_scores(a, y, None, None)
-        given = (scale, constant, bias, offset, pair if relative else None)
-        ds, parts, slopes = swept(a, y, given, a_ids, b_ids, kind, positives, None, any(needs))
-        da, db, sums = gradients(ds, a, b, needs, parts, share=share, slopes=slopes, dtype=torch.float32)
-    total, dbias, dscale = sums
-    return total, dscale, dbias, da, db
+        if plan.route == "row panels":
+            state = _state(call, "tile", None)
 
+            def launch(sweep, first, blocks, dscores, sums):
+                stride = dscores.stride(0) if dscores is not None else 0
+                sweep.run(sums_tile, (*state, (sums, None, None, dscores, stride)), first, blocks)
 
-def _by_slabs(
-    a: torch.Tensor, b: torch.Tensor, needs: list[bool], options: tuple, given: tuple, share: float
-) -> tuple[torch.Tensor, ...]:
-    """`score_total` of more scores; options, given: what `sums_tile` takes before its parts."""
-
-    def launch(sweep, first, blocks, ds, parts):
-        stride = ds.stride(0) if ds is not None else 0
-        sweep.run(sums_tile, (options, (*given, parts, None, ds, stride, None, 0)), first, blocks)
-
-    with torch.cuda.device_of(a), outside_autocast(a.device):
-        da, db, sums = slabs.gradients_by_slabs(a, b, needs, 3, launch)
-    total, dbias, dscale = (share * sums).float().unbind()
-    return total.clone(), dscale.clone(), dbias.clone(), da, db
-
-
-def swept(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    given: tuple,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    kind: str,
-    positives: str,
-    above: torch.Tensor | None,
-    gradient: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """What `sums_tile` leaves: ds [N, M] or None, its parts [3, tiles], and with pairs its slopes.
-
-    given: scale, constant, bias, offset and the pairs' scores or None; above: [N] fp32 at any stride, or None
-    """
-    sweep, M = Sweep(a, b, Scores(a, b).tile()), len(b)
-    down, across = sweep.row_blocks, sweep.column_blocks
-    parts = a.new_empty(3, down * across, dtype=torch.float32)
-    slopes = ds = None
-    if given[4] is not None:
-        slopes = parts.new_empty(across, down * sweep.tile.BN), parts.new_empty(down, M)
-    if gradient:
-        ds = room(a, M)
-    stride, above_stride = (t.stride(0) if t is not None else 0 for t in (ds, above))
-    ids = operands.contiguous(a_ids, a_ids if b_ids is None else b_ids)
-    options = tl.constexpr(kind), tl.constexpr(positives)
-    sweep.run(sums_tile, (options, (*given, *ids, parts, slopes, ds, stride, above, above_stride)), 0, down)
-    return ds, parts, slopes
-
-
-def score_rows(
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    constant: float | None,
-    offset: float,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    kind: str,
-    positives: str,
-    relative: bool,
-    pair: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return the rows' Σ_j f(κ s_ij + β) [N] fp32, with relative and the columns' where their pairs are, and s_ii [N].
-
-    The last is empty where pair is given or not asked for. The rest as for `score_total`.
-
-    Raises TypeError for other dtypes. Declines more than `plan.SMALL` scores, and none.
-    """
-    y = a if b is None else b
-    operands.check_dtype("score_rows", a, y)
-    N, M = len(a), len(y)
-    if not 0 < N * M <= plan.SMALL:
-        return NotImplemented
-    own, out = a.new_empty(0, dtype=torch.float32), a.new_empty(N, dtype=torch.float32)
-    with torch.cuda.device_of(a):
-        if relative and pair is None:
-            own = pair = pair_scores(a, y, None, None)
-        sweep = Sweep(a, y, Scores(a, y).tile())
-        down, across, length = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
-        rows, cols = out.new_empty(across, length), out.new_empty(down, M) if relative else None
-        options, ids = (tl.constexpr(kind), tl.constexpr(positives)), (a_ids, a_ids if b_ids is None else b_ids)
-        given = (scale, constant, bias, offset, pair if relative else None, *operands.contiguous(*ids), rows, cols)
-        sweep.run(lines_tile, (options, given), 0, down)
-        BL = tiles.MERGE_LANES
-        line_sums_kernel[(triton.cdiv(N, BL),)](
-            rows, cols, out, N, M, length, across, down, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
+            with outside_autocast(a.device):
+                da, db, sums = gradients_by_row_panels(a, b, plan.tile, call.needs, 3, launch)
+            value, dbias, dscale = (call.share * sums).float().unbind()
+            return value.clone(), dscale.clone(), dbias.clone(), da, db, empty
+        positive_score = _positive_score(call)
+        if call.reduction == "none":
+            rows = _row_sums(call, plan, positive_score)
+            new = positive_score if call.positive_score is None and positive_score is not None else empty
+            return rows, *(empty.new_empty(0) for _ in range(4)), new
+        dscores, sums, slopes = _sweep(call, plan, positive_score, None)
+        da, db, ends = gradients(
+            dscores, a, call.b, call.needs, sums, share=call.share, slopes=slopes, dtype=torch.float32
         )
-    return out, own
+    value, dbias, dscale = ends
+    return value, dscale, dbias, da, db, empty
 
 
-def score_rows_backward(
-    grad: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    constant: float | None,
-    offset: float,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    kind: str,
-    positives: str,
-    relative: bool,
-    pair: torch.Tensor | None,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return what a [N, D], b [M, D], κ and β get of grad [N] fp32; b None: a has both sides'.
+def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> torch.Tensor:
+    a, b = call.a, call.other
+    assert plan.tile is not None
+    sweep, N = Sweep(a, b, plan.tile), len(a)
+    down, across, length = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
+    out = a.new_empty(N, dtype=torch.float32)
+    rows, cols = out.new_empty(across, length), out.new_empty(down, N) if call.relative else None
+    sweep.run(sums_tile, (*_state(call, "value", positive_score), (rows, None, cols, None, 0)), 0, down)
+    BL = tiles.MERGE_LANES
+    merge_sums_kernel[(triton.cdiv(N, BL),)](
+        rows, cols, out, N, N, length, across, down, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
+    )
+    return out
 
-    needs: for a and b; empty where it says no; pair: the s_ii [N], with relative; the rest as for `score_rows`
 
-    Raises TypeError for other dtypes. Declines what `score_rows` does.
-    """
-    y = a if b is None else b
-    operands.check_dtype("score_rows_backward", grad, a, y)
-    if not 0 < len(a) * len(y) <= plan.SMALL:
-        return NotImplemented
-    with torch.cuda.device_of(a):
-        given = (scale, constant, bias, offset, pair if relative else None)
-        ds, parts, slopes = swept(a, y, given, a_ids, b_ids, kind, positives, grad, any(needs))
-        da, db, sums = gradients(ds, a, b, needs, parts, scale=scale, constant=constant, slopes=slopes)
-    _, dbias, dscale = sums
-    return da, db, dscale, dbias
+def _sweep(
+    call: Any, plan: Plan, positive_score: torch.Tensor | None, weight: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """(dscores [N, M] or None, sums [3, tiles], slopes of the pairs' terms or None); weight: [N] at any stride."""
+    a, b = call.a, call.other
+    assert plan.tile is not None
+    sweep = Sweep(a, b, plan.tile)
+    down, across = sweep.row_blocks, sweep.column_blocks
+    sums = a.new_empty(3, down * across, dtype=torch.float32)
+    slopes = None
+    if call.relative:
+        slopes = sums.new_empty(across, down * sweep.tile.BN), sums.new_empty(down, len(b))
+    dscores = empty_dscores(a, len(b)) if any(call.needs) else None
+    outputs = (sums, *(slopes or (None, None)), dscores, dscores.stride(0) if dscores is not None else 0)
+    sweep.run(sums_tile, (*_state(call, "tile", positive_score, weight), outputs), 0, down)
+    return dscores, sums, slopes
 
 
 @triton.jit
@@ -287,49 +219,67 @@ def scaled(x, out, factor, lane, count):
 
 @triton.jit
 def scaled_kernel(
-    grad, da, db, dscale, dbias, scale, constant, share, a_out, b_out, scale_out, bias_out, a_count, b_count,
+    grad_out, da, db, dscale, dbias, scale, constant, share, a_out, b_out, scale_out, bias_out, a_count, b_count,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """grad share κ times da and db, BT numbers a program, and grad times what κ and β get."""
+    """grad_out share κ times da and db, BT numbers a program, and grad_out times the gradients of κ and β."""
     lane = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    upstream = tl.load(grad)
+    upstream = tl.load(grad_out)
     factor = upstream * share * number(scale, constant)
     if a_out is not None:
         scaled(da, a_out, factor, lane, a_count)
     if b_out is not None:
         scaled(db, b_out, factor, lane, b_count)
     if tl.program_id(0) == 0:
-        tl.store(scale_out, upstream * tl.load(dscale) * outer_slope(scale, constant))
+        tl.store(scale_out, upstream * tl.load(dscale) * logarithm_slope(scale, constant))
         tl.store(bias_out, upstream * tl.load(dbias))
 
 
-def score_total_backward(
-    grad: torch.Tensor,
-    dscale: torch.Tensor,
-    dbias: torch.Tensor,
-    da: torch.Tensor,
-    db: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    constant: float | None,
-    share: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a, b, κ and β get of grad: what `score_total` found times it; gradients that are empty stay so.
+def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of a, b, κ and β; b None: a has both sides'.
 
-    Raises TypeError for other dtypes.
+    Raises TypeError for other dtypes than fp32, bf16 and fp16.
     """
-    operands.check_dtype("score_total_backward", grad, da, db, a)
-    out = torch.empty_like(da, dtype=a.dtype), torch.empty_like(db, dtype=a.dtype)
-    ends = torch.empty_like(dscale), torch.empty_like(dbias)
-    wanted = [t if t.numel() else None for t in out]
-    BT = tiles.TERMS
-    programs = max(triton.cdiv(max(da.numel(), db.numel()), BT), 1)
-    given = operands.contiguous(da, db)
+    a = call.a
+    operands.check_dtype("score_sums_backward", call.grad_out, a)
     with torch.cuda.device_of(a):
+        if call.reduction == "none":
+            forward = call.forward
+            dscores, sums, slopes = _sweep(forward, plan, call.positive_score, call.grad_out)
+            logit_scale = {"scale": call.scale, "constant": call.constant}
+            da, db, ends = gradients(dscores, a, call.b, call.needs, sums, **logit_scale, slopes=slopes)
+            _, dbias, dscale = ends
+            return da, db, dscale, dbias
+        da, db = call.da.contiguous(), call.db.contiguous()
+        out = torch.empty_like(da, dtype=a.dtype), torch.empty_like(db, dtype=a.dtype)
+        ends = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
+        needed = [t if t.numel() else None for t in out]
+        BT = tiles.TERMS
+        programs = max(triton.cdiv(max(da.numel(), db.numel()), BT), 1)
         scaled_kernel[(programs,)](
-            grad, *given, dscale, dbias, scale, constant, share, *wanted, *ends, da.numel(), db.numel(),
-            BT=BT, num_warps=4, num_stages=2,
+            call.grad_out, da, db, call.dscale, call.dbias, call.scale, call.constant, call.share, *needed, *ends,
+            da.numel(), db.numel(), BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
     return *out, *ends
+
+
+def score_sums_pass(call: Any, plan: Plan) -> None:
+    """Write rows [3, R] and add to cols [2, K]; with gradient s [R, M] becomes dscores.
+
+    Raises TypeError for other dtypes than fp32, bf16 and fp16.
+    """
+    s, K = call.s, call.cols.shape[1]
+    operands.check_dtype("score_sums_pass", s)
+    if s.numel() == 0:
+        call.rows.zero_()
+        return
+    chunk = Chunk(s)
+    rows, cols = chunk.row_partials(3), s.new_empty(2, chunk.row_blocks, K) if K else None
+    logit, ids = (call.scale, 1.0, call.bias, 0.0), (call.row_ids, call.col_ids, call.first)
+    anchors = (call.row_positive, call.col_positive, K, call.row_weight, call.col_weight, 1)
+    outputs = (rows, None, cols, s if call.gradient else None, s.stride(0))
+    with torch.cuda.device_of(s):
+        chunk.run(sums_tile, (_options(call, "row"), logit, ids, anchors, outputs))
+    torch.sum(rows[..., : chunk.N], 1, out=call.rows)
+    if cols is not None:
+        call.cols.add_(cols.sum(1))

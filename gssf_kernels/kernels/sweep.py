@@ -117,6 +117,18 @@ def sweep_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def chunk_kernel(
+    scores, stride, N, M, first, blocks, state, EPILOGUE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """The same of scores [N, M] that are there: `Chunk`. The grid has one dimension, of which a second is too short."""
+    tile_i, tile_j = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i, j = tile_i * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
+    inside = (i < N)[:, None] & (j < M)[None, :]
+    s = tl.load(scores + i.to(tl.int64)[:, None] * stride + j[None, :], mask=inside, other=0.0)
+    EPILOGUE(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
+
+
 class Sweep:
     """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
 
@@ -186,10 +198,35 @@ class Sweep:
             for count in (rows, columns)
         ]
 
-    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any) -> None:
+    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel that folds a slab's partial results: BL rows a program, then BL columns a program."""
         BN, BL = self.tile.BN, tiles.MERGE_LANES
         kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL),)](
             *arguments, self.N, self.M, first, blocks,
-            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2,
+            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2, **constants,
         )  # fmt: skip
+
+
+class Chunk:
+    """A pass over scores s [N, M] that a library's product left, with adjacent columns."""
+
+    def __init__(self, s: torch.Tensor) -> None:
+        self.s, (self.N, self.M), self.tile = s, s.shape, tiles.PASS
+        self.row_blocks = triton.cdiv(self.N, self.tile.BR)
+        self.column_blocks = triton.cdiv(self.M, self.tile.BM)
+
+    def run(self, epilogue: Any, state: tuple) -> None:
+        """Launch it; the epilogue's slab is the whole chunk."""
+        tile = self.tile
+        chunk_kernel[(self.row_blocks * self.column_blocks,)](
+            self.s, self.s.stride(0), self.N, self.M, 0, self.row_blocks, state, EPILOGUE=epilogue,
+            BN=tile.BR, BM=tile.BM, num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def row_partials(self, *count: int) -> torch.Tensor:
+        """Empty fp32 [*count, column blocks, rows of all row blocks]."""
+        return self.s.new_empty(*count, self.column_blocks, self.row_blocks * self.tile.BR)
+
+    def column_partials(self, *count: int) -> torch.Tensor:
+        """Empty fp32 [*count, row blocks, M]."""
+        return self.s.new_empty(*count, self.row_blocks, self.M)

@@ -101,8 +101,8 @@ SWEEP = {
 
 # What csrc/cuda takes over on sm_90, as (launcher, kind, size) with launcher "hardest_negatives" or "logsumexp_scores".
 # Empty: the CUDA kernels have been compiled and emulated, but not run on a card. A line comes in once a card has shown
-# its results to be right (tests/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and info_nce,
-# variant "hopper").
+# its results to be right (tests/native/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and
+# info_nce, variant "hopper").
 HOPPER_CUDA: frozenset[tuple[str, str, str]] = frozenset()
 
 POSITIVES = {  # fp32 is always "ieee" there
@@ -142,7 +142,7 @@ PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and chan
 SCAN_EDGES = 32  # edges abreast there
 
 SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
-SLAB_SCORES = 1 << 26  # of those, gradients of scores that are stored at once: 128 MiB
+ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of bf16
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 GRID_SECOND = 65_535  # the most programs that CUDA allows along a grid's second dimension; the first has 2³¹ - 1
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor

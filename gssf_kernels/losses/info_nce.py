@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import contrast_loss
+from gssf_kernels.statistics.info_nce import Options, contrast_loss
 
 
 def info_nce_loss(
@@ -70,7 +70,7 @@ def info_nce_loss(
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
 
-    return contrast_loss(x, y, kappa, x_ids, y_ids, epsilon, symmetric, reduction)
+    return contrast_loss(x, y, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
 
 
 class InfoNCELoss(nn.Module):

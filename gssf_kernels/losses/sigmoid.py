@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.sums import row_terms, total_score
+from gssf_kernels.statistics.sums import Term, score_sums
 
 
 def sigmoid_loss(
@@ -59,10 +59,7 @@ def sigmoid_loss(
     kappa = _checks.scale(scale, x)
     bias = _checks.scalar_or_number(bias, "bias", x)
     # −log σ(z t) is softplus(t) for negatives, softplus(−t) for positives
-    arguments = (x, y, "softplus", kappa, bias, "negate", x_ids, y_ids)
-    if reduction == "none":
-        return row_terms(*arguments)
-    return total_score(*arguments, share=1 / max(x.shape[0], 1) if reduction == "mean" else 1.0)
+    return score_sums(x, y, Term("softplus", "negate", kappa, bias), x_ids, y_ids, reduction)
 
 
 class SigmoidLoss(nn.Module):

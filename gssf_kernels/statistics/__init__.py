@@ -2,7 +2,6 @@
 
 from gssf_kernels.statistics import hopper as _hopper  # noqa: F401 (registers its op)
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
-from gssf_kernels.statistics.contrast import contrast_loss
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
@@ -10,6 +9,7 @@ from gssf_kernels.statistics.hardest import (
     rescored_candidates,
 )
 from gssf_kernels.statistics.hardest_terms import hardest_terms
+from gssf_kernels.statistics.info_nce import contrast_loss
 from gssf_kernels.statistics.logsumexp import logsumexp_scores
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives

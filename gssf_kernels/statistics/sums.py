@@ -1,23 +1,25 @@
 """Sums of a function of every score, ``Σ_ij f(κ s_ij + β)``, in one sweep that stores no score.
 
-    rows_i = Σ_j f(κ s_ij + β_i),   cols_j = Σ_i f(κ s_ij + γ_j),     f: hinge, softplus, abs or square
+    rows_i = Σ_j f(κ s_ij + β),   relative to the pairs  Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)
 
-The whole gradient of one sum is known as soon as a chunk of scores is, so it is taken in the forward pass where one is
-wanted: 3 products in all, 1 without. Only rows' sums that get weights of their own ("none") make the chunks again.
-Where b is a, and rows and columns are alike, half of it does: 1.5 products in all. Small problems on a GPU take a sweep
-and one kernel more forward, and one back ("none": two; ``kernels/sums.py``); many of bf16, but for "none", store the
-gradient of a slab of rows at a time there, and no score.
+f: hinge, softplus, abs or square. The whole gradient of one sum is known as soon as a chunk of scores is, so it is
+taken in the forward pass where one is wanted: 3 products in all, 1 without. Only rows' sums, whose gradients have
+weights of their own ("none"), make the chunks again. Where b is a, and rows and columns are alike, only the upper
+triangle is computed: 1.5 products in all. Small problems on a GPU take a sweep and one kernel forward, and one back
+("none": two; ``kernels/sums.py``); many bf16 scores, but for "none", store dscores of one panel of rows at a time.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
-from gssf_kernels._library import Function, define, distinct, last_derivative
+from gssf_kernels import _checks, plan
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, triangle, unit_of
 from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.statistics.score_functions import KINDS, pointwise
 
-KINDS = ("hinge", "softplus", "abs", "square")
 POSITIVES = ("include", "exclude", "negate")
 
 
@@ -39,7 +41,7 @@ def sum_scores(
         a: [N, D] float.
         b: [M, D] of a's dtype and device; any M.
         kind: f. "hinge" [t]₊, "softplus" log(1 + eᵗ), "abs" |t| (of derivative 0 at 0) or "square" t².
-        scale, bias: κ and β, numbers (κ > 0) or scalar tensors on a's device, whose values are not looked at.
+        scale, bias: κ and β, numbers (κ > 0) or scalar tensors on a's device; never synchronises.
         positives: pairs (i, i) and those of equal id are like all others ("include"), left out ("exclude"), or give
             f(−κ s_ij − β) ("negate").
         a_ids: [N] int64. Ids of one side alone serve both when N = M.
@@ -64,25 +66,44 @@ def sum_scores(
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     bias = _checks.scalar_or_number(bias, "bias", a)
-    arguments = (a, b, kind, scale, bias, positives, a_ids, b_ids)
-    return total_score(*arguments) if reduction == "sum" else row_terms(*arguments)
+    return score_sums(a, b, Term(kind, positives, scale, bias), a_ids, b_ids, reduction)
 
 
-def total_score(a, b, kind, scale, bias, positives, a_ids, b_ids, share=1.0, relative=False, pair=None) -> Tensor:
-    """``share Σ_ij f(κ s_ij + β)``, κ and β scalar tensors or numbers, or κ a `Logarithm`; symmetric where b is a.
+class Term(NamedTuple):
+    """``f(κ s + β)`` of a score."""
 
-    ``relative``, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and ``f(s_ij + β − s_jj)`` over j < N;
-    pair: the s_ii [N], if known.
+    kind: str  # f, of KINDS
+    positives: str  # of POSITIVES
+    scale: Tensor | float | _checks.Logarithm
+    bias: Tensor | float
+
+
+def score_sums(
+    a: Tensor,
+    b: Tensor,
+    term: Term,
+    a_ids: Tensor | None,
+    b_ids: Tensor | None,
+    reduction: str,
+    relative: bool = False,
+    positive_score: Tensor | None = None,
+) -> Tensor:
+    """``Σ_ij f(κ s_ij + β)``, or that over N ("mean"), or the rows' sums [N] ("none"); symmetric where b is a.
+
+    relative, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and of ``f(s_ij + β − s_jj)`` over j < N;
+    with "none" those of pair i. positive_score: the s_ii [N], if known.
     """
-    symmetric = a is b and a_ids is b_ids and not relative
+    symmetric = a is b and (reduction == "none" or (a_ids is b_ids and not relative))
+    share = 1 / max(a.shape[0], 1) if reduction == "mean" else 1.0
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    scale, constant = scale_of(scale)
-    bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
+    scale, constant = scale_of(term.scale)
+    bias, offset = (term.bias, 0.0) if isinstance(term.bias, Tensor) else (None, term.bias)
     scale, bias = distinct(scale, bias)
+    reduction = "none" if reduction == "none" else "sum"
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
-    options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair)
-    return _Total.apply(a, b, scale, bias, *options)[0]
+    options = (term.kind, term.positives, relative, reduction, share, needs, positive_score)
+    return _ScoreSums.apply(*Call(a, b, scale, bias, constant, offset, a_ids, b_ids, *options))[0]
 
 
 def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
@@ -92,206 +113,207 @@ def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, 
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
-def kappa_of(scale, constant):
+def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
     """The κ that those stand for."""
     if scale is None:
         return constant
     return scale.exp() if constant is None else scale
 
 
-def row_terms(a, b, kind, scale, bias, positives, a_ids, b_ids, relative=False, pair=None) -> Tensor:
-    """``Σ_j f(κ s_ij + β)`` [N], κ and β scalar tensors or numbers, or κ a `Logarithm`.
+class Call(NamedTuple):
+    """A sum over scores, with its gradients, or the sums of its rows."""
 
-    ``relative``, M >= N and κ = 1: ``Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)``; pair: the s_ii [N], if known.
-    """
-    a, b = distinct(a, None if a is b else b)
-    a_ids, b_ids = distinct(a_ids, b_ids)
-    scale, constant = scale_of(scale)
-    bias, offset = (bias, 0.0) if isinstance(bias, Tensor) else (None, bias)
-    scale, bias = distinct(scale, bias)
-    return _Rows.apply(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair)[0]
+    a: Tensor  # [N, D]
+    b: Tensor | None  # [M, D], or None: a
+    scale: Tensor | None  # κ, or None: constant is
+    bias: Tensor | None  # β, or None: offset is
+    constant: float | None  # None: scale is log κ
+    offset: float
+    a_ids: Tensor | None  # [N] int64
+    b_ids: Tensor | None  # [M] int64
+    kind: str
+    positives: str
+    relative: bool
+    reduction: str  # "sum" or "none"
+    share: float  # what the sum is multiplied by
+    needs: list[bool]  # for a and b: whether "sum" makes the gradient
+    positive_score: Tensor | None = None  # [N], for relative
+
+    @property
+    def other(self) -> Tensor:
+        """b, or a in its place."""
+        return self.a if self.b is None else self.b
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """κ and β as scalar tensors."""
+        dtype, bias = accumulation_dtype(self.a.dtype), self.offset if self.bias is None else self.bias
+        values = (kappa_of(self.scale, self.constant), bias)
+        return tuple(t if isinstance(t, Tensor) else self.a.new_full((), t, dtype=dtype) for t in values)  # type: ignore
 
 
-class _Total(Function):
+class BackwardCall(NamedTuple):
+    """The gradients of a, b, κ and β: of a sum what its forward left times grad_out, of rows' sums from scores anew."""
+
+    grad_out: Tensor  # [] or [N]
+    dscale: Tensor
+    dbias: Tensor
+    da: Tensor
+    db: Tensor
+    a: Tensor
+    b: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    constant: float | None
+    offset: float
+    a_ids: Tensor | None
+    b_ids: Tensor | None
+    kind: str
+    positives: str
+    relative: bool
+    reduction: str
+    share: float
+    needs: list[bool]  # for a and b
+    positive_score: Tensor | None = None
+
+    @property
+    def forward(self) -> Call:
+        """What the gradients are of."""
+        return Call(*self[5:])
+
+
+class _ScoreSums(Function):
     @staticmethod
-    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair):
-        options = (constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair)
-        return torch.ops.gssf.score_total(a, b, scale, bias, *options)
+    def forward(*arguments):
+        return torch.ops.gssf.score_sums(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, *found = output
-        ctx.mark_non_differentiable(*found)
+        call = Call(*inputs)
+        _, dscale, dbias, da, db, positive_score = output
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*found, *inputs[:4])
-        ctx.constant, ctx.share = inputs[4], inputs[11]
+        positive_score = positive_score if call.positive_score is None else call.positive_score
+        tensors = (call.a, call.b, call.scale, call.bias, call.a_ids, call.b_ids, positive_score)
+        ctx.save_for_backward(dscale, dbias, da, db, *tensors)
+        ctx.numbers, ctx.options = (call.constant, call.offset), call[8:13]
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 14
-        op = torch.ops.gssf.score_total_backward
-        found = last_derivative(op, grad, *ctx.saved_tensors, ctx.constant, ctx.share)
-        return (*(g if need else None for g, need in zip(found, ctx.needs_input_grad[:4], strict=True)), *[None] * 10)
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * len(Call._fields)
+        *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        sides = (a, b, scale, bias, *ctx.numbers, a_ids, b_ids)
+        call = BackwardCall._make((grad_out, *gradients, *sides, *ctx.options, list(needs[:2]), positive_score))
+        grads = last_derivative(torch.ops.gssf.score_sums_backward, *call)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 4))
 
 
-class _Rows(Function):
-    @staticmethod
-    def forward(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair):
-        options = (constant, offset, a_ids, b_ids, kind, positives, relative, pair)
-        return torch.ops.gssf.score_rows(a, b, scale, bias, *options)
+class _Sums(NamedTuple):
+    """Of all chunks: sums and slopes of the rows' terms [N] and of the columns' [K], Σ_j ds_ij s_ij [N], gradients."""
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.constant, ctx.offset, a_ids, b_ids, ctx.kind, ctx.positives, ctx.relative, pair = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, a_ids, b_ids, output[1] if pair is None else pair)
+    rows: Tensor
+    row_slope: Tensor
+    dscores_dot_s: Tensor
+    cols: Tensor
+    col_slope: Tensor
+    da: Tensor
+    db: Tensor
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 12
-        (*tensors, a_ids, b_ids, pair), needs = ctx.saved_tensors, ctx.needs_input_grad[:4]
-        given = (*tensors, ctx.constant, ctx.offset, a_ids, b_ids, ctx.kind, ctx.positives, ctx.relative, pair)
-        found = last_derivative(torch.ops.gssf.score_rows_backward, grad, *given, list(needs[:2]))
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 8)
+    @property
+    def slope(self) -> Tensor:
+        """Of the pairs' own scores minus that, where terms are relative to them [N]."""
+        return self.row_slope + self.col_slope
 
 
-def _rows(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair=None):
-    scale, bias = _numbers(a, scale, bias, constant, offset)
-    own, y = a.new_empty(0, dtype=scale.dtype), a if b is None else b
-    if relative and pair is None:
-        own = pair = _pairs(a, y)
-    row_bias, col_bias = _biases(a, bias, pair if relative else None)
-    op = torch.ops.gssf.score_sums
-    rows, _, cols, *_ = op(a, y, scale, row_bias, None, col_bias, None, a_ids, b_ids, kind, positives, [False, False])
-    return rows + cols if relative else rows, own
+def _by_chunks(call: Call) -> tuple[Tensor, ...]:
+    a, empty = call.a, call.a.new_empty(0, dtype=accumulation_dtype(call.a.dtype))
+    positive_score = call.positive_score
+    if call.relative and positive_score is None:
+        positive_score = _pair_scores(a, call.other)
+    new_positive = positive_score if call.positive_score is None and positive_score is not None else empty
+    if call.reduction == "none":
+        sums = _sweep(call, positive_score, [False, False])
+        rows = sums.rows + sums.cols if call.relative else sums.rows
+        return rows, empty.clone(), empty.clone(), empty.clone(), empty.clone(), new_positive
+    sums = _sweep(call, positive_score, call.needs)
+    if call.relative and any(call.needs):
+        _add_pairs(sums, -sums.slope, call, call.needs)
+    slopes = torch.cat((sums.row_slope, sums.col_slope))
+    totals = (t.sum(dtype=torch.float64) for t in (torch.cat((sums.rows, sums.cols)), sums.dscores_dot_s, slopes))
+    value, dscale, dbias = ((call.share * t).to(empty.dtype) for t in totals)
+    return value, dscale, dbias, sums.da, sums.db, empty.clone()
 
 
-def _rows_backward(grad, a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair, needs):
-    """From the scores made once more."""
-    dtype, y, both = accumulation_dtype(a.dtype), a if b is None else b, [needs[0], needs[0] if b is None else needs[1]]
-    scale, bias = _numbers(a, scale, bias, constant, offset)
-    unit = unit_of(a.dtype, grad)
+def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
+    a, forward = call.a, call.forward
+    if call.reduction == "sum":
+        kappa = kappa_of(call.scale, call.constant)
+        factor, dscale = call.grad_out * call.share * kappa, call.grad_out * call.dscale
+        dscale = dscale * kappa if call.constant is None else dscale
+        return (factor * call.da).to(a.dtype), (factor * call.db).to(a.dtype), dscale, call.grad_out * call.dbias
+    scale, _ = forward.numbers()
+    needs = [call.needs[0], call.needs[0] if call.b is None else call.needs[1]]
+    unit = unit_of(a.dtype, call.grad_out)
     one = unit if unit is not None else scale.new_ones(())
-    weight = (grad if unit is None else grad / unit).contiguous()
-    row_bias, col_bias = _biases(a, bias, pair if relative else None)
-    lines = (row_bias, weight, col_bias, weight if relative else None)
-    op = torch.ops.gssf.score_sums
-    _, row_slope, _, col_slope, along, da, db = op(a, y, scale, *lines, a_ids, b_ids, kind, positives, both)
-    slopes = weight * (row_slope + col_slope if relative else row_slope)
-    if relative and any(both):
-        _add_pairs(da, db, -slopes, a, y, both)
-    da, db = one * scale * da, one * scale * db
-    if b is None and needs[0]:
+    weight = (call.grad_out if unit is None else call.grad_out / unit).contiguous()
+    # Rows have weights of their own: b being a helps nothing.
+    sums = _sweep(forward._replace(b=call.a) if call.b is None else forward, call.positive_score, needs, weight)
+    slopes = weight * (sums.slope if call.relative else sums.row_slope)
+    if call.relative and any(needs):
+        _add_pairs(sums, -slopes, forward, needs)
+    da, db = one * scale * sums.da, one * scale * sums.db
+    if call.b is None and needs[0]:
         da, db = da + db, db.new_empty(0)
-    ends = [one * t.sum(dtype=torch.float64).to(dtype) for t in (along, slopes)]
-    if constant is None:
-        ends[0] = ends[0] * scale
-    return da.to(a.dtype), db.to(a.dtype), *ends
+    dscale, dbias = (one * t.sum(dtype=torch.float64).to(scale.dtype) for t in (sums.dscores_dot_s, slopes))
+    return da.to(a.dtype), db.to(a.dtype), dscale * scale if call.constant is None else dscale, dbias
 
 
-def _numbers(a, scale, bias, constant, offset):
-    """κ and β as scalar tensors."""
-    given, dtype = (kappa_of(scale, constant), offset if bias is None else bias), accumulation_dtype(a.dtype)
-    return tuple(t if isinstance(t, Tensor) else a.new_full((), t, dtype=dtype) for t in given)
-
-
-def _pairs(a, b):
+def _pair_scores(a, b):
     i = torch.arange(a.shape[0], device=a.device)
     return torch.ops.gssf.pair_scores(a, b, i, i)
 
 
-def _biases(a, bias, pair):
-    """(of rows [N], of columns [N] or None): β, or β − s_ii of both."""
-    if pair is None:
-        return bias.expand(a.shape[0]), None
-    return (bias - pair,) * 2
-
-
-def _add_pairs(da, db, slopes, a, b, needs):
-    """Add what the pairs' own scores get, slopes [N], to da and db."""
+def _add_pairs(sums: _Sums, slopes: Tensor, call: Call, needs) -> None:
+    """Add the gradients by way of the pairs' own scores, whose slopes [N] are given."""
+    a, b = call.a, call.other
     i, dtype = torch.arange(a.shape[0], device=a.device), accumulation_dtype(a.dtype)
-    wide = (a.to(dtype), b.to(dtype))
-    for whole, part in zip((da, db), torch.ops.gssf.pair_scores_backward(slopes, i, i, *wide, needs), strict=True):
-        whole += part
+    of_pairs = torch.ops.gssf.pair_scores_backward(slopes, i, i, a.to(dtype), b.to(dtype), needs)
+    for total, of_pair in zip((sums.da, sums.db), of_pairs, strict=True):
+        total += of_pair
 
 
-def _total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair=None):
-    """``share Σ f`` and the slopes that κ and β get of it; da and db times κ, ``share`` and the upstream gradient."""
-    dtype = accumulation_dtype(a.dtype)
-    scale, bias = _numbers(a, scale, bias, constant, offset)
-    if relative and pair is None:
-        pair = _pairs(a, b)
-    row_bias, col_bias = _biases(a, bias, pair if relative else None)
-    op, lines = torch.ops.gssf.score_sums, (row_bias, None, col_bias, None)
-    rows, row_slope, cols, col_slope, along, da, db = op(a, b, scale, *lines, a_ids, b_ids, kind, positives, needs)
-    if relative and any(needs):
-        _add_pairs(da, db, -(row_slope + col_slope), a, b, needs)
-    sums = (t.sum(dtype=torch.float64) for t in (torch.cat((rows, cols)), along, torch.cat((row_slope, col_slope))))
-    total, dscale, dbias = ((share * t).to(dtype) for t in sums)
-    return total, dscale, dbias, da, db
-
-
-def _total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
-    """a, b and the rest come along for their dtypes and for their history."""
-    kappa = kappa_of(scale, constant)
-    factor, of_scale = grad * share * kappa, grad * dscale
-    of_scale = of_scale * kappa if constant is None else of_scale
-    return (factor * da).to(a.dtype), (factor * db).to(a.dtype), of_scale, grad * dbias
-
-
-def _fake_total(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, share, needs, pair=None):
-    shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in zip((a, b), needs, strict=True)))
-    return tuple(a.new_empty(shape, dtype=accumulation_dtype(a.dtype)) for shape in shapes)
-
-
-def _fake_total_backward(grad, dscale, dbias, da, db, a, b, scale, bias, constant, share):
-    return a.new_empty(da.shape), a.new_empty(db.shape), torch.empty_like(dscale), torch.empty_like(dbias)
-
-
-def _fake_rows(a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair=None):
-    n, dtype = a.shape[0], accumulation_dtype(a.dtype)
-    return a.new_empty(n, dtype=dtype), a.new_empty(n if relative and pair is None else 0, dtype=dtype)
-
-
-def _fake_rows_backward(
-    grad, a, b, scale, bias, constant, offset, a_ids, b_ids, kind, positives, relative, pair, needs
-):  # fmt: skip
-    shapes = (t.shape if need and t is not None else 0 for t, need in zip((a, b), needs, strict=True))
-    return *(a.new_empty(shape) for shape in shapes), *(grad.new_empty(()) for _ in range(2))
-
-
-def _forward(
-    a, b, scale, row_bias, row_weight, col_bias, col_weight, a_ids, b_ids, kind, positives, needs
-):  # fmt: skip
-    dtype, n = accumulation_dtype(a.dtype), a.shape[0]
-    if b is None:
-        return _symmetric(a, scale, row_bias, a_ids, kind, positives, needs[0])
-    rows = a.new_zeros(3, n, dtype=dtype)
-    cols = a.new_zeros(2, col_bias.shape[0] if col_bias is not None else 0, dtype=dtype)
-    col_bias, col_weight, b_ids = (t.contiguous() if t is not None else None for t in (col_bias, col_weight, b_ids))
+def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | None = None) -> _Sums:
+    """Of all chunks. weight: [N], of the rows' slopes in dscores, and of the columns' with relative; None: 1."""
+    scale, bias = call.numbers()
+    if call.b is None and call.reduction == "sum":
+        return _symmetric(call, scale, bias, needs[0])
+    a, b, n = call.a, call.other, call.a.shape[0]
+    columns = positive_score if call.relative else None
+    rows = scale.new_zeros(3, n)
+    cols = scale.new_zeros(2, n if columns is not None else 0)
+    a_ids, b_ids = (t.contiguous() if t is not None else None for t in (call.a_ids, call.b_ids))
+    col_weight = weight if columns is not None else None
 
     def visit(s, first):
         part = slice(first, first + s.shape[0])
-        bias, weight, ids = (t[part].contiguous() if t is not None else None for t in (row_bias, row_weight, a_ids))
-        torch.ops.gssf.score_sums_pass(
-            s, scale, bias, weight, col_bias, col_weight, ids, b_ids, first, kind, positives, any(needs),
-            rows[:, part], cols,
-        )  # fmt: skip
+        of_rows = (t[part] if t is not None else None for t in (columns, weight, a_ids))
+        positive, row_weight, row_ids = of_rows
+        terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, b_ids)
+        options = (first, call.kind, call.positives, any(needs))
+        torch.ops.gssf.score_sums_pass(s, *terms, *options, rows[:, part], cols)
 
     da, db = chunks(a, b, visit, tuple(needs))
-    empty = a.new_empty(0, dtype=dtype)
-    lines = (rows[0].clone(), rows[1].clone(), cols[0].clone(), cols[1].clone(), rows[2].clone())
-    return (*lines, da if da is not None else empty, db if db is not None else empty.clone())
+    empty = rows.new_empty(0)
+    statistics = (t.clone() for t in (*rows, *cols))
+    return _Sums._make((*statistics, da if da is not None else empty, db if db is not None else empty.clone()))
 
 
-def _symmetric(a, scale, bias, ids, kind, positives, need):
+def _symmetric(call: Call, scale: Tensor, bias: Tensor, need: bool) -> _Sums:
     """The same for b = a. The slopes are right in their sum alone, and da is the whole gradient, of both sides."""
-    n = a.shape[0]
-    total, none = a.new_zeros(3, n, dtype=scale.dtype), a.new_empty(2, 0, dtype=scale.dtype)
-    ids = ids.contiguous() if ids is not None else None
+    n = call.a.shape[0]
+    total, no_columns = scale.new_zeros(3, n), scale.new_empty(2, 0)
+    ids = call.a_ids.contiguous() if call.a_ids is not None else None
 
     def visit(scores, first):
         count, (s,) = scores[0].shape[0], scores
@@ -302,115 +324,115 @@ def _symmetric(a, scale, bias, ids, kind, positives, need):
                 continue
             col_ids = ids[first + start : first + stop] if ids is not None else None
             rows = total.new_zeros(3, count)
-            torch.ops.gssf.score_sums_pass(
-                s[:, start:stop], scale, bias[part].contiguous(), None, None, None, row_ids, col_ids, -start, kind,
-                positives, need, rows, none,
-            )  # fmt: skip
+            terms = (scale, bias, None, None, None, None, row_ids, col_ids)
+            options = (-start, call.kind, call.positives, need)
+            torch.ops.gssf.score_sums_pass(s[:, start:stop], *terms, *options, rows, no_columns)
             total[:, part] += times * rows
 
-    da = triangle((a,), visit, need)
-    empty = none.new_empty(0)
+    da = triangle((call.a,), visit, need)
+    empty = no_columns.new_empty(0)
     da = da.mul_(2) if da is not None else empty.clone()
-    return total[0].clone(), total[1].clone(), empty, empty.clone(), total[2].clone(), da, empty.clone()
+    return _Sums._make((*(t.clone() for t in total), empty, empty.clone(), da, empty.clone()))
 
 
-def _fake(
-    a, b, scale, row_bias, row_weight, col_bias, col_weight, a_ids, b_ids, kind, positives, needs
-):  # fmt: skip
-    n, k = a.shape[0], col_bias.shape[0] if col_bias is not None else 0
-    lines = (scale.new_empty(size) for size in (n, n, k, k, n))
-    return (*lines, *(scale.new_empty(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True)))
+def _fake(call: Call) -> tuple[Tensor, ...]:
+    n, dtype = call.a.shape[0], accumulation_dtype(call.a.dtype)
+    shapes: tuple[Any, ...]
+    if call.reduction == "none":
+        shapes = (n, 0, 0, 0, 0, n if call.relative and call.positive_score is None else 0)
+    else:
+        of_sides = zip((call.a, call.b), call.needs, strict=True)
+        shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in of_sides), 0)
+    return tuple(call.a.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def pointwise(t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """``(f(t), f'(t))``."""
-    if kind == "hinge":
-        return torch.where(t < 0, 0, t), torch.where(t < 0, 0, torch.ones_like(t))
-    if kind == "softplus":
-        return torch.logaddexp(t, t.new_zeros(())), torch.sigmoid(t)
-    if kind == "abs":
-        return t.abs(), torch.where(t > 0, 1, torch.where(t < 0, -1, t))
-    return t * t, 2 * t
+def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
+    if call.reduction == "sum":
+        ends = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
+        return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *ends
+    shapes = (t.shape if need and t is not None else 0 for t, need in zip((call.a, call.b), call.needs, strict=True))
+    return *(call.a.new_empty(shape) for shape in shapes), *(call.grad_out.new_empty(()) for _ in range(2))
 
 
-def _score_sums_pass(
-    s, scale, row_bias, row_weight, col_bias, col_weight, row_ids, col_ids, first, kind, positives, gradient, rows, cols
-):
-    same = torch.zeros_like(s, dtype=torch.bool)
-    if positives != "include":
-        same.diagonal(first).fill_(True)
-        if row_ids is not None:
-            same |= row_ids[:, None] == col_ids
+class PassCall(NamedTuple):
+    """Sums over a chunk's rows, and over its first K columns; with gradient s becomes dscores."""
 
-    def term(s, same, bias):  # f and its slope, by scores
-        t = s * scale if bias is None else s * scale + bias
-        f, slope = pointwise(torch.where(same, -t, t) if positives == "negate" else t, kind)
-        if positives == "negate":
-            return f, torch.where(same, -slope, slope)
-        return (f.masked_fill(same, 0), slope.masked_fill(same, 0)) if positives == "exclude" else (f, slope)
+    s: Tensor  # [R, M] with adjacent columns: written
+    scale: Tensor
+    bias: Tensor
+    row_positive: Tensor | None  # [R], what the rows' terms are relative to
+    row_weight: Tensor | None  # [R], of their slopes in dscores; None: 1
+    col_positive: Tensor | None  # [K], of the columns' terms
+    col_weight: Tensor | None  # [K]
+    row_ids: Tensor | None  # [R]
+    col_ids: Tensor | None  # [M]
+    first: int  # the column that is row 0's own
+    kind: str
+    positives: str
+    gradient: bool
+    rows: Tensor  # [3, R]: sums, slopes and Σ_j ds_ij s_ij, written
+    cols: Tensor  # [2, K]: sums and slopes, added to
 
-    f, slope = term(s, same, None if row_bias is None else row_bias[:, None])
-    rows[0], rows[1] = f.sum(1), slope.sum(1)
-    ds = slope if row_weight is None else slope * row_weight[:, None]
-    k = cols.shape[1]
+
+def _pass(call: PassCall) -> None:
+    s, positive = call.s, torch.zeros_like(call.s, dtype=torch.bool)
+    if call.positives != "include":
+        positive.diagonal(call.first).fill_(True)
+        if call.row_ids is not None:
+            positive |= call.row_ids[:, None] == call.col_ids
+
+    def term(s, positive, bias):  # f and its slope, by scores
+        t = s * call.scale + bias
+        f, slope = pointwise(torch.where(positive, -t, t) if call.positives == "negate" else t, call.kind)
+        if call.positives == "negate":
+            return f, torch.where(positive, -slope, slope)
+        if call.positives == "exclude":
+            return f.masked_fill(positive, 0), slope.masked_fill(positive, 0)
+        return f, slope
+
+    bias = call.bias if call.row_positive is None else (call.bias - call.row_positive)[:, None]
+    f, slope = term(s, positive, bias)
+    call.rows[0], call.rows[1] = f.sum(1), slope.sum(1)
+    dscores = slope if call.row_weight is None else slope * call.row_weight[:, None]
+    k = call.cols.shape[1]
     if k:
-        f, slope = term(s[:, :k], same[:, :k], col_bias)
-        cols[0] += f.sum(0)
-        cols[1] += slope.sum(0)
-        ds[:, :k] += slope if col_weight is None else slope * col_weight
-    rows[2] = (ds * s).sum(1)
-    if gradient:
-        s.copy_(ds)
+        bias = call.bias if call.col_positive is None else call.bias - call.col_positive
+        f, slope = term(s[:, :k], positive[:, :k], bias)
+        call.cols[0] += f.sum(0)
+        call.cols[1] += slope.sum(0)
+        dscores[:, :k] += slope if call.col_weight is None else slope * call.col_weight
+    call.rows[2] = (dscores * s).sum(1)
+    if call.gradient:
+        s.copy_(dscores)
 
 
-define(
-    "score_total(Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, "
-    "Tensor? b_ids, str kind, str positives, bool relative, float share, bool[] needs, Tensor? pair=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_total,
-    fake=_fake_total,
-    through="score_sums_pass",
-    triton="sums.score_total",
-)
-define(
-    "score_total_backward(Tensor grad, Tensor dscale, Tensor dbias, Tensor da, Tensor db, Tensor a, Tensor? b, "
-    "Tensor? scale, Tensor? bias, float? constant, float share) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_total_backward,
-    fake=_fake_total_backward,
-    through="score_sums_pass",
-    triton="sums.score_total_backward",
-)
-_ROWS = (
-    "Tensor a, Tensor? b, Tensor? scale, Tensor? bias, float? constant, float offset, Tensor? a_ids, Tensor? b_ids, "
-    "str kind, str positives, bool relative"
-)
-define(
-    f"score_rows({_ROWS}, Tensor? pair=None) -> (Tensor, Tensor)",
-    reference=_rows,
-    fake=_fake_rows,
-    through="score_sums_pass",
-    triton="sums.score_rows",
-)
-define(
-    f"score_rows_backward(Tensor grad, {_ROWS}, Tensor? pair, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_rows_backward,
-    fake=_fake_rows_backward,
-    through="score_sums_pass",
-    triton="sums.score_rows_backward",
-)
-define(
-    "score_sums(Tensor a, Tensor? b, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "
-    "Tensor? col_weight, Tensor? a_ids, Tensor? b_ids, str kind, str positives, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_forward,
+register(
+    "score_sums",
+    Call,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    composite=_by_chunks,
     fake=_fake,
+    launcher="sums.score_sums",
+    plans=plan.score_sums,
     through="score_sums_pass",
 )
-define(
-    "score_sums_pass(Tensor(a!) s, Tensor scale, Tensor? row_bias, Tensor? row_weight, Tensor? col_bias, "
-    "Tensor? col_weight, Tensor? row_ids, Tensor? col_ids, int first, str kind, str positives, bool gradient, "
-    "Tensor(b!) rows, Tensor(c!) cols) -> ()",
-    reference=_score_sums_pass,
-    fake=lambda *_: None,
-    triton="dense.score_sums_pass",
+register(
+    "score_sums_backward",
+    BackwardCall,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    composite=_backward,
+    fake=_fake_backward,
+    launcher="sums.score_sums_backward",
+    plans=plan.score_sums_backward,
+    through="score_sums_pass",
+)
+register(
+    "score_sums_pass",
+    PassCall,
+    "()",
+    composite=_pass,
+    fake=lambda call: None,
+    launcher="sums.score_sums_pass",
+    plans=plan.chunk_pass,
+    mutates=("s", "rows", "cols"),
 )

@@ -1,0 +1,178 @@
+"""What runs on the CPU and how many FLOPs a launch or an op makes: what `explain` reports and nothing else needs.
+
+FLOPs are those of matrix products: 2 N M D for scores s = a bᵀ, half of that where only the upper triangle is computed;
+2 N M D for each of ds b and dsᵀ a; 2 N D b for a projection by blocks of b channels. A product counts once, however
+often a kernel repeats a part of it. Not counted: what is linear in the sizes, and what depends on values (scores of
+certified mining that are made again, products within groups of equal labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from gssf_kernels import _library, dense
+from gssf_kernels.plan import Plan, Scores
+from gssf_kernels.precision import fp32_products
+
+# From how many scores on the CPU mines fp32 and fp16 certified, by bf16 unit; csrc/hardest.cpp: `certified_least`.
+CERTIFIED = {"amx": 1 << 18, "avx512_bf16": 1 << 20}
+
+
+def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether both are the same numbers in the same place, of tensors without an address."""
+    together = x.untyped_storage()._cdata == y.untyped_storage()._cdata and x.storage_offset() == y.storage_offset()
+    return together and x.shape == y.shape and x.stride() == y.stride()
+
+
+def native(name: str) -> bool:
+    """Whether an op of ours is C++ on the CPU."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{name}", "CPU")
+
+
+def _packed(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Panels of y [k, m] (csrc/types.h)."""
+    k, m = y.shape
+    width = {torch.bfloat16: 64, torch.float64: 16}.get(dtype, 32)
+    return y.new_empty(-(-m // width), -(-k // 32) * 32 if dtype == torch.bfloat16 else k, width, dtype=dtype)
+
+
+# Of C++ ops that are registered without one.
+FAKES: dict[str, Callable] = {"pack": _packed, "multiply": lambda x, panels, out, add: None}
+
+
+def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
+    """What an op of ours is on the CPU."""
+    if not native(name):
+        if _library.EXTENSION_ERROR is None:
+            return Plan("pytorch", "a formula over other ops")
+        return Plan("pytorch", "the compiled extension is not loaded (gk.backends())")
+    if name not in ("hardest_negatives", "relative_negatives"):
+        return Plan("c++", "the compiled extension")
+    a, unit = arguments["a"], dense.bf16_unit()
+    scores, dtype = Scores(a, arguments["b"]), str(a.dtype)[6:]
+    if unit == "none":
+        return Plan("c++", f"{scores}: a sweep that stores none; this processor has no bf16 unit")
+    if _rounds(a):
+        return Plan("c++", f"{scores}: a sweep that stores none, by the bf16 unit {unit}")
+    if name == "relative_negatives" or a.dtype not in (torch.float32, torch.float16):
+        return Plan("c++", f"{scores} of {dtype}: a sweep that stores none")
+    least = CERTIFIED[unit]
+    if scores.count < least:
+        return Plan("c++", f"{scores} of {dtype}, fewer than {least:,}: a sweep that stores none")
+    return Plan("certified", f"{scores} of {dtype}, at least {least:,}: exact winners by the bf16 unit {unit}")
+
+
+def _rounds(a: torch.Tensor) -> bool:
+    """Whether the products of a sweep over rows of a take bf16 numbers, as csrc/hardest.cpp decides."""
+    by_setting = a.dtype == torch.float32 and dense.bf16_unit() == "amx" and fp32_products("cpu") == "bf16"
+    return dense.bf16_unit() != "none" and (a.dtype == torch.bfloat16 or by_setting)
+
+
+def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
+    """What a sweep in C++ packs its sides into for as long as it runs. A thread's own tile (1 MiB) is not counted."""
+    if name not in ("hardest_negatives", "relative_negatives"):
+        return 0
+    a, b = arguments["a"], arguments["b"]
+    (N, D), M = a.shape, len(b)
+    if on_cpu(name, arguments).route == "certified" or _rounds(a):
+        row = 2 * -(-max(D, 1) // 32) * 32  # of bf16
+        return row * (N + (0 if same(a, b) else M) + -(-M // 64) * 64)
+    size, width = (8, 16) if a.dtype == torch.float64 else (4, 32)
+    copied = a.dtype in (torch.float16, torch.bfloat16) or not a.is_contiguous()
+    return size * D * (-(-M // width) * width + (N if copied else 0))
+
+
+def native_flops(name: str, arguments: Mapping[str, Any]) -> int:
+    """Of a C++ op."""
+    flops = _NATIVE.get(name)
+    return flops(arguments) if flops is not None else 0
+
+
+def _mined(arguments: Mapping[str, Any]) -> int:
+    a, b, a_ids, b_ids = (arguments[name] for name in ("a", "b", "a_ids", "b_ids"))
+    symmetric = same(a, b) and (a_ids is None or same(a_ids, b_ids))
+    return len(a) * len(b) * a.shape[1] * (1 if symmetric else 2)
+
+
+def _multiplied(arguments: Mapping[str, Any]) -> int:
+    x, out = arguments["x"], arguments["out"]
+    return 2 * len(x) * x.shape[1] * out.shape[1]
+
+
+def _projected(products: Callable[[Mapping[str, Any]], int]) -> Callable[[Mapping[str, Any]], int]:
+    def flops(arguments: Mapping[str, Any]) -> int:
+        blocks = arguments["blocks"]
+        return 0 if blocks is None else products(arguments) * 2 * arguments["x"].numel() * blocks.shape[1]
+
+    return flops
+
+
+def _of_x_and_blocks(arguments: Mapping[str, Any]) -> int:
+    needs = arguments["needs"]  # of x, y, diag and blocks
+    return 0 if arguments["dp"] is None else needs[0] + needs[3]
+
+
+def _gathered(arguments: Mapping[str, Any]) -> int:
+    needs, blocks = arguments["needs"], arguments["blocks"]
+    rows = (needs[0] + needs[3]) * len(arguments["x"]) + needs[1] * len(arguments["y"])
+    return 0 if blocks is None else 2 * rows * arguments["x"].shape[1] * blocks.shape[1]
+
+
+_NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "hardest_negatives": _mined,
+    "relative_negatives": lambda arguments: 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1],
+    "multiply": _multiplied,
+    "project": _projected(lambda arguments: 1),
+    "project_backward": _projected(_of_x_and_blocks),
+    "hardest_negatives_backward": _gathered,
+}
+
+
+def kernel_flops(kernel: Any, arguments: tuple, options: Mapping[str, Any]) -> int:
+    """Of a launch of a Triton kernel."""
+    flops = KERNELS.get(kernel.__name__)
+    return flops({**dict(zip(kernel.arg_names, arguments, strict=False)), **options}) if flops is not None else 0
+
+
+def _swept(v: Mapping[str, Any]) -> int:
+    rows = min(v["blocks"] * v["BN"], v["N"] - v["first"] * v["BN"])  # of this slab
+    return rows * v["M"] * v["D"] * (1 if v["HALF"] else 2)
+
+
+def _gradients(v: Mapping[str, Any]) -> int:
+    products = (v["da"] is not None) * (2 if v["SAME"] else 1) + (v["db"] is not None)
+    return products * 2 * v["N"] * v["M"] * v["D"]
+
+
+def _sides(v: Mapping[str, Any]) -> int:
+    if v["blocks"] is None and v["dblocks"] is None:
+        return 0
+    of_x = (v["x_out"] is not None) + (v["dblocks"] is not None)
+    of_y = v["WEIGHTED"] and v["y_out"] is not None
+    return 2 * v["D"] * v["B"] * (of_x * v["N"] + of_y * v["M"])
+
+
+# By the names of their arguments. Those of every kernel that has a `tl.dot`, but for `positives_kernel`: its products
+# depend on the labels.
+KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "sweep_kernel": _swept,
+    "gradients_kernel": _gradients,
+    "relation_tile_kernel": lambda v: v["N"] * v["N"] * sum(v["channels"]),  # upper triangles
+    "relation_loss_kernel": lambda v: 0 if v["dh"] is None else 2 * v["N"] * v["N"] * v["D"],
+    "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],
+    "parameter_kernel": lambda v: 0 if v["dblocks"] is None else 2 * v["N"] * v["D"] * v["B"],
+    "sides_kernel": _sides,
+}
+
+
+def library_flops(function: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
+    """Of an op of PyTorch's, by `torch.utils.flop_counter`."""
+    from torch.utils.flop_counter import flop_registry
+
+    flops = flop_registry.get(function.overloadpacket)
+    if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):  # out_dtype is not foreseen there
+        args, kwargs = tuple(t for t in args if isinstance(t, torch.Tensor)), {}
+    return int(flops(*args, **kwargs, out_val=result)) if flops is not None else 0

@@ -1,0 +1,11 @@
+from planting import Fault
+
+FAULTS = [
+    Fault(
+        "dense: SigLIP's positives have the sign of negatives",
+        "gssf_kernels/losses/sigmoid.py",
+        "sigmoid_loss",
+        '"negate", x_ids',
+        '"include", x_ids',
+    ),
+]

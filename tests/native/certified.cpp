@@ -1,0 +1,109 @@
+// What certifies mining: rounded sides, the bound of a score's error, candidates, and the choice among exact scores.
+//
+// The two sources are compiled in here, as they need the same headers of ATen, most of the time that this file takes.
+#define GSSF_KERNELS "vector_epilogues.h"
+#include "bf16.cpp"
+#include "factors.cpp"
+
+#include "certified.h"
+
+#include "bindings.h"
+
+using namespace gssf;
+
+namespace {
+
+at::Tensor tensor(const py::array& x) {
+  expect(x.ndim() == 2 && (x.flags() & py::array::c_style), "expected a contiguous matrix");
+  const auto type = is_of<float>(x) ? at::kFloat : at::kHalf;
+  expect(is_of<float>(x) || is_of<c10::Half>(x), "expected float32 or float16");
+  return at::from_blob(const_cast<void*>(x.data()), {x.shape(0), x.shape(1)}, type);
+}
+
+// (bits of bf16 [N, padded] flat, ‖x‖ of every row, ‖x - rounded‖ of every row, the last two never too small)
+py::object rounded_rows(const py::array& x) {
+  const Bf16Panels factors(tensor(x), tensor(x));
+  const Rounded& side = factors.a();
+  return py::make_tuple(
+      array(reinterpret_cast<const uint16_t*>(side.values.const_data_ptr<at::BFloat16>()), side.values.numel()),
+      array(side.norm), array(side.residue));
+}
+
+Rounded norms(const py::array& norm, const py::array& residue) {
+  const int64_t count = norm.size();
+  const float *of = read<float>("norm", norm, count), *lost = read<float>("residue", residue, count);
+  return {at::Tensor(), {of, of + count}, {lost, lost + count}};
+}
+
+// Bounds [lines, blocks] flat, and whether no sum leaves fp32's range.
+py::object error_bounds(const py::array& norm, const py::array& residue, const py::array& other_norm,
+                        const py::array& other_residue, int64_t block_most, int64_t depth) {
+  const Rounded lines = norms(norm, residue), others = norms(other_norm, other_residue);
+  const Blocks blocks(other_norm.size(), block_most);
+  const ErrorBound error(lines, others, blocks, depth);
+  std::vector<double> bounds;
+  for (int64_t line = 0; line < norm.size(); ++line)
+    for (int64_t block = 0; block < blocks.count; ++block) bounds.push_back(error.of(line, block));
+  return py::make_tuple(array(bounds), blocks.size, error.sums_are_finite());
+}
+
+// The tiles of a sweep over `total_rows` by `total_cols` scores: each (i0, n, j0, m).
+std::vector<Tile> tiles_of(const Blocks& rows, const Blocks& cols) {
+  std::vector<Tile> tiles;
+  for (int64_t i = 0; i < rows.count; ++i)
+    for (int64_t j = 0; j < cols.count; ++j)
+      tiles.push_back({rows.begin(i), rows.length(i), cols.begin(j), cols.length(j)});
+  return tiles;
+}
+
+int64_t tile_count(int64_t n, int64_t m) {
+  return int64_t(tiles_of(Blocks(n, kTileMost), Blocks(m, tile_cols(m))).size());
+}
+
+// What is left of `scores` [N, M], which stand for the bf16 unit's, once the tiles went through in `order`; ids: of
+// rows, and of columns with a vector's worth of -1 behind them, or none. (given up, i, j, score) of the candidates.
+py::object candidates(const py::array& a, const py::array& b, const py::array& scores,
+                      const std::vector<int32_t>& row_id, const std::vector<int32_t>& col_id,
+                      const std::vector<int64_t>& order) {
+  const int64_t n = a.shape(0), m = b.shape(0);
+  const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
+  const std::vector<Tile> tiles = tiles_of(rows, cols);
+  const float* from = read<float>("scores", scores, n * m);
+  expect(row_id.empty() == col_id.empty() &&
+             (row_id.empty() || (int64_t(row_id.size()) == n && int64_t(col_id.size()) >= m + 16)),
+         "row_id, col_id: expected ids of all rows and columns, and 16 behind those");
+  const Bf16Panels factors(tensor(a), tensor(b));
+  Candidates kept(factors, rows, cols, row_id, col_id);
+  std::vector<float> s(kTileMost * kTileMost);
+  for (const int64_t number : order) {
+    const Tile tile = tiles.at(number);
+    for (int64_t i = 0; i < tile.n; ++i)
+      std::copy_n(from + (tile.i0 + i) * m + tile.j0, tile.m, s.data() + i * kTileMost);
+    Candidates::Slot slot;
+    kept.tile(s.data(), tile, slot);
+  }
+  std::vector<int32_t> i, j;
+  std::vector<float> score;
+  for (const auto& candidate : kept.left())
+    i.push_back(candidate.i), j.push_back(candidate.j), score.push_back(candidate.score);
+  return py::make_tuple(kept.given_up(), array(i), array(j), array(score));
+}
+
+std::pair<double, int64_t> exact_best(const std::vector<double>& scores, const std::vector<int64_t>& indices) {
+  ExactBest best;
+  for (size_t k = 0; k < scores.size(); ++k) best.add(scores[k], indices.at(k));
+  return {best.score, best.index};
+}
+
+}  // namespace
+
+void bind_certified(py::module_& internals) {
+  py::module_ certified = internals.def_submodule("certified");
+  certified.def("rounded_rows", rounded_rows);
+  certified.def("error_bounds", error_bounds, py::arg("norm"), py::arg("residue"), py::arg("other_norm"),
+                py::arg("other_residue"), py::kw_only(), py::arg("block_most"), py::arg("depth"));
+  certified.def("tile_count", tile_count);
+  certified.def("candidates", candidates, py::arg("a"), py::arg("b"), py::arg("scores"), py::arg("row_id"),
+                py::arg("col_id"), py::arg("order"));
+  certified.def("exact_best", exact_best);
+}

@@ -1,0 +1,106 @@
+from planting import Fault
+
+SUMS_KERNELS = "gssf_kernels/kernels/sums.py"
+
+FAULTS = [
+    Fault(
+        "small: columns past N have a pair of score 0, in sums of all",
+        SUMS_KERNELS,
+        "sums_tile",
+        "same, inside & (j < N)[None, :], KIND",
+        "same, inside, KIND",
+    ),
+    Fault(
+        "small: columns past N have a pair of score 0, in sums of rows",
+        SUMS_KERNELS,
+        "lines_tile",
+        "same, inside & (j < N)[None, :], KIND",
+        "same, inside, KIND",
+    ),
+    Fault(
+        "small: the mean's share is forgotten on the way back",
+        SUMS_KERNELS,
+        "scaled_kernel",
+        "factor = upstream * share * number",
+        "factor = upstream * number",
+    ),
+    Fault(
+        "sums and contrast: a row's columns are not added",
+        SUMS_KERNELS,
+        "merge_sums_kernel",
+        "total += part_sums(cols, i, M, N, down, BP)",
+        "total -= part_sums(cols, i, M, N, down, BP)",
+    ),
+    Fault(
+        "sums and contrast: a column's slopes take what its first gets from above",
+        SUMS_KERNELS,
+        "sums_tile",
+        "above + j.to(tl.int64) * above_stride",
+        "above + 0 * j",
+    ),
+    Fault(
+        "sums and contrast: a row's slopes take no stride",
+        SUMS_KERNELS,
+        "sums_tile",
+        "above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None] else",
+        "above + i, mask=i < N, other=0.0)[:, None]\n    else",
+    ),
+    Fault(
+        "sums and contrast: a row's slopes with pairs take no stride",
+        SUMS_KERNELS,
+        "sums_tile",
+        "above + i.to(tl.int64) * above_stride, mask=i < N, other=0.0)[:, None] tl",
+        "above + i, mask=i < N, other=0.0)[:, None]\n        tl",
+    ),
+    Fault(
+        "sums and contrast: pairs' scores are added to the margin, in sums of all",
+        SUMS_KERNELS,
+        "sums_tile",
+        "own = beta - tl.load(pair + i",
+        "own = beta + tl.load(pair + i",
+    ),
+    Fault(
+        "sums and contrast: pairs' scores are added to the margin, in sums of rows",
+        SUMS_KERNELS,
+        "lines_tile",
+        "own = beta - tl.load(pair + i",
+        "own = beta + tl.load(pair + i",
+    ),
+    Fault(
+        "sums and contrast: rows' pairs are pushed on the way back",
+        "gssf_kernels/statistics/sums.py",
+        "_rows_backward",
+        "_add_pairs(da, db, -slopes",
+        "_add_pairs(da, db, slopes",
+        tests="ops/test_values",
+    ),
+    Fault(
+        "logarithm: the same of a sum",
+        SUMS_KERNELS,
+        "scaled_kernel",
+        "* outer_slope(scale, constant)",
+        "* 1.0",
+    ),
+    Fault(
+        "logarithm: the same of the reference",
+        "gssf_kernels/statistics/sums.py",
+        "_total_backward",
+        "of_scale = of_scale * kappa if",
+        "of_scale = of_scale if",
+        tests="losses/test_sigmoid",
+    ),
+    Fault(
+        "slabs: every slab's gradient is stored from the first row on as the whole's",
+        SUMS_KERNELS,
+        "sums_tile",
+        "rows = ds - (first * BN).to(tl.int64) * stride  # ds is of the slab's alone",
+        "rows = ds",
+    ),
+    Fault(
+        "slabs: what κ and β get change places",
+        SUMS_KERNELS,
+        "_by_slabs",
+        "total, dbias, dscale = (share * sums)",
+        "total, dscale, dbias = (share * sums)",
+    ),
+]

@@ -1,0 +1,103 @@
+"""What every loss of the gradient sweep promises: accuracy, one derivative, the same bits, and no matrix stored."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dense_cases
+import pytest
+import torch
+from dense_cases import LOSSES, SCALARS, X, Y, assert_same, leaves, sample, value_and_gradients
+
+import gssf_kernels as gk
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_scalar_gradients_as_exact_as_plain(name, dtype):
+    """Single numbers, whose error is a matter of luck: root mean squares over sixteen inputs."""
+    squares = {"ours": 0.0, "plain": 0.0}
+    for _ in range(16):
+        tensors = sample(name, 60, 90, 24, dtype)
+        truth = value_and_gradients(lambda *t: LOSSES[name](*t, module=gk.reference), [t.double() for t in tensors])
+        for who, module in (("ours", gk), ("plain", gk.reference)):
+            found = value_and_gradients(lambda *t, module=module: LOSSES[name](*t, module=module), tensors)
+            pairs = zip((found[0], *found[3:]), (truth[0], *truth[3:]), strict=True)
+            errors = torch.stack([(f.double() - t) / t for f, t in pairs])
+            squares[who] = squares[who] + errors.square()
+    floor = 6e-8  # half a unit in the last place
+    assert (squares["ours"].div(16).sqrt() <= 2 * squares["plain"].div(16).sqrt() + floor).all(), squares
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck_with_scalars(name):
+    torch.autograd.gradcheck(LOSSES[name], leaves(*sample(name, 6, 9, 5)), nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_same_bits_every_time(name, chunked):
+    tensors = sample(name, 150, 310, 40, torch.float32)
+    first = value_and_gradients(LOSSES[name], tensors)
+    for _ in range(3):
+        for again, before in zip(value_and_gradients(LOSSES[name], tensors), first, strict=True):
+            assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_with_shapes_that_change(name):
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, dynamic=True)
+    for n, m in ((20, 30), (33, 33), (41, 90)):
+        tensors = sample(name, n, m, 8)
+        assert_same(value_and_gradients(compiled, tensors), value_and_gradients(LOSSES[name], tensors))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_func_grad_and_one_derivative_only(name):
+    x, *rest = tensors = sample(name, 20, 24, 8)
+    got = torch.func.grad(LOSSES[name], argnums=tuple(range(len(tensors))))(*tensors)
+    assert_same(got, value_and_gradients(LOSSES[name], tensors)[1:])
+    # In each, mixed with something twice differentiable. Teachers get no gradient, and what tau gets is plain PyTorch.
+    exempt = {1, 3} if name == "distillation" else set()
+    for k in set(range(len(tensors))) - exempt:
+        leaf = tensors[k].clone().requires_grad_()
+        value = LOSSES[name](*tensors[:k], leaf, *tensors[k + 1 :])
+        (grad,) = torch.autograd.grad(value + leaf.pow(3).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.square().sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.func.grad(lambda x: torch.func.grad(LOSSES[name])(x, *rest).square().sum())(x)
+
+
+_PEAK = """
+import resource, sys, torch, gssf_kernels as gk
+sys.path.insert(0, sys.argv[3])
+from dense_cases import LOSSES, leaves, sample
+torch.set_num_threads(2)
+loss, n = LOSSES[sys.argv[1]], int(sys.argv[2])
+tensors = leaves(*sample(sys.argv[1], n, n, 64, torch.float32))
+loss(*leaves(*sample(sys.argv[1], 64, 64, 64, torch.float32))).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss(*tensors).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(gk.backends()["logsumexp_scores"]["cpu"] != "cpp", reason="the reference pass copies its chunk")
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_matrix_is_stored(name):
+    """Forward and backward at N = M = 8192 take less than 64 MiB besides the gradients; one matrix is 256 MiB."""
+    n = 8192
+    command = [sys.executable, "-c", _PEAK, name, str(n), str(Path(dense_cases.__file__).parent)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak_mib, gradients_mib = int(out.stdout) / 1024, 2 * n * 64 * 4 / 2**20
+    assert peak_mib - gradients_mib < 64, f"{peak_mib:.0f} MiB"
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"distillation"}))
+def test_sides_are_checked(name):
+    which = "ab" if "sum" in name else "xy"
+    with pytest.raises(ValueError, match=rf"^{which[1]}: expected 8 columns"):
+        LOSSES[name](X, torch.randn(6, 9), *SCALARS[name])
+    with pytest.raises(TypeError, match=rf"^{which[1]}: expected .*torch.float32"):
+        LOSSES[name](X, Y.double(), *SCALARS[name])

@@ -1,0 +1,182 @@
+"""How the package installs and reports itself: without the extension, without torch, without a compiler."""
+
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gssf_kernels as gk
+from gssf_kernels import _library
+
+ROOT = Path(__file__).parents[2]
+OPS = {  # those with a kernel of their own
+    "project",
+    "project_backward",
+    "hardest_negatives",
+    "hardest_negatives_backward",
+    "line_terms",
+    "line_terms_backward",
+    "relative_negatives",
+    "pair_scores",
+    "pair_scores_backward",
+    "logsumexp_pass",
+    "softmax_pass",
+    "score_sums_pass",
+    "relation_pass",
+}
+PLAIN_ON_CPU = {"hardest_positives"}
+# Loops in Python over one of those.
+SMALL = {  # those with kernels of their own besides, for small problems
+    "logsumexp_scores",
+    "logsumexp_scores_backward",
+    "contrast",
+    "contrast_backward",
+    "score_total",
+    "score_total_backward",
+    "score_rows",
+    "score_rows_backward",
+    "hardest_terms",
+    "batch_hard",
+    "batch_hard_backward",
+    "relation_loss",
+}
+THROUGH = {*SMALL, "score_sums"}
+
+_HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "gssf_kernels._C":
+            raise ImportError("hidden by the test")
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run(code, folder=ROOT, **environment):
+    """Run code in folder; a variable given as None is unset."""
+    merged = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=merged)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_backends_name_every_op():
+    table = gk.backends()
+    assert set(table) == OPS | PLAIN_ON_CPU | THROUGH
+    built = _library.EXTENSION_ERROR is None
+    cuda = {"triton", "reference"} if torch.cuda.is_available() else {"unavailable"}
+    for op, active in table.items():
+        assert active["cpu"] == ("cpp" if built and op not in PLAIN_ON_CPU else "reference")
+        assert active["cuda"] in cuda
+
+
+@pytest.mark.parametrize("op", sorted(OPS | PLAIN_ON_CPU | SMALL))
+def test_every_op_has_a_triton_launcher_of_its_own_signature(op):
+    pytest.importorskip("triton")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{op}", "CUDA")
+    target = _library.OPS[op].launcher if op in _library.OPS else _library._LAUNCHERS[op]
+    module, _, function = target.rpartition(".")
+    launcher = getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)
+    names = [argument.name for argument in getattr(torch.ops.gssf, op).default._schema.arguments]
+    parameters = list(inspect.signature(launcher).parameters)
+    assert parameters == (["call", "plan"] if op in _library.OPS else names)
+    assert op not in _library.OPS or list(_library.OPS[op].call._fields) == names
+
+
+def test_fp64_on_cuda_would_take_the_reference():
+    call = _library._lazy("hardest.hardest_negatives", lambda *arguments: "reference")
+    assert call(torch.ones(2, 3, dtype=torch.float64)) == "reference"
+
+
+def test_everything_works_on_the_reference_without_the_extension():
+    code = f"""{_HIDE}
+import torch, gssf_kernels as gk
+assert all(active["cpu"] == "reference" for active in gk.backends().values()), gk.backends()
+x, y = torch.randn(6, 8, requires_grad=True), torch.randn(9, 8)
+metric = gk.StructuredSimilarity(8, 4)
+ids = torch.tensor([0, 0, 1, 1, 2, 2]), torch.arange(9) // 2
+loss = gk.TripletLoss(metric=metric)(x, y, *ids)
+loss.backward()
+got = [x.grad.clone(), metric.diag.grad.clone(), metric.blocks.grad.clone()]
+x.grad = None
+metric.zero_grad()
+expected = gk.reference.triplet_loss(*metric.factors(x, y), x_ids=ids[0], y_ids=ids[1])
+expected.backward()
+torch.testing.assert_close(loss, expected)
+for g, p in zip(got, (x, metric.diag, metric.blocks)):
+    torch.testing.assert_close(g, p.grad)
+gk.hardest_negatives(x, y), gk.pair_scores(x, y).sum().backward()
+print("worked")
+"""
+    status, out, err = run(code)
+    assert status == 0, err
+    assert out.strip() == "worked"
+
+
+def test_report_says_that_the_extension_is_missing():
+    status, out, err = run(_HIDE + "import runpy; runpy.run_module('gssf_kernels', run_name='__main__')")
+    assert status == 0, err
+    assert "not loaded (hidden by the test)" in out
+    assert "pip install --no-build-isolation" in out
+
+
+def test_report():
+    done = subprocess.run([sys.executable, "-m", "gssf_kernels"], capture_output=True, text=True, check=True)
+    assert torch.__version__ in done.stdout
+    for op, active in gk.backends().items():
+        assert any(line.split() == [op, active["cpu"], active["cuda"]] for line in done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("prelude", "environment", "expected"),
+    [
+        ("import sys; sys.modules['torch'] = None", {}, "pip install --no-build-isolation"),
+        ("", {"GSSF_SKIP_NATIVE": "1"}, "GSSF_SKIP_NATIVE is set"),
+        ("import torch", {"PATH": "/nonexistent", "CXX": ""}, "no C++ compiler"),
+    ],
+    ids=["no torch", "skipped", "no compiler"],
+)
+def test_setup_without_native_code(prelude, environment, expected, tmp_path):
+    code = f"""{prelude}
+import sys, runpy, setuptools
+seen = {{}}
+setuptools.setup = lambda **arguments: seen.update(arguments)
+runpy.run_path("setup.py", run_name="__main__")
+assert not seen, seen
+"""
+    status, _, err = run(code, **environment)
+    assert status == 0, err
+    lines = [line for line in err.splitlines() if line.startswith("gssf_kernels:")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+
+
+@pytest.mark.parametrize("with_sources", [True, False])
+@pytest.mark.parametrize("force", ["1", "0", None])
+@pytest.mark.parametrize("cuda_torch", [True, False])
+def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
+    """csrc/cuda is built where FORCE_CUDA says so, and only there; nothing is compiled here."""
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu.cpp").touch()
+    if with_sources:
+        (tmp_path / "csrc" / "cuda" / "gpu.cu").touch()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = f"""
+import runpy, setuptools, torch
+from torch.utils import cpp_extension
+torch.version.cuda = "13.0" if {cuda_torch} else None
+cpp_extension.CUDA_HOME = "/somewhere" if {cuda_torch} else None
+cpp_extension.CUDAExtension = lambda name, sources, **options: print("cuda", *sources)
+cpp_extension.CppExtension = lambda name, sources, **options: print("cpu", *sources)
+setuptools.setup = lambda **arguments: None
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    status, out, err = run(code, tmp_path, FORCE_CUDA=force)
+    assert status == 0, err
+    wanted = with_sources and force == "1"
+    assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])

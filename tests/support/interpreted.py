@@ -1,0 +1,56 @@
+"""What is known of where Triton's kernels run in this process: on a GPU, under Triton's interpreter, or not at all.
+
+The interpreter has to be chosen before Triton is imported, so that without a GPU tests marked `triton` run in another
+process, which `interpreter_process.py` starts. The interpreter's bf16 is wrong: it is fp32 and fp16 there.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+# Every process collects the same tests.
+no_bf16 = pytest.mark.skipif(DEVICE != "cuda", reason="the bf16 of Triton's interpreter is wrong")
+FLOATS = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=no_bf16)]
+every_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+both_halves = pytest.mark.parametrize("dtype", FLOATS[1:], ids=lambda d: str(d)[6:])
+
+
+def hasten() -> None:
+    """Spares the interpreter three habits that took most of its time. No result changes.
+
+    It reduces number by number with any function but Triton's own sums and maxima: here by halves, as on a card. It
+    patches `triton.language` at every call of a function by a kernel: here once a launch. And it looks whether sums
+    of integers overflow, but says so only when debugging: here it does not look.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    number_by_number, patch = interpreter.ReduceOps.generic_reduce, interpreter._patch_lang
+
+    def reduce(self, values):
+        if self.axis is None or self.keep_dims:
+            return number_by_number(self, values)
+        axis = self.axis % len(values[0].shape)
+        while (length := values[0].handle.data.shape[axis]) > 1:
+            even_and_odd = [(v.handle.data.take(range(k, length, 2), axis), v.dtype) for k in (0, 1) for v in values]
+            values = self.combine_fn.fn(*(self.to_tensor(*half) for half in even_and_odd))
+            values = values if isinstance(values, tuple) else (values,)
+        return [self.to_tensor(v.handle.data.squeeze(axis), v.dtype) for v in values]
+
+    def patch_once(fn):
+        modules = [m for m in (interpreter.tl, core) if any(value is m for value in fn.__globals__.values())]
+        return patch(fn) if any(core.is_builtin(m.load) for m in modules) else interpreter._LangPatchScope()
+
+    interpreter.ReduceOps.generic_reduce, interpreter._patch_lang = reduce, patch_once
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+if INTERPRETED:
+    hasten()

@@ -1,0 +1,51 @@
+"""Every launch of `bench/calls.py` through Triton's own launcher, into a CUDA driver that does nothing.
+
+What the interpreter and the compiler never see is how arguments are packed: tuples with None among them, numbers,
+tensor descriptors.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench import stub_driver
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.skipif(stub_driver.compiler() is None, reason="no C compiler"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"),
+]
+
+RUN = """
+from unittest import mock
+from bench import lowering, stub_driver
+from bench.calls import CASES
+from bench.case import PRODUCTS
+from gssf_kernels.dense import Right
+from gssf_kernels.kernels import tiles
+
+for arch in lowering.ARCHITECTURES:
+    with stub_driver.installed(arch):
+        for case in CASES:
+            before, product = stub_driver.launches(), "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"
+            with (
+                mock.patch.object(tiles, "fp32_products", lambda device: product),
+                mock.patch.object(Right, "product", lowering.no_product),
+            ):
+                case.launcher(*case.arguments())
+            assert stub_driver.launches() - before >= len(case.kernels), case
+print(stub_driver.launches(), "launches")
+"""
+
+
+def test_every_argument_is_packed(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **stub_driver.environment(tmp_path)}
+    command = [sys.executable, "-c", RUN]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[0]) > 600

@@ -1,0 +1,201 @@
+"""Every kernel compiled ahead of time for sm_80 and sm_90, as the launchers would compile it: no GPU needed.
+
+`bench/calls.py` has the list, `bench/lowering.py` says how. What comes out must not spill, must fit the card, and must
+do its products and copies by the instructions that the tile table counts on.
+"""
+
+import multiprocessing
+import os
+import re
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from kernel_modules import MODULES
+from triton.runtime.jit import JITFunction
+
+from bench import lowering
+from bench.calls import CASES
+from gssf_kernels.kernels import tiles
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+KIB = 1024
+SHARED = {80: 99 * KIB, 90: 227 * KIB}  # of a block; the lines of 80 serve 86 and 89 too, which have 99 KiB
+REGISTERS = 1 << 16  # of a multiprocessor
+seen = {}  # (architecture, case): what it compiled to
+
+
+@pytest.fixture(scope="module", autouse=True)
+def side_by_side():
+    """All that is compiled below, first, by a process for each core: what they find they leave in Triton's cache."""
+    if not INTERPRETED:
+        workers = len(os.sched_getaffinity(0))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(lowering.fill_cache, range(workers), [workers] * workers))
+
+
+def compiled(arch, case):
+    if (arch, case.name, case.product) not in seen:
+        seen[arch, case.name, case.product] = lowering.lower(case, arch)
+    return seen[arch, case.name, case.product]
+
+
+every_architecture = pytest.mark.parametrize("arch", lowering.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@compiles
+@every_architecture
+@every_case
+def test_nothing_spills_and_all_fits(arch, case):
+    found = compiled(arch, case)
+    assert {lowered.name for lowered in found} == set(case.kernels)
+    for lowered in found:
+        used = lowering.resources(lowered)
+        print(f"sm_{arch} {lowered.name}: {used}")
+        assert used.stack == used.local == 0, f"{lowered.name} spills: {used}"
+        assert used.registers <= 255
+        assert -(-used.registers // 8) * 8 * lowered.threads <= REGISTERS, f"{lowered.name} cannot start: {used}"
+        assert used.shared <= SHARED[arch], f"{lowered.name}: {used}"
+        assert not re.search(r"\b(atom|red)\.", lowered.kernel.asm["ptx"]), f"{lowered.name} has atomics"
+
+
+@compiles
+@every_architecture
+@pytest.mark.parametrize("case", [c for c in CASES if "sweep_kernel" in c.kernels], ids=str)
+def test_the_sweep_is_made_of_what_its_line_says(arch, case):
+    lowered = next(found for found in compiled(arch, case) if found.name == "sweep_kernel")
+    tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
+    scalar = lowered.line[2] == "ieee"  # and not what the inputs are: certified mining of fp32 sweeps bf16
+    assert ("fma.rn.f32" if scalar else "wgmma.mma_async" if arch == 90 else "mma.sync") in ptx
+    assert ("cp.async.bulk.tensor" if tile.tma else "cp.async") in ptx
+
+
+@compiles
+def test_no_load_or_store_of_a_spill_in_the_machine_code():
+    """The counts above, seen once from the other side: in the instructions of the kernels nearest to the limits."""
+    for arch, name, product in ((90, "hardest_negatives wide with ids", "bf16"), (80, "project_backward b=3", "ieee"),
+                                (90, "relative_negatives wide with ids beta=10.0", "tf32")):  # fmt: skip
+        (case,) = (case for case in CASES if (case.name, case.product) == (name, product))
+        for lowered in compiled(arch, case):
+            counts = lowering.instructions(lowered)
+            assert counts["all"] > 100
+            assert counts["STL"] == counts["LDL"] == counts["atomics"] == 0
+            if lowered.name == "sweep_kernel":
+                assert counts["wgmma"] > 0
+                assert counts["TMA"] > 0
+                assert counts["HMMA"] == counts["LDGSTS"] == 0
+
+
+@compiles
+def test_a_spill_would_be_seen(monkeypatch):
+    """A tile far too large for its warps."""
+    (case,) = (case for case in CASES if str(case) == "hardest_negatives-wide-ieee")
+    monkeypatch.setitem(tiles.SWEEP, (80, "ieee", "wide"), tiles.Sweep(128, 128, 16, 4, 3))
+    lowered = next(found for found in lowering.lower(case, 80) if found.name == "sweep_kernel")
+    assert lowering.resources(lowered).stack > 0
+    counts = lowering.instructions(lowered)
+    assert counts["STL"] > 0
+    assert counts["LDL"] > 0
+
+
+@compiles
+def test_the_narrow_tile_of_hopper_fits_twice():
+    """As its line says."""
+    found = [compiled(90, case) for case in CASES if case.name.startswith("hardest_negatives narrow")]
+    narrow = [lowered for case in found for lowered in case if lowered.line[1:3] == (90, "half")]
+    assert narrow
+    for lowered in narrow:
+        used = lowering.resources(lowered)
+        assert 2 * used.registers * lowered.threads <= REGISTERS
+        assert 2 * (used.shared + KIB) <= 228 * KIB
+
+
+large_hardest = [
+    case
+    for case in CASES
+    if case.name.startswith(("hardest_negatives narrow", "hardest_negatives wide")) and case.product != "ieee"
+]
+
+
+@compiles
+@pytest.mark.parametrize("case", large_hardest, ids=str)
+def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
+    """One loop over tiles and channels, in which the copies of steps to come stand before a complete tile's epilogue.
+
+    And products that do not wait for one another, which they do when ptxas finds a sum read too early.
+    """
+    lowered = next(found for found in compiled(90, case) if found.name == "sweep_kernel")
+    looped = lowered.kernel.asm["ttgir"].partition("scf.for ")[2]
+    if not tiles.SWEEP[lowered.line[1:]].persistent:
+        assert looped.index("scf.yield") < looped.index('"tt.reduce"')  # the epilogue comes after the loop
+        return
+    assert "scf.for " not in looped
+    assert looped.rindex("tt.store") < looped.rindex("scf.yield")
+    assert looped.rindex("async_tma_copy") < looped.index('"tt.reduce"')
+    steps = "warp_group_dot ", "pendings = 1", "async_tma_copy", "pendings = 0", '"tt.reduce"', "tt.store"
+    places = [looped.index(step) for step in steps]
+    assert places == sorted(places)
+    code = lowering.tool("nvdisasm", lowered.kernel.asm["cubin"], "-c")
+    waits = re.findall(r"WARPGROUP.DEPBAR.LE gsb0, 0x(\d)", code)
+    assert waits == ["1", "0", "0"]  # of a step, of a tile, and at the end
+
+
+@compiles
+def test_every_kernel_line_and_dtype_is_compiled():
+    kernels, lines = set(), set()
+    for arch in lowering.ARCHITECTURES:
+        for case in CASES:
+            for lowered in compiled(arch, case):
+                kernels.add(lowered.name)
+                if lowered.line:
+                    rounded = case.product == "ieee" and lowered.line[2:3] == ("half",)  # by certified mining
+                    lines.add((lowered.line, arch, "bf16" if rounded else case.product))
+    defined = {name for module in MODULES for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    assert kernels == {name for name in defined if name.endswith("_kernel")}
+    kinds = {"ieee": ["ieee"], "tf32": ["tf32"], "half": ["bf16", "fp16"]}
+    expected = {(("SWEEP", *key), key[0], product) for key in tiles.SWEEP for product in kinds[key[1]]}
+    expected -= {(("SWEEP", arch, "half", "slabs"), arch, "fp16") for arch in lowering.ARCHITECTURES}  # bf16 alone
+    expected |= {
+        (("PROJECT", key), arch, product)
+        for key in tiles.PROJECT
+        for product in kinds[key]
+        for arch in lowering.ARCHITECTURES
+    }
+    assert lines == expected
+
+
+def test_no_size_is_compiled_in_where_it_is_one():
+    """As a number it would have none of a tensor's methods, and its loops would be other ones: see `sweep.py`."""
+    kernels = {f for module in MODULES for f in vars(module).values() if isinstance(f, JITFunction)}
+    sizes = [
+        (kernel.__name__, parameter)
+        for kernel in kernels
+        if kernel.__name__.endswith("_kernel")
+        for parameter in kernel.params
+        if parameter.name in ("N", "M", "D", "R", "K", "E")
+    ]
+    assert len(sizes) > 40
+    for name, parameter in sizes:
+        assert parameter.do_not_specialize or parameter.annotation_type == "i32", (name, parameter.name)
+
+
+def test_every_cell_of_the_table_is_there():
+    sizes, kinds = ("small", "narrow", "wide", "sums"), ("half", "tf32", "ieee")
+    assert set(tiles.SWEEP) == {
+        (arch, kind, size) for arch in lowering.ARCHITECTURES for kind in kinds for size in sizes
+    } | {(arch, "half", "slabs") for arch in lowering.ARCHITECTURES}
+    assert set(tiles.PROJECT) == set(tiles.RELATIONS) == set(kinds)
+    assert set(tiles.POSITIVES) == {"half", "ieee"}
+
+
+def test_every_module_of_kernels_is_looked_at():
+    """`kernel_modules.MODULES` is all there are: a new one needs its cases."""
+    folder = Path(tiles.__file__).parent
+    with_kernels = {path.stem for path in folder.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert with_kernels == {module.__name__.rpartition(".")[2] for module in MODULES}
