@@ -74,9 +74,9 @@ def round_kernel(
 
 
 @triton.jit
-def two_best(s, position, line, at, mask, axis: tl.constexpr):
+def two_best(s, position, partial, at, mask, axis: tl.constexpr):
     """Store, of a tile's rows or columns, the best score, its position, and the best of the others."""
-    scores, places, seconds = line
+    scores, places, seconds = partial
     score, place = argmax(s, position, axis)
     tl.store(scores + at, score, mask=mask)
     tl.store(places + at, place.to(tl.int16), mask=mask)

@@ -57,23 +57,23 @@ def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTer
     p = positive.double()
     bound = (negative + relative.positive_threshold).double()
     ordered = p.sort().values
-    below = torch.searchsorted(ordered, bound, right=True)  # [N], size of the prefix that is close to anchor i
+    prefix = torch.searchsorted(ordered, bound, right=True)  # [N], size of the prefix that is close to anchor i
     inside = ~(p > bound)  # whether i itself is in it
     least, second = ordered[0], ordered[1]
     if relative.kind == "linear":
         span = (ordered[-1] - least).clamp_min(torch.finfo(p.dtype).tiny)
-        total = below * (p - least) - span * _prefix_sums((ordered - least) / span)[below]
+        total = prefix * (p - least) - span * _prefix_sums((ordered - least) / span)[prefix]
         ties = torch.searchsorted(ordered, p, right=True) - torch.searchsorted(ordered, p)  # i and its equals
-        size = below - inside * ties
+        size = prefix - inside * ties
     else:
-        # The term of i itself is taken from the sum. Where p_i is the least, it may dwarf the others, so that taking
+        # The term of i itself is subtracted from the sum. Where p_i is the least, it may dwarf the others, so that taking
         # it away would leave their rounding: those anchors sum without it.
         decay = -relative.alpha
-        every = _prefix_sums(torch.exp(decay * (ordered - least)))[below] - inside * torch.exp(decay * (p - least))
-        others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(below - 1).clamp_min(0)]
+        every = _prefix_sums(torch.exp(decay * (ordered - least)))[prefix] - inside * torch.exp(decay * (p - least))
+        others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(prefix - 1).clamp_min(0)]
         from_least, from_second = torch.exp(-decay * (p - least)), torch.exp(-decay * (p - second))
         total = torch.where(p == least, from_second * others, from_least * every)
-        size = below - inside.long()
+        size = prefix - inside.long()
     mean = torch.where(size > 0, total / size.clamp_min(1), 0)
     return torch.where(p.isnan().any(), torch.nan, mean).to(positive.dtype)
 

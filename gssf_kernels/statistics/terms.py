@@ -78,7 +78,7 @@ class _LineTerms(Function):
 
 
 def line_gradients(grad, formula, constants, reduction, *statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """``line_terms_backward`` with the tensors as arguments of their own."""
+    """``line_terms_backward`` with the tensors as separate arguments."""
     return torch.ops.gssf.line_terms_backward(grad, formula, list(statistics), constants, reduction)
 
 

@@ -383,7 +383,16 @@ def test_ops_called_directly_refuse_what_would_corrupt():
     assert torch.ops.gssf.pair_scores(X[:, :0], Y[:, :0], fine, fine).tolist() == [0, 0]
     with pytest.raises(ValueError, match="y: "):
         torch.ops.gssf.hardest_negatives_backward(
-            *[torch.ones(4)] * 3, *[torch.zeros(4).long()] * 2, X, Y[:, :4], None, None, None, True, [True] * 4
+            *(torch.ones(n) for n in (4, 4, 6)),
+            torch.zeros(4).long(),
+            torch.zeros(6).long(),
+            X,
+            Y[:, :4],
+            None,
+            None,
+            None,
+            True,
+            [True] * 4,
         )
     with pytest.raises(ValueError, match="hardest_negatives"):
         torch.ops.gssf.hardest_negatives(X.cfloat(), Y.cfloat(), None, None)
