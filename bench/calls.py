@@ -8,27 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
 from bench.case import PRODUCTS, Case, zeros
 from bench.dense_calls import DENSE_CASES
 from gssf_kernels import plan
-from gssf_kernels.kernels import (
-    batch_hard,
-    goal,
-    hardest,
-    pairs,
-    positives,
-    project,
-    relative,
-    relative_goal,
-    terms,
-)
+from gssf_kernels._library import OPS
 
 
-def _sweep(launcher: Any, dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
+def _sweep(dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
     x = torch.zeros(n, d, dtype=dtype)
     y = x if twice else x.clone()  # one side twice leaves tiles out
     first = int(ids == "off 16 bytes")
@@ -42,27 +32,27 @@ def _sweeps() -> Iterator[Case]:
     ragged = {"small": (129, 200), "narrow": (1041, 200), "wide": (1041, 1000)}
     aligned = "on 16 bytes"
     for product, (dtype, _) in PRODUCTS.items():
-        launcher: Callable = hardest.hardest_negatives
+        launcher: Callable = OPS["hardest_negatives"].on_cuda
         kernels: tuple[str, ...] = ("sweep_kernel", "merge_kernel")
         for size, shape in sizes.items():
             for ids in ("", aligned):
-                make = partial(_sweep, launcher, dtype, *shape, ids)
+                make = partial(_sweep, dtype, *shape, ids)
                 yield Case(f"hardest_negatives {size}{' with ids' if ids else ''}", launcher, make, kernels, product)
-            make = partial(_sweep, launcher, dtype, *shape, aligned, twice=True)
+            make = partial(_sweep, dtype, *shape, aligned, twice=True)
             yield Case(f"hardest_negatives {size} of one side twice", launcher, make, kernels, product)
-            make = partial(_sweep, launcher, dtype, *ragged[size], "off 16 bytes")
+            make = partial(_sweep, dtype, *ragged[size], "off 16 bytes")
             yield Case(f"hardest_negatives {size} with ids ragged", launcher, make, kernels, product)
         for name, shape, labels, reduction in (
             ("sum", sizes["small"], "", "sum"),
             ("mean with ids", sizes["small"], aligned, "mean"),
             ("none with ids ragged", ragged["small"], "off 16 bytes", "none"),
         ):
-            make = partial(_sweep, launcher, dtype, *shape, labels, 0.2, reduction)
-            kernels = ("sweep_kernel", "merge_hinge_kernel")
-            yield Case(f"hardest_hinge {name}", hardest.hardest_hinge, make, kernels, product)
+            make = partial(_sweep, dtype, *shape, labels, "hinge", [0.2], reduction)
+            yield Case(f"hardest_terms hinge {name}", OPS["hardest_terms"].on_cuda, make, kernels, product)
         if product == "ieee":
             yield from _certified(aligned)
-        launcher, kernels = relative.relative_negatives, ("sweep_kernel", "merge_kernel", "terms_kernel")
+        launcher = OPS["relative_negatives"].on_cuda
+        kernels = ("sweep_kernel", "merge_kernel", "relative_terms_kernel")
         for size, ids, beta in (
             ("small", aligned, None),
             ("small", "", 10.0),
@@ -73,14 +63,14 @@ def _sweeps() -> Iterator[Case]:
             ("wide", "off 16 bytes", 10.0),
         ):
             shape = ragged[size] if ids == "off 16 bytes" else sizes[size]
-            make = partial(_sweep, launcher, dtype, *shape, ids, torch.tensor(0.1), beta)
+            make = partial(_sweep, dtype, *shape, ids, torch.tensor(0.1), beta)
             words = (size, "with ids" if ids else "", "ragged" if shape is ragged[size] else "", f"beta={beta}")
             yield Case(f"relative_negatives {' '.join(filter(None, words))}", launcher, make, kernels, product)
 
 
 def _certified(aligned: str) -> Iterator[Case]:
-    """The launcher of hardest negatives takes this way from `plan.CERTIFIED` on."""
-    kernels = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
+    """The route of fp32 from `plan.CERTIFIED` scores on."""
+    kernels = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_positives_kernel")
     n = math.isqrt(plan.CERTIFIED - 1) + 1
     for size, d in (("narrow", 256), ("wide", 1024)):
         for words, shape, ids, twice in (
@@ -89,8 +79,8 @@ def _certified(aligned: str) -> Iterator[Case]:
             (" of one side twice", (n, d), aligned, True),
             (" with ids ragged", (n + 1, d - 23), "off 16 bytes", False),
         ):
-            make = partial(_sweep, hardest.hardest_negatives, torch.float32, *shape, ids, twice=twice)
-            yield Case(f"hardest_negatives certified {size}{words}", hardest.hardest_negatives, make, kernels)
+            make = partial(_sweep, torch.float32, *shape, ids, twice=twice)
+            yield Case(f"hardest_negatives certified {size}{words}", OPS["hardest_negatives"].on_cuda, make, kernels)
 
 
 def _pair_forward(dtype: torch.dtype, d: int) -> tuple:
@@ -108,45 +98,75 @@ def _pairs() -> Iterator[Case]:
         for d in (100, 1024):
             sides = PRODUCTS[product][0], d
             forward, backward = partial(_pair_forward, *sides), partial(_pair_backward, *sides)
-            yield Case(f"pair_scores D={d}", pairs.pair_scores, forward, ("pair_scores_kernel",), product)
-            name, launcher = f"pair_scores_backward D={d}", pairs.pair_scores_backward
-            yield Case(name, launcher, backward, ("segment_sum_kernel",), product)
+            launcher: Callable = OPS["pair_scores"].on_cuda
+            yield Case(f"pair_scores D={d}", launcher, forward, ("pair_scores_kernel",), product)
+            launcher = OPS["pair_scores_backward"].on_cuda
+            yield Case(f"pair_scores_backward D={d}", launcher, backward, ("segment_sum_kernel",), product)
 
 
 def _hardest_backward(dtype: torch.dtype, d: int, needs: list[bool]) -> tuple:
     a, index = torch.zeros(40, d, dtype=dtype), torch.zeros(40, dtype=torch.int64)
-    return (*zeros(40, 40, 40), index, index, a, a, needs)
+    return (*zeros(40, 40, 40), index, index, a, a, None, None, None, False, [*needs, False, False])
 
 
-def _hinges() -> Iterator[Case]:
-    """And the gradient of hardest negatives, which goes with them."""
+def _terms() -> Iterator[Case]:
+    """Of every formula; and the gradient of hardest negatives, which follows."""
     for product in ("ieee", "bf16", "fp16"):
         for d, needs in ((100, [True, True]), (1024, [True, True]), (1024, [True, False]), (1024, [False, True])):
             name = f"hardest_negatives_backward D={d}{'' if all(needs) else f' {needs}'}"
             make = partial(_hardest_backward, PRODUCTS[product][0], d, needs)
-            yield Case(name, pairs.hardest_negatives_backward, make, ("scan_kernel",), product)
-    for reduction in ("sum", "mean", "none"):
-        n = 129 if reduction == "none" else 128
-        lines = partial(_hinge, n, reduction)
-        yield Case(f"hinge_terms {reduction}", terms.hinge_terms, lines, ("hinge_kernel",))
-        lines, launcher = partial(_hinge_backward, n, reduction), cast(Callable, terms.hinge_terms_backward)
-        yield Case(f"hinge_terms_backward {reduction}", launcher, lines, ("hinge_backward_kernel",))
-        for sides in ("both", "one target", "rows"):
-            lines = partial(_contrast, n, sides, reduction)
-            yield Case(f"contrast_terms {reduction} {sides}", terms.contrast_terms, lines, ("contrast_kernel",))
-            lines = partial(_contrast_backward, n, sides, reduction)
-            name, launcher = f"contrast_terms_backward {reduction} {sides}", terms.contrast_terms_backward
-            yield Case(name, launcher, lines, ("contrast_backward_kernel",))
+            yield Case(name, OPS["hardest_negatives_backward"].on_cuda, make, ("scan_kernel",), product)
+    goals = [f"goal {triplet} {pair}" for triplet in ("con", "nca", "cir") for pair in ("con", "lin", "sig")]
+    every = [(formula, "sum") for formula in goals]
+    every += [("goal nca con", "none"), ("goal cir sig", "mean")]
+    every += [(formula, reduction) for reduction in ("sum", "mean", "none") for formula in ("hinge", *CONTRAST)]
+    for formula, reduction in every:
+        call = formula.partition(",")[0], _statistics(formula, reduction), _constants(formula), reduction
+        kernels: tuple[str, ...] = ("line_terms_kernel",)
+        yield Case(f"line_terms {formula} {reduction}", OPS["line_terms"].on_cuda, partial(tuple, call), kernels)
+    for formula, reduction in (*every, *(("weights", reduction) for reduction in ("sum", "mean", "none"))):
+        grad = torch.zeros(_anchors(reduction) if reduction == "none" else ())
+        call = formula.partition(",")[0], _statistics(formula, reduction), _constants(formula), reduction
+        make, kernels = partial(tuple, (grad, *call)), ("line_terms_backward_kernel",)
+        yield Case(f"line_terms_backward {formula} {reduction}", OPS["line_terms_backward"].on_cuda, make, kernels)
+    for formula, reduction in every:
+        if formula.startswith("goal"):
+            options = (formula, _constants(formula), reduction)
+            make = partial(_sweep, torch.float32, _anchors(reduction), 256, "on 16 bytes", *options)
+            name, launcher = f"hardest_terms {formula} {reduction}", OPS["hardest_terms"].on_cuda
+            yield Case(name, launcher, make, ("sweep_kernel", "merge_kernel"))
+
+
+CONTRAST = ("contrast, both targets", "contrast, one target", "contrast, rows")
+
+
+def _anchors(reduction: str) -> int:
+    return 129 if reduction == "none" else 128
+
+
+def _constants(formula: str) -> list[float]:
+    return [1.0, 2.0, 10.0, 0.5] if formula.startswith("goal") else [0.2] if formula == "hinge" else []
+
+
+def _statistics(formula: str, reduction: str) -> list[torch.Tensor | None]:
+    n = _anchors(reduction)
+    if formula == "weights":
+        return [torch.zeros(4, n), torch.zeros(n + 7)]
+    if not formula.startswith("contrast"):
+        return [*zeros(n, n, n + 7)]
+    rows, cols = zeros(n, n, n), zeros(n + 7, n + 7, n)
+    shown = {"contrast, both targets": 3, "contrast, one target": 2, "contrast, rows": 0}[formula]
+    return [*rows, *cols[:shown], *[None] * (3 - shown)]
 
 
 def _batch_hards() -> Iterator[Case]:
     for product in ("ieee", "bf16", "fp16"):
         for reduction, n, d in (("sum", 128, 256), ("mean", 1024, 1024), ("none", 129, 200)):
-            given = PRODUCTS[product][0], n, d, reduction
-            make, launcher = partial(_batch_hard, *given), cast(Callable, batch_hard.batch_hard)
-            kernels: tuple[str, ...] = ("sweep_kernel", "merge_batch_kernel")
+            problem = PRODUCTS[product][0], n, d, reduction
+            make, launcher = partial(_batch_hard, *problem), OPS["batch_hard"].on_cuda
+            kernels: tuple[str, ...] = ("sweep_kernel", "merge_kernel")
             yield Case(f"batch_hard {reduction}", launcher, make, kernels, product)
-            make, launcher = partial(_batch_hard_backward, *given), batch_hard.batch_hard_backward
+            make, launcher = partial(_batch_hard_backward, *problem), OPS["batch_hard_backward"].on_cuda
             yield Case(f"batch_hard_backward {reduction}", launcher, make, ("batch_scan_kernel",), product)
 
 
@@ -159,20 +179,6 @@ def _batch_hard_backward(dtype: torch.dtype, n: int, d: int, reduction: str) -> 
     return torch.zeros(n if reduction == "none" else ()), *zeros(n, n), place, place, x, *options
 
 
-def _goals() -> Iterator[Case]:
-    modes = [(triplet, pair, "sum") for triplet in ("con", "nca", "cir") for pair in ("con", "lin", "sig")]
-    for triplet, pair, reduction in (*modes, ("nca", "con", "none"), ("cir", "sig", "mean")):
-        n, name = 129 if reduction == "none" else 128, f"{triplet} {pair} {reduction}"
-        options = (triplet, pair, 1.0, 2.0, 10.0, 0.5, reduction)
-        make = partial(_goal, n, options)
-        yield Case(f"goal_terms {name}", goal.goal_terms, make, ("goal_kernel",))
-        make, launcher = partial(_goal_backward, n, options), cast(Callable, goal.goal_terms_backward)
-        yield Case(f"goal_terms_backward {name}", launcher, make, ("goal_backward_kernel",))
-        given = (goal.hardest_goal, torch.float32, n, 256, "on 16 bytes", *options)
-        make, kernels = partial(_sweep, *given), ("sweep_kernel", "merge_goal_kernel")
-        yield Case(f"hardest_goal {name}", goal.hardest_goal, make, kernels)
-
-
 def _relative_goals() -> Iterator[Case]:
     """GOAL with relative terms of small problems; ragged ones have neither rows, channels nor ids on 16 bytes."""
     kernels: tuple[str, ...] = ("sweep_kernel", "relative_goal_kernel")
@@ -182,46 +188,11 @@ def _relative_goals() -> Iterator[Case]:
             ("con", "sig_ms", "mean", (128, 256), "on 16 bytes"),
             ("cir", "sig_ms", "none", (129, 200), "off 16 bytes"),
         ):
-            launcher: Callable = relative_goal.relative_goal
-            options = (triplet, pair, 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, reduction)
+            options = (f"goal {triplet} {pair}", [1.0, 2.0, 10.0, 0.5, 0.1, 0.1], reduction)
             words = (triplet, pair, reduction, "with ids" if ids else "", "ragged" if shape[0] % 16 else "")
-            make = partial(_sweep, launcher, dtype, *shape, ids, *options)
-            yield Case(f"relative_goal {' '.join(filter(None, words))}", launcher, make, kernels, product)
-    for reduction in ("sum", "mean", "none"):
-        grad = (129,) if reduction == "none" else ()
-        launcher, kernels = relative_goal.relative_goal_backward, ("relative_goal_backward_kernel",)
-        make = partial(_relative_goal_backward, grad, reduction)
-        yield Case(f"relative_goal_backward {reduction} ragged", launcher, make, kernels)
-
-
-def _relative_goal_backward(grad: tuple[int, ...], reduction: str) -> tuple:
-    return torch.zeros(grad), torch.zeros(4, 129), 136, reduction
-
-
-def _goal(n: int, options: tuple) -> tuple:
-    return (*zeros(n, n, n + 7), *options)
-
-
-def _goal_backward(n: int, options: tuple) -> tuple:
-    return torch.zeros(n if options[-1] == "none" else ()), *_goal(n, options)
-
-
-def _hinge(n: int, reduction: str) -> tuple:
-    return (*zeros(n, n, n + 7), 0.2, reduction)
-
-
-def _hinge_backward(n: int, reduction: str) -> tuple:
-    return torch.zeros(n if reduction == "none" else ()), *_hinge(n, reduction)
-
-
-def _contrast(n: int, sides: str, reduction: str) -> tuple:
-    cols: list = zeros(n + 7, n + 7, n) if sides != "rows" else [None] * 3
-    return (*zeros(n, n, n), *cols[:2], cols[2] if sides == "both" else None, reduction)
-
-
-def _contrast_backward(n: int, sides: str, reduction: str) -> tuple:
-    grad, row = torch.zeros(n if reduction == "none" else ()), torch.zeros(n)
-    return grad, row, torch.zeros(n + 7) if sides != "rows" else None, sides == "one target", reduction
+            make = partial(_sweep, dtype, *shape, ids, *options)
+            name, launcher = f"hardest_terms {' '.join(filter(None, words))}", OPS["hardest_terms"].on_cuda
+            yield Case(name, launcher, make, kernels, product)
 
 
 def _labelled(dtype: torch.dtype, n: int, d: int) -> tuple:
@@ -232,7 +203,7 @@ def _positives() -> Iterator[Case]:
     for product in ("ieee", "bf16", "fp16"):
         for n, d in ((128, 256), (129, 100)):
             make = partial(_labelled, PRODUCTS[product][0], n, d)
-            name, launcher = f"hardest_positives D={d}", positives.hardest_positives
+            name, launcher = f"hardest_positives D={d}", OPS["hardest_positives"].on_cuda
             yield Case(name, launcher, make, ("positives_kernel",), product)
 
 
@@ -245,44 +216,41 @@ class _Weights(NamedTuple):
     diag: bool
     blocks: bool
 
-    def project(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
-        d = most // self.block * self.block
+    def weights(self, dtype: torch.dtype, d: int) -> tuple:
         return (
-            torch.zeros(n, d, dtype=dtype),
             torch.zeros(d, dtype=dtype) if self.diag else None,
             torch.zeros(d // self.block, self.block, self.block, dtype=dtype) if self.blocks else None,
             torch.arange(d) if self.permuted else None,
             self.normalize,
         )
 
-    def project_backward(self, dtype: torch.dtype) -> tuple:
-        x, *rest = self.project(dtype)
-        return x, x, *rest, [True] * 3
+    def x(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> torch.Tensor:
+        return torch.zeros(n, most // self.block * self.block, dtype=dtype)
 
-    def project_sides(self, dtype: torch.dtype) -> tuple:
-        x, *weights, _ = self.project(dtype)
-        return x, torch.cat((x, x)), *weights
+    def one_side(self, dtype: torch.dtype) -> tuple:
+        x = self.x(dtype)
+        return x, None, *self.weights(dtype, x.shape[1])
 
-    def project_sides_with_pairs(self, dtype: torch.dtype) -> tuple:
-        return *self.project_sides(dtype), self.normalize, True
+    def one_side_backward(self, dtype: torch.dtype) -> tuple:
+        x = self.x(dtype)
+        return x, None, x.new_zeros(0), x, None, *self.weights(dtype, x.shape[1]), [True, False, True, True]
 
-    def project_sides_backward(self, dtype: torch.dtype) -> tuple:
-        x, y, *weights = self.project_sides(dtype)
-        return x, y, torch.zeros(len(x)), x, y, *weights, self.normalize, [True] * 4
+    def sides(self, dtype: torch.dtype, pairs: bool = False) -> tuple:
+        x = self.x(dtype)
+        return x, torch.cat((x, x)), *self.weights(dtype, x.shape[1]), pairs
 
-    def project_sides_backward_twice(self, dtype: torch.dtype) -> tuple:
-        dp, _, norm, x, _, *rest = self.project_sides_backward(dtype)
+    def sides_backward(self, dtype: torch.dtype) -> tuple:
+        x, y, *weights, _ = self.sides(dtype)
+        return x, y, torch.zeros(len(x)), x, y, *weights, [True] * 4
+
+    def sides_backward_twice(self, dtype: torch.dtype) -> tuple:
+        dp, _, norm, x, _, *rest = self.sides_backward(dtype)
         return dp, dp, norm, x, None, *rest
 
-    def pairs_project_backward(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
-        x, *rest = self.project(dtype, n, most)
+    def hardest_backward(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
+        x = self.x(dtype, n, most)
         index = torch.zeros(n, dtype=torch.int64)
-        return torch.zeros(n), index, index, x, x, *rest, [True] * 3
-
-    def hardest_project_backward(self, dtype: torch.dtype, n: int = 80, most: int = 1024) -> tuple:
-        x, *rest = self.project(dtype, n, most)
-        index = torch.zeros(n, dtype=torch.int64)
-        return (*zeros(n, n, n), index, index, x, x, *rest, [True] * 4)
+        return (*zeros(n, n, n), index, index, x, x, *self.weights(dtype, x.shape[1]), [True] * 4)
 
 
 def _projections() -> Iterator[Case]:
@@ -299,57 +267,57 @@ def _projections() -> Iterator[Case]:
             whole = weights.diag and weights.blocks
             if product == "tf32" and not whole:
                 continue  # only the products tell it from ieee
+            of = {op: OPS[op].on_cuda for op in ("project", "project_backward", "hardest_negatives_backward")}
+            launcher, back, of_scores = of.values()
             kernels: tuple[str, ...] = ("project_kernel",)
-            yield Case(f"project {name}", project.project, partial(weights.project, dtype), kernels, product)
+            yield Case(f"project {name}", launcher, partial(weights.one_side, dtype), kernels, product)
             kernels += ("parameter_kernel",) if weights.diag or weights.blocks else ()
-            make, launcher = partial(weights.project_backward, dtype), cast(Callable, project.project_backward)
-            yield Case(f"project_backward {name}", launcher, make, kernels, product)
-            make, launcher = partial(weights.hardest_project_backward, dtype), project.hardest_project_backward
-            yield Case(f"hardest_project_backward {name}", launcher, make, ("scan_kernel", "sides_kernel"), product)
-            make, launcher = partial(weights.project_sides, dtype), cast(Callable, project.project_sides)
+            yield Case(f"project_backward {name}", back, partial(weights.one_side_backward, dtype), kernels, product)
+            make = partial(weights.hardest_backward, dtype)
+            yield Case(f"hardest_negatives_backward {name}", of_scores, make, ("scan_kernel", "sides_kernel"), product)
+            kernels = ("sides_kernel",)
             if weights.normalize:
-                yield Case(f"project_sides {name}", launcher, make, ("sides_kernel",), product)
-            make = partial(weights.project_sides_with_pairs, dtype)
-            yield Case(f"project_sides with pairs {name}", launcher, make, ("sides_kernel",), product)
-            make, launcher = partial(weights.project_sides_backward, dtype), project.project_sides_backward
-            yield Case(f"project_sides_backward {name}", launcher, make, ("sides_kernel",), product)
+                yield Case(f"project of sides {name}", launcher, partial(weights.sides, dtype), kernels, product)
+            make = partial(weights.sides, dtype, True)
+            yield Case(f"project of sides with pairs {name}", launcher, make, kernels, product)
+            yield Case(
+                f"project_backward of sides {name}", back, partial(weights.sides_backward, dtype), kernels, product
+            )
             if weights.normalize:
-                make = partial(weights.project_sides_backward_twice, dtype)
-                yield Case(f"project_sides_backward twice {name}", launcher, make, ("sides_kernel",), product)
+                make = partial(weights.sides_backward_twice, dtype)
+                yield Case(f"project_backward of one side twice {name}", back, make, kernels, product)
             if whole:  # what is gathered is fp32, whatever x is
-                kernels += ("segment_sum_kernel",)
-                make, launcher = partial(weights.pairs_project_backward, dtype), project.pairs_project_backward
-                yield Case(f"pairs_project_backward {name}", launcher, make, kernels, product)
+                kernels = ("segment_sum_kernel", "project_kernel", "parameter_kernel")
+                make = partial(weights.hardest_backward, dtype, plan.SCAN_ROWS + 1)
+                yield Case(f"hardest_negatives_backward of many {name}", of_scores, make, kernels, product)
 
 
 def _of_one() -> Iterator[Case]:
     """One row of one channel: Triton compiles the number 1 in, which then has none of a tensor's methods."""
     dtype, off, metric = torch.float32, "off 16 bytes", _Weights(1, True, True, True, True)
-    options = ("nca", "sig_ms", 1.0, 2.0, 10.0, 0.5, 0.1, 0.1, "mean")
-    certified = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_pairs_kernel")
+    options = ("goal nca sig_ms", [1.0, 2.0, 10.0, 0.5, 0.1, 0.1], "mean")
+    certified = ("round_kernel", "sweep_kernel", "rescore_kernel", "exact_positives_kernel")
     n = math.isqrt(plan.CERTIFIED - 1) + 1
-    for launcher, make, kernels in (
-        (hardest.hardest_negatives, partial(_sweep, hardest.hardest_negatives, dtype, n, 1, off), certified),
-        (relative.relative_negatives, partial(_sweep, hardest.hardest_negatives, dtype, 1, 1, off, torch.ones(()), 2.0),
-         ("sweep_kernel", "merge_kernel", "terms_kernel")),
-        (relative_goal.relative_goal, partial(_sweep, hardest.hardest_negatives, dtype, 1, 1, off, *options),
-         ("sweep_kernel", "relative_goal_kernel")),
-        (batch_hard.batch_hard_backward, partial(_batch_hard_backward, dtype, 1, 1, "none"), ("batch_scan_kernel",)),
-        (positives.hardest_positives, partial(_labelled, dtype, 1, 1), ("positives_kernel",)),
-        (pairs.pair_scores, partial(_pair_forward, dtype, 1), ("pair_scores_kernel",)),
-        (project.pairs_project_backward, partial(metric.pairs_project_backward, dtype, 1, 1),
+    for op, make, kernels in (
+        ("hardest_negatives", partial(_sweep, dtype, n, 1, off), certified),
+        ("relative_negatives", partial(_sweep, dtype, 1, 1, off, torch.ones(()), 2.0),
+         ("sweep_kernel", "merge_kernel", "relative_terms_kernel")),
+        ("hardest_terms", partial(_sweep, dtype, 1, 1, off, *options), ("sweep_kernel", "relative_goal_kernel")),
+        ("batch_hard_backward", partial(_batch_hard_backward, dtype, 1, 1, "none"), ("batch_scan_kernel",)),
+        ("hardest_positives", partial(_labelled, dtype, 1, 1), ("positives_kernel",)),
+        ("pair_scores", partial(_pair_forward, dtype, 1), ("pair_scores_kernel",)),
+        ("hardest_negatives_backward", partial(metric.hardest_backward, dtype, 1, 1), ("scan_kernel", "sides_kernel")),
+        ("hardest_negatives_backward", partial(metric.hardest_backward, dtype, plan.SCAN_ROWS + 1, 1),
          ("segment_sum_kernel", "project_kernel", "parameter_kernel")),
-        (project.hardest_project_backward, partial(metric.hardest_project_backward, dtype, 1, 1),
-         ("scan_kernel", "sides_kernel")),
     ):  # fmt: skip
-        yield Case(f"{launcher.__name__} of one", launcher, make, kernels)
+        many = " of many" if kernels[0] == "segment_sum_kernel" else ""
+        yield Case(f"{op}{many} of one", OPS[op].on_cuda, make, kernels)
 
 
 CASES = [
     *_sweeps(),
     *_pairs(),
-    *_hinges(),
-    *_goals(),
+    *_terms(),
     *_relative_goals(),
     *_batch_hards(),
     *_positives(),

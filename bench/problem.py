@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.whole import Expected
-from gssf_kernels.kernels import hopper
+from gssf_kernels import plan
 
 
 class Shape(NamedTuple):
@@ -59,7 +59,7 @@ Variant = Callable[[Problem], Any]  # one way to compute an op: the scalar loss,
 
 def on_hopper() -> bool:
     """Whether csrc/cuda was built, and can run on this machine's first card."""
-    return hopper.built() and torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
+    return plan.hopper_built() and torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0)
 
 
 class Work(NamedTuple):

@@ -22,7 +22,7 @@ import torch
 from bench.calls import CASES
 from bench.case import PRODUCTS, Case
 
-RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast")
+RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast", "none")
 FIRST = {"gradients_kernel", "relation_loss_kernel"}  # tiles.GRADIENTS: 4 warps, BK = 32
 FIRST_SWEEP = "hardest_negatives narrow"  # the persistent sweep of 4 warps; BK = 32 in tf32
 TENSOR_CORES = ("bf16", "tf32", "fp16")
@@ -58,6 +58,8 @@ def arguments(case: Case, device: str) -> list[Any]:
     g = torch.Generator().manual_seed(0)
 
     def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(entry) for entry in value]
         if not isinstance(value, torch.Tensor):
             return value
         if value.is_floating_point():

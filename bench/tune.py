@@ -31,7 +31,7 @@ from bench import clock, lowering, report, results
 from bench.case import PRODUCTS, Case
 from gssf_kernels import plan
 from gssf_kernels._library import OPS
-from gssf_kernels.kernels import hardest, relative, tiles
+from gssf_kernels.kernels import tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
@@ -92,8 +92,7 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    others = {"sums": relative.relative_negatives, "slabs": OPS["score_sums"].on_cuda}
-    return others.get(size, hardest.hardest_negatives)
+    return OPS[{"sums": "relative_negatives", "slabs": "score_sums"}.get(size, "hardest_negatives")].on_cuda
 
 
 def why_not(key: Key, tile: tiles.Sweep) -> str:

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/List.h>
+
+#include <tuple>
 
 #include "types.h"
 
@@ -28,5 +31,11 @@ inline Groups::Groups(const int64_t* destination, const int64_t* source, int64_t
   for (int64_t e = 0; e < edges; ++e)
     if (kept(e)) edge[place[destination[e]]++] = e;
 }
+
+// a[rows[e]] · b[cols[e]] for every e, and the gradients of a and b; empty where needs says no. In pairs.cpp.
+at::Tensor pair_scores(const at::Tensor& a, const at::Tensor& b, const at::Tensor& rows, const at::Tensor& cols);
+std::tuple<at::Tensor, at::Tensor> pair_scores_backward(const at::Tensor& grad, const at::Tensor& rows,
+                                                        const at::Tensor& cols, const at::Tensor& a,
+                                                        const at::Tensor& b, c10::List<bool> needs);
 
 }  // namespace gssf

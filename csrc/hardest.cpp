@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -45,12 +46,12 @@ void check(const char* name, const Tensor& a, const Tensor& b, const std::option
 
 // What the sweep for hardest negatives gives, as it is where nothing has been seen.
 struct Hardest {
-  Tensor pair_score, row_score, row_index, col_score, col_index;
+  Tensor positive_score, row_score, row_index, col_score, col_index;
 
   Hardest(int64_t n, int64_t m, const at::TensorOptions& score) {
     const auto index = score.dtype(at::kLong);
     constexpr double none = -std::numeric_limits<double>::infinity();
-    pair_score = at::empty({n}, score);
+    positive_score = at::empty({n}, score);
     row_score = at::full({n}, none, score), row_index = at::full({n}, -1, index);
     col_score = at::full({m}, none, score), col_index = at::full({m}, -1, index);
   }
@@ -64,7 +65,7 @@ struct Hardest {
 // Rows and columns of a symmetric s, of which tiles on and above the diagonal were seen: a line's best is the better
 // of its row's and its column's, at equal scores that of the lower index, and of NaNs the first.
 template <class A>
-void merge_halves(const Best<A>& rows, const Best<A>& cols, int64_t count) {
+void merge_symmetric(const Best<A>& rows, const Best<A>& cols, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     A &row = rows.score[i], &col = cols.score[i];
     int64_t &row_index = rows.index[i], &col_index = cols.index[i];
@@ -87,21 +88,21 @@ bool rounds(const Tensor& a) {
 // Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.
 template <class A, class Extend>
 auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-         Hardest& out, Extend extended, bool half = false) {
+         Hardest& out, Extend extended, bool symmetric = false) {
   using Lane = typename Simd<A>::Lane;
   std::pair<std::vector<Lane>, std::vector<Lane>> ids;
   if (a_ids) ids = dense_ids<Lane>(a_ids->contiguous(), b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.pair_score.mutable_data_ptr<A>(),
+  auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.positive_score.mutable_data_ptr<A>(),
                                                Hardest::best<A>(out.row_score, out.row_index),
                                                Hardest::best<A>(out.col_score, out.col_index)));
   if constexpr (std::is_same_v<A, float>) {
     if (rounds(a)) {
-      sweep(Bf16Panels(a, b), rows, cols, epilogue, half);
+      sweep(Bf16Panels(a, b), rows, cols, epilogue, symmetric);
       return epilogue;
     }
   }
-  sweep(Panels<A>(a, b), rows, cols, epilogue, half);
+  sweep(Panels<A>(a, b), rows, cols, epilogue, symmetric);
   return epilogue;
 }
 
@@ -130,21 +131,21 @@ std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count
 // The hardest negatives of the exact scores of fp32 or fp16 inputs. Returns how many scores were made in fp64; all of
 // them where the bound tells too few apart.
 int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
-                  const std::optional<Tensor>& b_ids, bool half, Hardest& out) {
+                  const std::optional<Tensor>& b_ids, bool symmetric, Hardest& out) {
   const int64_t n = a.size(0), m = b.size(0);
   std::pair<std::vector<int32_t>, std::vector<int32_t>> ids;
   if (a_ids) ids = dense_ids<int32_t>(a_ids->contiguous(), b_ids->contiguous());
   const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
   const Bf16Panels factors(a, b);
   Candidates candidates(factors, rows, cols, ids.first, ids.second);
-  if (!candidates.given_up()) sweep(factors, rows, cols, candidates, half);
+  if (!candidates.given_up()) sweep(factors, rows, cols, candidates, symmetric);
   if (candidates.given_up()) {
     Hardest wide(n, m, a.options().dtype(at::kDouble));
     const auto found = run<double>(
         a.to(at::kDouble), b.to(at::kDouble), a_ids, b_ids, wide,
-        [](const HardestNegatives<double>& hardest) { return hardest; }, half);
-    if (half) merge_halves(found.rows(), found.cols(), n);
-    for (auto [to, from] : {std::pair{&out.pair_score, &wide.pair_score},
+        [](const HardestNegatives<double>& hardest) { return hardest; }, symmetric);
+    if (symmetric) merge_symmetric(found.rows(), found.cols(), n);
+    for (auto [to, from] : {std::pair{&out.positive_score, &wide.positive_score},
                             {&out.row_score, &wide.row_score},
                             {&out.row_index, &wide.row_index},
                             {&out.col_score, &wide.col_score},
@@ -162,7 +163,7 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
     row[left[k].i].add(scores[k], left[k].j);
     col[left[k].j].add(scores[k], left[k].i);
   }
-  for (int64_t i = 0; i < n && half; ++i) {
+  for (int64_t i = 0; i < n && symmetric; ++i) {
     row[i].add(col[i].score, col[i].index);
     col[i] = row[i];
   }
@@ -172,32 +173,8 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   };
   write(row, Hardest::best<float>(out.row_score, out.row_index));
   write(col, Hardest::best<float>(out.col_score, out.col_index));
-  std::copy(scores.begin() + count, scores.end(), out.pair_score.mutable_data_ptr<float>());
+  std::copy(scores.begin() + count, scores.end(), out.positive_score.mutable_data_ptr<float>());
   return count;
-}
-
-// What certified mining sees, for its tests: ŝ [N, M], and its bounds of |s - ŝ| for rows and for columns.
-std::tuple<Tensor, Tensor, Tensor> rounded_scores(const Tensor& a, const Tensor& b) {
-  check("gssf::rounded_scores", a, b, std::nullopt, std::nullopt);
-  const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  const Bf16Panels factors(a, b);
-  const ErrorBound row_error(factors.a(), factors.b(), cols, factors.depth());
-  const ErrorBound col_error(factors.b(), factors.a(), rows, factors.depth());
-  Tensor tile = at::empty({kTileMost, kTileMost}, at::kFloat), score = at::empty({rows.total, cols.total}, at::kFloat);
-  Tensor row_bound = at::empty(score.sizes(), at::kDouble), col_bound = at::empty_like(row_bound);
-  for (int64_t i0 = 0; i0 < rows.total; i0 += rows.size)
-    for (int64_t j0 = 0; j0 < cols.total; j0 += cols.size) {
-      const Tile at{i0, std::min(rows.size, rows.total - i0), j0, std::min(cols.size, cols.total - j0)};
-      factors.tile(at, tile.mutable_data_ptr<float>());
-      score.narrow(0, i0, at.n).narrow(1, j0, at.m).copy_(tile.narrow(0, 0, at.n).narrow(1, 0, at.m));
-      for (int64_t i = i0; i < i0 + at.n; ++i)
-        for (int64_t j = j0; j < j0 + at.m; ++j) {
-          row_bound.mutable_data_ptr<double>()[i * cols.total + j] = row_error.of(i, j0 / cols.size);
-          col_bound.mutable_data_ptr<double>()[i * cols.total + j] = col_error.of(j, i0 / rows.size);
-        }
-    }
-  factors.leave_thread();
-  return {score, row_bound, col_bound};
 }
 
 // From how many scores on certified mining pays: the one table of it. (That of AMX is not yet measured.)
@@ -219,38 +196,35 @@ at::TensorOptions score_options(const Tensor& a) {
   return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-// How hardest negatives are found: by a sweep of fp32 (or fp64) products, or certified. The sixth is how many scores
-// were made in fp64 besides a sweep's.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> hardest_negatives_by(const Tensor& a, const Tensor& b,
-                                                                                 const std::optional<Tensor>& a_ids,
-                                                                                 const std::optional<Tensor>& b_ids,
-                                                                                 bool certify) {
+// (positive_score, row_score, row_index, col_score, col_index, rescored): how many scores were made in fp64 besides a
+// sweep's. route: "sweep", of fp32 or fp64 products, "certified", which alone counts them, or "" for what pays.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
+                                                                             const std::optional<Tensor>& a_ids,
+                                                                             const std::optional<Tensor>& b_ids,
+                                                                             std::string_view route) {
   check("gssf::hardest_negatives", a, b, a_ids, b_ids);
+  TORCH_CHECK_VALUE(route.empty() || route == "sweep" || route == "certified",
+                    "route: expected \"\", \"sweep\" or \"certified\", got ", route);
   const int64_t n = a.size(0), m = b.size(0);
   Hardest out(n, m, score_options(a));
-  const bool half = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
-  int64_t rescored = 0;
-  if (n > 0 && certify) {
+  Tensor rescored = at::empty({0}, a.options().dtype(at::kLong));
+  const bool symmetric = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
+  if (route == "certified") {
     TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
-                      "gssf::hardest_negatives_by: certified mining takes float32 or float16 and a processor with a "
-                      "bf16 unit");
-    rescored = certified(a, b, a_ids, b_ids, half, out);
+                      "route: certified mining takes float32 or float16 and a processor with a bf16 unit");
+    rescored = at::zeros({}, rescored.options());
+    if (n > 0) rescored.fill_(certified(a, b, a_ids, b_ids, symmetric, out));
+  } else if (route.empty() && n > 0 && certifies(a, b)) {
+    certified(a, b, a_ids, b_ids, symmetric, out);
   } else if (n > 0) {
     dispatch(a, [&](auto type) {
       using A = decltype(type);
       const auto found =
-          run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, half);
-      if (half) merge_halves(found.rows(), found.cols(), n);
+          run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, symmetric);
+      if (symmetric) merge_symmetric(found.rows(), found.cols(), n);
     });
   }
-  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
-                                                                     const std::optional<Tensor>& a_ids,
-                                                                     const std::optional<Tensor>& b_ids) {
-  auto [pair, row, row_index, col, col_index, _] = hardest_negatives_by(a, b, a_ids, b_ids, certifies(a, b));
-  return {pair, row, row_index, col, col_index};
+  return {out.positive_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_negatives(
@@ -270,30 +244,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
       });
       epilogue.finish(row_relative.mutable_data_ptr<A>(), col_relative.mutable_data_ptr<A>());
     });
-  return {out.pair_score, out.row_score, out.row_index, out.col_score, out.col_index, row_relative, col_relative};
+  return {out.positive_score, out.row_score, out.row_index, out.col_score, out.col_index, row_relative, col_relative};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gssf, library) {
-  library.def(
-      "hardest_negatives_by(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool certify)"
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, int)");
-  library.def("rounded_scores(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");
-  library.def("bf16_unit() -> str", []() -> std::string {
-    switch (bf16_unit()) {
-      case Bf16Unit::amx:
-        return "amx";
-      case Bf16Unit::avx512_bf16:
-        return "avx512_bf16";
-      default:
-        return "none";
-    }
-  });
+  library.def("rounded_scores(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");  // for tests of certified mining
 }
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("hardest_negatives_by", hardest_negatives_by);
   library.impl("rounded_scores", rounded_scores);
   library.impl("hardest_negatives", hardest_negatives);
   library.impl("relative_negatives", relative_negatives);

@@ -28,6 +28,8 @@ void check_sides(const Tensor& a, const Tensor& b) {
                     "a, b: expected [N, D] and [M, D] of one dtype, got ", a.sizes(), " and ", b.sizes());
 }
 
+}  // namespace
+
 Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in, const Tensor& cols_in) {
   check_sides(a_in, b_in);
   const Tensor a = a_in.contiguous(), b = b_in.contiguous();
@@ -73,30 +75,7 @@ std::tuple<Tensor, Tensor> pair_scores_backward(const Tensor& grad_in, const Ten
   return {da, db};
 }
 
-// Of the pairs (i, i), (i, row_index[i]) and (col_index[j], j), in this order.
-std::tuple<Tensor, Tensor> hardest_negatives_backward(const Tensor& dpair, const Tensor& drow, const Tensor& dcol,
-                                                      const Tensor& row_index_in, const Tensor& col_index_in,
-                                                      const Tensor& a, const Tensor& b, c10::List<bool> needs) {
-  check_sides(a, b);
-  const int64_t n = a.size(0), m = b.size(0);
-  const Tensor row_index = row_index_in.contiguous(), col_index = col_index_in.contiguous();
-  TORCH_CHECK_VALUE(row_index.dim() == 1 && row_index.size(0) == n && row_index.scalar_type() == at::kLong &&
-                        col_index.dim() == 1 && col_index.size(0) == m && col_index.scalar_type() == at::kLong,
-                    "row_index, col_index: expected int64 [", n, "] and [", m, "], got ", row_index.sizes(), " and ",
-                    col_index.sizes());
-  const Tensor rows = at::empty({2 * n + m}, row_index.options()), cols = at::empty_like(rows);
-  int64_t *i = rows.mutable_data_ptr<int64_t>(), *j = cols.mutable_data_ptr<int64_t>();
-  for (int64_t e = 0; e < n; ++e) i[e] = j[e] = i[n + e] = e;
-  std::copy_n(row_index.const_data_ptr<int64_t>(), n, j + n);
-  std::copy_n(col_index.const_data_ptr<int64_t>(), m, i + 2 * n);
-  for (int64_t e = 0; e < m; ++e) j[2 * n + e] = e;
-  return pair_scores_backward(at::cat({dpair, drow, dcol}), rows, cols, a, b, needs);
-}
-
-}  // namespace
-
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("hardest_negatives_backward", hardest_negatives_backward);
   library.impl("pair_scores", pair_scores);
   library.impl("pair_scores_backward", pair_scores_backward);
 }

@@ -1,4 +1,5 @@
-// gssf::project and its backward on the CPU: one pass over x, in chunks of rows that stay in L2.
+// gssf::project, its backward and that of hardest negatives on the CPU: one pass over x, in chunks of rows that stay in
+// L2.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -70,8 +71,8 @@ void check_weights(const Tensor& x, const std::optional<Tensor>& diag, const std
   TORCH_CHECK_VALUE(!permutation || permutation->numel() == dim, "permutation: expected shape [", dim, "]");
 }
 
-Tensor project(const Tensor& x_in, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
-               const std::optional<Tensor>& permutation, bool normalize) {
+Tensor project_side(const Tensor& x_in, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
+                    const std::optional<Tensor>& permutation, bool normalize) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous();
   Tensor p = at::empty(x.sizes(), x.options());
@@ -129,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Upstream<T, A>& upstream, cons
   return {dx, part(0, diag_size, diag), part(diag_size, blocks_size, blocks)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad_in, const Tensor& x_in,
-                                                    const std::optional<Tensor>& diag,
-                                                    const std::optional<Tensor>& blocks,
-                                                    const std::optional<Tensor>& permutation, bool normalize,
-                                                    c10::List<bool> needs) {
+std::tuple<Tensor, Tensor, Tensor> project_side_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                         const std::optional<Tensor>& diag,
+                                                         const std::optional<Tensor>& blocks,
+                                                         const std::optional<Tensor>& permutation, bool normalize,
+                                                         c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
   const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "grad: expected shape ",
@@ -145,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> project_backward(const Tensor& grad_in, const
   });
 }
 
+// The same for the gradient Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]], which is gathered row by row and never stored.
 std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in, const Tensor& rows_in,
                                                           const Tensor& cols_in, const Tensor& x_in, const Tensor& y_in,
                                                           const std::optional<Tensor>& diag,
@@ -168,12 +170,90 @@ std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in,
   });
 }
 
+// x̂ W; with y and normalize ŷ; lengths, which the CPU makes again in the backward; with `pairs` the scores of rows i.
+std::tuple<Tensor, Tensor, Tensor, Tensor> project(const Tensor& x, const std::optional<Tensor>& y,
+                                                   const std::optional<Tensor>& diag,
+                                                   const std::optional<Tensor>& blocks,
+                                                   const std::optional<Tensor>& permutation, bool normalize,
+                                                   bool pairs) {
+  TORCH_CHECK_VALUE(y || !pairs, "pairs: expected y too");
+  const auto wide = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const Tensor p = project_side(x, diag, blocks, permutation, normalize);
+  const Tensor unit =
+      y && normalize ? project_side(*y, std::nullopt, std::nullopt, std::nullopt, true) : at::empty({0}, x.options());
+  Tensor positive_score = at::empty({0}, wide);
+  if (pairs) {
+    const Tensor i = at::arange(x.size(0), x.options().dtype(at::kLong));
+    positive_score = pair_scores(p, normalize ? unit : *y, i, i);
+  }
+  return {p, unit, at::empty({0}, wide), positive_score};
+}
+
+// (dx, dy, ddiag, dblocks) of the gradients of x̂ W and of ŷ; without y x is both sides.
+std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(
+    const std::optional<Tensor>& dp, const std::optional<Tensor>& dunit, const Tensor&, const Tensor& x,
+    const std::optional<Tensor>& y, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
+    const std::optional<Tensor>& permutation, bool normalize, c10::List<bool> needs) {
+  TORCH_CHECK_VALUE(needs.size() == 4, "needs: expected 4 flags, got ", needs.size());
+  Tensor dx = at::empty({0}, x.options()), dy = at::empty({0}, x.options());
+  Tensor ddiag = at::empty({0}, x.options()), dblocks = at::empty({0}, x.options());
+  if (dp && (needs[0] || needs[2] || needs[3]))
+    std::tie(dx, ddiag, dblocks) = project_side_backward(*dp, x, diag, blocks, permutation, normalize,
+                                                         c10::List<bool>({needs[0], needs[2], needs[3]}));
+  if (dunit && normalize && needs[y ? 1 : 0]) {
+    const Tensor of_unit = std::get<0>(project_side_backward(
+        *dunit, y ? *y : x, std::nullopt, std::nullopt, std::nullopt, true, c10::List<bool>({true, false, false})));
+    if (y) dy = of_unit;
+    else dx = dp ? dx + of_unit : of_unit;
+  }
+  return {dx, dy, ddiag, dblocks};
+}
+
+// (dx, dy, ddiag, dblocks) of the scores x̂ W ŷᵀ at (i, i), (i, row_index[i]) and (col_index[j], j), in this order.
+std::tuple<Tensor, Tensor, Tensor, Tensor> hardest_negatives_backward(
+    const Tensor& dpositive, const Tensor& drow, const Tensor& dcol, const Tensor& row_index_in,
+    const Tensor& col_index_in, const Tensor& x, const Tensor& y, const std::optional<Tensor>& diag,
+    const std::optional<Tensor>& blocks, const std::optional<Tensor>& permutation, bool normalize,
+    c10::List<bool> needs) {
+  TORCH_CHECK_VALUE(needs.size() == 4, "needs: expected 4 flags, got ", needs.size());
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2, "x, y: expected [N, D] and [M, D], got ", x.sizes(), " and ",
+                    y.sizes());
+  const int64_t n = x.size(0), m = y.size(0);
+  const Tensor row_index = row_index_in.contiguous(), col_index = col_index_in.contiguous();
+  TORCH_CHECK_VALUE(row_index.dim() == 1 && row_index.size(0) == n && row_index.scalar_type() == at::kLong &&
+                        col_index.dim() == 1 && col_index.size(0) == m && col_index.scalar_type() == at::kLong,
+                    "row_index, col_index: expected int64 [", n, "] and [", m, "], got ", row_index.sizes(), " and ",
+                    col_index.sizes());
+  const Tensor rows = at::empty({2 * n + m}, row_index.options()), cols = at::empty_like(rows);
+  int64_t *i = rows.mutable_data_ptr<int64_t>(), *j = cols.mutable_data_ptr<int64_t>();
+  for (int64_t e = 0; e < n; ++e) i[e] = j[e] = i[n + e] = e;
+  std::copy_n(row_index.const_data_ptr<int64_t>(), n, j + n);
+  std::copy_n(col_index.const_data_ptr<int64_t>(), m, i + 2 * n);
+  for (int64_t e = 0; e < m; ++e) j[2 * n + e] = e;
+  const Tensor grad = at::cat({dpositive, drow, dcol});
+  Tensor dx = at::empty({0}, x.options()), dy = at::empty({0}, y.options());
+  Tensor ddiag = at::empty({0}, x.options()), dblocks = at::empty({0}, x.options());
+  if (!diag && !blocks && !normalize) {
+    std::tie(dx, dy) = pair_scores_backward(grad, rows, cols, x, y, c10::List<bool>({needs[0], needs[1]}));
+    return {dx, dy, ddiag, dblocks};
+  }
+  if (needs[0] || needs[2] || needs[3])
+    std::tie(dx, ddiag, dblocks) = pairs_project_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize,
+                                                          c10::List<bool>({needs[0], needs[2], needs[3]}));
+  if (needs[1]) {  // y's rows go through W where x's go through its transpose
+    const std::optional<Tensor> transposed = blocks ? std::optional(blocks->mT()) : std::nullopt;
+    dy = std::get<0>(pairs_project_backward(grad, cols, rows, y, x, diag, transposed, permutation, normalize,
+                                            c10::List<bool>({true, false, false})));
+  }
+  return {dx, dy, ddiag, dblocks};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
   library.impl("project", project);
   library.impl("project_backward", project_backward);
-  library.impl("pairs_project_backward", pairs_project_backward);
+  library.impl("hardest_negatives_backward", hardest_negatives_backward);
 }
 
 }  // namespace gssf

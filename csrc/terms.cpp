@@ -1,12 +1,16 @@
-// gssf::hinge_terms, gssf::contrast_terms and their gradients on the CPU: see gssf_kernels/statistics/terms.py.
+// gssf::line_terms and its gradient on the CPU: see gssf_kernels/statistics/terms.py.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 namespace gssf {
 
@@ -14,152 +18,281 @@ using at::Tensor;
 
 namespace {
 
-// The statistics of N anchors: positive and row [N], col [M] of which the first N are theirs.
+using Statistics = c10::List<std::optional<Tensor>>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// A score function of an anchor's positive score p and its hardest negative n: the term of one direction, and the
+// gradient g of that term times the weights of p and of n, both as they are added to n and taken from p.
 template <class A>
-struct Anchors {
-  const A *positive, *row, *col;
+struct Hinge {
   A margin;
-  A rows(int64_t i) const { return margin + row[i] - positive[i]; }
-  A cols(int64_t i) const { return margin + col[i] - positive[i]; }
+
+  A term(A p, A n) const {
+    const A t = margin + n - p;
+    return t < 0 ? A(0) : t;  // NaN passes
+  }
+  std::pair<A, A> weighted(A p, A n, A g) const { return margin + n - p < 0 ? std::pair(A(0), A(0)) : std::pair(g, g); }
 };
 
 template <class A>
-A hinge(A t) {
-  return t < 0 ? A(0) : t;  // NaN passes
+A sigmoid(A t) {
+  return 1 / (1 + std::exp(-t));
 }
 
-void check(const Tensor& positive, const Tensor& row, const Tensor& col, std::string_view reduction) {
-  TORCH_CHECK_VALUE(positive.dim() == 1 && row.sizes() == positive.sizes() && col.dim() == 1 &&
-                        col.size(0) >= positive.size(0) && row.scalar_type() == positive.scalar_type() &&
-                        col.scalar_type() == positive.scalar_type(),
-                    "positive, row, col: expected [N], [N] and [M] of one dtype, got ", positive.sizes(), ", ",
-                    row.sizes(), " and ", col.sizes());
-  TORCH_CHECK_VALUE(reduction == "none" || reduction == "sum" || reduction == "mean", "no such reduction: ", reduction);
+template <class A>
+A softplus(A t) {
+  return (t > 0 ? t : A(0)) + std::log1p(std::exp(-std::abs(t)));
 }
 
-Tensor hinge_terms(const Tensor& positive_in, const Tensor& row_in, const Tensor& col_in, double margin,
-                   std::string_view reduction) {
-  check(positive_in, row_in, col_in, reduction);
-  const Tensor positive = positive_in.contiguous(), row = row_in.contiguous(), col = col_in.contiguous();
-  const int64_t n = positive.size(0);
-  const bool each = reduction == "none";
-  Tensor out = each ? at::empty_like(positive) : at::empty({}, positive.options());
-  AT_DISPATCH_FLOATING_TYPES(positive.scalar_type(), "hinge_terms", [&] {
-    using A = scalar_t;
-    const Anchors<A> anchors{positive.const_data_ptr<A>(), row.const_data_ptr<A>(), col.const_data_ptr<A>(), A(margin)};
-    A* terms = out.mutable_data_ptr<A>();
+// Formulas: gssf_kernels/losses/goal.py.
+template <class A>
+struct Goal {
+  enum class Triplet { con, nca, cir } triplet;
+  enum class Pair { con, lin, sig } pair;
+  A tau, alpha, beta, lam;
+
+  Goal(std::string_view mode, at::ArrayRef<double> constants)
+      : tau(A(constants[0])), alpha(A(constants[1])), beta(A(constants[2])), lam(A(constants[3])) {
+    const std::string_view first = mode.substr(0, 3), second = mode.substr(std::min<size_t>(4, mode.size()));
+    TORCH_CHECK_VALUE(
+        (first == "con" || first == "nca" || first == "cir") && (second == "con" || second == "lin" || second == "sig"),
+        "formula: no such mode of GOAL: ", mode);
+    triplet = first == "con" ? Triplet::con : first == "nca" ? Triplet::nca : Triplet::cir;
+    pair = second == "con" ? Pair::con : second == "lin" ? Pair::lin : Pair::sig;
+  }
+
+  A term(A p, A n) const {
+    if (n == -std::numeric_limits<A>::infinity()) return 0;
+    if (triplet == Triplet::con && pair == Pair::lin) return ((1 - p) * (1 - p) + n * n) / 2;
+    if (triplet == Triplet::con && pair == Pair::sig)
+      return softplus(-alpha * (p - lam)) / alpha + softplus(beta * (n - lam)) / beta;
+    if (triplet == Triplet::nca && pair == Pair::con) return softplus(-tau * (p - n)) / tau;
+    if (triplet == Triplet::cir && pair == Pair::lin)
+      return softplus(tau * ((1 - p) * (1 - p) + n * n - A(0.5))) / (2 * tau);
+    return n - p;
+  }
+
+  std::pair<A, A> weighted(A p, A n, A g) const {
+    if (n == -std::numeric_limits<A>::infinity()) return {g * 0, g * 0};
+    A weight = 1, of_positive = 1, of_negative = 1;
+    if (triplet == Triplet::nca) weight = sigmoid(-tau * (p - n));
+    if (triplet == Triplet::cir) weight = sigmoid(-tau * (p * (2 - p) - n * n - A(0.5)));
+    if (pair == Pair::lin) of_positive = 1 - p, of_negative = n;
+    if (pair == Pair::sig) of_positive = sigmoid(-alpha * (p - lam)), of_negative = sigmoid(beta * (n - lam));
+    return {g * (weight * of_positive), g * (weight * of_negative)};
+  }
+};
+
+// f(score function) for "hinge" with its margin, or "goal <triplet> <pair>" with τ, α, β and λ.
+template <class A, class F>
+void with_function(std::string_view formula, at::ArrayRef<double> constants, F f) {
+  if (formula == "hinge") {
+    TORCH_CHECK_VALUE(constants.size() == 1, "constants: expected the margin, got ", constants.size(), " numbers");
+    f(Hinge<A>{A(constants[0])});
+  } else {
+    TORCH_CHECK_VALUE(formula.substr(0, 5) == "goal ", "formula: no such formula: ", formula);
+    TORCH_CHECK_VALUE(constants.size() >= 4, "constants: expected tau, alpha, beta and lam, got ", constants.size(),
+                      " numbers");
+    f(Goal<A>(formula.substr(5), constants));
+  }
+}
+
+Tensor statistic(const Statistics& statistics, size_t k, const char* name) {
+  const std::optional<Tensor> t = k < statistics.size() ? statistics.get(k) : std::nullopt;
+  TORCH_CHECK_VALUE(t, name, ": expected a tensor among the statistics, got none");
+  TORCH_CHECK_VALUE(t->dim() == 1, name, ": expected one dimension, got ", t->sizes());
+  return t->contiguous();
+}
+
+bool has(const Statistics& statistics, size_t k) { return k < statistics.size() && statistics.get(k).has_value(); }
+
+// How terms [N] become a result, and how the result's gradient reaches them.
+struct Reduction {
+  bool each, mean;
+
+  explicit Reduction(std::string_view reduction) : each(reduction == "none"), mean(reduction == "mean") {
+    TORCH_CHECK_VALUE(each || mean || reduction == "sum", "no such reduction: ", reduction);
+  }
+
+  template <class A, class F>
+  Tensor terms(int64_t n, const at::TensorOptions& options, F term) const {
+    Tensor out = each ? at::empty({n}, options) : at::empty({}, options);
+    A* const to = out.mutable_data_ptr<A>();
     double total = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const A term = hinge(anchors.rows(i)) + hinge(anchors.cols(i));
-      if (each) terms[i] = term;
-      total += term;
+      const A t = term(i);
+      if (each) to[i] = t;
+      total += t;
     }
-    if (!each) *terms = A(reduction == "mean" ? total / std::max<int64_t>(n, 1) : total);
+    if (!each) *to = A(mean ? total / std::max<int64_t>(n, 1) : total);
+    return out;
+  }
+
+  // The gradient of every term, times 1 / share.
+  template <class A>
+  std::vector<A> gradient(const Tensor& grad, int64_t n, const Tensor& like, A share) const {
+    TORCH_CHECK_VALUE(grad.dim() == each && (!each || grad.size(0) == n) && grad.scalar_type() == like.scalar_type(),
+                      "grad: expected the shape and dtype of the result, got ", grad.sizes());
+    const A* const from = grad.const_data_ptr<A>();
+    const int64_t stride = each ? grad.stride(0) : 0;
+    if (mean) share *= A(std::max<int64_t>(n, 1));
+    std::vector<A> out(n);
+    for (int64_t i = 0; i < n; ++i) out[i] = from[i * stride] / share;
+    return out;
+  }
+};
+
+// The statistics of N anchors: positive_score and row_score [N], col_score [M] of which the first N are theirs.
+struct Anchors {
+  Tensor positive, row, col;
+  int64_t n, m;
+
+  explicit Anchors(const Statistics& statistics)
+      : positive(statistic(statistics, 0, "positive_score")),
+        row(statistic(statistics, 1, "row_score")),
+        col(statistic(statistics, 2, "col_score")),
+        n(positive.size(0)),
+        m(col.size(0)) {
+    TORCH_CHECK_VALUE(row.size(0) == n && m >= n && row.scalar_type() == positive.scalar_type() &&
+                          col.scalar_type() == positive.scalar_type(),
+                      "positive_score, row_score, col_score: expected [N], [N] and [M] of one dtype, got ",
+                      positive.sizes(), ", ", row.sizes(), " and ", col.sizes());
+  }
+};
+
+// Row and column log-sums as maxima and logarithms, and the targets; one target may stand for both directions.
+struct LogSums {
+  Tensor row_log, col_log;
+  bool both, shared;
+  int64_t n, m = 0;
+
+  explicit LogSums(const Statistics& statistics)
+      : row_log(statistic(statistics, 1, "row_log")),
+        both(has(statistics, 4)),
+        shared(both && !has(statistics, 5)),
+        n(row_log.size(0)) {
+    if (!both) return;
+    col_log = at_least(statistics, 4, "col_log");
+    m = col_log.size(0);
+  }
+
+  Tensor at_least(const Statistics& statistics, size_t k, const char* name) const {
+    const Tensor t = statistic(statistics, k, name);
+    TORCH_CHECK_VALUE(t.size(0) >= n && t.scalar_type() == row_log.scalar_type(), name, ": expected at least ", n,
+                      " entries of row_log's dtype, got ", t.sizes());
+    return t;
+  }
+};
+
+Tensor contrast_terms(const Statistics& statistics, const Reduction& how) {
+  const LogSums sums(statistics);
+  const Tensor row_max = sums.at_least(statistics, 0, "row_max");
+  const Tensor row_target = sums.at_least(statistics, 2, "row_target");
+  const Tensor col_max = sums.both ? sums.at_least(statistics, 3, "col_max") : row_max;
+  const Tensor col_target = sums.both && !sums.shared ? sums.at_least(statistics, 5, "col_target") : row_target;
+  return AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "line_terms", [&] {
+    using A = scalar_t;
+    const A *rm = row_max.const_data_ptr<A>(), *rl = sums.row_log.const_data_ptr<A>();
+    const A *rt = row_target.const_data_ptr<A>(), *cm = col_max.const_data_ptr<A>();
+    const A *cl = sums.both ? sums.col_log.const_data_ptr<A>() : rl, *ct = col_target.const_data_ptr<A>();
+    return how.terms<A>(sums.n, sums.row_log.options(), [&](int64_t i) {
+      const A term = (rm[i] - rt[i]) + rl[i];
+      return sums.both ? (term + ((cm[i] - ct[i]) + cl[i])) / 2 : term;
+    });
   });
-  return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> hinge_terms_backward(const Tensor& grad, const Tensor& positive_in,
-                                                        const Tensor& row_in, const Tensor& col_in, double margin,
-                                                        std::string_view reduction) {
-  check(positive_in, row_in, col_in, reduction);
-  const Tensor positive = positive_in.contiguous(), row = row_in.contiguous(), col = col_in.contiguous();
-  const int64_t n = positive.size(0), m = col.size(0);
-  const bool each = reduction == "none";
-  TORCH_CHECK_VALUE(grad.dim() == each && (!each || grad.size(0) == n) && grad.scalar_type() == row.scalar_type(),
-                    "grad: expected the shape and dtype of the result, got ", grad.sizes());
-  Tensor dpositive = at::empty_like(positive), drow = at::empty_like(row), dcol = at::empty_like(col);
-  AT_DISPATCH_FLOATING_TYPES(positive.scalar_type(), "hinge_terms_backward", [&] {
+// Of row_log [N], of either target [N] and of col_log [M], which is empty where there is none.
+Gradients contrast_backward(const Tensor& grad, const Statistics& statistics, const Reduction& how) {
+  const LogSums sums(statistics);
+  const Tensor drow = at::empty({sums.n}, sums.row_log.options()), dtarget = at::empty_like(drow);
+  const Tensor dcol = at::empty({sums.m}, sums.row_log.options());
+  AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "line_terms_backward", [&] {
     using A = scalar_t;
-    const Anchors<A> anchors{positive.const_data_ptr<A>(), row.const_data_ptr<A>(), col.const_data_ptr<A>(), A(margin)};
-    const A* above = grad.const_data_ptr<A>();
-    const int64_t stride = each ? grad.stride(0) : 0;
-    const A share = reduction == "mean" ? A(std::max<int64_t>(n, 1)) : A(1);
+    const std::vector<A> g = how.gradient<A>(grad, sums.n, sums.row_log, A(sums.both ? 2 : 1));
+    A *dr = drow.mutable_data_ptr<A>(), *dt = dtarget.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
+    for (int64_t i = 0; i < sums.n; ++i) dr[i] = g[i], dt[i] = sums.shared ? -2 * g[i] : -g[i];
+    if (sums.both) std::fill(std::copy_n(dr, sums.n, dc), dc + sums.m, A(0));
+  });
+  return {drow, dtarget, dcol};
+}
+
+// Of weights [4, N]: those of the positives and negatives of rows, then of columns. The second statistic has M entries.
+Gradients weights_backward(const Tensor& grad, const Statistics& statistics, const Reduction& how) {
+  TORCH_CHECK_VALUE(statistics.size() == 2 && has(statistics, 0) && has(statistics, 1) &&
+                        statistics.get(0)->dim() == 2 && statistics.get(0)->size(0) == 4,
+                    "statistics: expected weights [4, N] and a vector of M entries");
+  const Tensor weights = statistics.get(0)->contiguous();
+  const int64_t n = weights.size(1), m = statistics.get(1)->numel();
+  TORCH_CHECK_VALUE(m >= n, "statistics: expected at least ", n, " columns, got ", m);
+  const Tensor dpositive = at::empty({n}, weights.options()), drow = at::empty({n}, weights.options());
+  const Tensor dcol = at::empty({m}, weights.options());
+  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "line_terms_backward", [&] {
+    using A = scalar_t;
+    const std::vector<A> g = how.gradient<A>(grad, n, weights, A(1));
+    const A* const w = weights.const_data_ptr<A>();
     A *dp = dpositive.mutable_data_ptr<A>(), *dr = drow.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
     for (int64_t i = 0; i < n; ++i) {
-      const A g = above[i * stride] / share;
-      dr[i] = anchors.rows(i) < 0 ? A(0) : g;
-      dc[i] = anchors.cols(i) < 0 ? A(0) : g;
-      dp[i] = -(dr[i] + dc[i]);
+      dr[i] = g[i] * w[n + i];
+      dc[i] = g[i] * w[3 * n + i];
+      dp[i] = -(g[i] * w[i] + g[i] * w[2 * n + i]);
     }
     std::fill(dc + n, dc + m, A(0));
   });
   return {dpositive, drow, dcol};
 }
 
-void check_line(const Tensor& t, int64_t least, const Tensor& like, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) >= least && t.scalar_type() == like.scalar_type(), name,
-                    ": expected at least ", least, " entries of the other lines' dtype, got ", t.sizes());
-}
-
-Tensor contrast_terms(const Tensor& row_max_in, const Tensor& row_log_in, const Tensor& row_target_in,
-                      const std::optional<Tensor>& col_max_in, const std::optional<Tensor>& col_log_in,
-                      const std::optional<Tensor>& col_target_in, std::string_view reduction) {
-  const int64_t n = row_log_in.size(0);
-  const bool each = reduction == "none", both = col_log_in.has_value();
-  check_line(row_max_in, n, row_log_in, "row_max");
-  check_line(row_target_in, n, row_log_in, "row_target");
-  if (both) {
-    TORCH_CHECK_VALUE(col_max_in, "col_max: expected with col_log");
-    check_line(*col_max_in, n, row_log_in, "col_max");
-    check_line(*col_log_in, n, row_log_in, "col_log");
-    if (col_target_in) check_line(*col_target_in, n, row_log_in, "col_target");
-  }
-  const Tensor row_max = row_max_in.contiguous(), row_log = row_log_in.contiguous();
-  const Tensor row_target = row_target_in.contiguous();
-  const Tensor col_max = both ? col_max_in->contiguous() : row_max, col_log = both ? col_log_in->contiguous() : row_log;
-  const Tensor col_target = both && col_target_in ? col_target_in->contiguous() : row_target;
-  Tensor out = each ? at::empty({n}, row_log.options()) : at::empty({}, row_log.options());
-  AT_DISPATCH_FLOATING_TYPES(row_log.scalar_type(), "contrast_terms", [&] {
+Tensor line_terms(std::string_view formula, const Statistics& statistics, at::ArrayRef<double> constants,
+                  std::string_view reduction) {
+  const Reduction how(reduction);
+  if (formula == "contrast") return contrast_terms(statistics, how);
+  const Anchors anchors(statistics);
+  Tensor out;
+  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "line_terms", [&] {
     using A = scalar_t;
-    const A *rm = row_max.const_data_ptr<A>(), *rl = row_log.const_data_ptr<A>();
-    const A *rt = row_target.const_data_ptr<A>(), *cm = col_max.const_data_ptr<A>();
-    const A *cl = col_log.const_data_ptr<A>(), *ct = col_target.const_data_ptr<A>();
-    A* terms = out.mutable_data_ptr<A>();
-    double total = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      A term = (rm[i] - rt[i]) + rl[i];
-      if (both) term = (term + ((cm[i] - ct[i]) + cl[i])) / 2;
-      if (each) terms[i] = term;
-      total += term;
-    }
-    if (!each) *terms = A(reduction == "mean" ? total / std::max<int64_t>(n, 1) : total);
+    const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
+    const A* col = anchors.col.const_data_ptr<A>();
+    with_function<A>(formula, constants, [&](const auto& function) {
+      out = how.terms<A>(anchors.n, anchors.positive.options(),
+                         [&](int64_t i) { return function.term(p[i], row[i]) + function.term(p[i], col[i]); });
+    });
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrast_terms_backward(const Tensor& grad, const Tensor& row_log,
-                                                           const std::optional<Tensor>& col_log, bool shared,
-                                                           std::string_view reduction) {
-  const int64_t n = row_log.size(0), m = col_log ? col_log->size(0) : 0;
-  const bool each = reduction == "none";
-  TORCH_CHECK_VALUE(grad.dim() == each && (!each || grad.size(0) == n) && grad.scalar_type() == row_log.scalar_type(),
-                    "grad: expected the shape and dtype of the result, got ", grad.sizes());
-  TORCH_CHECK_VALUE(!col_log || m >= n, "col_log: expected at least ", n, " entries, got ", m);
-  Tensor drow = at::empty({n}, row_log.options()), dtarget = at::empty_like(drow);
-  Tensor dcol = at::empty({m}, row_log.options());
-  AT_DISPATCH_FLOATING_TYPES(row_log.scalar_type(), "contrast_terms_backward", [&] {
+Gradients line_terms_backward(const Tensor& grad, std::string_view formula, const Statistics& statistics,
+                              at::ArrayRef<double> constants, std::string_view reduction) {
+  const Reduction how(reduction);
+  if (formula == "contrast") return contrast_backward(grad, statistics, how);
+  if (formula == "weights") return weights_backward(grad, statistics, how);
+  const Anchors anchors(statistics);
+  const Tensor dpositive = at::empty_like(anchors.positive), drow = at::empty_like(anchors.row);
+  const Tensor dcol = at::empty_like(anchors.col);
+  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "line_terms_backward", [&] {
     using A = scalar_t;
-    const A* above = grad.const_data_ptr<A>();
-    const int64_t stride = each ? grad.stride(0) : 0;
-    const A share = A(col_log ? 2 : 1) * (reduction == "mean" ? A(std::max<int64_t>(n, 1)) : A(1));
-    A *dr = drow.mutable_data_ptr<A>(), *dt = dtarget.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
-    for (int64_t i = 0; i < n; ++i) {
-      dr[i] = above[i * stride] / share;
-      dt[i] = shared ? -2 * dr[i] : -dr[i];
-    }
-    if (col_log) std::fill(std::copy_n(dr, n, dc), dc + m, A(0));
+    const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
+    const A* col = anchors.col.const_data_ptr<A>();
+    const std::vector<A> g = how.gradient<A>(grad, anchors.n, anchors.positive, A(1));
+    A *dp = dpositive.mutable_data_ptr<A>(), *dr = drow.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
+    with_function<A>(formula, constants, [&](const auto& function) {
+      for (int64_t i = 0; i < anchors.n; ++i) {
+        const auto [row_positive, row_negative] = function.weighted(p[i], row[i], g[i]);
+        const auto [col_positive, col_negative] = function.weighted(p[i], col[i], g[i]);
+        dp[i] = -(row_positive + col_positive);
+        dr[i] = row_negative;
+        dc[i] = col_negative;
+      }
+    });
+    std::fill(dc + anchors.n, dc + anchors.m, A(0));
   });
-  return {drow, dtarget, dcol};
+  return {dpositive, drow, dcol};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("contrast_terms", contrast_terms);
-  library.impl("contrast_terms_backward", contrast_terms_backward);
-  library.impl("hinge_terms", hinge_terms);
-  library.impl("hinge_terms_backward", hinge_terms_backward);
+  library.impl("line_terms", line_terms);
+  library.impl("line_terms_backward", line_terms_backward);
 }
 
 }  // namespace gssf

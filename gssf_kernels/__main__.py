@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import gssf_kernels as gk
-from gssf_kernels import _library
+from gssf_kernels import _library, plan
 
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "sve")
 
@@ -43,7 +43,7 @@ def triton_version() -> str:
 
 def report() -> str:
     """The environment report, as text."""
-    hopper = torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hardest_negatives_hopper", "CUDA")
+    hopper = plan.hopper_built()
     extension = "loaded" if _library.EXTENSION_ERROR is None else f"not loaded ({_library.EXTENSION_ERROR})"
     table = gk.backends()
     width = max(map(len, table)) + 2

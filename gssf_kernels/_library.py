@@ -28,54 +28,15 @@ from gssf_kernels._checks import AUTOCAST_DEVICES
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPS: dict[str, str] = {}  # name: the op whose backend does its work, most often itself
-_REFERENCES: dict[str, Callable] = {}  # name: plain PyTorch
-_LAUNCHERS: dict[str, str] = {}  # name: Triton launcher
 
+_EXTENSION: Any = None
 try:
-    importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
+    _EXTENSION = importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
     EXTENSION_ERROR = None
 except ImportError as error:
     # Not built (a supported way to install), or built against another PyTorch: `backends()` and
     # `python -m gssf_kernels` report which, and everything works on the reference.
     EXTENSION_ERROR = str(error)
-
-
-def define(
-    schema: str,
-    *,
-    reference: Callable,
-    fake: Callable,
-    triton: str | None = None,
-    through: str | None = None,
-    dispatched: bool = True,
-) -> None:
-    """Register ``gssf::<schema>``.
-
-    Args:
-        schema: the op in PyTorch's schema language, ``name(Tensor a, ...) -> Tensor``.
-        reference: plain PyTorch with the schema's signature; what every backend must equal.
-        fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
-        triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
-        through: for an op whose reference serves every device, the op in it that has backends.
-        dispatched: whether the package calls it; `backends` lists only what it does.
-    """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    @functools.wraps(reference)
-    def call(*arguments):
-        device = next(t.device for t in arguments if isinstance(t, torch.Tensor))
-        with outside_autocast(device):
-            return reference(*arguments)
-
-    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
-    if triton is not None and _HAS_TRITON:
-        _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
-    if triton is not None:
-        _LAUNCHERS[name] = triton
-    if dispatched:
-        _OPS[name], _REFERENCES[name] = through or name, reference
 
 
 _TYPES = {
@@ -188,26 +149,6 @@ def _tensors(call):
             yield from (t for t in value if isinstance(t, torch.Tensor))
 
 
-def _lazy(target: str, reference: Callable) -> Callable:
-    """The Triton launcher named by ``target``; fp64 goes to the reference (no matrix unit gains there).
-
-    So does what the launcher declines, by returning NotImplemented: most often a size that it is not made for.
-    """
-    module_name, _, function_name = target.rpartition(".")
-
-    def call(first: torch.Tensor | None, *rest):
-        some = next(t for t in (first, *rest) if isinstance(t, torch.Tensor))
-        if some.dtype != torch.float64:
-            module = importlib.import_module(f"gssf_kernels.kernels.{module_name}")
-            found = getattr(module, function_name)(first, *rest)
-            if found is not NotImplemented:
-                return found
-        with outside_autocast(some.device):
-            return reference(first, *rest)
-
-    return call
-
-
 def backends() -> dict[str, dict[str, str]]:
     """What will really run: ``{op: {"cpu": "cpp" | "reference", "cuda": "triton" | "reference" | "unavailable"}}``.
 
@@ -222,9 +163,14 @@ def backends() -> dict[str, dict[str, str]]:
         cpu = "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU") else "reference"
         cuda = "triton" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "reference"
         table[name] = {"cpu": cpu, "cuda": cuda if has_cuda else "unavailable"}
-    unit = torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
+    unit = bf16_unit()
     table["hardest_negatives"]["certified"] = unit if unit != "none" else "no"
     return table
+
+
+def bf16_unit() -> str:
+    """The unit for products of bf16 numbers that this CPU has: "amx", "avx512_bf16" or "none", also if unknown."""
+    return _EXTENSION.bf16_unit() if _EXTENSION is not None else "none"
 
 
 class _Positional(inspect.Signature):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks, plan
+from gssf_kernels import _checks, _library, plan
 from gssf_kernels._library import EXTENSION_ERROR
 from gssf_kernels.precision import accumulation_dtype, fp32_products
 
@@ -136,7 +136,7 @@ def on_bf16_unit(x: Tensor) -> bool:
 @functools.cache
 def bf16_unit() -> str:
     """amx, avx512_bf16 or none, which it is too where the extension is not built."""
-    return torch.ops.gssf.bf16_unit() if EXTENSION_ERROR is None else "none"
+    return _library.bf16_unit()
 
 
 class Right:

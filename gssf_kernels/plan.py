@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from gssf_kernels.kernels import tiles
+from gssf_kernels.kernels import operands, tiles
 
 # Scores of a small problem: small tiles, and dense losses store dscores of all (4 MiB).
 SMALL = 1 << 20
@@ -48,6 +48,7 @@ class Plan:
     route: str
     why: str
     tile: tiles.Sweep | None = None  # for routes that sweep
+    upper_triangle: bool = False  # b is a, with its ids: only tiles on and above the diagonal are computed
 
     @property
     def composite(self) -> bool:
@@ -134,42 +135,88 @@ def kernel(tensor: Callable[[Any], torch.Tensor]) -> Callable[[Any], Iterator[Pl
     return plans
 
 
-def hardest_sweeps(scores: Scores) -> Iterator[Plan]:
-    """How hardest negatives are found, the best way first."""
+def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
+    """How hardest negatives are found, the best way first. symmetric: b is a, and their ids are the same."""
     a, b = scores.a, scores.b
     if hopper("hardest_negatives", a, b):
         yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")
     exact = a.dtype == torch.float32 and tiles.kind(a.dtype) == "ieee"
     if exact and scores.count >= CERTIFIED:
-        yield Plan("certified", f"{scores} of fp32, at least {CERTIFIED:,}: exact winners at the speed of bf16")
-    yield Plan("sweep", f"{scores}: one sweep that stores none", scores.tile())
+        yield _certified(scores, f"at least {CERTIFIED:,}: exact winners at the speed of bf16", symmetric)
+    # of fewer scores, what half of the tiles save costs less than the merge of both halves
+    upper = symmetric and scores.count > SMALL
+    why = f"{scores}: one sweep that stores none{', of the upper triangle' if upper else ''}"
+    yield Plan("sweep", why, scores.tile(), upper_triangle=upper)
     if exact and 0 < scores.count < CERTIFIED:
-        yield Plan("certified", f"forced: {scores}, fewer than {CERTIFIED:,}")
+        yield _certified(scores, f"fewer than {CERTIFIED:,}: forced", symmetric)
+
+
+def _certified(scores: Scores, why: str, symmetric: bool) -> Plan:
+    size = sweep_size(scores.N, scores.M, scores.D, "sums")
+    tile = tiles.sweep_tile(scores.a.device, torch.bfloat16, size, False)  # what is swept is rounded
+    return Plan("certified", f"{scores} of fp32, {why}", tile, upper_triangle=symmetric)
 
 
 def hardest(call: Any) -> Iterator[Plan]:
+    """call.route: "" for the best, or the one that is wanted."""
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
         return
-    yield from hardest_sweeps(Scores(call.a, call.b))
+    symmetric = operands.same(call.a, call.b) and (
+        call.a_ids is None or call.b_ids is None or operands.same(call.a_ids, call.b_ids)
+    )
+    routes = []
+    for option in hardest_sweeps(Scores(call.a, call.b), symmetric):
+        routes.append(option.route)
+        if call.route in ("", option.route):
+            yield option
+    if call.route and call.route not in routes:
+        raise ValueError(f"route: expected one of {routes} for {call.a.dtype}, got {call.route!r}")
     yield Plan("reference", "forced")
 
 
-def hardest_terms(call: Any) -> Iterator[Plan]:
-    """Of few scores the merge ends in the loss."""
-    a, b = (call.a, call.b) if hasattr(call, "a") else (call.x, call.x)
-    scores = Scores(a, b)
-    if a.dtype == torch.float64:
+def hardest_backward(call: Any) -> Iterator[Plan]:
+    """Of few rows each looks for its pairs itself; of more the pairs are sorted."""
+    rows = len(call.y)
+    if call.x.dtype == torch.float64:
         yield Plan("composite", _FP64)
         return
-    mined = next(hardest_sweeps(scores))
-    if mined.route == "sweep" and scores.small:
-        yield Plan(
-            "small",
-            f"{scores}, at most {SMALL:,}: the merge of the sweep makes the terms",
-            scores.tile(exact=a is b),
-        )
-    yield Plan("composite", f"{scores}: hardest negatives, then the terms")
+    if too_many_weights(call):
+        yield Plan("composite", _WEIGHTS)
+        return
+    metric = call.diag is not None or call.blocks is not None or call.normalize
+    if rows <= SCAN_ROWS and (len(call.x) > 0 or not metric):
+        yield Plan("small", f"{rows:,} rows, at most {SCAN_ROWS:,}: each looks for its pairs itself")
+    yield Plan("triton", f"{rows:,} rows, none or above {SCAN_ROWS:,}: pairs are sorted by row")
+    yield Plan("composite", "forced")
+
+
+def hardest_terms(call: Any) -> Iterator[Plan]:
+    """Of few scores the merge ends in the loss; GOAL's relative terms read the stored scores once more."""
+    scores = Scores(call.a, call.b)
+    if call.a.dtype == torch.float64:
+        yield Plan("composite", _FP64)
+    elif call.formula.endswith("_ms"):
+        if scores.small and scores.M <= LONGEST_ROW:
+            why = f"{scores}, at most {SMALL:,}: stored, and read once more for the weights"
+            yield Plan("small", why, scores.tile())
+        yield Plan("composite", f"{scores}: relative terms by a sweep that stores none, then the weights")
+    else:
+        if scores.small and next(hardest_sweeps(scores)).route == "sweep":
+            why = f"{scores}, at most {SMALL:,}: the merge of the sweep makes the terms"
+            yield Plan("small", why, scores.tile())
+        yield Plan("composite", f"{scores}: hardest negatives, then the terms")
+
+
+def batch_hard(call: Any) -> Iterator[Plan]:
+    scores = Scores(call.x, call.x)
+    if call.x.dtype == torch.float64:
+        yield Plan("composite", _FP64)
+        return
+    if scores.small and next(hardest_sweeps(scores)).route == "sweep":
+        why = f"{scores}, at most {SMALL:,}: one sweep for both, and the merge makes the terms"
+        yield Plan("small", why, scores.tile(exact=True))
+    yield Plan("composite", f"{scores}: hardest negatives, hardest positives by label, then the terms")
 
 
 def relative_terms(call: Any) -> Iterator[Plan]:
@@ -182,14 +229,35 @@ def relative_terms(call: Any) -> Iterator[Plan]:
     yield Plan("reference", "forced")
 
 
-def relative_goal(call: Any) -> Iterator[Plan]:
-    scores = Scores(call.a, call.b)
-    if call.a.dtype == torch.float64:
-        yield Plan("composite", _FP64)
+_WEIGHTS = "blocks of 2^31 numbers or more, whose indices in a tile are 32-bit"
+
+
+def too_many_weights(call: Any) -> bool:
+    return call.blocks is not None and call.blocks.numel() >= 1 << 31
+
+
+def project(call: Any) -> Iterator[Plan]:
+    if call.x.dtype == torch.float64 or too_many_weights(call):
+        yield Plan("composite", _FP64 if call.x.dtype == torch.float64 else _WEIGHTS)
         return
-    if scores.small and scores.M <= LONGEST_ROW:
-        yield Plan("small", f"{scores}, at most {SMALL:,}: stored, and read once more for the weights", scores.tile())
-    yield Plan("composite", f"{scores}: relative terms by a sweep that stores none, then the weights")
+    if call.pairs and len(call.x) * len(call.y) <= SMALL:
+        yield Plan("small", f"at most {SMALL:,} scores: those of the positives in the same launch")
+    yield Plan("triton", "its kernel serves every size")
+    yield Plan("composite", "forced")
+
+
+def project_backward(call: Any) -> Iterator[Plan]:
+    """Of few rows all in one launch; of more, or of one side, the sums of the weights' gradients are split."""
+    N = len(call.x)
+    if call.x.dtype == torch.float64 or too_many_weights(call):
+        yield Plan("composite", _FP64 if call.x.dtype == torch.float64 else _WEIGHTS)
+        return
+    one_side = call.y is None and (call.dp is None or call.dunit is None)
+    if 0 < N <= SCAN_ROWS and not one_side:
+        yield Plan("small", f"{N:,} rows, at most {SCAN_ROWS:,}: one launch")
+    why = "one side" if one_side else f"{N:,} rows, none or above {SCAN_ROWS:,}"
+    yield Plan("triton", f"{why}: a launch for each gradient")
+    yield Plan("composite", "forced")
 
 
 def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str = "") -> Any:
@@ -285,8 +353,9 @@ def few_rows(tensor: Callable[[Any], torch.Tensor], other: Callable[[Any], Any] 
 def hopper(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `tiles.HOPPER_CUDA` sends ``name`` of a [N, D] and b [M, D] to csrc/cuda, and it is built."""
     line = name, tiles.kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
-    return (
-        line in tiles.HOPPER_CUDA
-        and tiles.architecture(a.device) == 90
-        and torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hardest_negatives_hopper", "CUDA")
-    )
+    return line in tiles.HOPPER_CUDA and tiles.architecture(a.device) == 90 and hopper_built()
+
+
+def hopper_built() -> bool:
+    """Whether the extension has csrc/cuda (setup.py says when)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hopper_sweep", "CUDA")

@@ -10,12 +10,41 @@ Backward, with g = dL/dp: ``dw = Σ_n x̂∘g``, ``dB_g = x̂_gᵀ g_g``, ``dx̂
 norm, ``dx = (dx̂ − x̂ ⟨x̂, dx̂⟩) / ‖x‖``.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks, reference
-from gssf_kernels._library import Function, define, distinct, last_derivative
+from gssf_kernels import _checks, plan, reference
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.precision import accumulation_dtype
+
+
+class ProjectCall(NamedTuple):
+    """One side; or with y both sides of a metric: ŷ, and with pairs the scores of rows i of both."""
+
+    x: Tensor
+    y: Tensor | None
+    diag: Tensor | None
+    blocks: Tensor | None
+    permutation: Tensor | None
+    normalize: bool
+    pairs: bool = False
+
+
+class ProjectBackwardCall(NamedTuple):
+    """The gradients of x̂ W and of ŷ, and the lengths of x where the forward gave them. Without y, x is both sides."""
+
+    dp: Tensor | None
+    dunit: Tensor | None
+    norm: Tensor
+    x: Tensor
+    y: Tensor | None
+    diag: Tensor | None
+    blocks: Tensor | None
+    permutation: Tensor | None
+    normalize: bool
+    needs: list[bool]  # for x, y, diag, blocks
 
 
 def project(
@@ -63,98 +92,85 @@ def project(
     _checks.flag(normalize, "normalize")
     if diag is None and blocks is None and not normalize:
         return x
-    p = _Project.apply(x.reshape(-1, x.shape[-1]), diag, blocks, permutation, normalize)
+    p, *_ = _Project.apply(x.reshape(-1, x.shape[-1]), None, diag, blocks, permutation, normalize, ONE_SIDE)
     return p.view(x.shape)
-
-
-class _Project(Function):
-    @staticmethod
-    def forward(x, diag, blocks, permutation, normalize):
-        return torch.ops.gssf.project(x, diag, blocks, permutation, normalize)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, diag, blocks, permutation, ctx.normalize = inputs
-        ctx.save_for_backward(x, diag, blocks, permutation)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, diag, blocks, permutation = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        op = torch.ops.gssf.project_backward
-        grads = last_derivative(op, grad, x, diag, blocks, permutation, ctx.normalize, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
-
-
-def _reference(x, diag, blocks, permutation, normalize):
-    return reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
 
 
 def sides(
     x: Tensor, y: Tensor, diag: Tensor | None, blocks: Tensor | None, permutation: Tensor | None, normalize: bool,
     pairs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """``(x̂ W, ŷ, pair)``, both sides of a metric, whose weights are checked; without ``normalize`` ŷ is y itself.
+    """``(x̂ W, ŷ, positive_score)``, both sides of a metric with checked weights; without ``normalize`` ŷ is y itself.
 
-    pair: the scores [N] of rows i of both, detached, or None without ``pairs``.
+    positive_score: the scores [N] of rows i of both, detached, or None without ``pairs``.
     """
     if diag is None and blocks is None and not normalize:
         return x, y, None
-    other = y
+    unchanged = y
     x, y = distinct(x, None if x is y and normalize else y)
-    p, unit, _, pair = _Sides.apply(x, y, diag, blocks, permutation, normalize, pairs)
-    return p, unit if normalize else other, pair if pairs else None
+    p, unit, _, positive_score = _Project.apply(x, y, diag, blocks, permutation, normalize, PAIRS if pairs else SIDES)
+    return p, unit if normalize else unchanged, positive_score if pairs else None
 
 
-class _Sides(Function):
+ONE_SIDE, SIDES, PAIRS = range(3)  # of SIDES and PAIRS x is both where y is None
+
+
+class _Project(Function):
     @staticmethod
-    def forward(x, y, diag, blocks, permutation, normalize, pairs):
-        y = x if y is None else y
-        return torch.ops.gssf.project_sides(x, y, diag, blocks, permutation, normalize, pairs)
+    def forward(x, y, diag, blocks, permutation, normalize, sides):
+        y = x if y is None and sides != ONE_SIDE else y
+        return torch.ops.gssf.project(x, y, diag, blocks, permutation, normalize, sides == PAIRS)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, diag, blocks, permutation, ctx.normalize, _ = inputs
-        _, unit, norm, pair = output
-        ctx.mark_non_differentiable(norm, pair, *(() if ctx.normalize else (unit,)))
+        x, y, diag, blocks, permutation, ctx.normalize, sides = inputs
+        _, unit, norm, positive_score = output
+        ctx.of_unit = ctx.normalize and sides != ONE_SIDE
+        ctx.mark_non_differentiable(norm, positive_score, *(() if ctx.of_unit else (unit,)))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(norm, x, y, diag, blocks, permutation)
 
     @staticmethod
     def backward(ctx, dp, dunit, *_):
-        of_x, of_y = dp is not None, dunit is not None and ctx.normalize
-        given = (of_x or (of_y and ctx.saved_tensors[2] is None), of_y, of_x, of_x)
-        needs = [need and some for need, some in zip(ctx.needs_input_grad[:4], given, strict=True)]
-        op = torch.ops.gssf.project_sides_backward
-        found = last_derivative(op, dp, dunit, *ctx.saved_tensors, ctx.normalize, needs)
-        return (*(g if need else None for g, need in zip(found, needs, strict=True)), None, None, None)
+        norm, x, y, *weights = ctx.saved_tensors
+        of_p, of_unit = dp is not None, dunit is not None and ctx.of_unit
+        used = (of_p or (of_unit and y is None), of_unit, of_p, of_p)
+        needs = [need and part for need, part in zip(ctx.needs_input_grad[:4], used, strict=True)]
+        op = torch.ops.gssf.project_backward
+        grads = last_derivative(op, dp, dunit if of_unit else None, norm, x, y, *weights, ctx.normalize, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
-def _lengths(x: Tensor, normalize: bool) -> int:
-    """Of how many rows the lengths are kept for the backward: C++ makes them again."""
-    return x.shape[0] if normalize and _checks.device_type(x) != "cpu" else 0
+def _kept_lengths(call) -> int:
+    """How many lengths of rows are kept for the backward: C++ computes them again, and one side alone needs none."""
+    kept = call.normalize and call.y is not None and _checks.device_type(call.x) != "cpu"
+    return call.x.shape[0] if kept else 0
 
 
-def _reference_sides(x, y, diag, blocks, permutation, normalize=True, pairs=False):
-    op, dtype = torch.ops.gssf.project, accumulation_dtype(x.dtype)
-    p = op(x, diag, blocks, permutation, normalize)
-    unit = op(y, None, None, None, True) if normalize else y.new_empty(0)
-    norm, pair = x.new_empty(_lengths(x, normalize), dtype=dtype), x.new_empty(0, dtype=dtype)
+def _project(call):
+    x, y, diag, blocks, permutation, normalize, pairs = call
+    dtype = accumulation_dtype(x.dtype)
+    p = reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
+    both = normalize and y is not None
+    unit = reference.project(y, normalize=True).clone() if both else x.new_empty(0)
+    norm, positive_score = x.new_empty(_kept_lengths(call), dtype=dtype), x.new_empty(0, dtype=dtype)
     if norm.numel():
         torch.linalg.vector_norm(x, dim=1, dtype=dtype, out=norm).clamp_min_(reference.EPS)
     if pairs:
         i = torch.arange(x.shape[0], device=x.device)
-        pair = torch.ops.gssf.pair_scores(p, unit if normalize else y, i, i)
-    return p, unit, norm, pair
+        positive_score = torch.ops.gssf.pair_scores(p, unit if normalize else y, i, i)
+    return p, unit, norm, positive_score
 
 
-def _reference_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, normalize, needs):
-    op = torch.ops.gssf.project_backward
+def _project_backward(call):
+    dp, dunit, _, x, y, diag, blocks, permutation, normalize, needs = call
     dx, dy, ddiag, dblocks = (x.new_empty(0) for _ in range(4))
     if dp is not None and (needs[0] or needs[2] or needs[3]):
-        dx, ddiag, dblocks = op(dp, x, diag, blocks, permutation, normalize, [needs[0], needs[2], needs[3]])
-    if dunit is not None and normalize and (needs[0] if y is None else needs[1]):
-        of_unit, *_ = op(dunit, x if y is None else y, None, None, None, True, [True, False, False])
+        weights = (diag, blocks, permutation, normalize)
+        dx, ddiag, dblocks = _side_backward(dp, x, weights, (needs[0], needs[2], needs[3]))
+    if dunit is not None and normalize and needs[0 if y is None else 1]:
+        other = x if y is None else y
+        of_unit, *_ = _side_backward(dunit, other, (None, None, None, True), (True, False, False))
         if y is not None:
             dy = of_unit
         else:
@@ -162,8 +178,10 @@ def _reference_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, 
     return dx, dy, ddiag, dblocks
 
 
-def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
-    """By the formulas above and not by autograd, which is out of reach where a dispatch mode calls the op."""
+def _side_backward(grad, x, weights, needs):
+    """(dx, ddiag, dblocks) of one side, by the formulas above and not by autograd, which is out of reach where a
+    dispatch mode calls the op."""
+    diag, blocks, permutation, normalize = weights
     wide, g, length = reference.accumulate(x), reference.accumulate(grad), None
     unit, dunit = wide, g if diag is None and blocks is None else torch.zeros_like(g)
     if normalize:
@@ -189,84 +207,72 @@ def _reference_backward(grad, x, diag, blocks, permutation, normalize, needs):
     return dx, ddiag, dblocks
 
 
-def _reference_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
+def pairs_project_backward(grad, rows, cols, call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, ddiag, dblocks) of the scores x̂ W ŷᵀ at (rows [E], cols [E]) with gradients grad [E], in plain PyTorch.
+
+    call: has x, y, diag, blocks, permutation, normalize and needs, for x, y, diag, blocks
+    """
+    x, y, needs = call.x, call.y, call.needs
+    weights = (call.diag, call.blocks, call.permutation, call.normalize)
+    dx, dy, ddiag, dblocks = (x.new_empty(0) for _ in range(4))
+    if needs[0] or needs[2] or needs[3]:
+        dx, ddiag, dblocks = _pairs_side_backward((grad, rows, cols), x, y, weights, (needs[0], needs[2], needs[3]))
+    if needs[1]:  # y's rows go through W where x's go through its transpose
+        transposed = (call.diag, None if call.blocks is None else call.blocks.mT, *weights[2:])
+        dy, *_ = _pairs_side_backward((grad, cols, rows), y, x, transposed, (True, False, False))
+    return dx, dy, ddiag, dblocks
+
+
+def _pairs_side_backward(edges, x, y, weights, needs):
+    """`_side_backward` of the gradient Σ_{e: rows_e = i} g_e ŷ[cols_e] of row i, in the dtype of sums."""
+    diag, blocks, permutation, normalize = weights
     dtype = accumulation_dtype(x.dtype)
+    grad, rows, cols = edges
     other = reference.project(y.to(dtype), normalize=normalize)
-    upstream = reference.weighted_sums(grad, rows, cols, other, x.shape[0])
+    gathered = reference.weighted_sums(grad, rows, cols, other, x.shape[0])
     wide_x, wide_diag, wide_blocks = (None if t is None else t.to(dtype) for t in (x, diag, blocks))
-    found = _reference_backward(upstream, wide_x, wide_diag, wide_blocks, permutation, normalize, needs)
-    return tuple(g.to((x if t is None else t).dtype) for g, t in zip(found, (x, diag, blocks), strict=True))
+    grads = _side_backward(gathered, wide_x, (wide_diag, wide_blocks, permutation, normalize), needs)
+    return tuple(g.to((x if t is None else t).dtype) for g, t in zip(grads, (x, diag, blocks), strict=True))
 
 
-def _fake(x, diag, blocks, permutation, normalize):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_sides(x, y, diag, blocks, permutation, normalize=True, pairs=False):
+def _fake_project(call):
+    x, y, dtype = call.x, call.y, accumulation_dtype(call.x.dtype)
     p = torch.empty_like(x, memory_format=torch.contiguous_format)
-    unit = torch.empty_like(y, memory_format=torch.contiguous_format) if normalize else y.new_empty(0)
-    sizes = _lengths(x, normalize), x.shape[0] if pairs else 0
-    return p, unit, *(x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for size in sizes)
+    both = call.normalize and y is not None
+    unit = torch.empty_like(y, memory_format=torch.contiguous_format) if both else x.new_empty(0)
+    sizes = _kept_lengths(call), x.shape[0] if call.pairs else 0
+    return p, unit, *(x.new_empty(size, dtype=dtype) for size in sizes)
 
 
-def _fake_sides_backward(dp, dunit, norm, x, y, diag, blocks, permutation, normalize, needs):
-    of_x, of_y = dp is not None, dunit is not None and normalize
-    some_x = of_x or (of_y and y is None)
-    wanted = (some_x and needs[0], of_y and needs[1], of_x and needs[2], of_x and needs[3])
+def _fake_project_backward(call):
+    of_p, of_unit = call.dp is not None, call.dunit is not None and call.normalize
+    used = (of_p or (of_unit and call.y is None), of_unit and call.y is not None, of_p, of_p)
+    tensors = (call.x, call.y, call.diag, call.blocks)
     return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and some else x.new_empty(0)
-        for t, some in zip((x, y, diag, blocks), wanted, strict=True)
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if t is not None and part and need
+        else call.x.new_empty(0)
+        for t, part, need in zip(tensors, used, call.needs, strict=True)
     )
 
 
-def _fake_pairs_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
-    return _fake_backward(x, x, diag, blocks, permutation, normalize, needs)
-
-
-def _fake_backward(grad, x, diag, blocks, permutation, normalize, needs):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need else x.new_empty(0)
-        for t, need in zip((x, diag, blocks), needs, strict=True)
-    )
-
-
-define(
-    "project(Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize) -> Tensor",
-    reference=_reference,
-    fake=_fake,
-    triton="project.project",
+# x̂ W [N, D]; with y and normalize ŷ [M, D], and off the CPU what the rows of x are divided by [N]; with pairs the
+# scores of rows i [N]; what is not made is empty
+register(
+    "project",
+    ProjectCall,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    composite=_project,
+    fake=_fake_project,
+    launcher="project.project",
+    plans=plan.project,
 )
-# Both sides of a metric: x̂ W and ŷ, which without normalize is y and not given back; what the backward divides by,
-# where it is kept; and the pairs' scores, where they are wanted.
-define(
-    "project_sides(Tensor x, Tensor y, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize=True, "
-    "bool pairs=False) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_sides,
-    fake=_fake_sides,
-    through="project",
-    triton="project.project_sides",
-)
-define(
-    "project_sides_backward(Tensor? dp, Tensor? dunit, Tensor norm, Tensor x, Tensor? y, Tensor? diag, Tensor? blocks, "
-    "Tensor? permutation, bool normalize, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference_sides_backward,
-    fake=_fake_sides_backward,
-    through="project_backward",
-    triton="project.project_sides_backward",
-)
-define(
-    "project_backward(Tensor grad, Tensor x, Tensor? diag, Tensor? blocks, Tensor? permutation, bool normalize, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor)",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    triton="project.project_backward",
-)
-# The backward of a projection whose rows meet only in listed pairs: dp_i = Σ_{e: rows_e = i} g_e ŷ[cols_e] is gathered
-# on its way through: row by row in C++, which stores no [N, D] but the result.
-define(
-    "pairs_project_backward(Tensor grad, Tensor rows, Tensor cols, Tensor x, Tensor y, Tensor? diag, Tensor? blocks, "
-    "Tensor? permutation, bool normalize, bool[] needs) -> (Tensor, Tensor, Tensor)",
-    reference=_reference_pairs_backward,
-    fake=_fake_pairs_backward,
-    triton="project.pairs_project_backward",
+register(
+    "project_backward",
+    ProjectBackwardCall,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    composite=_project_backward,
+    fake=_fake_project_backward,
+    launcher="project.project_backward",
+    plans=plan.project_backward,
 )

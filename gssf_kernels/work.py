@@ -111,8 +111,14 @@ def _projected(products: Callable[[Mapping[str, Any]], int]) -> Callable[[Mappin
 
 
 def _of_x_and_blocks(arguments: Mapping[str, Any]) -> int:
-    needs = arguments["needs"]  # of x, diag and blocks
-    return needs[0] + needs[2]
+    needs = arguments["needs"]  # of x, y, diag and blocks
+    return 0 if arguments["dp"] is None else needs[0] + needs[3]
+
+
+def _gathered(arguments: Mapping[str, Any]) -> int:
+    needs, blocks = arguments["needs"], arguments["blocks"]
+    rows = (needs[0] + needs[3]) * len(arguments["x"]) + needs[1] * len(arguments["y"])
+    return 0 if blocks is None else 2 * rows * arguments["x"].shape[1] * blocks.shape[1]
 
 
 _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
@@ -121,7 +127,7 @@ _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "multiply": _multiplied,
     "project": _projected(lambda arguments: 1),
     "project_backward": _projected(_of_x_and_blocks),
-    "pairs_project_backward": _projected(_of_x_and_blocks),
+    "hardest_negatives_backward": _gathered,
 }
 
 

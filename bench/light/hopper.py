@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gssf_kernels as gk
 from bench.light import worker
+from gssf_kernels import plan
 from gssf_kernels.kernels import hopper
 
 # N, M, D: ragged; one tile; several tiles with several stages; the large tile (D >= 512); many tiles a processor.
@@ -62,7 +63,7 @@ def check(name: str, results: Iterator[tuple[str, Tensor, Tensor]]) -> None:
 
 def main() -> int:
     dry = "--dry" in sys.argv
-    if not hopper.built():
+    if not plan.hopper_built():
         worker.tell("finding", kind="hopper", name="csrc/cuda", right=None, why="the extension was built without it")
         return 0
     if dry:

@@ -26,7 +26,7 @@ def ours(problem: Problem):
 def swept(problem: Problem):
     """By products in the inputs' own dtype, where `ours` may be certified mining: what that gains."""
     if problem.x.device.type == "cpu":
-        return torch.ops.gssf.hardest_negatives_by(problem.x, problem.y, None, None, False)[1:5]
+        return torch.ops.gssf.hardest_negatives(problem.x, problem.y, None, None, "sweep")[1:5]
     with mock.patch.object(plan, "CERTIFIED", sys.maxsize):
         return ours(problem)
 

@@ -1,4 +1,4 @@
-// gssf::hardest_negatives_hopper: checks, room for the results, and the launches.
+// Hardest negatives by gssf::hopper_sweep: checks, room for the results, and the launches.
 #pragma once
 
 #include "hardest_epilogue.h"
@@ -9,7 +9,7 @@ namespace gssf::hopper {
 
 inline void check_hardest(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
                           const std::optional<Tensor>& b_ids) {
-  constexpr const char* name = "gssf::hardest_negatives_hopper";
+  constexpr const char* name = "gssf::hopper_sweep";
   check_sides(name, a, b);
   STD_TORCH_CHECK(b.size(0) >= a.size(0), name, ": expected a [N, D] and b [M, D] with M >= N");
   STD_TORCH_CHECK(a_ids.has_value() == b_ids.has_value(), name, ": expected a_ids and b_ids, or neither");

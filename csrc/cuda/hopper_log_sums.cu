@@ -1,11 +1,15 @@
-// gssf::logsumexp_scores_hopper on CUDA: log-sum-exp of every row and column, by the sweep that hopper_hardest.cu
+// The log-sums of gssf::hopper_sweep: log-sum-exp of every row and column, by the sweep that hopper_hardest.cu
 // describes.
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))
 #include "hopper_host.h"
 #include "log_sums_launch.h"
 
-#include <torch/csrc/stable/library.h>
+namespace gssf::hopper {
 
-STABLE_TORCH_LIBRARY_IMPL(gssf, CUDA, library) {
-  library.impl("logsumexp_scores_hopper", TORCH_BOX(&gssf::hopper::logsumexp_scores_hopper));
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> log_sums_on_hopper(const Tensor& a, const Tensor& b,
+                                                                      const std::optional<Tensor>& scale,
+                                                                      double constant) {
+  return logsumexp_scores_hopper(a, b, scale, constant);
 }
+
+}  // namespace gssf::hopper

@@ -1,4 +1,4 @@
-// gssf::logsumexp_scores_hopper: checks, room for the results, and the launches.
+// Log-sums by gssf::hopper_sweep: checks, room for the results, and the launches.
 #pragma once
 
 #include "log_sums_epilogue.h"
@@ -8,7 +8,7 @@
 namespace gssf::hopper {
 
 inline void check_log_sums(const Tensor& a, const Tensor& b, const std::optional<Tensor>& scale) {
-  constexpr const char* name = "gssf::logsumexp_scores_hopper";
+  constexpr const char* name = "gssf::hopper_sweep";
   check_sides(name, a, b);
   if (!scale) return;
   STD_TORCH_CHECK(on_one_device(a, *scale), name, ": expected all tensors on one device");

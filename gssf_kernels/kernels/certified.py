@@ -19,17 +19,16 @@ what is not finite) all scores are made again, correctly and slowly. The sums of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
+from gssf_kernels.kernels.epilogues import only_negatives, tile_lines
+from gssf_kernels.kernels.reductions import argmax
 from gssf_kernels.kernels.sweep import Sweep
-from gssf_kernels.plan import Scores
 
 MULTIPLE = 256  # of rows: of every tile's sides
 
@@ -62,10 +61,10 @@ def round_kernel(
         rest = wide - near.to(tl.float64)
         whole += tl.sum(wide * wide, 1)
         lost += tl.sum(rest * rest, 1)
-    more = 1.0 + 9.5367431640625e-07  # 2⁻²⁰, for the roundings of these sums
+    upward = 1.0 + 9.5367431640625e-07  # 2⁻²⁰, for the roundings of these sums
     finite = lost < float("inf")  # NaN is not
-    tl.store(norms + i, tl.where(finite, tl.sqrt(whole) * more, float("inf")), mask=i < LENGTH)
-    tl.store(norms + LENGTH + i, tl.where(finite, tl.sqrt(lost) * more, float("inf")), mask=i < LENGTH)
+    tl.store(norms + i, tl.where(finite, tl.sqrt(whole) * upward, float("inf")), mask=i < LENGTH)
+    tl.store(norms + LENGTH + i, tl.where(finite, tl.sqrt(lost) * upward, float("inf")), mask=i < LENGTH)
     none = tl.full([BR], float("-inf"), tl.float64)
     tl.store(low + i, none, mask=i < N)
     tl.store(exact + i, none, mask=i < N)
@@ -75,10 +74,10 @@ def round_kernel(
 
 
 @triton.jit
-def two_best(s, position, line, at, mask, axis: tl.constexpr):
+def two_best(s, position, partial, at, mask, axis: tl.constexpr):
     """Store, of a tile's rows or columns, the best score, its position, and the best of the others."""
-    scores, places, seconds = line
-    score, place = best(s, position, axis)
+    scores, places, seconds = partial
+    score, place = argmax(s, position, axis)
     tl.store(scores + at, score, mask=mask)
     tl.store(places + at, place.to(tl.int16), mask=mask)
     others = tl.where(position == tl.expand_dims(place, axis), float("-inf"), s)
@@ -136,7 +135,7 @@ def next_part(
 
     scores: [parts, length], the ŝ of each part to look at; UNBOUNDED: whether parts without a bound count, or are left
     """
-    found = tl.zeros_like(after) + parts
+    next_p = tl.zeros_like(after) + parts
     sure = low
     for p0 in range(0, parts, BP):
         p = p0 + tl.arange(0, BP)
@@ -152,8 +151,8 @@ def next_part(
         if UNBOUNDED:
             reaches = reaches | (bounded == 0)
         later = here & (p[:, None] > after[None, :])
-        found = tl.minimum(found, tl.min(tl.where(later & reaches, p[:, None], parts), 0))
-    return found, sure
+        next_p = tl.minimum(next_p, tl.min(tl.where(later & reaches, p[:, None], parts), 0))
+    return next_p, sure
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def rescore_kernel(
     norm = tl.load(norms + i, mask=inside, other=0.0)
     lost = tl.load(norms + norms_stride + i, mask=inside, other=0.0)
     least = tl.load(low + i, mask=inside, other=0.0)
-    found = tl.load(exact + i, mask=inside, other=0.0)
+    winner = tl.load(exact + i, mask=inside, other=0.0)
     index = tl.load(place + i, mask=inside, other=0).to(tl.int32)
     count = tl.zeros([BL], tl.int32)
 
@@ -220,40 +219,42 @@ def rescore_kernel(
         scan = seconds
     part, _ = next_part(part, least, norm, lost, scan, blocks, blocks_stride, lane, inside, length, parts, D, ALL, BP)
     while tl.min(part, 0) < parts:
-        some = part < parts
+        active = part < parts
         begin = first_other + part * WIDTH
         if ALL:
             for c in range(0, WIDTH, BC):
                 beside = c + tl.arange(0, BC)[None, :]
                 j = begin[:, None] + beside  # [BL, BC]
-                counted = some[:, None] & (beside < WIDTH) & (j < others) & (j != i[:, None])
+                counted = active[:, None] & (beside < WIDTH) & (j < others) & (j != i[:, None])
                 if x_ids is not None:
                     mine = tl.load(x_ids + i, mask=inside, other=0)[:, None]
                     counted &= mine != tl.load(y_ids + j, mask=counted, other=0)
                 new = exact_scores(x, y, x_stride, y_stride, i[:, None], j, counted, D, UNROLL)
-                found, index = improved(found, index, new, j, counted)
+                winner, index = improved(winner, index, new, j, counted)
                 count += tl.sum(counted.to(tl.int32), 1)
         else:
             at = places + part.to(tl.int64) * length + lane
-            one = (begin + tl.load(at, mask=some, other=0))[:, None]  # [BL, 1]
-            new_one = exact_scores(x, y, x_stride, y_stride, i[:, None], one, some[:, None], D, UNROLL)
-            found, index = improved(found, index, new_one, one, some[:, None])
-            count += some.to(tl.int32)
+            one = (begin + tl.load(at, mask=active, other=0))[:, None]  # [BL, 1]
+            new_one = exact_scores(x, y, x_stride, y_stride, i[:, None], one, active[:, None], D, UNROLL)
+            winner, index = improved(winner, index, new_one, one, active[:, None])
+            count += active.to(tl.int32)
         part, _ = next_part(
             part, least, norm, lost, scan, blocks, blocks_stride, lane, inside, length, parts, D, ALL, BP
         )  # fmt: skip
-    tl.store(exact + i, found, mask=inside)
-    tl.store(score + i, found.to(tl.float32), mask=inside)
+    tl.store(exact + i, winner, mask=inside)
+    tl.store(score + i, winner.to(tl.float32), mask=inside)
     tl.store(place + i, index.to(tl.int64), mask=inside)
     if made is not None:
         tl.store(made + i, tl.load(made + i, mask=inside, other=0) + count, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N"])
-def exact_pairs_kernel(a, b, a_stride, b_stride, pair_score, N, D: tl.int32, BL: tl.constexpr, UNROLL: tl.constexpr):
+def exact_positives_kernel(
+    a, b, a_stride, b_stride, positive_score, N, D: tl.int32, BL: tl.constexpr, UNROLL: tl.constexpr
+):
     i = tl.program_id(0) * BL + tl.arange(0, BL)
     exact = exact_scores(a, b, a_stride, b_stride, i[:, None], i[:, None], (i < N)[:, None], D, UNROLL)
-    tl.store(pair_score + i, tl.sum(exact, 1).to(tl.float32), mask=i < N)
+    tl.store(positive_score + i, tl.sum(exact, 1).to(tl.float32), mask=i < N)
 
 
 class Slab(NamedTuple):
@@ -312,47 +313,34 @@ class Side(NamedTuple):
             )  # fmt: skip
 
 
-def pays(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether a and b are mined this way: fp32 without tf32, and enough scores."""
-    return a.dtype == torch.float32 and tiles.kind(a.dtype) == "ieee" and len(a) * len(b) >= plan.CERTIFIED
+def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+    """Return what `hardest.hardest_negatives` does, of the exact scores; a [N, D] fp32, N ≥ 1.
 
-
-def hardest_negatives(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    counted: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """Return what `hardest.hardest_negatives` does, of the exact scores.
-
-    a: [N, D] fp32, N ≥ 1
-    b: [M, D] as a, M ≥ N
-    a_ids, b_ids: [N], [M] int64, or both None
-    counted: return too how many scores were made in fp64, [] int64
+    Only a call that asks for this route by its name counts how many scores were made in fp64.
     """
+    a, b, a_ids, b_ids, route = call
+    symmetric, counted = plan.upper_triangle, route == "certified"
     with torch.cuda.device_of(a):
         a_ids, b_ids = operands.contiguous(a_ids, b_ids)
-        half = operands.same(a, b) and (a_ids is None or b_ids is None or operands.same(a_ids, b_ids))
         rows = Side.of(operands.rows(a), a_ids, counted)
-        cols = rows if half else Side.of(operands.rows(b), b_ids, counted)
-        sweep = Sweep(rows.rounded, cols.rounded, Scores(rows.rounded, cols.rounded).tile("sums"), half=half)
+        cols = rows if symmetric else Side.of(operands.rows(b), b_ids, counted)
+        sweep = Sweep(rows.rounded, cols.rounded, plan.tile, half=symmetric)
         BN, BM = sweep.tile.BN, sweep.tile.BM
         row_blocks, col_blocks = rows.blocks(BN), cols.blocks(BM)
         by_row, by_col = sweep.partial_results(torch.float32, torch.int16, torch.float32)
         for first, blocks in sweep.slabs():
-            for lines in (by_row, by_col):
-                for t in lines:
-                    if half and t is not None and t.is_floating_point():  # tiles that are left out have nothing
+            for partial in (by_row, by_col):
+                for t in partial:
+                    if symmetric and t is not None and t.is_floating_point():  # tiles that are left out have nothing
                         t.fill_(float("-inf"))
             sweep.run(two_best_tile, (a_ids, b_ids, by_row, by_col), first, blocks)
             rows.rescore(cols, col_blocks, by_row, Slab(first * BN, 0, blocks * BN, BM))
             cols.rescore(rows, row_blocks[:, first : first + blocks], by_col, Slab(0, first * BN, len(b), BN))
-        pair_score, tile = a.new_empty(len(a), dtype=torch.float32), tiles.RESCORE["best"]
-        exact_pairs_kernel[(triton.cdiv(len(a), tile.BL),)](
-            rows.values, cols.values, rows.values.stride(0), cols.values.stride(0), pair_score, len(a), a.shape[1],
+        positive_score, tile = a.new_empty(len(a), dtype=torch.float32), tiles.RESCORE["best"]
+        exact_positives_kernel[(triton.cdiv(len(a), tile.BL),)](
+            rows.values, cols.values, rows.values.stride(0), cols.values.stride(0), positive_score, len(a), a.shape[1],
             BL=tile.BL, UNROLL=tile.unroll, num_warps=tile.num_warps,
         )  # fmt: skip
-    found = (pair_score, rows.score, rows.place, *((t.clone() if half else t) for t in (cols.score, cols.place)))
-    made = [side.made.sum() for side in ((rows,) if half else (rows, cols)) if side.made is not None]
-    return (*found, torch.stack(made).sum()) if counted else found
+    results = (rows.score, rows.place, *((t.clone() if symmetric else t) for t in (cols.score, cols.place)))
+    made = [side.made.sum() for side in ((rows,) if symmetric else (rows, cols)) if side.made is not None]
+    return positive_score, *results, torch.stack(made).sum() if counted else a.new_empty(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What epilogues of the sweep share: which scores of a tile are negatives, each line's best, and where it is stored.
+"""What epilogues of the sweep share: which scores of a tile are negatives, and where a tile's partial results go.
 
 See :mod:`gssf_kernels.kernels.sweep` for what an epilogue is.
 """
@@ -10,30 +10,16 @@ import triton.language as tl
 
 
 @triton.jit
-def larger(x, y):
-    """max(x, y), NaN above all."""
-    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def best(s, position, axis: tl.constexpr):
-    """The largest score along axis and the lowest position that holds it."""
-    score = tl.reduce(s, axis, larger)
-    top = tl.expand_dims(score, axis)
-    hit = tl.where(top != top, s != s, s == top)  # in this form nothing is kept for the other axis: no spills
-    return score, tl.min(tl.where(hit, position, 0x7FFFFFFF), axis)
-
-
-@triton.jit
-def only_negatives(s, i0, j0, N, M, a_ids, b_ids, pair_score, BN: tl.constexpr, BM: tl.constexpr):
-    """s [BN, BM] with -inf at all that is no negative; each mask costs only the tiles that meet it."""
+def only_negatives(s, i0, j0, N, M, a_ids, b_ids, positive_score, BN: tl.constexpr, BM: tl.constexpr):
+    """s [BN, BM] with -inf at all that is no negative; each mask costs only the tiles that hold such scores."""
     i = i0 + tl.arange(0, BN)
     j = j0 + tl.arange(0, BM)
     if (i0 < j0 + BM) & (j0 < i0 + BN):
-        pair = i[:, None] == j[None, :]
-        if pair_score is not None:
-            tl.store(pair_score + i, tl.sum(tl.where(pair, s, 0.0), 1), mask=(i >= j0) & (i < j0 + BM) & (i < N))
-        s = tl.where(pair, float("-inf"), s)
+        positive = i[:, None] == j[None, :]
+        if positive_score is not None:
+            p = tl.sum(tl.where(positive, s, 0.0), 1)
+            tl.store(positive_score + i, p, mask=(i >= j0) & (i < j0 + BM) & (i < N))
+        s = tl.where(positive, float("-inf"), s)
     if (i0 + BN > N) | (j0 + BM > M):
         s = tl.where((i < N)[:, None] & (j < M)[None, :], s, float("-inf"))
     if a_ids is not None:

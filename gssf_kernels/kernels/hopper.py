@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from gssf_kernels import plan
 from gssf_kernels.kernels import operands
 
 ops = torch.ops.gssf
 
 
-def built() -> bool:
-    """Whether the extension has csrc/cuda (setup.py says when)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hardest_negatives_hopper", "CUDA")
-
-
-def takes_over(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the table sends `name` of a [N, D] and b [M, D] here, and there is a kernel to send them to."""
-    return plan.hopper(name, a, b)
-
-
 def hardest_negatives(
     a: torch.Tensor, b: torch.Tensor, a_ids: torch.Tensor | None, b_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Return (pair_score [N], row_score [N], row_index [N], col_score [M], col_index [M]).
+    """Return (positive_score [N], row_score [N], row_index [N], col_score [M], col_index [M]).
 
     a: [N, D] bf16 or fp16
     b: [M, D] as a, M ≥ N
@@ -35,13 +24,14 @@ def hardest_negatives(
 
     Scores are fp32, indices int64. Extra memory as Triton's. Raises TypeError for other dtypes.
     """
-    return ops.hardest_negatives_hopper(*_sides("hardest_negatives", a, b), *operands.contiguous(a_ids, b_ids))
+    sides, ids = _sides("hardest_negatives", a, b), operands.contiguous(a_ids, b_ids)
+    return ops.hopper_sweep(*sides, *ids, False, None, 1.0)
 
 
 def logsumexp_scores(
     a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None, constant: float
 ) -> tuple[torch.Tensor, ...]:
-    """Return (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]), fp32.
+    """Return (row_max [N], row_log [N], col_max [M], col_log [M], positive_score [min(N, M)]), fp32.
 
     a: [N, D] bf16 or fp16
     b: [M, D] as a
@@ -50,7 +40,7 @@ def logsumexp_scores(
     Extra memory: 8 bytes a partial result, of which there are as many as of hardest negatives. Raises TypeError for
     other dtypes.
     """
-    return ops.logsumexp_scores_hopper(*_sides("logsumexp_scores", a, b), scale, constant)
+    return ops.hopper_sweep(*_sides("logsumexp_scores", a, b), None, None, True, scale, constant)
 
 
 def _sides(name: str, *sides: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,11 +6,12 @@ destination, in a fixed order and without atomics: the same inputs give the same
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 
 
@@ -80,24 +81,24 @@ def add_row(total, source, stride, row, weight, d, D, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def side(
-    i, pairs, dpair, down, dother, index, other_index, source, stride, out, K, D,
+def scan_row(
+    i, positives, dpositive, dself, dother, index, other_index, source, stride, out, K, D,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Row i of one side's gradient: from its pair, its own hardest negative, and all whose hardest negative it is."""
+    """Row i of one side's gradient: from its positive, its hardest negative, and all whose hardest negative it is."""
     d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
-    weight = tl.load(dpair + i, mask=i < pairs, other=0.0)
+    weight = tl.load(dpositive + i, mask=i < positives, other=0.0)
     total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D, NORMALIZE)
-    total = add_row(total, source, stride, tl.load(index + i), tl.load(down + i), d, D, NORMALIZE)
+    total = add_row(total, source, stride, tl.load(index + i), tl.load(dself + i), d, D, NORMALIZE)
     for e0 in range(0, K, BE):
         e = e0 + tl.arange(0, BE)
-        mine = tl.load(other_index + e, mask=e < K, other=-1) == i
-        if tl.max(mine.to(tl.int32), 0) > 0:
-            weights = tl.load(dother + e, mask=mine, other=0.0)
-            mine = mine & (weights != 0)
+        hit = tl.load(other_index + e, mask=e < K, other=-1) == i
+        if tl.max(hit.to(tl.int32), 0) > 0:
+            weights = tl.load(dother + e, mask=hit, other=0.0)
+            hit = hit & (weights != 0)
             if NORMALIZE:
-                weights = tl.where(mine, weights / lengths(source, e.to(tl.int64) * stride, mine, D, BD), 0.0)
-            inside = mine[:, None] & (d < D)[None, :]
+                weights = tl.where(hit, weights / lengths(source, e.to(tl.int64) * stride, hit, D, BD), 0.0)
+            inside = hit[:, None] & (d < D)[None, :]
             x = tl.load(source + e.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
             total += tl.sum(weights[:, None] * x.to(tl.float32), 0)
     tl.store(out + i * D + d, total.to(out.dtype.element_ty), mask=d < D)
@@ -105,12 +106,12 @@ def side(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def scan_kernel(
-    dpair, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D: tl.int32,
+    dpositive, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D: tl.int32,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """A program for every row of da, then for every row of db; of one alone where the other is None.
 
-    norm, or None: gets the lengths of a's rows, BE of them from each program after those.
+    norm, or None: is set to the lengths of a's rows, BE of them by each program after those.
     """
     p = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)
     of_rows = (N if da is not None else 0) + (M if db is not None else 0)
@@ -119,20 +120,17 @@ def scan_kernel(
             i = (p - of_rows) * BE + tl.arange(0, BE)
             tl.store(norm + i, lengths(a, i * a_stride, i < N, D, BD), mask=i < N)
     elif da is None:
-        side(p, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
+        scan_row(p, N, dpositive, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
     elif db is None or p < N:
-        side(p, N, dpair, drow, dcol, row_index, col_index, b, b_stride, da, M, D, NORMALIZE, BE, BD)
+        scan_row(p, N, dpositive, drow, dcol, row_index, col_index, b, b_stride, da, M, D, NORMALIZE, BE, BD)
     else:
-        side(p - N, N, dpair, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
+        scan_row(p - N, N, dpositive, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
 
 
 def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
-    """Return scores [E] fp32.
+    """Return scores [E] fp32 of the pairs of a and b; rows, cols: both None for the pairs (i, i) of all rows of a.
 
-    a, b: [N, D], [M, D] fp32, bf16 or fp16
-    rows, cols: [E] int64, -1 for no edge; both None: the pairs (i, i) of all rows of a
-
-    Raises TypeError for other dtypes.
+    Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
     operands.check_dtype("pair_scores", a, b)
     a, b, (rows, cols) = operands.rows(a), operands.rows(b), operands.contiguous(rows, cols)
@@ -145,6 +143,11 @@ def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, col
             BE=BE, BD=BD, num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
     return scores
+
+
+def launch_pair_scores(call: Any, plan: Any) -> torch.Tensor:
+    """The op of `pair_scores`."""
+    return pair_scores(*call)
 
 
 def segment_sum(
@@ -163,15 +166,12 @@ def segment_sum(
     return out
 
 
-def pair_scores_backward(
-    grad: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, a: torch.Tensor, b: torch.Tensor, needs: list[bool]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_scores_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (da [N, D], db [M, D]) in the dtypes of a and b, summed in fp32, each empty where needs says no.
 
-    grad: [E] fp32, the gradient of the scores; needs: for a, b; the rest as for `pair_scores`
-
-    Raises TypeError for other dtypes.
+    Raises TypeError unless grad, a and b are fp32, bf16 or fp16.
     """
+    grad, rows, cols, a, b, needs = call
     operands.check_dtype("pair_scores_backward", grad, a, b)
     grad, rows, cols = grad.contiguous(), rows.contiguous(), cols.contiguous()
     with torch.cuda.device_of(a):
@@ -180,60 +180,24 @@ def pair_scores_backward(
     return da, db
 
 
-def hardest_negatives_backward(
-    dpair: torch.Tensor,
-    drow: torch.Tensor,
-    dcol: torch.Tensor,
-    row_index: torch.Tensor,
-    col_index: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`pair_scores_backward` of the pairs (i, i), (i, row_index[i]) and (col_index[j], j), in one launch if small.
-
-    dpair, drow: [N] fp32; dcol: [M] fp32; row_index, col_index: [N], [M] int64, -1 for none
-
-    Raises TypeError for other dtypes.
-    """
-    operands.check_dtype("hardest_negatives_backward", dpair, drow, dcol, a, b)
-    N, M = len(a), len(b)
-    if M > plan.SCAN_ROWS:
-        i, j = torch.arange(N, device=a.device), torch.arange(M, device=a.device)
-        rows, cols = torch.cat((i, i, col_index)), torch.cat((i, row_index, j))
-        return pair_scores_backward(torch.cat((dpair, drow, dcol)), rows, cols, a, b, needs)
-    da, db = (a.new_empty(a.shape) if needs[0] else None), (b.new_empty(b.shape) if needs[1] else None)
-    scan(dpair, drow, dcol, row_index, col_index, a, b, da, db, False)
-    return da if da is not None else a.new_empty(0), db if db is not None else b.new_empty(0)
-
-
 def scan(
-    dpair: torch.Tensor,
-    drow: torch.Tensor,
-    dcol: torch.Tensor,
-    row_index: torch.Tensor,
-    col_index: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    da: torch.Tensor | None,
-    db: torch.Tensor | None,
-    normalize: bool,
+    call: Any, x: torch.Tensor, y: torch.Tensor, da: torch.Tensor | None, db: torch.Tensor | None,
     norm: torch.Tensor | None = None,
-) -> None:
-    """Write the gradients into da [N, D] and db [M, D], contiguous or None; with normalize of the units of a and b.
+) -> None:  # fmt: skip
+    """Write the gradients of `hardest_negatives_backward` into da [N, D] and db [M, D], contiguous or None.
 
-    norm: [N] fp32, gets the lengths of a's rows, at least 1e-12
+    They are those of the rows of x and y that the scores are made of: with normalize of their units.
+    norm: [N] fp32, is set to the lengths of x's rows, at least 1e-12
     """
-    (N, D), M = a.shape, len(b)
-    programs = sum(len(x) for x in (da, db) if x is not None)
+    (N, D), M = x.shape, len(y)
+    programs = sum(len(t) for t in (da, db) if t is not None)
     if programs > 0:
-        given = operands.contiguous(dpair, drow, dcol, row_index, col_index)
-        a, b = operands.rows(a), operands.rows(b)
+        statistics = operands.contiguous(call.dpositive, call.drow, call.dcol, call.row_index, call.col_index)
         BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
         programs += triton.cdiv(N, BE) if norm is not None else 0
-        with torch.cuda.device_of(a):
+        with torch.cuda.device_of(x):
             scan_kernel[(programs * triton.cdiv(D, BD),)](
-                *given, a, b, da, db, norm, a.stride(0), b.stride(0), N, M, D,
-                NORMALIZE=normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
+                *statistics, x, y, da, db, norm, x.stride(0), y.stride(0), N, M, D,
+                NORMALIZE=call.normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
                 maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more
             )  # fmt: skip

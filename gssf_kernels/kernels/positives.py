@@ -1,19 +1,21 @@
-"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal meet.
+"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal.
 
 A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
 last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is
 stable: within a label the lowest position is the lowest index. fp32 products are never TF32, whatever
-PyTorch's setting says: the winner must not hang on it.
+PyTorch's setting says: the winner must not depend on it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.epilogues import best
+from gssf_kernels.kernels.reductions import argmax, take_larger
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -36,25 +38,20 @@ def positives_kernel(
             u = tl.load(x + row[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BN, BK]
             v = tl.load(x + col[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BM, BK]
             s = tl.dot(u, v.T, s, input_precision="ieee")
-        met = (q[None, :] >= first[:, None]) & (q[None, :] < end[:, None]) & (q[None, :] != p[:, None])
-        new_score, new_position = best(tl.where(met, -s, float("-inf")), q[None, :], 1)
-        better = (new_score > score) | ((new_score != new_score) & (score == score))  # later tiles win no tie
-        position = tl.where(better, new_position, position)
-        score = tl.where(better, new_score, score)
+        positive = (q[None, :] >= first[:, None]) & (q[None, :] < end[:, None]) & (q[None, :] != p[:, None])
+        new_score, new_position = argmax(tl.where(positive, -s, float("-inf")), q[None, :], 1)
+        score, position = take_larger(score, position, new_score, new_position)
     winner = tl.load(order + position, mask=position >= 0, other=-1)
     tl.store(place + row, winner, mask=p < N)
 
 
-def hardest_positives(x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return place [N] int64: the lowest index on ties, the first NaN if there is one, -1 for none below +inf.
+def hardest_positives(call: Any, plan: Any) -> torch.Tensor:
+    """Return the indices [N] int64: the lowest on ties, of the first NaN if there is one, -1 for none below +inf.
 
-    x: [N, D] fp32, bf16 or fp16
-    labels: [N] int64
-
-    Raises TypeError for other dtypes.
+    Raises TypeError unless x is fp32, bf16 or fp16.
     """
+    x, labels = operands.rows(call.x), call.labels
     operands.check_dtype("hardest_positives", x)
-    x = operands.rows(x)
     N, D = x.shape
     place = labels.new_empty(N)
     if N > 0:

@@ -5,19 +5,18 @@ Backward, by the same kernel with blocks transposed and h = dL/dx̂:
     dx = (h − x̂ ⟨x̂, h⟩) / ‖x‖,  ddiag = Σ_n x̂ ∘ grad,  dblocks[g] = Σ_n q_gᵀ grad_g
 
 Seen along the permutation, blocks is a band of the [D, D] matrix W with W[u, v] = blocks[u // b, u % b, v % b] where
-u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any block size takes the same path. Places
-in blocks are 32-bit: 2³¹ numbers and more are declined (NotImplemented).
+u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any block size takes the same path. Indices
+into blocks are 32-bit: fewer than 2³¹ numbers.
 """
 
 from __future__ import annotations
 
-from types import NotImplementedType
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels import plan
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.pairs import pair_scores, scan, segment_sum
 
@@ -65,20 +64,20 @@ def mixed(
 
 
 @triton.jit
-def besides(more, i, at, inside, D):
-    """more [N, D] at rows i and channels at, fp32."""
-    return tl.load(more + i[:, None] * D + at[None, :], mask=inside, other=0.0).to(tl.float32)
+def load_addend(addend, i, at, inside, D):
+    """addend [N, D] at rows i and channels at, fp32."""
+    return tl.load(addend + i[:, None] * D + at[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def project_rows(
-    x, grad, more, out, diag, blocks, permutation, lengths, x_stride, grad_stride, N, D, eps, which, piece, pieces,
+    x, grad, addend, out, diag, blocks, permutation, lengths, x_stride, grad_stride, N, D, eps, which, piece, pieces,
     B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
     BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """BN rows of p of x, or with BACKWARD of dx of grad: one of several pieces of their channels. TRANSPOSED: by Wᵀ.
 
-    lengths [N] gets what rows are divided by, and more [N, D] is what x̂ gets besides, where they are not None.
+    lengths [N] is set to what rows are divided by, and addend [N, D] is added to the gradient of x̂, where not None.
     """
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
@@ -101,8 +100,8 @@ def project_rows(
             squares += tl.sum(y * y, 1)
             if BACKWARD:
                 h = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
-                if more is not None:
-                    h += besides(more, i, at, inside[:, None] & (c < D)[None, :], D)
+                if addend is not None:
+                    h += load_addend(addend, i, at, inside[:, None] & (c < D)[None, :], D)
                 inner += tl.sum(y * h, 1)
     norm = tl.sqrt(squares)
     divisor = tl.where(norm < eps, eps, norm)[:, None]  # a NaN stays
@@ -113,8 +112,8 @@ def project_rows(
         c = c0 + tl.arange(0, BC)
         at = channels(permutation, c, D)
         t = mixed(source, row, inside, c0, diag, blocks, permutation, D, B, BN, BC, PRECISION, TRANSPOSED)
-        if more is not None:
-            t += besides(more, i, at, inside[:, None] & (c < D)[None, :], D)
+        if addend is not None:
+            t += load_addend(addend, i, at, inside[:, None] & (c < D)[None, :], D)
         if NORMALIZE:
             if BACKWARD:
                 y = tl.load(x + x_row[:, None] + at[None, :], mask=inside[:, None] & (c < D)[None, :], other=0.0)
@@ -204,9 +203,9 @@ def row_divisors(x, row, inside, D, eps, BN: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def pair_rows(
-    x, y, pair, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
+def positive_rows(
+    x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
     """The scores of BN pairs (i, i), of factors rounded as they are stored."""
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
@@ -226,81 +225,96 @@ def pair_rows(
             other = (other.to(tl.float32) / y_length).to(y.dtype.element_ty)
         p = tl.where((c < D)[None, :], p.to(x.dtype.element_ty).to(tl.float32), 0.0)
         total += tl.sum(p * other.to(tl.float32), 1)
-    tl.store(pair + i, total, mask=inside)
+    tl.store(positive_score + i, total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M"])
 def sides_kernel(
-    x, y, above, below, x_out, y_out, pair, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
+    x, y, dp, dunit, x_out, y_out, positive_score, diag, blocks, permutation, norm, ddiag, dblocks, x_stride, y_stride,
     N, M, D: tl.int32, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, WEIGHTED: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """x̂ W and ŷ; or with BACKWARD dx of above, dy of below and the parameters' gradients. None for what is not wanted.
+    """x̂ W and ŷ; or with BACKWARD dx, dy and the parameters' gradients, of dp and dunit. None for what is not wanted.
 
     Programs for the rows of x, then of y, by the second index in pieces; then for the parameters, each for all rows, or
-    for the pairs' scores. norm [N]: the lengths of x, written forward and read backward. WEIGHTED: below is the
-    gradient of ŷ Wᵀ, not of ŷ. Backward without y: x is both, and dx of above and below.
+    for the positives' scores. norm [N]: the lengths of x, written forward and read backward. WEIGHTED: dunit is the
+    gradient of ŷ Wᵀ, not of ŷ. Backward without y: x is both, and dx is that of dp and dunit.
     """
     p, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     of_x = tl.cdiv(N, BN) if x_out is not None else 0
     of_y = tl.cdiv(M, BN) if y_out is not None else 0
     if x_out is not None and p < of_x:
         project_rows(
-            x, above, below if y is None else None, x_out, diag, blocks, permutation, None if BACKWARD else norm,
+            x, dp, dunit if y is None else None, x_out, diag, blocks, permutation, None if BACKWARD else norm,
             x_stride, D, N, D, eps, p, piece, pieces, B, BN, BC, PRECISION, NORMALIZE, BACKWARD, BACKWARD,
         )  # fmt: skip
     if y_out is not None and (p >= of_x) & (p < of_x + of_y):
         if WEIGHTED:  # y's rows go through W where x's go through its transpose
             project_rows(
-                y, below, None, y_out, diag, blocks, permutation, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                y, dunit, None, y_out, diag, blocks, permutation, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
                 B, BN, BC, PRECISION, NORMALIZE, True, False,
             )  # fmt: skip
         else:
             project_rows(
-                y, below, None, y_out, None, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                y, dunit, None, y_out, None, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
                 B, BN, BC, PRECISION, NORMALIZE, BACKWARD, False,
             )  # fmt: skip
-    if pair is not None and p >= of_x + of_y:
+    if positive_score is not None and p >= of_x + of_y:
         q = (p - of_x - of_y) * pieces + piece
         if q < tl.cdiv(N, BN):
-            pair_rows(
-                x, y, pair, diag, blocks, permutation, x_stride, y_stride, N, D, eps, q,
+            positive_rows(
+                x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, q,
                 B, BN, BC, PRECISION, NORMALIZE,
             )  # fmt: skip
     if (ddiag is not None or dblocks is not None) and p >= of_x + of_y:
         q, split = (p - of_x - of_y) * pieces + piece, tl.full([], 0, tl.int64)
         if q < tl.cdiv(D, BC) * SPANS:
             sum_parameters(
-                x, above, norm, permutation, ddiag, dblocks, x_stride, D, N, D, q // SPANS, q % SPANS, split, N,
+                x, dp, norm, permutation, ddiag, dblocks, x_stride, D, N, D, q // SPANS, q % SPANS, split, N,
                 B, BN, BC, PRECISION,
             )  # fmt: skip
 
 
-def too_many(blocks: torch.Tensor | None) -> bool:
-    """Whether blocks hold more numbers than 32-bit places reach."""
-    return blocks is not None and blocks.numel() >= 1 << 31
+class Weights(NamedTuple):
+    """What a side is multiplied by, and whether its rows are divided by their lengths first."""
+
+    diag: torch.Tensor | None
+    blocks: torch.Tensor | None
+    permutation: torch.Tensor | None
+    normalize: bool
+
+    @classmethod
+    def of(cls, call: Any) -> Weights:
+        diag, blocks, permutation = operands.contiguous(call.diag, call.blocks, call.permutation)
+        return cls(diag, blocks, permutation, call.normalize)
+
+    @property
+    def block_size(self) -> int:
+        return self.blocks.shape[1] if self.blocks is not None else 1
+
+    def transposed(self) -> Weights:
+        return self._replace(blocks=self.blocks.mT.contiguous() if self.blocks is not None else None)
 
 
-def launch_project(
-    x: torch.Tensor,
-    grad: torch.Tensor | None,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-) -> torch.Tensor:
-    """p of x, or where grad is given dx of grad; all contiguous along channels."""
+NORMALIZED = Weights(None, None, None, True)  # x̂ alone
+
+
+def precision(x: torch.Tensor) -> str:
+    return "ieee" if tiles.kind(x.dtype) == "ieee" else "tf32"
+
+
+def launch_project(x: torch.Tensor, grad: torch.Tensor | None, weights: Weights) -> torch.Tensor:
+    """p of x, or with grad dx of grad; all contiguous along channels."""
     N, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    block_size = blocks.shape[1] if blocks is not None else 1
     tile = tiles.project_tile(x.dtype)
     programs, pieces = triton.cdiv(N, tile.BN), min(triton.cdiv(D, tile.BC), tiles.GRID_SECOND)
-    if normalize:  # every program reads whole rows for their norms: no more of them than fill a card
+    if weights.normalize:  # every program reads whole rows for their norms: no more of them than fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
     project_kernel[(programs, pieces)](
-        x, grad, out, diag, blocks, permutation, x.stride(0), grad.stride(0) if grad is not None else 0,
-        N, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        NORMALIZE=normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
+        x, grad, out, weights.diag, weights.blocks, weights.permutation, x.stride(0),
+        grad.stride(0) if grad is not None else 0, N, D, EPS, B=weights.block_size, BN=tile.BN, BC=tile.BC,
+        PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
         **tiles.most_registers(D, mixed=grad is not None and grad.dtype != x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -315,14 +329,10 @@ def spans(D: int, block_size: int, BC: int) -> int:
 
 
 def launch_parameters(
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
+    x: torch.Tensor, grad: torch.Tensor, weights: Weights, of_diag: bool, of_blocks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ddiag, dblocks), each empty where its parameter is None; sums over fixed shares of the rows, then over them."""
+    """(ddiag, dblocks), each empty where it is not wanted; sums over fixed shares of the rows, then over the shares."""
+    diag, blocks = weights.diag if of_diag else None, weights.blocks if of_blocks else None
     if diag is None and blocks is None:
         return x.new_empty(0), x.new_empty(0)
     N, D = x.shape
@@ -332,15 +342,12 @@ def launch_parameters(
     columns, pieces = triton.cdiv(D, BC), spans(D, block_size, BC)
     splits = max(1, min(tiles.TARGET_PROGRAMS // (columns * pieces), triton.cdiv(N, 4 * tile.BN)))
     share = triton.cdiv(triton.cdiv(N, splits), tile.BN) * tile.BN
-    norm = None
-    if normalize:
-        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
+    norm = row_lengths(x) if weights.normalize else None
     ddiag = x.new_empty(splits, D, dtype=torch.float32) if diag is not None else None
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
     parameter_kernel[(columns * pieces, splits)](
-        x, grad, norm, permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
-        B=block_size, BR=tile.BN, BC=BC, PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32",
-        **tiles.most_registers(D),
+        x, grad, norm, weights.permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
+        B=block_size, BR=tile.BN, BC=BC, PRECISION=precision(x), **tiles.most_registers(D),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return (
@@ -349,239 +356,164 @@ def launch_parameters(
     )
 
 
+def row_lengths(x: torch.Tensor) -> torch.Tensor:
+    """What the rows of x are divided by, fp32."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
+
+
 def launch_sides(
     x: torch.Tensor,
     y: torch.Tensor | None,
-    above: torch.Tensor | None,
-    below: torch.Tensor | None,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    backward: bool,
+    weights: Weights,
     wanted: tuple[bool, bool, bool, bool],
+    gradients: tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
     norm: torch.Tensor | None = None,
-    pair: torch.Tensor | None = None,
+    positive_score: torch.Tensor | None = None,
     weighted: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """(p of x, ŷ), or with backward (dx, dy, ddiag, dblocks), empty where wanted says no; one launch.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(p of x, ŷ), or with gradients (dp, dunit) (dx, dy, ddiag, dblocks), empty where wanted says no; one launch.
 
-    above, below: contiguous; norm: the lengths of x [N], written, or read where parameters are wanted and normalize is
-    pair: [N] fp32, gets the pairs' scores; weighted: below is the gradient of ŷ Wᵀ, not of ŷ
+    norm: the lengths of x [N], written, or read where parameters are wanted and normalize is
+    positive_score: [N] fp32, is set to the scores of the pairs (i, i); weighted: dunit is the gradient of ŷ Wᵀ
     y: None backward where x is both
     """
     (N, D), M = x.shape, len(y) if y is not None else 0
-    given = (x, y, diag, blocks)
     out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
-           for t, want in zip(given, wanted, strict=True)]  # fmt: skip
-    block_size = blocks.shape[1] if blocks is not None else 1
+           for t, want in zip((x, y, weights.diag, weights.blocks), wanted, strict=True)]  # fmt: skip
+    dp, dunit = operands.contiguous(*gradients) if gradients else (None, None)
     tile = tiles.project_tile(x.dtype)
     programs = sum(triton.cdiv(len(t), tile.BN) for t in out[:2] if t is not None)
     columns = triton.cdiv(D, tile.BC)
-    most = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if normalize else tiles.GRID_SECOND
+    most = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if weights.normalize else tiles.GRID_SECOND
     pieces = min(columns, most)
-    across = spans(D, block_size, tile.BC)
+    across = spans(D, weights.block_size, tile.BC)
     programs += triton.cdiv(columns * across, pieces) if any(t is not None for t in out[2:]) else 0
-    programs += triton.cdiv(triton.cdiv(N, tile.BN), pieces) if pair is not None else 0
+    programs += triton.cdiv(triton.cdiv(N, tile.BN), pieces) if positive_score is not None else 0
     if programs:
         sides_kernel[(programs, pieces)](
-            x, y, above, below, *out[:2], pair, diag, blocks, permutation, norm, *out[2:],
-            x.stride(0), y.stride(0) if y is not None else 0, N, M, D, EPS, B=block_size, BN=tile.BN, BC=tile.BC,
-            PRECISION="ieee" if tiles.kind(x.dtype) == "ieee" else "tf32", NORMALIZE=normalize, BACKWARD=backward,
+            x, y, dp, dunit, *out[:2], positive_score, weights.diag, weights.blocks, weights.permutation, norm,
+            *out[2:], x.stride(0), y.stride(0) if y is not None else 0, N, M, D, EPS, B=weights.block_size, BN=tile.BN,
+            BC=tile.BC, PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=gradients is not None,
             WEIGHTED=weighted, SPANS=across,
             maxnreg=255,  # which keeps ptxas from spilling a value to fit in one block more
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return tuple(x.new_empty(0) if t is None else t for t in out)
+    first, second, ddiag, dblocks = (x.new_empty(0) if t is None else t for t in out)
+    return first, second, ddiag, dblocks
 
 
-def project_sides(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool = True,
-    pairs: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return (p of x [N, D], ŷ [M, D], the lengths of x [N], the pairs' scores [N]) in one launch.
+def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (p [N, D], ŷ [M, D], the lengths of x [N], the scores of the pairs (i, i) [N]).
 
-    The last two are fp32. ŷ and the lengths are empty without normalize, the pairs without pairs; with them M >= N. The
-    rest as for `project`.
-
-    Raises TypeError for other dtypes. Pairs of more than `plan.SMALL` scores take a launch of their own.
+    p and ŷ are summed in fp32 and rounded once, to the dtypes of x and y; the others are fp32. ŷ and the lengths are
+    empty without normalize or y, the scores without pairs. Raises TypeError unless x and y are fp32, bf16 or fp16.
     """
-    operands.check_dtype("project_sides", x, y)
-    if too_many(blocks):
-        return NotImplemented
-    N, M = len(x), len(y)
-    apart = pairs and N * M > plan.SMALL
-    pairs = pairs and not apart
-    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
-    x, y = operands.rows(x), operands.rows(y)
-    norm, pair = (x.new_empty(N if some else 0, dtype=torch.float32) for some in (normalize, pairs))
+    operands.check_dtype("project", *(t for t in (call.x, call.y) if t is not None))
+    weights, x = Weights.of(call), operands.rows(call.x)
+    if call.y is None:
+        with torch.cuda.device_of(x):
+            p = launch_project(x, None, weights)
+        return p, x.new_empty(0), x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    y, N = operands.rows(call.y), len(x)
+    together = call.pairs and plan.route == "small"
+    norm, positive_score = (
+        x.new_empty(N if kept else 0, dtype=torch.float32) for kept in (weights.normalize, together)
+    )
     with torch.cuda.device_of(x):
         p, unit, *_ = launch_sides(
-            x, y, None, None, diag, blocks, permutation, normalize, False, (True, normalize, False, False),
-            norm if normalize else None, pair if pairs else None,
+            x, y, weights, (True, weights.normalize, False, False), norm=norm if weights.normalize else None,
+            positive_score=positive_score if together else None,
         )  # fmt: skip
-    return p, unit, norm, pair_scores(p, unit if normalize else y, None, None) if apart else pair
+    if call.pairs and not together:
+        positive_score = pair_scores(p, unit if weights.normalize else y, None, None)
+    return p, unit, norm, positive_score
 
 
-def project_sides_backward(
-    dp: torch.Tensor | None,
-    dunit: torch.Tensor | None,
-    norm: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor | None,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return (dx, dy, ddiag, dblocks) of dp [N, D] and dunit [M, D], what p and ŷ get, in one launch.
+def project_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dx, dy, ddiag, dblocks), in their tensors' dtypes, of the gradients dp of p and dunit of ŷ.
 
-    norm: [N] fp32, the lengths of x; y: None where x is both, and dx then of dp and dunit
-    needs: for x, y, diag, blocks; empty where it says no, and where there is nothing to make it of; the rest as for
-    `project`
-
-    Raises TypeError for other dtypes. Declines more than `plan.SCAN_ROWS` rows of x, whose sums have to be split, and
-    one side twice of which but one factor is used.
+    Empty where needs says no, and where there is nothing to make it of. Raises TypeError for fp64.
     """
-    operands.check_dtype("project_sides_backward", x)
-    if not 0 < len(x) <= plan.SCAN_ROWS or (y is None and (dp is None or dunit is None)) or too_many(blocks):
-        return NotImplemented
-    x, y = operands.rows(x), operands.rows(y) if y is not None else None
-    above, below, diag, blocks, permutation = operands.contiguous(dp, dunit, diag, blocks, permutation)
-    of_x = dp is not None
-    wanted = of_x and needs[0], dunit is not None and normalize and needs[1], of_x and needs[2], of_x and needs[3]
+    operands.check_dtype("project_backward", *(t for t in (call.x, call.dp, call.dunit) if t is not None))
+    weights, needs, dp = Weights.of(call), call.needs, call.dp
+    x, y = operands.rows(call.x), operands.rows(call.y) if call.y is not None else None
+    dunit = call.dunit if weights.normalize else None
+    if plan.route == "small":
+        of_x = dp is not None
+        wanted = of_x and needs[0], dunit is not None and needs[1], of_x and needs[2], of_x and needs[3]
+        with torch.cuda.device_of(x):
+            return launch_sides(x, y, weights, wanted, (dp, dunit), norm=call.norm if weights.normalize else None)
+    dx, dy, ddiag, dblocks = (x.new_empty(0) for _ in range(4))
     with torch.cuda.device_of(x):
-        found = launch_sides(
-            x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm if normalize else None
-        )
-    dx, dy, ddiag, dblocks = found
+        if dp is not None:
+            dx, ddiag, dblocks = side_backward(x, dp, weights, (needs[0], needs[2], needs[3]))
+        if dunit is not None and needs[0 if y is None else 1]:
+            of_unit = launch_project(x if y is None else y, operands.rows(dunit), NORMALIZED)
+            if y is not None:
+                dy = of_unit
+            else:
+                dx = of_unit if dp is None else dx + of_unit
     return dx, dy, ddiag, dblocks
 
 
-def project(
-    x: torch.Tensor,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-) -> torch.Tensor | NotImplementedType:
-    """Return p [N, D] in the dtype of x, summed in fp32 and rounded once.
+def side_backward(
+    x: torch.Tensor, grad: torch.Tensor, weights: Weights, needs: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, ddiag, dblocks) of the gradient of x̂ W, each empty where needs says no."""
+    grad = operands.rows(grad)
+    dx = launch_project(x, grad, weights) if needs[0] else x.new_empty(0)
+    return dx, *launch_parameters(x, grad, weights, needs[1], needs[2])
 
-    x: [N, D] fp32, bf16 or fp16
-    diag, blocks: [D], [D / b, b, b] floating, or None; both None: p = x̂
-    permutation: [D] int64 or None
-    normalize: whether x̂ = x / max(‖x‖, 1e-12), else x̂ = x
 
-    Raises TypeError for other dtypes.
+def pairs_backward(
+    edges: tuple[torch.Tensor, torch.Tensor, torch.Tensor], x: torch.Tensor, y: torch.Tensor, weights: Weights,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`side_backward` of the gradient Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]] of row i, gathered in fp32.
+
+    edges: (grad [E] fp32, rows [E], cols [E]), -1 for none
     """
-    operands.check_dtype("project", x)
-    if too_many(blocks):
-        return NotImplemented
-    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
-    with torch.cuda.device_of(x):
-        return launch_project(operands.rows(x), None, diag, blocks, permutation, normalize)
+    grad, rows, cols = edges
+    if weights.normalize and len(y):
+        grad = torch.where(grad == 0, 0.0, grad / row_lengths(y)[cols.clamp_min(0)])  # a zero edge stays one
+    gathered = segment_sum(grad.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
+    return side_backward(x, gathered, weights, needs)
 
 
-def project_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return (dx [N, D], ddiag [D], dblocks [D / b, b, b]), each empty where needs says no.
+def hardest_negatives_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (dx, dy, ddiag, dblocks) of the scores x̂ W ŷᵀ at (i, i), (i, row_index[i]) and (col_index[j], j).
 
-    grad: [N, D], the gradient of p; needs: for x, diag, blocks; the rest as for `project`
-
-    Raises TypeError for other dtypes.
+    Without weights and normalize of x yᵀ. Empty where needs says no. Few rows look for their pairs themselves; of more
+    the pairs are sorted. Raises TypeError unless gradients and sides are fp32, bf16 or fp16.
     """
-    operands.check_dtype("project_backward", grad, x)
-    if too_many(blocks):
-        return NotImplemented
-    x, grad = operands.rows(x), operands.rows(grad)
-    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
+    operands.check_dtype("hardest_negatives_backward", call.dpositive, call.drow, call.dcol, call.x, call.y)
+    weights, needs = Weights.of(call), call.needs
+    x, y = operands.rows(call.x), operands.rows(call.y)
+    plain = weights.diag is None and weights.blocks is None and not weights.normalize
+    ddiag, dblocks = x.new_empty(0), x.new_empty(0)
+    if plan.route == "small" and plain:
+        da, db = (t.new_empty(t.shape) if need else None for t, need in zip((x, y), needs, strict=False))
+        scan(call, x, y, da, db)
+        return da if da is not None else x.new_empty(0), db if db is not None else y.new_empty(0), ddiag, dblocks
+    if plan.route == "small":
+        learned = any(t is not None and need for t, need in zip(weights[:2], needs[2:], strict=True))
+        norm = x.new_empty(len(x), dtype=torch.float32) if weights.normalize and learned else None
+        dp = x.new_empty(x.shape, dtype=torch.float32) if needs[0] or learned else None
+        dunit = y.new_empty(y.shape, dtype=torch.float32) if needs[1] else None
+        with torch.cuda.device_of(x):
+            scan(call, x, y, dp, dunit, norm)
+            return launch_sides(x, y, weights, tuple(needs), (dp, dunit), norm=norm, weighted=True)
+    i, j = torch.arange(len(x), device=x.device), torch.arange(len(y), device=x.device)
+    rows, cols = torch.cat((i, i, call.col_index)), torch.cat((i, call.row_index, j))
+    grad = torch.cat((call.dpositive, call.drow, call.dcol))
+    dx, dy = x.new_empty(0), y.new_empty(0)
     with torch.cuda.device_of(x):
-        dx = launch_project(x, grad, diag, blocks, permutation, normalize) if needs[0] else x.new_empty(0)
-        ddiag, dblocks = launch_parameters(
-            x, grad, permutation, normalize, diag if needs[1] else None, blocks if needs[2] else None
-        )
-    return dx, ddiag, dblocks
-
-
-def pairs_project_backward(
-    grad: torch.Tensor,
-    rows: torch.Tensor,
-    cols: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """`project_backward` of x for the gradient dp[i] = Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]], gathered in fp32.
-
-    grad: [E] fp32; rows, cols: [E] int64, -1 for no edge
-    y: [M, D] as x; ŷ as x̂, by normalize
-
-    Raises TypeError for other dtypes.
-    """
-    operands.check_dtype("pairs_project_backward", grad, x, y)
-    if too_many(blocks):
-        return NotImplemented
-    rows, cols, y = rows.contiguous(), cols.contiguous(), operands.rows(y)
-    with torch.cuda.device_of(x):
-        if normalize and len(y):
-            norm = torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).clamp_min_(EPS)
-            grad = torch.where(grad == 0, 0.0, grad / norm[cols.clamp_min(0)])  # a zero edge stays one
-        upstream = segment_sum(grad.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
-    return project_backward(upstream, x, diag, blocks, permutation, normalize, needs)
-
-
-def hardest_project_backward(
-    dpair: torch.Tensor,
-    drow: torch.Tensor,
-    dcol: torch.Tensor,
-    row_index: torch.Tensor,
-    col_index: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    diag: torch.Tensor | None,
-    blocks: torch.Tensor | None,
-    permutation: torch.Tensor | None,
-    normalize: bool,
-    needs: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | NotImplementedType:
-    """Return (dx, dy, ddiag, dblocks) of x̂ W ŷᵀ at the pairs (i, i), (i, row_index[i]) and (col_index[j], j).
-
-    dpair, drow: [N] fp32; dcol: [M] fp32; row_index, col_index: [N], [M] int64, -1 for none; the rest as for `project`
-    needs: for x, y, diag, blocks; empty where it says no
-
-    Raises TypeError for other dtypes. Declines more than `plan.SCAN_ROWS` rows, whose edges have to be sorted.
-    """
-    operands.check_dtype("hardest_project_backward", dpair, drow, dcol, x, y)
-    if not 0 < len(x) <= len(y) <= plan.SCAN_ROWS or too_many(blocks):
-        return NotImplemented
-    x, y = operands.rows(x), operands.rows(y)
-    diag, blocks, permutation = operands.contiguous(diag, blocks, permutation)
-    some = any(t is not None and need for t, need in zip((diag, blocks), needs[2:], strict=True))
-    norm = x.new_empty(len(x), dtype=torch.float32) if normalize and some else None
-    above = x.new_empty(x.shape, dtype=torch.float32) if needs[0] or some else None
-    below = y.new_empty(y.shape, dtype=torch.float32) if needs[1] else None
-    with torch.cuda.device_of(x):
-        scan(dpair, drow, dcol, row_index, col_index, x, y, above, below, normalize, norm)
-        wanted = (needs[0], needs[1], needs[2], needs[3])
-        found = launch_sides(
-            x, y, above, below, diag, blocks, permutation, normalize, True, wanted, norm, weighted=True
-        )
-    dx, dy, ddiag, dblocks = found
+        if plain:
+            dx = segment_sum(grad, rows, cols, y, like=x) if needs[0] else dx
+            dy = segment_sum(grad, cols, rows, x, like=y) if needs[1] else dy
+            return dx, dy, ddiag, dblocks
+        if needs[0] or needs[2] or needs[3]:
+            dx, ddiag, dblocks = pairs_backward((grad, rows, cols), x, y, weights, (needs[0], needs[2], needs[3]))
+        if needs[1]:  # y's rows go through W where x's go through its transpose
+            dy, _, _ = pairs_backward((grad, cols, rows), y, x, weights.transposed(), (True, False, False))
     return dx, dy, ddiag, dblocks

@@ -11,15 +11,17 @@ Extra memory: that of `hardest`, with 12 bytes (14 without β) where it says 6.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from gssf_kernels.kernels import operands
-from gssf_kernels.kernels.epilogues import best, only_negatives, tile_lines
-from gssf_kernels.kernels.hardest import merge_kernel, nothing_found
+from gssf_kernels.kernels.epilogues import only_negatives, tile_lines
+from gssf_kernels.kernels.hardest import empty_results
+from gssf_kernels.kernels.reductions import argmax, merge_kernel
 from gssf_kernels.kernels.sweep import Sweep
-from gssf_kernels.plan import Scores
 
 
 @triton.jit
@@ -45,9 +47,9 @@ def close_terms(s, score, place, position, least, beta, axis: tl.constexpr):
 
 
 @triton.jit
-def store_line(line, at, score, place, total, counts, mask):
+def store_partial(partial, at, score, place, total, counts, mask):
     """The partial result of a tile's rows, or of its columns."""
-    scores, places, totals, all_counts = line
+    scores, places, totals, all_counts = partial
     tl.store(scores + at, score, mask=mask)
     tl.store(places + at, place.to(tl.int16), mask=mask)
     tl.store(totals + at, total, mask=mask)
@@ -56,21 +58,21 @@ def store_line(line, at, score, place, total, counts, mask):
 
 @triton.jit
 def relative_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's best negative of each row and column, and the terms of the others relative to it."""
-    a_ids, b_ids, threshold, beta, pair_score, rows, cols = state
-    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, pair_score, BN, BM)
+    """The tile's hardest negative of each row and column, and the terms of the others relative to it."""
+    a_ids, b_ids, threshold, beta, positive_score, rows, cols = state
+    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
     row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
     least = smallest(threshold)
 
     position = tl.arange(0, BM)[None, :]
-    score, place = best(s, position, 1)  # [BN]
+    score, place = argmax(s, position, 1)  # [BN]
     total, counts = close_terms(s, score, place, position, least, beta, 1)
-    store_line(rows, row_at, score, place, total, counts, None)
+    store_partial(rows, row_at, score, place, total, counts, None)
 
     position = tl.arange(0, BN)[:, None]
-    score, place = best(s, position, 0)  # [BM]
+    score, place = argmax(s, position, 0)  # [BM]
     total, counts = close_terms(s, score, place, position, least, beta, 0)
-    store_line(cols, col_at, score, place, total, counts, inside)
+    store_partial(cols, col_at, score, place, total, counts, inside)
 
 
 @triton.jit
@@ -88,11 +90,11 @@ def carried(total, count, ties, score, winner, top, least, beta):
 
 @triton.jit
 def collect(
-    total, count, ties, top, index, line, lane, length, parts, start, least, beta,
+    total, count, ties, top, index, partial, lane, length, parts, start, least, beta,
     WIDTH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(total, count, ties) [BL], relative to top at index, with those of the line's parts [parts, length] added."""
-    scores, _, sums, counts = line
+    """(total, count, ties) [BL], relative to top at index, with those of the parts [parts, length] added."""
+    scores, _, sums, counts = partial
     for p0 in range(0, parts, BP):
         p = p0 + tl.arange(0, BP)
         at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
@@ -120,7 +122,7 @@ def mean(total, count, ties, beta):
 
 
 @triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
-def terms_kernel(
+def relative_terms_kernel(
     rows, cols, threshold, beta, row_score, row_index, col_score, col_index, row_relative, col_relative, so_far,
     N, M, first, blocks, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
@@ -166,37 +168,25 @@ def terms_kernel(
         tl.store(all_ties + j, ties, mask=inside)
 
 
-def relative_negatives(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_ids: torch.Tensor | None,
-    b_ids: torch.Tensor | None,
-    threshold: torch.Tensor,
-    beta: float | None,
-) -> tuple[torch.Tensor, ...]:
-    """Return what `hardest_negatives` does, then r⁻ of the rows [N] and of the columns [M], fp32.
+def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+    """Return (positive_score, row_score, row_index, col_score, col_index), r⁻ of the rows [N] and of the columns [M].
 
-    a: [N, D] fp32, bf16 or fp16
-    b: [M, D] as a, M ≥ N
-    a_ids, b_ids: [N], [M] int64, or both None
-    threshold: 0-d floating tensor on the device of a, read there
-    beta: ≥ 0, or None for the mean of distances
-
-    Raises TypeError for other dtypes.
+    Scores and r⁻ are fp32. The threshold is read on the device. Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
+    a, b, a_ids, b_ids, threshold, beta = call
     operands.check_dtype("relative_negatives", a, b)
-    pair_score, *found = nothing_found(a, b)
+    positive_score, *results = empty_results(a, b)
     row_relative, col_relative = (x.new_zeros(len(x), dtype=torch.float32) for x in (a, b))
     if len(a) > 0:
         threshold = threshold.to(torch.float32)
         with torch.cuda.device_of(a):
-            sweep = Sweep(a, b, Scores(a, b).tile("sums"))
+            sweep = Sweep(a, b, plan.tile)
             rows, cols = sweep.partial_results(torch.float32, torch.int16, torch.float32, torch.int32)
             so_far = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
-            state = (*operands.contiguous(a_ids, b_ids), threshold, beta, pair_score, rows, cols)
+            state = (*operands.contiguous(a_ids, b_ids), threshold, beta, positive_score, rows, cols)
             for first, blocks in sweep.slabs():
                 sweep.run(relative_tile, state, first, blocks)
-                sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), *found)
+                sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), tuple(results), None)
                 relative = (row_relative, col_relative, so_far)
-                sweep.merge(terms_kernel, first, blocks, rows, cols, threshold, beta, *found, *relative)
-    return pair_score, *found, row_relative, col_relative
+                sweep.merge(relative_terms_kernel, first, blocks, rows, cols, threshold, beta, *results, *relative)
+    return positive_score, *results, row_relative, col_relative

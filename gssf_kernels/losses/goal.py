@@ -30,9 +30,8 @@ from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import paired_hardest_negatives, structured_terms
-from gssf_kernels.statistics.goal import PAIR, TRIPLET, Constants, anchor_weights, goal_terms
-from gssf_kernels.statistics.relative_goal import RELATIVE, relative_goal
+from gssf_kernels.statistics import hardest_terms, line_terms, paired_hardest_negatives
+from gssf_kernels.statistics.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 
 _NAMES = ("x", "y", "x_ids", "y_ids")
 
@@ -97,18 +96,18 @@ def goal_loss(
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
-    if relative is None:
-        if metric is None:
-            positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
-            lines = positive, hardest.row_score, hardest.col_score
-            terms = goal_terms(*lines, triplet, pair, constants, reduction)
-        else:
-            given = (x, y, x_ids, y_ids, "goal", (triplet, pair, *constants, reduction))
-            terms, positive, hardest = structured_terms(*given, names=_NAMES, metric=metric)
-        return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
-    mode = triplet, pair, relative, constants, reduction
-    terms, positive, hardest = relative_goal(x, y, x_ids, y_ids, *mode, names=_NAMES, metric=metric)
-    return (terms, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else terms
+    formula, numbers = f"goal {triplet} {pair}", [*constants]
+    if relative is None and metric is None:
+        positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+        statistics = positive_score, hardest.row_score, hardest.col_score
+        terms = line_terms(*statistics, formula, numbers, reduction)
+    else:
+        if relative is not None:
+            numbers += [relative.positive_threshold, relative.negative_threshold]
+        terms, positive_score, hardest = hardest_terms(
+            x, y, x_ids, y_ids, formula, numbers, reduction, names=_NAMES, metric=metric
+        )
+    return (terms, diagnose(x, y, 0.0, positive_score, hardest)) if diagnostics else terms
 
 
 def goal_weights(

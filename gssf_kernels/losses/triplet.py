@@ -16,7 +16,7 @@ from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, paired_factors
-from gssf_kernels.statistics import hinge_terms, paired_hardest_negatives, structured_terms
+from gssf_kernels.statistics import hardest_terms, hinge_terms, paired_hardest_negatives
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -92,8 +92,8 @@ def triplet_loss(
         positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
     else:
-        given = (x, y, x_ids, y_ids, "hinge", (margin, reduction))
-        loss, positive, hardest = structured_terms(*given, names=_NAMES, metric=metric)
+        options = ("hinge", [margin], reduction)
+        loss, positive, hardest = hardest_terms(x, y, x_ids, y_ids, *options, names=_NAMES, metric=metric)
     return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
 
 

@@ -1,33 +1,35 @@
-"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, reference, autograd."""
+"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, composite, autograd."""
 
+from gssf_kernels.statistics import hopper as _hopper  # noqa: F401 (registers its op)
 from gssf_kernels.statistics.batch_hard import batch_hard_terms
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
     paired_relative_negatives,
     rescored_candidates,
-    structured_terms,
 )
+from gssf_kernels.statistics.hardest_terms import hardest_terms
 from gssf_kernels.statistics.info_nce import contrast_loss
 from gssf_kernels.statistics.logsumexp import logsumexp_scores
 from gssf_kernels.statistics.pairs import pair_scores
 from gssf_kernels.statistics.positives import hardest_positives
 from gssf_kernels.statistics.relative import relative_positives
 from gssf_kernels.statistics.sums import sum_scores
-from gssf_kernels.statistics.terms import hinge_terms
+from gssf_kernels.statistics.terms import hinge_terms, line_terms
 
 __all__ = [
     "batch_hard_terms",
     "contrast_loss",
     "hardest_negatives",
     "hardest_positives",
+    "hardest_terms",
     "hinge_terms",
+    "line_terms",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",
     "paired_relative_negatives",
     "relative_positives",
     "rescored_candidates",
-    "structured_terms",
     "sum_scores",
 ]

@@ -4,17 +4,37 @@
 
 Rows without a positive or without a negative give 0. Its gradient is one sum over the edges of both ends:
 
-    dx_i = Σ_{edges (i, j) or (j, i)} ± g x_j,    edges (i, place of n_i) by +g_i and (i, place of p_i) by −g_i
+    dx_i = Σ_{edges (i, j) or (j, i)} ± g x_j,    edges (i, index of n_i) by +g_i and (i, index of p_i) by −g_i
 
 Source of the statistic: batch-hard, arXiv 1703.07737.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gssf_kernels import reference
-from gssf_kernels._library import Function, define, last_derivative
+from gssf_kernels import plan, reference
+from gssf_kernels._library import Function, last_derivative, register
 from gssf_kernels.precision import accumulation_dtype
+
+
+class BatchHardCall(NamedTuple):
+    x: Tensor
+    labels: Tensor
+    margin: float
+    reduction: str
+
+
+class BatchHardBackwardCall(NamedTuple):
+    grad: Tensor
+    positive: Tensor
+    negative: Tensor
+    positive_index: Tensor
+    negative_index: Tensor
+    x: Tensor
+    margin: float
+    reduction: str
 
 
 def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
@@ -30,10 +50,10 @@ class _BatchHard(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, _, ctx.margin, ctx.reduction = inputs
-        _, *found = output
-        ctx.mark_non_differentiable(*found)
+        _, *statistics = output
+        ctx.mark_non_differentiable(*statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*found, x)
+        ctx.save_for_backward(*statistics, x)
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -43,53 +63,62 @@ class _BatchHard(Function):
         return last_derivative(op, grad, *ctx.saved_tensors, ctx.margin, ctx.reduction), None, None, None
 
 
-def _whole(positive_place, negative):
-    return (positive_place >= 0) & (negative != -torch.inf)
+def _valid(positive_index, negative):
+    """Which rows have both."""
+    return (positive_index >= 0) & (negative != -torch.inf)
 
 
-def _reference(x, labels, margin, reduction):
-    _, negative, negative_place, *_ = torch.ops.gssf.hardest_negatives(x, x, labels, labels)
-    positive_place = torch.ops.gssf.hardest_positives(x, labels)
+def _batch_hard(call):
+    x, labels, margin, reduction = call
+    _, negative, negative_index, *_ = torch.ops.gssf.hardest_negatives(x, x, labels, labels)
+    positive_index = torch.ops.gssf.hardest_positives(x, labels)
     i = torch.arange(x.shape[0], device=x.device)
-    positive = torch.ops.gssf.pair_scores(x, x, i, positive_place)
-    whole = _whole(positive_place, negative)
-    p, n = torch.where(whole, positive, 0), torch.where(whole, negative, 0)
-    loss = reference.reduce(torch.where(whole, reference.hinge(margin + n - p), 0), reduction)
-    return loss.clone(), positive, negative, positive_place, negative_place
+    positive = torch.ops.gssf.pair_scores(x, x, i, positive_index)
+    valid = _valid(positive_index, negative)
+    p, n = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
+    loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
+    return loss.clone(), positive, negative, positive_index, negative_index
 
 
-def _reference_backward(grad, positive, negative, positive_place, negative_place, x, margin, reduction):
+def _batch_hard_backward(call):
+    grad, positive, negative, positive_index, negative_index, x, margin, reduction = call
     count = x.shape[0]
     grad = grad / max(count, 1) if reduction == "mean" else grad
-    active = _whole(positive_place, negative) & ~(margin + negative - positive < 0)
+    active = _valid(positive_index, negative) & ~(margin + negative - positive < 0)
     weight, i = torch.where(active, grad, 0), torch.arange(count, device=x.device)
-    near, far = torch.cat((i, i)), torch.cat((negative_place, positive_place))
-    edges = torch.cat((weight, -weight)).repeat(2), torch.cat((near, far)), torch.cat((far, near))
+    rows, cols = torch.cat((i, i)), torch.cat((negative_index, positive_index))
+    edges = torch.cat((weight, -weight)).repeat(2), torch.cat((rows, cols)), torch.cat((cols, rows))
     return torch.ops.gssf.pair_scores_backward(*edges, x, x, [True, False])[0]
 
 
-def _fake(x, labels, margin, reduction):
-    line = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-    loss = line.new_empty(line.shape if reduction == "none" else ())
-    return loss, line, torch.empty_like(line), labels.new_empty(labels.shape), labels.new_empty(labels.shape)
+def _fake_batch_hard(call):
+    positive = call.x.new_empty(call.x.shape[0], dtype=accumulation_dtype(call.x.dtype))
+    loss = positive.new_empty(positive.shape if call.reduction == "none" else ())
+    indices = (call.labels.new_empty(call.labels.shape) for _ in range(2))
+    return loss, positive, torch.empty_like(positive), *indices
 
 
-def _fake_backward(grad, positive, negative, positive_place, negative_place, x, margin, reduction):
-    return x.new_empty(x.shape)
+def _fake_batch_hard_backward(call):
+    return call.x.new_empty(call.x.shape)
 
 
-define(
-    "batch_hard(Tensor x, Tensor labels, float margin, str reduction) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference,
-    fake=_fake,
+register(
+    "batch_hard",
+    BatchHardCall,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    composite=_batch_hard,
+    fake=_fake_batch_hard,
+    launcher="batch_hard.batch_hard",
+    plans=plan.batch_hard,
     through="hardest_negatives",
-    triton="batch_hard.batch_hard",
 )
-define(
-    "batch_hard_backward(Tensor grad, Tensor positive, Tensor negative, Tensor positive_place, Tensor negative_place, "
-    "Tensor x, float margin, str reduction) -> Tensor",
-    reference=_reference_backward,
-    fake=_fake_backward,
+register(
+    "batch_hard_backward",
+    BatchHardBackwardCall,
+    "Tensor",
+    composite=_batch_hard_backward,
+    fake=_fake_batch_hard_backward,
+    launcher="batch_hard.batch_hard_backward",
+    plans=plan.few_rows(lambda call: call.x),
     through="pair_scores_backward",
-    triton="batch_hard.batch_hard_backward",
 )

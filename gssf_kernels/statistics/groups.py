@@ -1,9 +1,9 @@
 """Sums over rows of equal id: what the positives of a loss with ids add up to, in O((N + M) D).
 
-    own_i = Σ_{k: id_k = id_i} values_k
+    out_i = Σ_{k: id_k = id_i} values_k
 
-Rows are sorted by id and each group sums its own, in order: no float atomics, so the same inputs give the same bits,
-and nothing waits for a GPU.
+Rows are sorted by id and each group's are summed in order: no float atomics, so the same inputs give the same bits,
+and it never synchronises.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from gssf_kernels._library import Function, last_derivative
 
 
 class Groups(NamedTuple):
-    """Places of ids in a table of ``slots`` groups: those of the first side [N], those of the second [M], or -1."""
+    """The group, of ``slots`` there are, of each id of the first side [N] and of the second [M], or -1."""
 
     rows: Tensor
     cols: Tensor
@@ -48,7 +48,7 @@ def groups(a_ids: Tensor, b_ids: Tensor) -> Groups:
 
 
 def group_sums(values: Tensor, source: Tensor, target: Tensor, slots: int) -> Tensor:
-    """``out_i = Σ_{k: source_k = target_i} values_k`` [T, D] of values [K, D], source [K], target [T]; -1 is nobody."""
+    """``out_i = Σ_{k: source_k = target_i} values_k`` [T, D] of values [K, D], source [K], target [T]; -1 for none."""
     return _GroupSums.apply(values, source, target, slots)
 
 
@@ -78,6 +78,6 @@ def _sums(values, source, target, slots):
 
 
 def _gather(table: Tensor, slots: Tensor) -> Tensor:
-    found = table[slots.clamp_min(0)]
+    rows = table[slots.clamp_min(0)]
     missing = (slots < 0).view(-1, *[1] * (table.dim() - 1))
-    return found.masked_fill_(missing, 0)
+    return rows.masked_fill_(missing, 0)

@@ -131,7 +131,7 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
         col_target = torch.lerp(col_target, kappa * _mean_scores(b[:count], a), call.epsilon)
     shared = None if col_target is row_target else col_target
     of_columns = (*cols, shared) if call.symmetric else (None, None, None)
-    loss = torch.ops.gssf.contrast_terms(*rows, row_target, *of_columns, call.reduction)
+    loss = torch.ops.gssf.line_terms("contrast", [*rows, row_target, *of_columns], [], call.reduction)
     return loss, *statistics, row_count, col_count, kept
 
 
@@ -141,8 +141,9 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
         da, db, dscale = _backward(call._replace(scale=kappa, constant=1.0))
         return da, db, dscale * kappa if call.needs[2] else dscale
     plain = call.a_ids is None and not call.epsilon
-    op, of_cols = torch.ops.gssf.contrast_terms_backward, call.col_log if call.symmetric else None
-    drow, dtarget, dcol = op(call.grad_out, call.row_log, of_cols, call.symmetric and plain, call.reduction)
+    of_columns = (None, call.col_log if call.symmetric else None, None if plain else call.row_log)
+    log_sums = [None, call.row_log, None, *of_columns]
+    drow, dtarget, dcol = torch.ops.gssf.line_terms_backward(call.grad_out, "contrast", log_sums, [], call.reduction)
     dcol, dpositive, extra = dcol if call.symmetric else None, dtarget, None
     if not plain:
         dpositive, *extra = _target_gradients(call, dtarget)

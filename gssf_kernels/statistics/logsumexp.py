@@ -476,23 +476,3 @@ register(
     plans=plan.chunk_pass,
     mutates=("s", "dscores_dot_s"),
 )
-# Log-sums by csrc/cuda, on CUDA where that is built. Reached through `kernels.hopper` alone: nothing dispatches here.
-
-
-class HopperCall(NamedTuple):
-    """As `Call`, of two sides."""
-
-    a: Tensor
-    b: Tensor
-    scale: Tensor | None
-    constant: float
-
-
-register(
-    "logsumexp_scores_hopper",
-    HopperCall,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    composite=lambda call: _by_chunks(Call(*call))[:5],
-    fake=lambda call: _fake(Call(*call))[:5],
-    dispatched=False,
-)

@@ -7,12 +7,30 @@ destination and each destination sums its own, in edge order. No float atomics, 
 give the same bits.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks, reference
-from gssf_kernels._library import Function, define, distinct, last_derivative
+from gssf_kernels import _checks, plan, reference
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.precision import accumulation_dtype
+
+
+class PairScoresCall(NamedTuple):
+    a: Tensor
+    b: Tensor
+    rows: Tensor  # [E] int64, -1 for no pair
+    cols: Tensor
+
+
+class PairScoresBackwardCall(NamedTuple):
+    grad: Tensor
+    rows: Tensor
+    cols: Tensor
+    a: Tensor
+    b: Tensor
+    needs: list[bool]  # for a, b
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
@@ -21,7 +39,7 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     Args:
         a: [N, D] float.
         b: [M, D] of a's dtype and device.
-        index: [N] int64, the row of b that row i meets; absent means row i, and -1 means none (score
+        index: [N] int64, the row of b that row i is compared with; absent means row i, and -1 means none (score
             -inf, no gradient). Values are checked on the CPU only.
 
     Returns:
@@ -56,26 +74,22 @@ class _PairScores(Function):
     @staticmethod
     def backward(ctx, grad):
         a, b, rows, cols = ctx.saved_tensors
-        return (*pair_gradients(ctx, grad, rows, cols, a, b), None, None)
+        needs = list(ctx.needs_input_grad[:2])
+        grads = last_derivative(torch.ops.gssf.pair_scores_backward, grad, rows, cols, a, b, needs)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
-def pair_gradients(ctx, grad, rows, cols, a, b) -> tuple[Tensor | None, Tensor | None]:
-    """``(da, db)`` of listed pairs, each None where the Function's first or second input needs none."""
-    needs = list(ctx.needs_input_grad[:2])
-    found = last_derivative(torch.ops.gssf.pair_scores_backward, grad, rows, cols, a, b, needs)
-    da, db = (g if need else None for g, need in zip(found, needs, strict=True))
-    return da, db
-
-
-def _reference(a, b, rows, cols):
-    if a.shape[0] == 0 or b.shape[0] == 0:
-        return a.new_full(rows.shape, -torch.inf, dtype=accumulation_dtype(a.dtype))
+def _pair_scores(call):
+    a, b, rows, cols = call
     dtype = accumulation_dtype(a.dtype)
-    picked = a[rows.clamp_min(0)].to(dtype) * b[cols.clamp_min(0)].to(dtype)
-    return torch.where((rows < 0) | (cols < 0), -torch.inf, picked.sum(-1))
+    if a.shape[0] == 0 or b.shape[0] == 0:
+        return a.new_full(rows.shape, -torch.inf, dtype=dtype)
+    products = a[rows.clamp_min(0)].to(dtype) * b[cols.clamp_min(0)].to(dtype)
+    return torch.where((rows < 0) | (cols < 0), -torch.inf, products.sum(-1))
 
 
-def _reference_backward(grad, rows, cols, a, b, needs):
+def _pair_scores_backward(call):
+    grad, rows, cols, a, b, needs = call
     da, db = a.new_empty(0), b.new_empty(0)
     if needs[0]:
         da = reference.weighted_sums(grad, rows, cols, b, a.shape[0]).to(a.dtype)
@@ -84,23 +98,29 @@ def _reference_backward(grad, rows, cols, a, b, needs):
     return da, db
 
 
-def _fake(a, b, rows, cols):
-    return a.new_empty(rows.shape[0], dtype=accumulation_dtype(a.dtype))
+def _fake_pair_scores(call):
+    return call.a.new_empty(call.rows.shape[0], dtype=accumulation_dtype(call.a.dtype))
 
 
-def _fake_backward(grad, rows, cols, a, b, needs):
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((a, b), needs, strict=True))
+def _fake_pair_scores_backward(call):
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip((call.a, call.b), call.needs, strict=True))
 
 
-define(
-    "pair_scores(Tensor a, Tensor b, Tensor rows, Tensor cols) -> Tensor",
-    reference=_reference,
-    fake=_fake,
-    triton="pairs.pair_scores",
+register(
+    "pair_scores",
+    PairScoresCall,
+    "Tensor",
+    composite=_pair_scores,
+    fake=_fake_pair_scores,
+    launcher="pairs.launch_pair_scores",
+    plans=plan.kernel(lambda call: call.a),
 )
-define(
-    "pair_scores_backward(Tensor grad, Tensor rows, Tensor cols, Tensor a, Tensor b, bool[] needs) -> (Tensor, Tensor)",
-    reference=_reference_backward,
-    fake=_fake_backward,
-    triton="pairs.pair_scores_backward",
+register(
+    "pair_scores_backward",
+    PairScoresBackwardCall,
+    "(Tensor, Tensor)",
+    composite=_pair_scores_backward,
+    fake=_fake_pair_scores_backward,
+    launcher="pairs.pair_scores_backward",
+    plans=plan.kernel(lambda call: call.a),
 )

@@ -2,20 +2,27 @@
 
 Rows are sorted by label; then only blocks on the diagonal hold positives, and each is compared in tiles of bounded
 size. On CUDA that is a Triton kernel, which reads the bounds of the labels where they lie. Elsewhere it is plain
-PyTorch, with products in fp64 that are rounded to the scores' dtype, so that the winner hangs on neither tile, thread
-count nor matmul precision; where values cannot be looked at without waiting (fp64 on CUDA), all rows meet.
+PyTorch, with products in fp64 that are rounded to the scores' dtype, so that the winner depends on neither tile, thread
+count nor matmul precision; where values cannot be read without synchronising (fp64 on CUDA), all rows are compared.
 
 Source of the statistic: batch-hard, arXiv 1703.07737.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
-from gssf_kernels._library import define
+from gssf_kernels import _checks, plan
+from gssf_kernels._library import register
 from gssf_kernels.precision import accumulation_dtype
 
 _ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
+
+
+class HardestPositivesCall(NamedTuple):
+    x: Tensor
+    labels: Tensor
 
 
 def hardest_positives(x: Tensor, labels: Tensor) -> Tensor:
@@ -27,7 +34,8 @@ def hardest_positives(x: Tensor, labels: Tensor) -> Tensor:
     return torch.ops.gssf.hardest_positives(x.detach(), labels)
 
 
-def _hardest_positives(x, labels):
+def _hardest_positives(call):
+    x, labels = call
     count, dtype = x.shape[0], accumulation_dtype(x.dtype)
     label, order = labels.sort(stable=True)  # stable: within a label, the lowest index comes first
     heads = range(0, count, _ROWS)
@@ -59,13 +67,16 @@ def _bounds(label, heads):
     return torch.searchsorted(label, label[first]).tolist(), torch.searchsorted(label, label[last], right=True).tolist()
 
 
-def _fake(x, labels):
-    return labels.new_empty(labels.shape)
+def _fake(call):
+    return call.labels.new_empty(call.labels.shape)
 
 
-define(
-    "hardest_positives(Tensor x, Tensor labels) -> Tensor",
-    reference=_hardest_positives,
+register(
+    "hardest_positives",
+    HardestPositivesCall,
+    "Tensor",
+    composite=_hardest_positives,
     fake=_fake,
-    triton="positives.hardest_positives",
+    launcher="positives.hardest_positives",
+    plans=plan.kernel(lambda call: call.x),
 )

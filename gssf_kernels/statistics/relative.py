@@ -14,22 +14,34 @@ needs no scores but the positives p [N]: sorted once, each set is a prefix, each
 Source: GOAL, arXiv 2210.13188, and its authors' public code (microsoft/VSE_Gradient).
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_kernels import reference
-from gssf_kernels._library import define
+from gssf_kernels import plan, reference
+from gssf_kernels._library import register
 from gssf_kernels.precision import accumulation_dtype
 from gssf_kernels.reference import RelativeTerms
 
 
+class RelativeNegativesCall(NamedTuple):
+    a: Tensor
+    b: Tensor
+    a_ids: Tensor | None
+    b_ids: Tensor | None
+    threshold: Tensor  # [] of the scores' dtype on a's device, so that its value never synchronises
+    beta: float | None
+
+
 def relative_sweep(a, b, a_ids, b_ids, relative: RelativeTerms) -> tuple[Tensor, ...]:
-    """What ``relative_negatives`` gives, its threshold being that of the pairs. Not differentiable."""
+    """What ``relative_negatives`` gives, with the threshold that the positives set. Not differentiable."""
     i = torch.arange(a.shape[0], device=a.device)
-    positive = torch.ops.gssf.pair_scores(a, b, i, i)
-    # +inf behind them, so that no pair at all has a minimum too; a tensor, so that nothing waits for its value
-    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
+    positive_score = torch.ops.gssf.pair_scores(a, b, i, i)
+    # +inf behind them, so that there is a minimum of no positives too; a tensor, which never synchronises
+    lowest = torch.cat((positive_score, positive_score.new_full((1,), torch.inf))).min()
+    threshold = lowest - relative.negative_threshold
     beta = None if relative.kind == "linear" else relative.beta
     return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
 
@@ -45,23 +57,23 @@ def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTer
     p = positive.double()
     bound = (negative + relative.positive_threshold).double()
     ordered = p.sort().values
-    below = torch.searchsorted(ordered, bound, right=True)  # [N], size of the prefix that is close to anchor i
+    prefix = torch.searchsorted(ordered, bound, right=True)  # [N], size of the prefix that is close to anchor i
     inside = ~(p > bound)  # whether i itself is in it
     least, second = ordered[0], ordered[1]
     if relative.kind == "linear":
         span = (ordered[-1] - least).clamp_min(torch.finfo(p.dtype).tiny)
-        total = below * (p - least) - span * _prefix_sums((ordered - least) / span)[below]
+        total = prefix * (p - least) - span * _prefix_sums((ordered - least) / span)[prefix]
         ties = torch.searchsorted(ordered, p, right=True) - torch.searchsorted(ordered, p)  # i and its equals
-        size = below - inside * ties
+        size = prefix - inside * ties
     else:
-        # The term of i itself is taken from the sum. Where p_i is the least, it may dwarf the others, so that taking
-        # it away would leave their rounding: those anchors sum without it.
+        # The term of i itself is subtracted from the sum. Where p_i is the least, it may dwarf the others, so that this
+        # would leave their rounding: those anchors sum without it.
         decay = -relative.alpha
-        every = _prefix_sums(torch.exp(decay * (ordered - least)))[below] - inside * torch.exp(decay * (p - least))
-        others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(below - 1).clamp_min(0)]
+        every = _prefix_sums(torch.exp(decay * (ordered - least)))[prefix] - inside * torch.exp(decay * (p - least))
+        others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(prefix - 1).clamp_min(0)]
         from_least, from_second = torch.exp(-decay * (p - least)), torch.exp(-decay * (p - second))
         total = torch.where(p == least, from_second * others, from_least * every)
-        size = below - inside.long()
+        size = prefix - inside.long()
     mean = torch.where(size > 0, total / size.clamp_min(1), 0)
     return torch.where(p.isnan().any(), torch.nan, mean).to(positive.dtype)
 
@@ -76,25 +88,27 @@ def _prefix_sums(terms: Tensor) -> Tensor:
     return sums.double() * unit
 
 
-def _reference(a, b, a_ids, b_ids, threshold, beta):
-    found = reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
-    terms = reference.relative_negatives(a, b, threshold, beta=beta, a_ids=a_ids, b_ids=b_ids)
-    return (reference.pair_scores(a, b), *found, *terms)
+def _relative_negatives(call):
+    a, b, a_ids, b_ids, threshold, beta = call
+    hardest = reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
+    relative = reference.relative_negatives(a, b, threshold, beta=beta, a_ids=a_ids, b_ids=b_ids)
+    return (reference.pair_scores(a, b), *hardest, *relative)
 
 
-def _fake(a, b, a_ids, b_ids, threshold, beta):
-    score, index = accumulation_dtype(a.dtype), torch.int64
-    n, m = a.shape[0], b.shape[0]
-    return tuple(a.new_empty(size, dtype=dtype) for size, dtype in
+def _fake_relative_negatives(call):
+    score, index = accumulation_dtype(call.a.dtype), torch.int64
+    n, m = call.a.shape[0], call.b.shape[0]
+    return tuple(call.a.new_empty(size, dtype=dtype) for size, dtype in
                  ((n, score), (n, score), (n, index), (m, score), (m, index), (n, score), (m, score)))  # fmt: skip
 
 
-# pair_score [N], then what hardest_negatives gives, then r⁻ of the rows [N] and of the columns [M].
-# threshold: a 0-d tensor of the scores' dtype on a's device, so that nothing waits for its value.
-define(
-    "relative_negatives(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, Tensor threshold, float? beta)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_reference,
-    fake=_fake,
-    triton="relative.relative_negatives",
+# positive_score [N]; row_score, row_index [N], col_score, col_index [M]; r⁻ of the rows [N] and of the columns [M]
+register(
+    "relative_negatives",
+    RelativeNegativesCall,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    composite=_relative_negatives,
+    fake=_fake_relative_negatives,
+    launcher="relative.relative_negatives",
+    plans=plan.relative_terms,
 )

@@ -1,5 +1,6 @@
 """GOAL's Triton kernels against fp64, without relative terms and with them, and how many of them a step launches."""
 
+import launchers
 import pytest
 import torch
 from interpreted import DEVICE, both_halves, every_dtype
@@ -17,12 +18,10 @@ from triton_checks import INF, NAN, close, every_reduction, few, on_device, side
 
 import gssf_kernels as gk
 from gssf_kernels import plan, reference
-from gssf_kernels.statistics import relative_goal as statistics
-from gssf_kernels.statistics.goal import Constants, anchor_weights
+from gssf_kernels.statistics.goal import RELATIVE, Constants, anchor_weights
 
 pytest.importorskip("triton")
 
-from gssf_kernels.kernels import goal, hardest, pairs, relative_goal
 
 # Without relative terms
 
@@ -65,12 +64,12 @@ def check_goal(lines, triplet, pair, reduction):
     grad = torch.randn(len(lines[0])) if reduction == "none" else torch.tensor(0.75)
     loss, gradients = goal_truth(lines, triplet, pair, reduction, grad)
     on, options = on_device(*lines), (triplet, pair, *NUMBERS, reduction)
-    got = goal.goal_terms(*on, *options)
+    got = launchers.goal_terms(*on, *options)
     assert got.shape == loss.shape
     size = torch.cat(lines).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
     torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
     for got, expected, line in zip(
-        goal.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
+        launchers.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
     ):
         assert got.shape == line.shape
         torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
@@ -90,23 +89,23 @@ def test_goal_of_special_values(triplet, pair):
 def test_goal_takes_expanded_gradients_and_an_empty_batch():
     lines, options = goal_lines(20, 23), ("nca", "con", *NUMBERS)
     on = on_device(*lines)
-    got = goal.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
+    got = launchers.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
     for one, expected in zip(got, goal_truth(lines, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
         torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
     nothing = [on[0][:0], on[1][:0], on[2]]
-    assert goal.goal_terms(*nothing, *options, "mean").tolist() == 0
-    assert goal.goal_terms(*nothing, *options, "none").shape == (0,)
-    assert not goal.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
+    assert launchers.goal_terms(*nothing, *options, "mean").tolist() == 0
+    assert launchers.goal_terms(*nothing, *options, "none").shape == (0,)
+    assert not launchers.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
 
 
 def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
     options = (triplet, pair, *NUMBERS, reduction)
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found = goal.hardest_goal(*on, *options)
-    known = hardest.hardest_negatives(*on)
+    loss, *found = launchers.hardest_goal(*on, *options)
+    known = launchers.hardest_negatives(*on)
     for got, expected in zip(found, known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    expected = goal.goal_terms(known[0], known[1], known[3], *options)
+    expected = launchers.goal_terms(known[0], known[1], known[3], *options)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
@@ -133,7 +132,7 @@ def test_goal_terms_of_a_sweep_of_special_values(reduction):
         check_hardest_goal(a, b, *ids, "nca", "sig", reduction)
     a, b, *_ = sides_with_ids(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    assert not goal.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
+    assert not launchers.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
 
 
 @few
@@ -141,14 +140,14 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         sides = on_device(*sides_with_ids(n, m, 8, torch.float32))
-        assert (goal.hardest_goal(*sides, "con", "con", *NUMBERS, "sum") is NotImplemented) == declined
+        assert (launchers.hardest_goal(*sides, "con", "con", *NUMBERS, "sum") is NotImplemented) == declined
 
 
 @few
 def test_fp64_is_refused():
     x = torch.randn(4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        goal.goal_terms(x, x, x, "con", "con", *NUMBERS, "sum")
+        launchers.goal_terms(x, x, x, "con", "con", *NUMBERS, "sum")
 
 
 # With relative terms
@@ -180,7 +179,7 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
     expected.backward(grad.double())
 
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found, weights = relative_goal.relative_goal(*on, triplet, pair, *numbers, *near, reduction)
+    loss, *found, weights = launchers.relative_goal(*on, triplet, pair, *numbers, *near, reduction)
     assert loss.dtype == weights.dtype == torch.float32
     assert loss.shape == expected.shape
     close(
@@ -193,8 +192,8 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
     hardest = reference.hardest_negatives(a.double(), b.double(), a_ids=a_ids, b_ids=b_ids)
     for got, known in zip(found, (reference.pair_scores(a.double(), b.double()), *hardest), strict=True):
         assert torch.equal(got.cpu(), known.to(got.dtype))
-    lines = relative_goal.relative_goal_backward(grad.to(DEVICE), weights, len(b), reduction)
-    gradients = pairs.hardest_negatives_backward(*lines, found[2], found[4], *on[:2], [True, True])
+    lines = launchers.relative_goal_backward(grad.to(DEVICE), weights, len(b), reduction)
+    gradients = launchers.hardest_negatives_backward(*lines, found[2], found[4], *on[:2], [True, True])
     for got, leaf in zip(gradients, leaves, strict=True):
         assert got.dtype == a.dtype
         close(got, leaf.grad, a.dtype, rtol=1e-5)
@@ -235,11 +234,9 @@ def test_every_threshold(near, pair):
 
 def weights_of(a, b, a_ids, b_ids, pair, near=NEAR):
     """(ours, those of the definition in fp64), [4, N]"""
-    *_, ours = relative_goal.relative_goal(
-        *on_device(a, b, a_ids, b_ids), "nca", pair, *RELATIVE_NUMBERS, *near, "none"
-    )
+    *_, ours = launchers.relative_goal(*on_device(a, b, a_ids, b_ids), "nca", pair, *RELATIVE_NUMBERS, *near, "none")
     s = a.double() @ b.double().T
-    relative = reference.RelativeTerms(statistics.RELATIVE[pair], *RELATIVE_NUMBERS[1:3], *near)
+    relative = reference.RelativeTerms(RELATIVE[pair], *RELATIVE_NUMBERS[1:3], *near)
     masked, known = s.masked_fill(reference.positives(a, b, a_ids, b_ids), -INF), []
     for side in (masked, masked[:, : len(a)].mT):
         anchor, hardest = reference.anchor_statistics(s.diagonal(), side, relative)
@@ -326,9 +323,11 @@ def test_all_alike(pair):
 @few
 def test_backward_takes_expanded_gradients():
     weights = torch.randn(4, 20).to(DEVICE)
-    got = relative_goal.relative_goal_backward(torch.tensor(0.5).expand(20).to(DEVICE), weights, 23, "none")
+    got = launchers.relative_goal_backward(torch.tensor(0.5).expand(20).to(DEVICE), weights, 23, "none")
     for one, known in zip(
-        got, statistics._reference_backward(torch.tensor(0.5), weights.cpu(), 23, "sum"), strict=True
+        got,
+        torch.ops.gssf.line_terms_backward(torch.tensor(0.5), "weights", [weights.cpu(), torch.empty(23)], [], "sum"),
+        strict=True,
     ):
         torch.testing.assert_close(one.cpu(), known)
 
@@ -337,7 +336,7 @@ def test_backward_takes_expanded_gradients():
 def test_the_same_inputs_give_the_same_bits():
     a, b = torch.randn(50, 24), torch.randn(97, 24)
     options = (None, None, "cir", "sig_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
-    runs = [relative_goal.relative_goal(*on_device(a, b), *options) for _ in range(2)]
+    runs = [launchers.relative_goal(*on_device(a, b), *options) for _ in range(2)]
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
 
@@ -347,7 +346,7 @@ def test_relative_goal_of_what_is_large_or_empty_is_declined(monkeypatch):
     options = ("nca", "lin_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
 
     def declined(n, m):
-        return relative_goal.relative_goal(*on_device(*eighths(n, m, 8)), *options) is NotImplemented
+        return launchers.relative_goal(*on_device(*eighths(n, m, 8)), *options) is NotImplemented
 
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     assert [declined(40, 50), declined(40, 51), declined(0, 5)] == [False, True, True]
@@ -359,7 +358,7 @@ def test_relative_goal_of_what_is_large_or_empty_is_declined(monkeypatch):
 def test_relative_goal_refuses_fp64():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        relative_goal.relative_goal(x, x, None, None, "nca", "lin_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
+        launchers.relative_goal(x, x, None, None, "nca", "lin_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
 
 
 # How many kernels a step launches: (forward, backward)
@@ -392,8 +391,8 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 @counted
 def test_what_a_metric_launches():
     found = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_goal_kernel"]
-    assert found[1] == ["goal_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert found[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted
@@ -411,4 +410,4 @@ def test_what_goal_with_relative_terms_launches(pair, reduction, metric):
     )
     sides = ["sides_kernel"] if metric else []
     assert forward == [*sides, "sweep_kernel", "relative_goal_kernel"]
-    assert backward == ["relative_goal_backward_kernel", "scan_kernel", *sides]
+    assert backward == ["line_terms_backward_kernel", "scan_kernel", *sides]

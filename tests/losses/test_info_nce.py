@@ -1,12 +1,13 @@
 """InfoNCE: against formulas written otherwise, over chunks and at extremes, its Triton kernels and launches."""
 
 import device_ops
+import launchers
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_cases import INF, NAN, X, Y, assert_same, check_learnt_scale, leaves, normal, value_and_gradients
 from interpreted import DEVICE, DTYPES, every_dtype
-from kernel_modules import terms, tiles
+from kernel_modules import tiles
 from launch_counts import (
     REDUCTIONS,
     check_count,
@@ -364,9 +365,9 @@ def test_contrast_terms(N, M, reduction, sides):
     grad = torch.randn(truth.shape)
     truth.backward(grad.double())
     on = [t if t is None else t.to(DEVICE) for t in lines]
-    found = terms.contrast_terms(*on, reduction)
+    found = launchers.contrast_terms(*on, reduction)
     torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    drow, dtarget, dcol = terms.contrast_terms_backward(grad.to(DEVICE), on[1], on[4], shared, reduction)
+    drow, dtarget, dcol = launchers.contrast_terms_backward(grad.to(DEVICE), on[1], on[4], shared, reduction)
     wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
     for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
         torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)

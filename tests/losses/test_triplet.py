@@ -3,11 +3,11 @@
 import copy
 import pickle
 
+import launchers
 import pytest
 import torch
 from dense_cases import INF, NAN, normal
 from interpreted import DEVICE, every_dtype
-from kernel_modules import hardest, terms
 from launch_counts import (
     REDUCTIONS,
     SIZES,
@@ -173,8 +173,8 @@ def test_all_negatives_sum_in_fp32_under_autocast(dtype):
 
 
 def check_hinge(a, b, a_ids, b_ids, margin, reduction):
-    loss, *found = hardest.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
-    for got, expected in zip(found, hardest.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
+    loss, *found = launchers.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
+    for got, expected in zip(found, launchers.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     x, y = a.double(), b.double()
     pair, exact = reference.pair_scores(x, y), reference.hardest_negatives(x, y, a_ids=a_ids, b_ids=b_ids)
@@ -209,7 +209,7 @@ def test_hinge_terms_of_special_values(special, reduction):
 def test_hinge_terms_without_negatives_are_0(reduction):
     a, b, *_ = sides_with_ids(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    loss, _, row_score, row_index, *_ = hardest.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
+    loss, _, row_score, row_index, *_ = launchers.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
     assert not loss.any()
     assert set(row_index.tolist()) == {-1}
     assert set(row_score.tolist()) == {-INF}
@@ -219,18 +219,18 @@ def test_hinge_terms_without_negatives_are_0(reduction):
 def test_what_is_large_or_empty_or_certified_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
-        found = hardest.hardest_hinge(*on_device(*sides_with_ids(n, m, 8, torch.float32)), 0.25, "sum")
+        found = launchers.hardest_hinge(*on_device(*sides_with_ids(n, m, 8, torch.float32)), 0.25, "sum")
         assert (found is NotImplemented) == declined
     monkeypatch.setattr(plan, "CERTIFIED", 40 * 50)
     sides = on_device(*sides_with_ids(40, 50, 8, torch.float32))
-    assert hardest.hardest_hinge(*sides, 0.25, "sum") is NotImplemented
+    assert launchers.hardest_hinge(*sides, 0.25, "sum") is NotImplemented
 
 
 @few
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        hardest.hardest_hinge(x, x, None, None, 0.25, "sum")
+        launchers.hardest_hinge(x, x, None, None, 0.25, "sum")
 
 
 @few
@@ -249,9 +249,9 @@ def test_hinge_terms(N, M, reduction):
         grad = torch.randn(truth.shape)
         truth.backward(grad.double())
         on = [t.to(DEVICE) for t in (positive, row, col)]
-        found = terms.hinge_terms(*on, 0.25, reduction)
+        found = launchers.hinge_terms(*on, 0.25, reduction)
         torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
-        for got, leaf in zip(terms.hinge_terms_backward(grad.to(DEVICE), *on, 0.25, reduction), exact, strict=True):
+        for got, leaf in zip(launchers.hinge_terms_backward(grad.to(DEVICE), *on, 0.25, reduction), exact, strict=True):
             torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -259,13 +259,13 @@ def test_hinge_terms(N, M, reduction):
 def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
     lines = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
     grad = torch.tensor(2.0).expand(9).to(DEVICE)
-    dpositive, drow, dcol = terms.hinge_terms_backward(grad, *lines, 0.25, "none")
+    dpositive, drow, dcol = launchers.hinge_terms_backward(grad, *lines, 0.25, "none")
     assert (dpositive.tolist(), drow.tolist(), dcol.tolist()) == ([-4.0] * 9, [2.0] * 9, [2.0] * 9 + [0.0] * 3)
     none = [t[:0] for t in lines[:2]]
-    assert terms.hinge_terms(*none, lines[2], 0.25, "mean").tolist() == 0
-    assert terms.hinge_terms(*none, lines[2], 0.25, "none").shape == (0,)
+    assert launchers.hinge_terms(*none, lines[2], 0.25, "mean").tolist() == 0
+    assert launchers.hinge_terms(*none, lines[2], 0.25, "none").shape == (0,)
     one = torch.ones(()).to(DEVICE)
-    assert terms.hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
+    assert launchers.hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
 
 
 # How many kernels a step launches: (forward, backward); t is learned too
@@ -304,8 +304,8 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 @counted
 def test_what_the_triplet_launches():
     forward, backward = launches(STEPS["triplet"][0], 128)
-    assert forward == ["sweep_kernel", "merge_kernel", "hinge_kernel"]
-    assert backward == ["hinge_backward_kernel", "scan_kernel"]
+    assert forward == ["sweep_kernel", "merge_kernel", "line_terms_kernel"]
+    assert backward == ["line_terms_backward_kernel", "scan_kernel"]
 
 
 @counted
@@ -324,8 +324,8 @@ def test_a_metric_takes_as_few(n):
     forward, backward = launches(
         lambda x, y, t, **options: gk.triplet_loss(x, y, **options), n, metric=metric_of(torch.float32)
     )
-    assert forward == ["sides_kernel", "sweep_kernel", "merge_hinge_kernel"]
-    assert backward == ["hinge_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert forward == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert backward == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted

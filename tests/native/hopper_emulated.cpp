@@ -11,6 +11,13 @@
 
 namespace gssf::hopper {
 
+// As in hopper_hardest.cu, which the two sources compile apart.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hopper_sweep(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
+                       const std::optional<Tensor>& b_ids, bool log_sums, const std::optional<Tensor>& scale,
+                       double constant) {
+  return log_sums ? logsumexp_scores_hopper(a, b, scale, constant) : hardest_negatives_hopper(a, b, a_ids, b_ids);
+}
+
 // The same in slabs of two row blocks.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> in_slabs(const Tensor& a, const Tensor& b,
                                                             const std::optional<Tensor>& a_ids,
@@ -30,6 +37,8 @@ STABLE_TORCH_LIBRARY(gssf_emulated, library) {
   for (const char* schema :
        {"hardest_negatives_hopper(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, "
         "Tensor, Tensor)",
+        "hopper_sweep(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids, bool log_sums, Tensor? scale, float constant) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         "in_slabs(Tensor a, Tensor b, Tensor? a_ids, Tensor? b_ids) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         "logsumexp_scores_hopper(Tensor a, Tensor b, Tensor? scale, float constant) -> (Tensor, Tensor, Tensor, "
         "Tensor, Tensor)",
@@ -40,6 +49,7 @@ STABLE_TORCH_LIBRARY(gssf_emulated, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(gssf_emulated, CPU, library) {
   library.impl("hardest_negatives_hopper", TORCH_BOX(&gssf::hopper::hardest_negatives_hopper));
+  library.impl("hopper_sweep", TORCH_BOX(&gssf::hopper::hopper_sweep));
   library.impl("in_slabs", TORCH_BOX(&gssf::hopper::in_slabs));
   library.impl("logsumexp_scores_hopper", TORCH_BOX(&gssf::hopper::logsumexp_scores_hopper));
   library.impl("log_sums_in_slabs", TORCH_BOX(&gssf::hopper::log_sums_in_slabs));

@@ -18,7 +18,7 @@ from gssf_kernels.statistics.logsumexp import Call
 DTYPES = (torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
 WHEN = ["AT_ONCE", "LATE", "AT_RANDOM"]  # of the emulator
-REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and hopper.built()
+REAL = torch.cuda.is_available() and torch.cuda.get_device_capability(0) == (9, 0) and plan.hopper_built()
 
 not_built = pytest.mark.skipif(not REAL, reason="no sm_90 device, or csrc/cuda was not built")
 ON_CARD = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.hopper, not_built])
@@ -440,19 +440,19 @@ def on_hopper(monkeypatch):
 
 
 def test_the_table_sends_its_lines_here(on_hopper, monkeypatch):
-    hardest = pytest.importorskip("gssf_kernels.kernels.hardest")
-    monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: "hopper")
+    launchers = pytest.importorskip("launchers")
+    monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: tuple("12345"))
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
     op = "hardest_negatives"
-    assert not hopper.takes_over(op, a, a)
+    assert not plan.hopper(op, a, a)
     on_hopper((op, "half", "wide"))
-    assert hardest.hardest_negatives(a, a, None, None) == "hopper"
-    assert not hopper.takes_over("logsumexp_scores", a, a)
-    assert not hopper.takes_over(op, a.float(), a.float())
-    assert not hopper.takes_over(op, a[:, :64], a[:, :64])
-    assert not hopper.takes_over(op, a[:100], a[:100])
+    assert launchers.hardest_negatives(a, a, None, None) == tuple("12345")
+    assert not plan.hopper("logsumexp_scores", a, a)
+    assert not plan.hopper(op, a.float(), a.float())
+    assert not plan.hopper(op, a[:, :64], a[:, :64])
+    assert not plan.hopper(op, a[:100], a[:100])
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
-    assert not hopper.takes_over(op, a, a)
+    assert not plan.hopper(op, a, a)
 
 
 def test_the_table_sends_log_sums_here(on_hopper, monkeypatch):

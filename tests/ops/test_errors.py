@@ -382,8 +382,17 @@ def test_ops_called_directly_refuse_what_would_corrupt():
             torch.ops.gssf.pair_scores_backward(torch.ones(2), fine, fine, a, b, [True, True])
     assert torch.ops.gssf.pair_scores(X[:, :0], Y[:, :0], fine, fine).tolist() == [0, 0]
     with pytest.raises(ValueError, match="y: "):
-        torch.ops.gssf.pairs_project_backward(
-            torch.ones(2), fine, fine, X, Y[:, :4], None, None, None, False, [True] * 3
+        torch.ops.gssf.hardest_negatives_backward(
+            *(torch.ones(n) for n in (4, 4, 6)),
+            torch.zeros(4).long(),
+            torch.zeros(6).long(),
+            X,
+            Y[:, :4],
+            None,
+            None,
+            None,
+            True,
+            [True] * 4,
         )
     with pytest.raises(ValueError, match="hardest_negatives"):
         torch.ops.gssf.hardest_negatives(X.cfloat(), Y.cfloat(), None, None)
@@ -392,6 +401,6 @@ def test_ops_called_directly_refuse_what_would_corrupt():
     with pytest.raises(ValueError, match="a_ids"):
         torch.ops.gssf.hardest_negatives(X, Y, IDS4, IDS4)
     with pytest.raises(ValueError, match="diag"):
-        torch.ops.gssf.project(X, torch.ones(7), None, None, False)
+        torch.ops.gssf.project(X, None, torch.ones(7), None, None, False)
     with pytest.raises(ValueError, match="permutation"):
-        torch.ops.gssf.project(X, None, B, torch.arange(8) + 1, False)
+        torch.ops.gssf.project(X, None, None, B, torch.arange(8) + 1, False)

@@ -7,10 +7,10 @@ from triton_checks import IDS, INF, NAN, check_hardest, many, run_hardest
 
 pytest.importorskip("triton")
 
+from launchers import hardest_negatives, hardest_negatives_backward
+
 from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
-from gssf_kernels.kernels.hardest import hardest_negatives
-from gssf_kernels.kernels.pairs import hardest_negatives_backward
 
 pytestmark = many
 

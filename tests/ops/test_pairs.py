@@ -7,7 +7,7 @@ from triton_checks import INF, NAN, assert_as_good, close, many, two_sides
 
 pytest.importorskip("triton")
 
-from gssf_kernels.kernels.pairs import pair_scores, pair_scores_backward
+from launchers import pair_scores, pair_scores_backward
 
 pytestmark = many
 

@@ -3,12 +3,13 @@
 import math
 
 import device_ops
+import launchers
 import pytest
 import slab_checks
 import torch
 from dense_cases import INF, NAN, X, Y, normal
 from interpreted import DEVICE, every_dtype
-from kernel_modules import pairs, tiles
+from kernel_modules import tiles
 from launch_counts import check_count, every_small_batch
 from triton_checks import both_passes, close, few, fp64_leaves, slabs, two_sides
 
@@ -163,7 +164,7 @@ class Sum:
         on = [x if x is None else x.to(DEVICE) for x in (self.a, self.b)]
         numbers, constants, *given = self.arguments()
         inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
-        pair = pairs.pair_scores(*on, None, None) if known else None
+        pair = launchers.pair_scores(*on, None, None) if known else None
         found, own = device_ops.rows(*inputs, positive_score=pair)
         assert found.dtype == torch.float32
         close(found, terms.detach(), torch.float32, subnormal=True)

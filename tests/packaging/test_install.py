@@ -18,13 +18,10 @@ ROOT = Path(__file__).parents[2]
 OPS = {  # those with a kernel of their own
     "project",
     "project_backward",
-    "pairs_project_backward",
     "hardest_negatives",
     "hardest_negatives_backward",
-    "contrast_terms",
-    "contrast_terms_backward",
-    "hinge_terms",
-    "hinge_terms_backward",
+    "line_terms",
+    "line_terms_backward",
     "relative_negatives",
     "pair_scores",
     "pair_scores_backward",
@@ -33,7 +30,7 @@ OPS = {  # those with a kernel of their own
     "score_sums_pass",
     "relation_pass",
 }
-PLAIN_ON_CPU = {"hardest_positives", "goal_terms", "goal_terms_backward", "relative_goal_backward"}
+PLAIN_ON_CPU = {"hardest_positives"}
 # Loops in Python over one of those.
 SMALL = {  # those with kernels of their own besides, for small problems
     "logsumexp_scores",
@@ -44,15 +41,10 @@ SMALL = {  # those with kernels of their own besides, for small problems
     "score_total_backward",
     "score_rows",
     "score_rows_backward",
-    "hardest_project_backward",
-    "project_sides",
-    "project_sides_backward",
-    "hardest_hinge",
-    "hardest_goal",
+    "hardest_terms",
     "batch_hard",
     "batch_hard_backward",
     "relation_loss",
-    "relative_goal",
 }
 THROUGH = {*SMALL, "score_sums"}
 
@@ -87,10 +79,13 @@ def test_backends_name_every_op():
 def test_every_op_has_a_triton_launcher_of_its_own_signature(op):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{op}", "CUDA")
-    module, _, function = _library._LAUNCHERS[op].rpartition(".")
+    target = _library.OPS[op].launcher if op in _library.OPS else _library._LAUNCHERS[op]
+    module, _, function = target.rpartition(".")
     launcher = getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)
-    schema = getattr(torch.ops.gssf, op).default._schema
-    assert list(inspect.signature(launcher).parameters) == [argument.name for argument in schema.arguments]
+    names = [argument.name for argument in getattr(torch.ops.gssf, op).default._schema.arguments]
+    parameters = list(inspect.signature(launcher).parameters)
+    assert parameters == (["call", "plan"] if op in _library.OPS else names)
+    assert op not in _library.OPS or list(_library.OPS[op].call._fields) == names
 
 
 def test_fp64_on_cuda_would_take_the_reference():

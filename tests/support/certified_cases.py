@@ -2,13 +2,15 @@
 
 import torch
 
+from gssf_kernels import _library
+
 INF = torch.inf
-UNIT = torch.ops.gssf.bf16_unit() if hasattr(torch.ops.gssf, "bf16_unit") else "none"
+UNIT = _library.bf16_unit()
 
 
 def certified(a, b, a_ids=None, b_ids=None):
     """(the five of hardest_negatives, how many scores were made in fp64)."""
-    *found, rescored = torch.ops.gssf.hardest_negatives_by(a, b, a_ids, b_ids, True)
+    *found, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")
     return found, rescored
 
 

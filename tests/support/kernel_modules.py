@@ -5,14 +5,14 @@ import importlib
 from interpreter_process import FOUND
 
 NAMES = (
-    *("batch_hard", "certified", "epilogues", "goal", "gradients", "hardest", "info_nce", "logsumexp"),
+    *("batch_hard", "certified", "epilogues", "gradients", "hardest", "hardest_terms", "info_nce", "logsumexp"),
     *(
         "pairs",
         "positives",
         "project",
         "relations",
+        "reductions",
         "relative",
-        "relative_goal",
         "row_panels",
         "sums",
         "sweep",
@@ -26,6 +26,6 @@ def _module(name):
 
 
 MODULES = tuple(map(_module, NAMES))
-batch_hard, certified, epilogues, goal, gradients, hardest, info_nce, logsumexp = map(_module, NAMES[:8])
-pairs, positives, project, relations, relative, relative_goal, row_panels, sums, sweep, terms = map(_module, NAMES[8:])
+batch_hard, certified, epilogues, gradients, hardest, hardest_terms, info_nce, logsumexp = map(_module, NAMES[:8])
+pairs, positives, project, relations, reductions, relative, row_panels, sums, sweep, terms = map(_module, NAMES[8:])
 tiles = _module("tiles")

@@ -161,7 +161,7 @@ def test_more_scores_than_32_bits_count(dtype):
     n, d = 50_000, 16
     a, b = (torch.randn(n, d, device=CUDA).to(dtype) for _ in range(2))
     sample = torch.cat((torch.randint(n, (500,)), torch.tensor([0, n - 1]))).to(CUDA)
-    pair, *found = torch.ops.gssf.hardest_negatives(a, b, None, None)
+    pair, *found = torch.ops.gssf.hardest_negatives(a, b, None, None)[:5]
     torch.testing.assert_close(pair.double(), (a.double() * b.double()).sum(1), rtol=1e-5, atol=1e-4)
     for side, other, score, index in ((a, b, *found[:2]), (b, a, *found[2:])):
         exact, place = best_negative(side[sample].double() @ other.double().mT, sample)

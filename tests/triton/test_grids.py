@@ -13,21 +13,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import launchers
 from triton.runtime.jit import JITFunction
 
 from gssf_kernels import kernels, plan
 from gssf_kernels.device_path import DEVICE, DevicePath, device_path
-from gssf_kernels.kernels import (
-    batch_hard,
-    goal,
-    hardest,
-    pairs,
-    positives,
-    project,
-    relative,
-    relative_goal,
-    terms,
-)
 
 MOST = (2**31 - 1, 65_535, 65_535)
 MILLION = 1_000_000
@@ -71,28 +61,28 @@ def projections(n, d, width=32, normalize=False):
     """All of them, of n rows of d channels in blocks of width."""
     x, weights = half(n, d), (half(d), half(d // width, width, width), places(d), normalize)
     every = [True] * 4
-    project.project(x, *weights)
-    project.project_backward(x, x, *weights, every[:3])
-    project.project_sides(x, x, *weights, True)
-    project.project_sides_backward(x, x, zeros(n), x, x, *weights, every)
-    project.pairs_project_backward(zeros(n), places(n), places(n), x, x, *weights, every[:3])
-    project.hardest_project_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
+    launchers.project(x, *weights)
+    launchers.project_backward(x, x, *weights, every[:3])
+    launchers.project_sides(x, x, *weights, True)
+    launchers.project_sides_backward(x, x, zeros(n), x, x, *weights, every)
+    launchers.pairs_project_backward(zeros(n), places(n), places(n), x, x, *weights, every[:3])
+    launchers.hardest_project_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
 
 
 def gathers(n, d):
     """Scores of pairs and their gradients."""
     x, index, both = half(n, d), places(n), [True, True]
-    pairs.pair_scores(x, x, index, index)
-    pairs.pair_scores_backward(zeros(n), index, index, x, x, both)
-    pairs.hardest_negatives_backward(*lines(n, n, n), index, index, x, x, both)
-    batch_hard.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
-    positives.hardest_positives(x, index)
+    launchers.pair_scores(x, x, index, index)
+    launchers.pair_scores_backward(zeros(n), index, index, x, x, both)
+    launchers.hardest_negatives_backward(*lines(n, n, n), index, index, x, x, both)
+    launchers.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
+    launchers.hardest_positives(x, index)
 
 
 def sweeps(make, n, m, d):
     a, b = make(n, d), make(m, d)
-    hardest.hardest_negatives(a, b, places(n), places(m))
-    relative.relative_negatives(a, b, None, None, zeros(), 10.0)
+    launchers.hardest_negatives(a, b, places(n), places(m))
+    launchers.relative_negatives(a, b, None, None, zeros(), 10.0)
 
 
 def dense_slabs(n, m, d):
@@ -106,8 +96,8 @@ def small(n, m, d):
     """What takes few scores, of many channels or many rows of one side."""
     a, b, both = zeros(n, d), zeros(m, d), [True, True]
     options = ("nca", "sig", 1.0, 2.0, 3.0, 0.5)
-    hardest.hardest_hinge(a, b, None, None, 0.2, "none")
-    goal.hardest_goal(a, b, None, None, *options, "none")
+    launchers.hardest_hinge(a, b, None, None, 0.2, "none")
+    launchers.hardest_goal(a, b, None, None, *options, "none")
     device_ops.info_nce(a, b, None, 2.0, None, None, 0.1, True, "none")
     device_ops.info_nce_backward(
         zeros(n), a, b, None, 2.0, None, None, 0.1, True, "none", *lines(n, n, m, m, 0, 0), [True] * 3
@@ -121,22 +111,22 @@ def small(n, m, d):
 def square(n, d):
     """And of few rows of one side."""
     x = zeros(n, d)
-    batch_hard.batch_hard(x, places(n), 0.2, "none")
+    launchers.batch_hard(x, places(n), 0.2, "none")
     device_ops.relation_loss(x, x, x, None, None, 0.5, 0.5, [1.0, 1.0, 1.0], "abs", True)
     mode = ("nca", "sig_ms", 1.0, 2.0, 3.0, 0.5, 0.1, 0.1, "none")
-    relative_goal.relative_goal(x, x, None, None, *mode)
+    launchers.relative_goal(x, x, None, None, *mode)
 
 
 def formulas(n):
     """Terms of so many anchors."""
     line, of_goal = zeros(n), ("nca", "sig", 1.0, 2.0, 3.0, 0.5, "none")
-    terms.hinge_terms(line, line, line, 0.2, "none")
-    terms.hinge_terms_backward(line, line, line, line, 0.2, "none")
-    terms.contrast_terms(*[line] * 6, "none")
-    terms.contrast_terms_backward(line, line, line, False, "none")
-    goal.goal_terms(line, line, line, *of_goal)
-    goal.goal_terms_backward(line, line, line, line, *of_goal)
-    relative_goal.relative_goal_backward(line, zeros(4, n), n, "none")
+    launchers.hinge_terms(line, line, line, 0.2, "none")
+    launchers.hinge_terms_backward(line, line, line, line, 0.2, "none")
+    launchers.contrast_terms(*[line] * 6, "none")
+    launchers.contrast_terms_backward(line, line, line, False, "none")
+    launchers.goal_terms(line, line, line, *of_goal)
+    launchers.goal_terms_backward(line, line, line, line, *of_goal)
+    launchers.relative_goal_backward(line, zeros(4, n), n, "none")
 
 
 def scaled(n, d):
@@ -217,12 +207,11 @@ def test_more_weights_than_places_reach_are_declined():
     """Of 2³¹ and more, whose places in a tile are 32-bit: plain PyTorch takes them."""
     with device_path() as path:
         x, weights = half(64, 46_341), (None, half(1, 46_341, 46_341), None, False)
-        assert project.project(x, *weights) is NotImplemented
-        assert project.project_backward(x, x, *weights, [True] * 3) is NotImplemented
-        assert project.project_sides(x, x, *weights) is NotImplemented
-        assert project.project_sides_backward(x, x, zeros(64), x, x, *weights, [True] * 4) is NotImplemented
+        assert launchers.project(x, *weights) is NotImplemented
+        assert launchers.project_backward(x, x, *weights, [True] * 3) is NotImplemented
+        assert launchers.project_sides(x, x, *weights) is NotImplemented
+        assert launchers.project_sides_backward(x, x, zeros(64), x, x, *weights, [True] * 4) is NotImplemented
         given = (places(64), places(64), x, x)
-        assert project.pairs_project_backward(zeros(64), *given, *weights, [True] * 3) is NotImplemented
         lined = lines(64, 64, 64)
-        assert project.hardest_project_backward(*lined, *given, *weights, [True] * 4) is NotImplemented
+        assert launchers.hardest_project_backward(*lined, *given, *weights, [True] * 4) is NotImplemented
         assert not path.launches

@@ -11,11 +11,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from interpreted import DEVICE, every_dtype
+from launchers import hardest_negatives, relative_negatives
 from triton_checks import IDS, INF, NAN, assert_same_bits, check_hardest, check_relative, many
 
 from gssf_kernels.kernels import sweep, tiles
-from gssf_kernels.kernels.hardest import hardest_negatives
-from gssf_kernels.kernels.relative import relative_negatives
 from gssf_kernels.kernels.sweep import Sweep, tile_of
 from gssf_kernels.plan import Scores
 
