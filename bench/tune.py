@@ -152,7 +152,7 @@ def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: 
 def launch(tile: tiles.Sweep, launcher: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
     """The launcher's work with a tile of ours, in the product that the line is for."""
     with (
-        mock.patch.object(tiles, "sweep_tile", return_value=tile),
+        mock.patch.object(plan, "sweep_tile", return_value=tile),
         mock.patch.object(plan, "CERTIFIED", sys.maxsize),
     ):
         return launcher(*arguments)
@@ -259,7 +259,7 @@ def main() -> int:
         parser.exit(2, "python -m bench.tune: PyTorch sees no CUDA device\n")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends as gently
     start, device = time.perf_counter(), torch.device("cuda", torch.cuda.current_device())
-    arch, card = tiles.architecture(device), torch.cuda.get_device_name(device)
+    arch, card = plan.architecture(device), torch.cuda.get_device_name(device)
     keys = sorted(
         (key for key in tiles.SWEEP if key[0] == arch and name_of(key) in names), key=lambda k: names.index(name_of(k))
     )

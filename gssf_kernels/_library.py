@@ -1,17 +1,16 @@
-"""Where every op is registered: schema, reference, fake and backends, in one call.
+"""Where every op is registered: its arguments, plain PyTorch, fake and launcher, in one call.
 
 An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks what runs:
 
     CPU                 C++ (``csrc/``), if the extension was built
-    CUDA                Triton (``gssf_kernels/kernels``), if Triton is installed
-    anything else       the reference, in plain PyTorch
+    CUDA                what ``plan.py`` chooses: Triton (``gssf_kernels/kernels``), or the composite
+    anything else       the composite: plain PyTorch over other ops, or the definition
 
-There is no switch of our own. Ops are forward computations only; differentiation is added on top
-by a :class:`Function` in the file that defines the op.
+There is no switch of our own. Ops are forward computations only; differentiation is added on top by a
+:class:`Function` in the file that defines the op.
 """
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -35,7 +34,7 @@ try:
     EXTENSION_ERROR = None
 except ImportError as error:
     # Not built (a supported way to install), or built against another PyTorch: `backends()` and
-    # `python -m gssf_kernels` report which, and everything works on the reference.
+    # `python -m gssf_kernels` report which, and everything works on plain PyTorch.
     EXTENSION_ERROR = str(error)
 
 
@@ -75,6 +74,9 @@ class Op(NamedTuple):
         plan = planning.choose(self.name, self.plans, call)
         if plan.composite:
             return self.plainly(call)
+        wide = next((t for t in _tensors(call) if t.is_floating_point() and t.dtype not in KERNEL_DTYPES), None)
+        if wide is not None:
+            raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {wide.dtype}")
         assert self.launcher is not None
         module, _, function = self.launcher.rpartition(".")
         return getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)(call, plan)
@@ -86,6 +88,7 @@ class Op(NamedTuple):
             return self.composite(call)
 
 
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 OPS: dict[str, Op] = {}
 
 
@@ -250,3 +253,12 @@ def distinct(*tensors: torch.Tensor | None) -> tuple:
             seen.append(t)
         out.append(t.view_as(t) if repeated and t is not None else t)
     return tuple(out)
+
+
+def product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """``out = x y`` or ``out += x y`` by PyTorch, summed in out's dtype."""
+    options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, x, y, **options, out=out)
+    else:
+        torch.mm(x, y, **options, out=out)

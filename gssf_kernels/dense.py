@@ -16,25 +16,19 @@ summed in fp32.
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, _library, plan
 from gssf_kernels._library import EXTENSION_ERROR
-from gssf_kernels.precision import accumulation_dtype, fp32_products
+from gssf_kernels.plan import accumulation_dtype, fp32_products
 
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
     """Rows of a in one chunk: of the problem alone, so that the same inputs are summed in the same order."""
     scores = plan.CHUNK_SCORES.get(_checks.device_type(a), plan.CHUNK_SCORES["cpu"])
     return min(max(scores // max(b.shape[0], 1), plan.MIN_CHUNK_ROWS), max(a.shape[0], 1))
-
-
-def starts(length: int, step: int) -> Iterable[int]:
-    """Where the chunks of a loop begin. All but the last are alike, and `explain` runs few of them."""
-    return range(0, length, step)
 
 
 def chunks(
@@ -57,7 +51,7 @@ def chunks(
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
     db = (b.new_empty if a.shape[0] else b.new_zeros)(b.shape, dtype=dtype) if needs[1] else None
-    for first in starts(a.shape[0], rows):
+    for first in plan.starts(a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
         if columns is not None:
@@ -164,11 +158,7 @@ class Right:
         if self.packed:
             torch.ops.gssf.multiply(x, self.y, out, add)
             return
-        options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
-        if add:
-            torch.addmm(out, x, self.y, **options, out=out)
-        else:
-            torch.mm(x, self.y, **options, out=out)
+        _library.product(x, self.y, out, add)
 
 
 def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:

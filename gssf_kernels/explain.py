@@ -167,7 +167,7 @@ class _Recorder(DevicePath):
 
     def replacements(self):
         replaced = super().replacements()
-        replaced.append((dense, "starts", lambda length, step: self.few(range(0, length, step))))
+        replaced.append((plan, "starts", lambda length, step: self.few(range(0, length, step))))
         halves = dense.halves
         replaced.append((dense, "halves", lambda *sizes: self.few_halves(list(halves(*sizes)))))
         if self.device.type == "cuda" and _library._HAS_TRITON:
@@ -249,13 +249,10 @@ class _Recorder(DevicePath):
     def chosen(self, name, args, arguments) -> plan.Plan:
         if self.device.type == "cpu":
             return work.on_cpu(name, arguments)
-        op = _library.OPS.get(name)
-        launcher = op.launcher if op is not None else _library._LAUNCHERS.get(name)
-        if launcher is not None and not _library._HAS_TRITON:
+        op = _library.OPS[name]
+        if op.launcher is not None and not _library._HAS_TRITON:
             return plan.Plan("composite", "Triton is not installed")
-        if op is not None:
-            return plan.choose(name, op.plans, op.call(*args))
-        return plan.Plan("", "") if launcher is not None else plan.Plan("composite", "a formula over other ops")
+        return plan.choose(name, op.plans, op.call(*args))
 
     # What is noted
 
@@ -371,7 +368,7 @@ def _device(values: Sequence[Tensor]) -> Device:
         raise ValueError(f"args: expected tensors on cpu, cuda or meta, got {types[0]}")
     cards = [t.device for t in values if t.is_cuda] if torch.cuda.is_available() else []
     if cards:
-        return Device("cuda", tiles.architecture(cards[0]), tiles.processors(cards[0]))
+        return Device("cuda", plan.architecture(cards[0]), plan.processors(cards[0]))
     return Device(types[0])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics.score_functions import ByLabel, logit, members
 
 

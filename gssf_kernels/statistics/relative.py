@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gssf_kernels import plan, reference
 from gssf_kernels._library import register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import RelativeTerms
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, triangle, unit_of
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics.logsumexp import kappa_of, scale_of
 from gssf_kernels.statistics.score_functions import KINDS, pointwise
 
