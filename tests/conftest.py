@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items):
     Those marked triton run without one too, if there is Triton: under its interpreter.
     """
     seconds = progress.recorded()
-    items.sort(key=lambda item: -seconds.get(progress.file_of(item.nodeid), 0.0))
+    items.sort(key=lambda item: -seconds.get(progress.file_of(item.nodeid), float("inf")))  # new files too
     for item in items:
         if item.get_closest_marker("triton"):
             if not interpreter_process.FOUND:

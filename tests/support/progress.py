@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RECORD = Path(__file__).parents[1] / "durations.json"  # {file: seconds of all its tests}, of one run on two quiet cores
+RECORD = Path(__file__).parents[1] / "durations.json"  # {file: seconds of all its tests}, on two quiet cores
 EVERY_S = 10.0
 
 
@@ -51,6 +51,7 @@ class Progress:
         found = Counter(map(file_of, names))
         if found:
             self.all, self.started = found, self.now()
+            self.said = self.started
 
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self):
