@@ -72,8 +72,10 @@ class Op(NamedTuple):
         """What the op is on CUDA, of the schema's arguments: what `plan` chooses."""
         call = self.call(*arguments)
         plan = planning.choose(self.name, self.plans, call)
-        if plan.composite:
-            return self.plainly(call)
+        return self.plainly(call) if plan.composite else self.launch(call, plan)
+
+    def launch(self, call, plan):
+        """The Triton launcher, which takes no fp64."""
         wide = next((t for t in _tensors(call) if t.is_floating_point() and t.dtype not in KERNEL_DTYPES), None)
         if wide is not None:
             raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {wide.dtype}")

@@ -1,4 +1,4 @@
-"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · x_j, over rows sorted by label: only blocks on the diagonal.
+"""place[i] = argmin_{j ≠ i, label_j = label_i} x_i · y_j, over rows sorted by label: only blocks on the diagonal.
 
 A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
 last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is
@@ -20,7 +20,8 @@ from gssf_kernels.kernels.reductions import argmax, take_larger
 
 @triton.jit(do_not_specialize=["N"])
 def positives_kernel(
-    x, order, firsts, ends, place, stride, N, D: tl.int32, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+    x, y, order, firsts, ends, place, stride, y_stride, N, D: tl.int32,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """order [N]: rows by label; firsts, ends [N]: where the label of a sorted row begins and ends."""
     p = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -36,7 +37,7 @@ def positives_kernel(
         for k in range(0, D, BK):
             c = k + tl.arange(0, BK)
             u = tl.load(x + row[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BN, BK]
-            v = tl.load(x + col[:, None] * stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BM, BK]
+            v = tl.load(y + col[:, None] * y_stride + c[None, :], mask=c[None, :] < D, other=0.0)  # [BM, BK]
             s = tl.dot(u, v.T, s, input_precision="ieee")
         positive = (q[None, :] >= first[:, None]) & (q[None, :] < end[:, None]) & (q[None, :] != p[:, None])
         new_score, new_position = argmax(tl.where(positive, -s, float("-inf")), q[None, :], 1)
@@ -51,6 +52,7 @@ def hardest_positives(call: Any, plan: Any) -> torch.Tensor:
     Raises TypeError unless x is fp32, bf16 or fp16.
     """
     x, labels = operands.rows(call.x), call.labels
+    y = x if call.y is None else operands.rows(call.y)
     N, D = x.shape
     place = labels.new_empty(N)
     if N > 0:
@@ -59,7 +61,7 @@ def hardest_positives(call: Any, plan: Any) -> torch.Tensor:
             label, order = labels.sort(stable=True)
             firsts, ends = torch.searchsorted(label, label), torch.searchsorted(label, label, right=True)
             positives_kernel[(triton.cdiv(N, tile.BN),)](
-                x, order, firsts, ends, place, x.stride(0), N, D, BN=tile.BN, BM=tile.BM, BK=tile.BK,
+                x, y, order, firsts, ends, place, x.stride(0), y.stride(0), N, D, BN=tile.BN, BM=tile.BM, BK=tile.BK,
                 num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
     return place

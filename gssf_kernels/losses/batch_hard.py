@@ -8,14 +8,23 @@ Source: arXiv 1703.07737, there with distances, where hard positives are far and
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.statistics import batch_hard_terms
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.statistics import batch_hard_of_factors, batch_hard_terms
 
 
-def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean") -> Tensor:
+def batch_hard_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.2,
+    reduction: str = "mean",
+    metric: StructuredSimilarity | None = None,
+) -> Tensor:
     """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
 
-    Scores are the plain products ``x xᵀ`` (normalise first). No N x N matrix is stored: negatives come from the
-    sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles within each label.
+    Scores are the plain products ``x xᵀ`` (normalise first), or with ``metric`` its structured similarity. No N x N
+    matrix is stored: negatives come from the sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles
+    within each label.
 
     Args:
         x: [N, D] float.
@@ -23,6 +32,7 @@ def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction
         margin: m, a finite number >= 0, in units of the score.
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes
             0, and "mean" still divides by N.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates; ties go
@@ -39,7 +49,11 @@ def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction
     (x,) = _checks.autocast(x)
     _checks.sides(x, x, "x", "x")
     _checks.index(labels, "labels", x.shape[0], x.device)
-    return batch_hard_terms(x, labels, margin, reduction)
+    if metric is None:
+        return batch_hard_terms(x, labels, margin, reduction)
+    check_metric(metric)
+    a, b = _checks.autocast(*metric.factors(x, x))
+    return batch_hard_of_factors(a, b, labels, margin, reduction)
 
 
 class BatchHardLoss(nn.Module):
@@ -47,20 +61,22 @@ class BatchHardLoss(nn.Module):
 
     Args:
         margin, reduction: as in :func:`batch_hard_loss`.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
     """
 
-    def __init__(self, margin: float = 0.2, reduction: str = "mean"):
+    def __init__(self, margin: float = 0.2, reduction: str = "mean", metric: StructuredSimilarity | None = None):
         super().__init__()
         self.margin = _checks.non_negative(margin, "margin")
         _checks.reduction(reduction)
-        self.reduction = reduction
+        check_metric(metric)
+        self.reduction, self.metric = reduction, metric
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """The loss of x [N, D] with labels [N]; see :func:`batch_hard_loss`."""
-        return batch_hard_loss(x, labels, margin=self.margin, reduction=self.reduction)
+        return batch_hard_loss(x, labels, margin=self.margin, reduction=self.reduction, metric=self.metric)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, reduction={self.reduction!r}"

@@ -54,9 +54,9 @@ def triplet_loss(
     return (loss, diagnose(x, y, s, same, margin)) if diagnostics else loss
 
 
-def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean") -> Tensor:
+def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean", metric=None) -> Tensor:
     """Hardest positive against hardest negative, by label; see :func:`gssf_kernels.batch_hard_loss`."""
-    s = scores(x, x)  # [N, N]
+    s = scores(*factors(x, x, metric))  # [N, N]
     same = labels[:, None] == labels[None, :]
     itself = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
     positive = -best((-s).masked_fill(~same | itself, -torch.inf), 1)[0]  # [N], inf where there is none

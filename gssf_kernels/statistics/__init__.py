@@ -1,7 +1,7 @@
 """Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, composite, autograd."""
 
 from gssf_kernels.statistics import hopper as _hopper  # noqa: F401 (registers its op)
-from gssf_kernels.statistics.batch_hard import batch_hard_terms
+from gssf_kernels.statistics.batch_hard import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.statistics.hardest import (
     hardest_negatives,
     paired_hardest_negatives,
@@ -18,6 +18,7 @@ from gssf_kernels.statistics.sums import sum_scores
 from gssf_kernels.statistics.terms import hinge_terms, line_terms
 
 __all__ = [
+    "batch_hard_of_factors",
     "batch_hard_terms",
     "contrast_loss",
     "hardest_negatives",

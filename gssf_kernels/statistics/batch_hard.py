@@ -17,6 +17,8 @@ from torch import Tensor
 from gssf_kernels import plan, reference
 from gssf_kernels._library import Function, last_derivative, register
 from gssf_kernels.plan import accumulation_dtype
+from gssf_kernels.statistics.pairs import pair_scores
+from gssf_kernels.statistics.positives import hardest_positives
 
 
 class BatchHardCall(NamedTuple):
@@ -40,6 +42,16 @@ class BatchHardBackwardCall(NamedTuple):
 def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
     """The terms [N] of x [N, D] and labels [N] int64, or their sum or mean. Differentiable once; NaN propagates."""
     return _BatchHard.apply(x, labels, margin, reduction)[0]
+
+
+def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
+    """The same of ``s = a bᵀ``, a and b [N, D] the factors of a metric: row i of both is one thing."""
+    negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels)[2]
+    positive_index = hardest_positives(a, labels, b)
+    positive, negative = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
+    valid = _valid(positive_index, negative)
+    p, n = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
+    return reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
 
 
 class _BatchHard(Function):

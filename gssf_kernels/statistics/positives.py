@@ -1,4 +1,6 @@
-"""Hardest positives of every row by label, ``argmin_{j ≠ i, label_j = label_i} x_i · x_j``, without the N x N matrix.
+"""Hardest positives of every row by label, ``argmin_{j ≠ i, label_j = label_i} x_i · y_j``, without the N x N matrix.
+
+y is x, or with a metric the other factor.
 
 Rows are sorted by label; then only blocks on the diagonal hold positives, and each is compared in tiles of bounded
 size. On CUDA that is a Triton kernel, which reads the bounds of the labels where they lie. Elsewhere it is plain
@@ -21,21 +23,25 @@ _ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
 
 
 class HardestPositivesCall(NamedTuple):
-    x: Tensor
-    labels: Tensor
+    """The hardest positive of every row of s = x yᵀ."""
+
+    x: Tensor  # [N, D]
+    labels: Tensor  # [N] int64
+    y: Tensor | None = None  # [N, D], row i is what row i of x is; or None: x
 
 
-def hardest_positives(x: Tensor, labels: Tensor) -> Tensor:
-    """``x [N, D]``, ``labels [N]`` int64 -> [N] int64, the lowest index on ties, the first NaN if there is one.
+def hardest_positives(x: Tensor, labels: Tensor, y: Tensor | None = None) -> Tensor:
+    """x, y [N, D], labels [N] int64 -> [N] int64, the lowest index on ties, the first NaN if there is one; y None: x.
 
     -1 where no other row has the label, or none of them scores below +inf.
     Time: one product of each row with those of its label. Memory: O(N) and a tile.
     """
-    return torch.ops.gssf.hardest_positives(x.detach(), labels)
+    return torch.ops.gssf.hardest_positives(x.detach(), labels, None if y is None else y.detach())
 
 
 def _hardest_positives(call):
-    x, labels = call
+    x, labels = call.x, call.labels
+    y = x if call.y is None else call.y
     count, dtype = x.shape[0], accumulation_dtype(x.dtype)
     label, order = labels.sort(stable=True)  # stable: within a label, the lowest index comes first
     heads = range(0, count, _ROWS)
@@ -47,7 +53,7 @@ def _hardest_positives(call):
         place = torch.full_like(order[rows], -1)
         for j0 in range(first, end, _COLS):
             cols = slice(j0, min(j0 + _COLS, end))
-            s = (wide @ x[order[cols]].double().mT).to(dtype)  # [R, C]
+            s = (wide @ y[order[cols]].double().mT).to(dtype)  # [R, C]
             s.masked_fill_(label[rows, None] != label[None, cols], torch.inf)
             s.diagonal(i0 - j0).fill_(torch.inf)  # a row and itself, where the tile holds them
             least, at = s.min(1)

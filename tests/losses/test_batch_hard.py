@@ -21,9 +21,6 @@ from gssf_kernels.statistics import hardest_positives, positives
 BOTH = pytest.mark.parametrize("implementation", [gk, gk.reference], ids=["ours", "reference"])
 
 
-"""Batch-hard: the loss one row at a time in fp64, and the hardest positives in tiles."""
-
-
 def loop_batch_hard(x, labels, margin):
     """Per-row terms, and the gradient of their sum."""
     rows = x.tolist()
@@ -42,6 +39,38 @@ def loop_batch_hard(x, labels, margin):
             dx[n] += x[i]
             dx[p] -= x[i]
     return terms, dx
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("labels", sorted(LABELS))
+def test_a_metric_compares_by_its_factors(labels, reduction):
+    """Against loops over single scores of s = x̂ W x̂ᵀ, in which a row never meets itself."""
+    metric = gk.StructuredSimilarity(8, block_size=4, dtype=torch.float64)
+    with torch.no_grad():
+        metric.diag.normal_()
+        metric.blocks.normal_()
+    x = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
+    chosen = LABELS[labels](torch.Generator().manual_seed(0), 23)
+    module = gk.BatchHardLoss(margin=0.3, reduction=reduction, metric=metric)
+    got = module(x, chosen)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    s = reference.project(x, metric.diag, metric.blocks, permutation=metric.permutation, normalize=True) @ unit.T
+    terms = []
+    for i in range(23):
+        positives = [s[i, j] for j in range(23) if chosen[j] == chosen[i] and j != i]
+        negatives = [s[i, j] for j in range(23) if chosen[j] != chosen[i]]
+        both = positives and negatives
+        terms.append((0.3 + max(negatives) - min(positives)).clamp_min(0) if both else s.new_zeros(()))
+    expected = reference.reduce(torch.stack(terms), reduction)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        got, gk.reference.batch_hard_loss(x, chosen, margin=0.3, reduction=reduction, metric=metric)
+    )
+    if expected.requires_grad:
+        leaves = (x, metric.diag, metric.blocks)
+        ours, right = (torch.autograd.grad(t.sum(), leaves) for t in (got, expected))
+        for g, e in zip(ours, right, strict=True):
+            torch.testing.assert_close(g, e)
 
 
 @BOTH

@@ -3,8 +3,6 @@
 NotImplemented says that the plan sends the call to plain PyTorch. fp64 reaches the launcher, which has to refuse it.
 """
 
-import importlib
-
 import torch
 
 from gssf_kernels import plan as planning
@@ -20,8 +18,7 @@ def launch(name, *arguments):
         plan = planning.Plan("small", "a launcher takes no fp64")
     if plan.composite:
         return NotImplemented
-    module, _, function = op.launcher.rpartition(".")
-    return getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)(call, plan)
+    return op.launch(call, plan)
 
 
 def route(name, *arguments):
