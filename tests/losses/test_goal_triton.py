@@ -368,7 +368,10 @@ STEPS = {
     "goal con lin": (lambda x, y, t: gk.goal_loss(x, y, triplet="con", pair="lin", reduction="mean"), (3, 2)),
     "goal cir sig": (lambda x, y, t: gk.goal_loss(x, y, triplet="cir", pair="sig"), (3, 2)),
     **{
-        f"goal {triplet} {pair}": (lambda x, y, t, mode=(triplet, pair): gk.goal_loss(x, y, *mode), (2, 2))
+        f"goal {triplet} {pair}": (
+            lambda x, y, t, mode=(triplet, pair): gk.goal_loss(x, y, triplet=mode[0], pair=mode[1]),
+            (2, 2),
+        )
         for triplet, pair in RELATIVE_MODES
     },
 }
