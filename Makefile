@@ -5,6 +5,8 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+# A file is one worker's; files that took long (tests/durations.json) come first.
+WORKERS = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cuda/* tests/native/*.h tests/native/*.cpp)
 
 # The Python, PyTorch and Triton of the GPU machine, on a machine without a GPU. The tree is copied, because the
@@ -42,7 +44,7 @@ demo: $(READY)
 	$(PY) examples/emoji/train.py
 
 test: $(READY)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile
+	$(PY) -m pytest -q --progress $(WORKERS)
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -76,7 +78,7 @@ env-gpu: $(GPU_VENV)/.ready
 	else echo "nvcc not found: the extension was not built with csrc/cuda"; fi
 
 test-env-gpu: env-gpu
-	cd $(GPU_TREE) && $(GPU_PY) -m pytest -n $(JOBS) --dist loadfile
+	cd $(GPU_TREE) && $(GPU_PY) -m pytest -q --progress $(WORKERS)
 	cd $(GPU_TREE) && $(GPU_PY) bench/first_light.py --dry-run build/first-light
 
 clean:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import re
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from bench import stub_driver
 from bench.calls import CASES
 from bench.case import PRODUCTS, Case
 from bench.report import table
-from gssf_kernels.dense import Right
+from gssf_kernels import _library, plan
 from gssf_kernels.kernels import tiles
 
 ARCHITECTURES = (80, 90)
@@ -53,7 +54,7 @@ class Lowered(NamedTuple):
         return 32 * self.kernel.metadata.num_warps
 
 
-def no_product(self: Right, x: Tensor, out: Tensor, add: bool = False) -> None:
+def no_product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
     """In the place of a library's product, which is not compiled here; the CPU may have none of bf16 and fp32."""
 
 
@@ -61,7 +62,7 @@ def lower(case: Case, arch: int) -> list[Lowered]:
     """What the case's launches compile to."""
     found: list[Lowered] = []
     line: tuple = ()
-    run, sweep_tile, project_tile = JITFunction.run, tiles.sweep_tile, tiles.project_tile
+    run, sweep_tile, project_tile = JITFunction.run, plan.sweep_tile, plan.project_tile
 
     def compile_only(self, *arguments, grid, warmup, **options):
         compiled = run(self, *arguments, grid=grid, warmup=True, **options)
@@ -76,24 +77,38 @@ def lower(case: Case, arch: int) -> list[Lowered]:
     with contextlib.ExitStack() as stack:
         for place, name, instead in (
             (JITFunction, "run", compile_only),
-            (tiles, "architecture", lambda device: arch),
-            (tiles, "processors", lambda device: PROCESSORS),
-            (tiles, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
-            (tiles, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
+            (plan, "architecture", lambda device: arch),
+            (plan, "processors", lambda device: PROCESSORS),
+            (plan, "sweep_tile", lambda *a: seen(sweep_tile(*a), "SWEEP")),
+            (plan, "project_tile", lambda *a: seen(project_tile(*a), "PROJECT")),
             (driver, "_active", stub_driver.Target(arch)),
-            (tiles, "fp32_products", lambda device: "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"),
-            (Right, "product", no_product),
+            (plan, "fp32_products", lambda device: "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"),
+            (_library, "product", no_product),
         ):
             stack.enter_context(mock.patch.object(place, name, instead))
         case.launcher(*case.arguments())
     return found
 
 
-def fill_cache(first: int, step: int) -> None:
-    """Lower every step-th case; what is compiled stays in Triton's cache on disk, for other processes to find."""
-    for arch in ARCHITECTURES:
-        for case in CASES[first::step]:
-            lower(case, arch)
+def fill_cache(claims: str) -> None:
+    """Lower what no other process with this folder of claims has begun; others find it in Triton's cache on disk."""
+
+    def claim(*what: Any) -> bool:
+        name = hashlib.sha256(repr(what).encode()).hexdigest()
+        try:
+            (Path(claims) / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def is_anothers(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        return not claim(fn.module, fn.name, compile["device"], key)
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", is_anothers):
+        for arch in ARCHITECTURES:
+            for place, case in enumerate(CASES):
+                if claim(arch, place):
+                    lower(case, arch)
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:

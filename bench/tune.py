@@ -31,7 +31,7 @@ from bench import clock, lowering, report, results
 from bench.case import PRODUCTS, Case
 from gssf_kernels import plan
 from gssf_kernels._library import OPS
-from gssf_kernels.kernels import sums, tiles
+from gssf_kernels.kernels import tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
@@ -83,7 +83,7 @@ def problem(key: Key, device: str) -> tuple:
 def _options(size: str, device: str) -> tuple:
     """What the launcher takes besides a and b."""
     if size == "slabs":
-        return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, 1.0, [True, True]
+        return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, "sum", 1.0, [True, True]
     return None, None, *((torch.tensor(0.1, device=device), 10.0) if size == "sums" else ())
 
 
@@ -92,8 +92,7 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    others = {"sums": OPS["relative_negatives"].on_cuda, "slabs": sums.score_total}
-    return others.get(size, OPS["hardest_negatives"].on_cuda)
+    return OPS[{"sums": "relative_negatives", "slabs": "score_sums"}.get(size, "hardest_negatives")].on_cuda
 
 
 def why_not(key: Key, tile: tiles.Sweep) -> str:
@@ -153,7 +152,7 @@ def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: 
 def launch(tile: tiles.Sweep, launcher: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
     """The launcher's work with a tile of ours, in the product that the line is for."""
     with (
-        mock.patch.object(tiles, "sweep_tile", return_value=tile),
+        mock.patch.object(plan, "sweep_tile", return_value=tile),
         mock.patch.object(plan, "CERTIFIED", sys.maxsize),
     ):
         return launcher(*arguments)
@@ -260,7 +259,7 @@ def main() -> int:
         parser.exit(2, "python -m bench.tune: PyTorch sees no CUDA device\n")
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends as gently
     start, device = time.perf_counter(), torch.device("cuda", torch.cuda.current_device())
-    arch, card = tiles.architecture(device), torch.cuda.get_device_name(device)
+    arch, card = plan.architecture(device), torch.cuda.get_device_name(device)
     keys = sorted(
         (key for key in tiles.SWEEP if key[0] == arch and name_of(key) in names), key=lambda k: names.index(name_of(k))
     )

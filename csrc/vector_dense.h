@@ -30,24 +30,24 @@ GSSF_INLINE typename Simd<A>::Vector exp_of_any(const typename Simd<A>::Vector& 
   return x > -ExpOf<A>::kLeast ? V{} + std::numeric_limits<A>::infinity() : exp_of<A>(x);
 }
 
-// The score function of losses over log-sums: t of scores, and dt/ds with a loss's own weights taken as constants.
-// Constants: the scale; circle loss: margin, scale; multi-similarity: alpha, beta, base.
+// t of scores, and dt/ds with a loss's own weights as constants to autograd. By label each loss has its own.
 template <Score kScore, class A>
 GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, const typename Simd<A>::Index& positive,
                                            const std::array<A, 3>& constants, typename Simd<A>::Vector& slope) {
   using V = typename Simd<A>::Vector;
-  const auto [first, second, third] = constants;
   if constexpr (kScore == Score::scaled) {
-    slope = V{} + first;
-    return first * s;
+    slope = V{} + constants[0];
+    return constants[0] * s;
   } else if constexpr (kScore == Score::circle) {
-    const V distance = positive ? (A(1) + first) - s : s + first;  // from the optimum, as the weight of the score
-    const V weight = second * (distance < V{} ? V{} : distance);
+    const auto [margin, scale, none] = constants;
+    const V distance = positive ? (A(1) + margin) - s : s + margin;  // from the optimum, as the score's weight
+    const V weight = scale * (distance < V{} ? V{} : distance);
     slope = positive ? -weight : weight;
-    return slope * (s - (positive ? V{} + (A(1) - first) : V{} + first));
+    return slope * (s - (positive ? V{} + (A(1) - margin) : V{} + margin));
   } else {
-    slope = positive ? V{} - first : V{} + second;
-    return slope * (s - third);
+    const auto [alpha, beta, base] = constants;
+    slope = positive ? V{} - alpha : V{} + beta;
+    return slope * (s - base);
   }
 }
 

@@ -1,17 +1,16 @@
-"""Where every op is registered: schema, reference, fake and backends, in one call.
+"""Where every op is registered: its arguments, plain PyTorch, fake and launcher, in one call.
 
 An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks what runs:
 
     CPU                 C++ (``csrc/``), if the extension was built
-    CUDA                Triton (``gssf_kernels/kernels``), if Triton is installed
-    anything else       the reference, in plain PyTorch
+    CUDA                what ``plan.py`` chooses: Triton (``gssf_kernels/kernels``), or the composite
+    anything else       the composite: plain PyTorch over other ops, or the definition
 
-There is no switch of our own. Ops are forward computations only; differentiation is added on top
-by a :class:`Function` in the file that defines the op.
+There is no switch of our own. Ops are forward computations only; differentiation is added on top by a
+:class:`Function` in the file that defines the op.
 """
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -28,8 +27,6 @@ from gssf_kernels._checks import AUTOCAST_DEVICES
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _OPS: dict[str, str] = {}  # name: the op whose backend does its work, most often itself
-_REFERENCES: dict[str, Callable] = {}  # name: plain PyTorch
-_LAUNCHERS: dict[str, str] = {}  # name: Triton launcher
 
 _EXTENSION: Any = None
 try:
@@ -37,46 +34,8 @@ try:
     EXTENSION_ERROR = None
 except ImportError as error:
     # Not built (a supported way to install), or built against another PyTorch: `backends()` and
-    # `python -m gssf_kernels` report which, and everything works on the reference.
+    # `python -m gssf_kernels` report which, and everything works on plain PyTorch.
     EXTENSION_ERROR = str(error)
-
-
-def define(
-    schema: str,
-    *,
-    reference: Callable,
-    fake: Callable,
-    triton: str | None = None,
-    through: str | None = None,
-    dispatched: bool = True,
-) -> None:
-    """Register ``gssf::<schema>``.
-
-    Args:
-        schema: the op in PyTorch's schema language, ``name(Tensor a, ...) -> Tensor``.
-        reference: plain PyTorch with the schema's signature; what every backend must equal.
-        fake: the same signature on shapes only, for ``torch.compile`` and ``torch.export``.
-        triton: ``"module.function"`` under ``gssf_kernels.kernels``, imported at its first call.
-        through: for an op whose reference serves every device, the op in it that has backends.
-        dispatched: whether the package calls it; `backends` lists only what it does.
-    """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-    @functools.wraps(reference)
-    def call(*arguments):
-        device = next(t.device for t in arguments if isinstance(t, torch.Tensor))
-        with outside_autocast(device):
-            return reference(*arguments)
-
-    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gssf::{name}", fake, lib=_LIBRARY)
-    if triton is not None and _HAS_TRITON:
-        _LIBRARY.impl(name, _lazy(triton, reference), "CUDA")
-    if triton is not None:
-        _LAUNCHERS[name] = triton
-    if dispatched:
-        _OPS[name], _REFERENCES[name] = through or name, reference
 
 
 _TYPES = {
@@ -115,6 +74,9 @@ class Op(NamedTuple):
         plan = planning.choose(self.name, self.plans, call)
         if plan.composite:
             return self.plainly(call)
+        wide = next((t for t in _tensors(call) if t.is_floating_point() and t.dtype not in KERNEL_DTYPES), None)
+        if wide is not None:
+            raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {wide.dtype}")
         assert self.launcher is not None
         module, _, function = self.launcher.rpartition(".")
         return getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)(call, plan)
@@ -126,6 +88,7 @@ class Op(NamedTuple):
             return self.composite(call)
 
 
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 OPS: dict[str, Op] = {}
 
 
@@ -187,26 +150,6 @@ def _tensors(call):
             yield value
         elif isinstance(value, list | tuple):
             yield from (t for t in value if isinstance(t, torch.Tensor))
-
-
-def _lazy(target: str, reference: Callable) -> Callable:
-    """The Triton launcher named by ``target``; fp64 goes to the reference (no matrix unit gains there).
-
-    So does what the launcher declines, by returning NotImplemented: most often a size that it is not made for.
-    """
-    module_name, _, function_name = target.rpartition(".")
-
-    def call(first: torch.Tensor | None, *rest):
-        some = next(t for t in (first, *rest) if isinstance(t, torch.Tensor))
-        if some.dtype != torch.float64:
-            module = importlib.import_module(f"gssf_kernels.kernels.{module_name}")
-            found = getattr(module, function_name)(first, *rest)
-            if found is not NotImplemented:
-                return found
-        with outside_autocast(some.device):
-            return reference(first, *rest)
-
-    return call
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -310,3 +253,12 @@ def distinct(*tensors: torch.Tensor | None) -> tuple:
             seen.append(t)
         out.append(t.view_as(t) if repeated and t is not None else t)
     return tuple(out)
+
+
+def product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """``out = x y`` or ``out += x y`` by PyTorch, summed in out's dtype."""
+    options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, x, y, **options, out=out)
+    else:
+        torch.mm(x, y, **options, out=out)

@@ -16,25 +16,19 @@ summed in fp32.
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, _library, plan
 from gssf_kernels._library import EXTENSION_ERROR
-from gssf_kernels.precision import accumulation_dtype, fp32_products
+from gssf_kernels.plan import accumulation_dtype, fp32_products
 
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
     """Rows of a in one chunk: of the problem alone, so that the same inputs are summed in the same order."""
     scores = plan.CHUNK_SCORES.get(_checks.device_type(a), plan.CHUNK_SCORES["cpu"])
     return min(max(scores // max(b.shape[0], 1), plan.MIN_CHUNK_ROWS), max(a.shape[0], 1))
-
-
-def starts(length: int, step: int) -> Iterable[int]:
-    """Where the chunks of a loop begin. All but the last are alike, and `explain` runs few of them."""
-    return range(0, length, step)
 
 
 def chunks(
@@ -57,7 +51,7 @@ def chunks(
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
     db = (b.new_empty if a.shape[0] else b.new_zeros)(b.shape, dtype=dtype) if needs[1] else None
-    for first in starts(a.shape[0], rows):
+    for first in plan.starts(a.shape[0], rows):
         part = operand(a[first : first + rows], dtype)  # [R, D]
         s = buffer[: part.shape[0]]  # [R, M]
         if columns is not None:
@@ -78,6 +72,18 @@ def keeps(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
 
 
+def halves(n: int, limit: int, step: int) -> Iterable[tuple[int, int]]:
+    """(first row, rows) of the chunks of a symmetric s [n, n]: as many steps of rows as have at most ``limit`` scores.
+
+    As for :func:`starts`, `explain` runs few of them.
+    """
+    first = 0
+    while first < n:
+        count = min(max(limit // (n - first) // step, 1) * step, n - first)
+        yield first, count
+        first += count
+
+
 def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:
     """The same for symmetric ``s_k = x_k x_kᵀ``, x_k [N, any] the sides, from each chunk's place on the diagonal on.
 
@@ -93,11 +99,8 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
     step = max(right.width for right in rights)
     buffers = x.new_empty(len(sides), min(max(limit, step * n), n * n), dtype=dtype)
     dx = x.new_zeros(x.shape, dtype=dtype) if need else None
-    first = 0
-    while first < n:
-        width = n - first
-        count = min(max(limit // width // step, 1) * step, width)
-        rows = slice(first, first + count)
+    for first, count in halves(n, limit, step):
+        width, rows = n - first, slice(first, first + count)
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):
             right.after(column=first).product(left[rows], s)
@@ -106,7 +109,6 @@ def triangle(sides: Sequence[Tensor], visit: Callable[[list[Tensor], int], None]
             ds = gradient(scores[0], x)
             channels.after(row=first).product(ds, dx[rows], add=True)
             Right(x[rows], dtype).product(ds[:, count:].mT, dx[rows.stop :], add=True)
-        first += count
     return dx
 
 
@@ -156,11 +158,7 @@ class Right:
         if self.packed:
             torch.ops.gssf.multiply(x, self.y, out, add)
             return
-        options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
-        if add:
-            torch.addmm(out, x, self.y, **options, out=out)
-        else:
-            torch.mm(x, self.y, **options, out=out)
+        _library.product(x, self.y, out, add)
 
 
 def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:

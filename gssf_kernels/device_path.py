@@ -15,14 +15,13 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gssf_kernels import _checks, _library, work
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels import _checks, _library, plan, work
+from gssf_kernels.kernels import operands
 
 DEVICE = "meta"
 
@@ -66,7 +65,7 @@ class Device(NamedTuple):
     """The device that tensors without values stand for."""
 
     type: str = "cuda"  # or "cpu"
-    arch: int = 90  # as `tiles.architecture` gives it: 90 for compute capability 9.0, 80 for all others
+    arch: int = 90  # as `plan.architecture` gives it: 90 for compute capability 9.0, 80 for all others
     processors: int = 132  # of an H100 or H200
 
     def __str__(self) -> str:
@@ -105,8 +104,8 @@ class DevicePath(TorchDispatchMode):
         replaced: list[tuple[Any, str, Callable]] = [
             (_checks, "device_type", lambda t: device.type),
             (operands, "same", work.same),  # here all addresses are 0
-            (tiles, "architecture", lambda _: device.arch),
-            (tiles, "processors", lambda _: device.processors),
+            (plan, "architecture", lambda _: device.arch),
+            (plan, "processors", lambda _: device.processors),
         ]
         if _library._HAS_TRITON:
             from triton.runtime.jit import JITFunction
@@ -178,24 +177,21 @@ def _in_this_thread(owner: Any, name: str, function: Callable) -> Iterator[None]
     def either(*arguments, **options):
         return (function if threading.get_ident() == thread else before)(*arguments, **options)
 
-    with mock.patch.object(owner, name, either):
+    setattr(owner, name, either)
+    try:
         yield
+    finally:
+        setattr(owner, name, before)
 
 
 def on_cuda(name: str) -> Callable:
     """What an op of ours is on CUDA."""
-    launcher = _library.OPS[name].launcher if name in _library.OPS else _library._LAUNCHERS.get(name)
-    if launcher is None or not _library._HAS_TRITON:
-        return plainly(name)
-    if name in _library.OPS:
-        return _library.OPS[name].on_cuda
-    return _library._lazy(launcher, _library._REFERENCES[name])
+    op = _library.OPS[name]
+    return op.on_cuda if op.launcher is not None and _library._HAS_TRITON else plainly(name)
 
 
 def plainly(name: str) -> Callable:
     """An op of ours in plain PyTorch, over other ops of ours or alone."""
-    if name not in _library.OPS:
-        return _library._REFERENCES[name]
     op = _library.OPS[name]
     return lambda *arguments: op.plainly(op.call(*arguments))
 

@@ -79,36 +79,35 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
 
 @dataclasses.dataclass
 class OpCall:
-    """An op of the package, as one or more alike calls meet it."""
+    """An op of the package where another one, or the function, calls it: once or, by the same route, several times."""
 
     name: str
     route: str
     why: str
     tile: str | None = None
-    times: int = 1  # how often in one call of the op that calls it
-    launches: dict[str, int] = dataclasses.field(default_factory=dict)  # its own, by kernel, in one of these calls
-    flops: int = 0  # of those
+    calls: int = 0
+    launches: dict[str, int] = dataclasses.field(default_factory=dict)  # its own in all these calls, by kernel
+    flops: int = 0  # its own
     ops: list[OpCall] = dataclasses.field(default_factory=list)  # that it calls
 
     def lines(self, cuda: bool, indent: str = "  ") -> Iterator[str]:
-        times = f" x {self.times:,}" if self.times > 1 else ""
+        calls = f" ({self.calls:,} calls)" if self.calls > 1 else ""
         tile = f" [{self.tile}]" if self.tile else ""
-        reason = f": {self.why}" if self.why else ""
+        why = f": {self.why}" if self.why else ""
         own = [_counted(sum(self.launches.values()))] if cuda and self.launches else []
         own += [_flops(self.flops)] if self.flops else []
-        each = " each" if self.times > 1 and own else ""
-        yield f"{indent}{self.name}{times} → {self.route}{reason}{tile}" + (f"; {', '.join(own)}{each}" if own else "")
+        yield f"{indent}{self.name}{calls} → {self.route}{why}{tile}" + (f"; {', '.join(own)}" if own else "")
         for op in self.ops:
             yield from op.lines(cuda, indent + "  ")
 
     def totals(self) -> tuple[collections.Counter[str], int]:
-        """(launches by kernel, FLOPs) of all its calls, with those of the ops that it calls."""
+        """(launches by kernel, FLOPs), with those of the ops that it calls."""
         launches, flops = collections.Counter(self.launches), self.flops
         for op in self.ops:
             inner, inner_flops = op.totals()
             launches.update(inner)
             flops += inner_flops
-        return collections.Counter({k: n * self.times for k, n in launches.items()}), flops * self.times
+        return launches, flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Explanation:
     backward: Pass | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same in dicts, lists, strings and numbers. "times" of an op: in one call of the op that calls it."""
+        """The same in dicts, lists, strings and numbers."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -158,7 +157,8 @@ class _Recorder(DevicePath):
     def __init__(self, device: Device, inputs: Iterable[Tensor]) -> None:
         super().__init__(device)
         self.stack = [OpCall("", "", "")]  # the pass, then the ops that are being called
-        self.times = 1  # how many alike turns of a loop the present one stands for
+        self.noted: dict[tuple[int, str, plan.Plan], OpCall] = {}
+        self.times = 1  # how many alike turns of loops the present one stands for
         self.storages = {t.untyped_storage()._cdata: -1 for t in inputs}  # alive: their numbers
         self.allocated: list[tuple[int, int]] = []  # (number of the storage, bytes), negative where it is freed
         self.count = 0
@@ -167,7 +167,9 @@ class _Recorder(DevicePath):
 
     def replacements(self):
         replaced = super().replacements()
-        replaced.append((dense, "starts", lambda length, step: self.few(range(0, length, step))))
+        replaced.append((plan, "starts", lambda length, step: self.few(range(0, length, step))))
+        halves = dense.halves
+        replaced.append((dense, "halves", lambda *sizes: self.few_halves(list(halves(*sizes)))))
         if self.device.type == "cuda" and _library._HAS_TRITON:
             from gssf_kernels.kernels.sweep import Sweep
 
@@ -187,11 +189,29 @@ class _Recorder(DevicePath):
         self.times //= alike
         yield turns[-1]
 
+    def few_halves(self, turns: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        """The same for (first row, rows) of a triangle's chunks.
+
+        Chunks of as many rows shrink by as many columns each time. What they make is linear in those, so the middle of
+        them, or both, stands for all. The first two take the most memory, and the last has no columns past its square.
+        """
+        for _, group in itertools.groupby(turns[:-1], key=lambda turn: turn[1]):
+            alike = list(group)
+            yield from alike[:2]
+            others = alike[2:]
+            middle = others[(len(others) - 1) // 2 : len(others) // 2 + 1] if others else []
+            for turn in middle:
+                self.times *= len(others) // len(middle)
+                yield turn
+                self.times //= len(others) // len(middle)
+        yield from turns[-1:]
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if any(t.device.type == self.device.type for t in tensors((args, kwargs))):  # a constant of the function's
             args, kwargs = tree_map_only(Tensor, self.described, (args, kwargs))
-        if _takes_device(function) and self.means_device(kwargs.get("device"), args):
+        device = kwargs.get("device")
+        if device is not None and device.type == self.device.type:  # of a tensor that the function makes
             kwargs.update(device=torch.device(DEVICE))
             kwargs.pop("pin_memory", None)
         return super().__torch_dispatch__(function, types, args, kwargs)
@@ -199,49 +219,40 @@ class _Recorder(DevicePath):
     def described(self, t: Tensor) -> Tensor:
         return _without_values(t) if t.device.type == self.device.type else t
 
-    def means_device(self, device: torch.device | None, args: tuple) -> bool:
-        """Whether what is made goes to the device described."""
-        if device is None:
-            return self.device.type == "cpu" and not tensors(args)
-        return device.type == self.device.type
-
     def ours(self, function, args):
         name = function.overloadpacket.__name__
         arguments = dict(zip((a.name for a in function._schema.arguments), args, strict=False))
         chosen = self.chosen(name, args, arguments)
-        op = OpCall(name, chosen.route, chosen.why, _tile(chosen.tile), self.times)
-        native = self.device.type == "cpu" and work.native(name)
-        before, self.times = self.times, 1
+        op = self.entered(name, chosen)
         self.stack.append(op)
         try:
             results = super().ours(function, args)
         finally:
             self.stack.pop()
-            self.times = before
-        if native:
-            op.flops = work.native_flops(name, arguments)
+        if self.device.type == "cpu" and work.native(name):
+            op.flops += self.times * work.native_flops(name, arguments)
             self.made(tensors(results))
             self.scratch(work.packed_bytes(name, arguments))
-        if not op.route:
+        if not chosen.route:
             op.route = "triton" if any(not kernel.startswith("aten::") for kernel in op.launches) else "composite"
-        siblings = self.stack[-1].ops
-        alike = [other for other in siblings if dataclasses.replace(other, times=op.times) == op]
-        if alike:
-            alike[0].times += op.times
-        else:
-            siblings.append(op)
         return results
+
+    def entered(self, name: str, chosen: plan.Plan) -> OpCall:
+        """Where calls of an op by a route are noted, below the op that makes them."""
+        key = id(self.stack[-1]), name, chosen
+        if key not in self.noted:
+            self.noted[key] = OpCall(name, chosen.route, chosen.why, _tile(chosen.tile))
+            self.stack[-1].ops.append(self.noted[key])
+        self.noted[key].calls += self.times
+        return self.noted[key]
 
     def chosen(self, name, args, arguments) -> plan.Plan:
         if self.device.type == "cpu":
             return work.on_cpu(name, arguments)
-        op = _library.OPS.get(name)
-        launcher = op.launcher if op is not None else _library._LAUNCHERS.get(name)
-        if launcher is not None and not _library._HAS_TRITON:
+        op = _library.OPS[name]
+        if op.launcher is not None and not _library._HAS_TRITON:
             return plan.Plan("composite", "Triton is not installed")
-        if op is not None:
-            return plan.choose(name, op.plans, op.call(*args))
-        return plan.Plan("", "") if launcher is not None else plan.Plan("composite", "a formula over other ops")
+        return plan.choose(name, op.plans, op.call(*args))
 
     # What is noted
 
@@ -357,7 +368,7 @@ def _device(values: Sequence[Tensor]) -> Device:
         raise ValueError(f"args: expected tensors on cpu, cuda or meta, got {types[0]}")
     cards = [t.device for t in values if t.is_cuda] if torch.cuda.is_available() else []
     if cards:
-        return Device("cuda", tiles.architecture(cards[0]), tiles.processors(cards[0]))
+        return Device("cuda", plan.architecture(cards[0]), plan.processors(cards[0]))
     return Device(types[0])
 
 
@@ -376,11 +387,6 @@ def _title(function: Callable) -> str:
 
 def _has_slope(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
-
-
-@functools.cache
-def _takes_device(function) -> bool:
-    return any(argument.name == "device" for argument in function._schema.arguments)
 
 
 def _tile(tile: tiles.Sweep | None) -> str | None:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -39,6 +40,70 @@ ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # of other dtypes the library's 
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 16  # of a chunk, however long
 KEPT_SCORES = {"cpu": 1 << 18}  # so many are kept for a backward: 1 MiB of fp32, for a product less
+
+
+def fp32_products(device_type: str) -> str:
+    """How products of fp32 sides may be made on such a device, by PyTorch's settings: "ieee", "tf32" or "bf16".
+
+    Both of PyTorch's ways to say so set what is read here: ``torch.backends.cuda.matmul.fp32_precision`` with its
+    parents, whose place it takes where it is "none", and ``torch.set_float32_matmul_precision``, which cannot be asked
+    back once both ways have been used: its getter raises. It is for code below the dispatcher: a traced graph would
+    keep the answer of the day.
+    """
+    backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    precision = backend.matmul.fp32_precision
+    return "ieee" if precision == "none" else precision
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and sums for inputs of ``dtype``: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kind(dtype: torch.dtype) -> str:
+    """The product that dtype gets: "half", or for fp32 what PyTorch's setting for products on CUDA allows."""
+    return fp32_products("cuda") if dtype == torch.float32 else "half"
+
+
+def architecture(device: torch.device) -> int:
+    """The part of the table for device: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
+    return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors device has. Asked once, and nothing waits for it."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def sweep_tile(device: torch.device, dtype: torch.dtype, size: str, exact: bool = False) -> tiles.Sweep:
+    """The tile for a sweep of a size that `tiles.SWEEP` names. exact: fp32 products are never TF32."""
+    product = "ieee" if exact and dtype == torch.float32 else kind(dtype)
+    return tiles.SWEEP[architecture(device), product, size]
+
+
+def most_registers(D: int, mixed: bool = False) -> dict[str, int]:
+    """Launch options that let a thread have all registers, for rows of D channels where it needs a few more.
+
+    Masks take some where D is no multiple of 16, and so does a gradient of another dtype (mixed). Without these options
+    ptxas would rather spill a value than fit one block fewer in a processor.
+    """
+    return {"maxnreg": 255} if D % 16 or mixed else {}
+
+
+def project_tile(dtype: torch.dtype) -> tiles.Project:
+    """The tile for a projection of x in dtype."""
+    return tiles.PROJECT[kind(dtype)]
+
+
+def gradients_tile(dtype: torch.dtype) -> tiles.Gradients:
+    """The tile for the products that end a gradient, of inputs in dtype."""
+    return tiles.GRADIENTS[kind(dtype)]
+
+
+def starts(length: int, step: int) -> Iterable[int]:
+    """Where the chunks, or panels, of a loop begin. All but the last are alike, and `explain` runs few of them."""
+    return range(0, length, step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +170,7 @@ class Scores:
 
     def tile(self, epilogue: str = "", exact: bool = False) -> tiles.Sweep:
         """The tile of a sweep over them; epilogue and exact as for `tiles.sweep_tile`."""
-        return tiles.sweep_tile(self.a.device, self.a.dtype, sweep_size(self.N, self.M, self.D, epilogue), exact)
+        return sweep_tile(self.a.device, self.a.dtype, sweep_size(self.N, self.M, self.D, epilogue), exact)
 
 
 def sweep_size(N: int, M: int, D: int, epilogue: str = "") -> str:
@@ -140,7 +205,7 @@ def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
     a, b = scores.a, scores.b
     if hopper("hardest_negatives", a, b):
         yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")
-    exact = a.dtype == torch.float32 and tiles.kind(a.dtype) == "ieee"
+    exact = a.dtype == torch.float32 and kind(a.dtype) == "ieee"
     if exact and scores.count >= CERTIFIED:
         yield _certified(scores, f"at least {CERTIFIED:,}: exact winners at the speed of bf16", symmetric)
     # of fewer scores, what half of the tiles save costs less than the merge of both halves
@@ -153,7 +218,7 @@ def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
 
 def _certified(scores: Scores, why: str, symmetric: bool) -> Plan:
     size = sweep_size(scores.N, scores.M, scores.D, "sums")
-    tile = tiles.sweep_tile(scores.a.device, torch.bfloat16, size, False)  # what is swept is rounded
+    tile = sweep_tile(scores.a.device, torch.bfloat16, size, False)  # what is swept is rounded
     return Plan("certified", f"{scores} of fp32, {why}", tile, upper_triangle=symmetric)
 
 
@@ -352,8 +417,8 @@ def few_rows(tensor: Callable[[Any], torch.Tensor], other: Callable[[Any], Any] 
 
 def hopper(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `tiles.HOPPER_CUDA` sends ``name`` of a [N, D] and b [M, D] to csrc/cuda, and it is built."""
-    line = name, tiles.kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
-    return line in tiles.HOPPER_CUDA and tiles.architecture(a.device) == 90 and hopper_built()
+    line = name, kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
+    return line in tiles.HOPPER_CUDA and architecture(a.device) == 90 and hopper_built()
 
 
 def hopper_built() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 
 
 class ProjectCall(NamedTuple):

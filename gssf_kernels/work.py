@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from gssf_kernels import _library, dense
-from gssf_kernels.plan import Plan, Scores
-from gssf_kernels.precision import fp32_products
+from gssf_kernels.plan import Plan, Scores, fp32_products
 
 # From how many scores on the CPU mines fp32 and fp16 certified, by bf16 unit; csrc/hardest.cpp: `certified_least`.
 CERTIFIED = {"amx": 1 << 18, "avx512_bf16": 1 << 20}

@@ -4,7 +4,12 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: threads that wait leave a busy machine to others
 
+# Read by Triton, and part of what its cache goes by: a seventh of a compilation's time goes into
+# finding lines of Python in machine code, which is the same without.
+os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
+
 import interpreter_process
+import progress
 import torch
 
 from gssf_kernels import plan
@@ -34,6 +39,8 @@ class Failures:
 
 def pytest_addoption(parser):
     parser.addoption("--failures", metavar="FILE", help="append each failure, with its traceback, as it happens")
+    parser.addoption("--progress", action="store_true", help="say how far the tests are and how long they will take")
+    parser.addoption("--save-durations", action="store_true", help=f"with --progress: into {progress.RECORD.name}")
     parser.addoption("--served-by", type=int, help="a pipe that says which tests to run: see interpreter_process.py")
 
 
@@ -41,6 +48,8 @@ def pytest_configure(config):
     path = config.getoption("--failures")
     if path and not hasattr(config, "workerinput"):  # pytest-xdist's workers report to the process that started them
         config.pluginmanager.register(Failures(path))
+    if config.getoption("--progress") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(progress.Progress(config))
     interpreter_process.register(config, config.getoption("--served-by"), torch.cuda.is_available())
 
 
@@ -51,10 +60,14 @@ def pytest_itemcollected(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are collected everywhere, so that `-m gpu --collect-only` lists them, and run on a card.
+    """Files that take long come first: with `--dist loadfile --no-loadscope-reorder` no worker is left with one.
+
+    Tests marked gpu are collected everywhere, so that `-m gpu --collect-only` lists them, and run on a card.
 
     Those marked triton run without one too, if there is Triton: under its interpreter.
     """
+    seconds = progress.recorded()
+    items.sort(key=lambda item: -seconds.get(progress.file_of(item.nodeid), float("inf")))  # new files too
     for item in items:
         if item.get_closest_marker("triton"):
             if not interpreter_process.FOUND:

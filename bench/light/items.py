@@ -22,6 +22,7 @@ REDUCED = 8  # by how much rows are divided where the CPU stands in for the card
 BLOCK = 8  # of the metric's blocks; divides every D
 SPREAD = 0.15  # standard deviation of scores of whole numbers, about
 TWICE = "b = a"
+BETWEEN = "two sides"
 
 
 class Item(NamedTuple):
@@ -174,6 +175,17 @@ def _labelled(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return {"x": _whole(g, item.n, item.d)}, {"labels": _labels(g, item.n, item.n // 3), "margin": 0.25}
 
 
+def _by_label(**settings: Any) -> Callable:
+    def make(item: Item, g: torch.Generator) -> tuple[dict, dict]:
+        tensors, labels = {"x": _unit(g, item.n, item.d)}, {"labels": _labels(g, item.n, item.n // 3)}
+        if item.variant == BETWEEN:
+            tensors["y"] = _unit(g, item.m, item.d)
+            labels["y_labels"] = _labels(g, item.m, item.n // 3)
+        return tensors, {**labels, **settings}
+
+    return make
+
+
 def _distillation(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     teachers = {"image_teacher": _unit(g, item.n, item.d), "text_teacher": _unit(g, item.n, item.d // 2)}
     numbers = {"lam": torch.tensor(0.3), "tau": torch.tensor(0.5)}
@@ -204,6 +216,8 @@ FAMILIES = {
     "goal": Family("goal_loss", _two_sided(_whole, triplet="cir", pair="sig"), ("", "ids"), exact=True),
     "goal_ms": Family("goal_loss", _two_sided(_whole, triplet="nca", pair="sig_ms"), exact=True),
     "batch_hard": Family("batch_hard_loss", _labelled, ("",), exact=True),
+    "circle": Family("circle_loss", _by_label(margin=0.25, scale=4.0), ("", BETWEEN)),
+    "multi_similarity": Family("multi_similarity_loss", _by_label(beta=5.0), ("", BETWEEN)),
     "info_nce": Family("info_nce_loss", _two_sided(_unit, scale=4.0)),
     "sigmoid": Family("sigmoid_loss", _two_sided(_unit, scale=10.0, bias=-5.0)),
     "logsumexp": Family("logsumexp_scores", _two_sided(_unit, ("a", "b"), scale=14.0), ("", TWICE)),

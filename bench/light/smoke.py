@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from bench import stub_driver
 from bench.light import worker
 from bench.light.record import Recorder
+from gssf_kernels import plan
 from gssf_kernels.kernels import tiles
 from gssf_kernels.kernels.sweep import Sweep
 
@@ -65,8 +66,8 @@ def _sweep(device: str, line: tiles.Sweep, n: int, m: int, d: int, processors: i
     a, b = whole(n, d, 0), whole(m, d, 1)
     s = torch.full((n, m), float("nan"), device=device)
     with (
-        mock.patch.object(tiles, "sweep_tile", return_value=line),
-        mock.patch.object(tiles, "processors", return_value=processors),
+        mock.patch.object(plan, "sweep_tile", return_value=line),
+        mock.patch.object(plan, "processors", return_value=processors),
     ):
         sweep = Sweep(a.to(device), b.to(device), line)
         for first, blocks in sweep.slabs():

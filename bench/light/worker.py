@@ -27,9 +27,9 @@ from bench import stub_driver
 from bench.light import compare, headline
 from bench.light.items import Item
 from bench.light.record import Recorder
+from gssf_kernels import plan
 from gssf_kernels.device_path import DEVICE as NO_VALUES
 from gssf_kernels.device_path import device_path
-from gssf_kernels.kernels import tiles
 
 REPEATS = 3
 ARCH = 90
@@ -65,15 +65,15 @@ def poison(device: torch.device) -> None:
 @contextlib.contextmanager
 def by_another_tile(**changes: Any) -> Iterator[None]:
     """Sweeps take their line of the table with changes."""
-    of_table = tiles.sweep_tile
-    with mock.patch.object(tiles, "sweep_tile", lambda *a, **k: of_table(*a, **k)._replace(**changes)):
+    of_table = plan.sweep_tile
+    with mock.patch.object(plan, "sweep_tile", lambda *a, **k: of_table(*a, **k)._replace(**changes)):
         yield
 
 
 @contextlib.contextmanager
 def by_three_programs() -> Iterator[None]:
     """Sweeps are persistent, on three processors."""
-    with mock.patch.object(tiles, "processors", return_value=3), by_another_tile(persistent=1):
+    with mock.patch.object(plan, "processors", return_value=3), by_another_tile(persistent=1):
         yield
 
 
@@ -135,12 +135,12 @@ class Dry:
         if self.plant["fault"] == "nan":
             first = next(gradient for name, gradient in results.items() if name.startswith("d "))
             first[5, 3] = float("nan")
-        if self.plant["fault"] == "wrong tile" and tiles.sweep_tile is _TABLE:
+        if self.plant["fault"] == "wrong tile" and plan.sweep_tile is _TABLE:
             results["row_score"][128:256] += 1.0
         return results
 
 
-_TABLE = tiles.sweep_tile
+_TABLE = plan.sweep_tile
 
 
 def check(item: Item, place: Card | Dry, code: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The ops that are measured: ``OPS[name]``."""
 
-from bench.ops import contrastive, distillation, goal, hardest_negatives, rows, search, sum_hinge, triplet
+from bench.ops import contrastive, distillation, goal, hardest_negatives, labels, rows, search, sum_hinge, triplet
 
 OPS = {
     op.name: op
@@ -12,6 +12,9 @@ OPS = {
         contrastive.SIGMOID,
         sum_hinge.OP,
         distillation.OP,
+        labels.CIRCLE,
+        labels.MULTI_SIMILARITY,
+        labels.MINED,
         search.NEAREST,
         search.TOP_SCORES,
         rows.PROJECT,

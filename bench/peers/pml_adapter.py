@@ -11,6 +11,7 @@ Each direction makes the N x N matrix twice, in the miner and in the loss, with 
 import torch
 import torch.nn.functional as F
 
+from bench.ops import labels
 from bench.ops.rows import project_naive
 from bench.ops.triplet import MARGIN
 
@@ -30,12 +31,12 @@ def triplet():
 
     def variant(problem):
         a, b = project_naive(problem), F.normalize(problem.y, dim=1)
-        labels = torch.arange(len(a), device=a.device)
+        places = torch.arange(len(a), device=a.device)
         # One tensor as labels and ref_labels would mean one set of embeddings: no positive on the diagonal.
-        ref_labels = labels.clone()
+        ref_places = places.clone()
         total = 0.0
         for anchors, others in ((a, b), (b, a)):
-            triplets = miner(anchors, labels, ref_emb=others, ref_labels=ref_labels)
+            triplets = miner(anchors, places, ref_emb=others, ref_labels=ref_places)
             total = total + loss(anchors, indices_tuple=triplets, ref_emb=others)
         return total
 
@@ -55,12 +56,45 @@ def sum_hinge():
     loss = TripletMarginLoss(margin=MARGIN, distance=similarity, reducer=SumReducer())
 
     def variant(problem):
-        labels = torch.arange(len(problem.x), device=problem.x.device)
-        ref_labels = labels.clone()  # as above
-        rows = loss(problem.x, labels, ref_emb=problem.y, ref_labels=ref_labels)
-        return rows + loss(problem.y, labels, ref_emb=problem.x, ref_labels=ref_labels)
+        places = torch.arange(len(problem.x), device=problem.x.device)
+        ref_places = places.clone()  # as above
+        rows = loss(problem.x, places, ref_emb=problem.y, ref_labels=ref_places)
+        return rows + loss(problem.y, places, ref_emb=problem.x, ref_labels=ref_places)
 
     return variant
 
 
-VARIANTS = {"triplet": triplet, "sum_hinge": sum_hinge}
+def circle():
+    from pytorch_metric_learning.losses import CircleLoss
+    from pytorch_metric_learning.reducers import MeanReducer
+
+    loss = CircleLoss(m=labels.MARGIN, gamma=labels.SCALE, reducer=MeanReducer())
+    return lambda problem: loss(problem.x, problem.places)
+
+
+def _multi_similarity():
+    from pytorch_metric_learning.losses import MultiSimilarityLoss
+    from pytorch_metric_learning.reducers import MeanReducer
+
+    return MultiSimilarityLoss(labels.ALPHA, labels.BETA, labels.BASE, reducer=MeanReducer())
+
+
+def multi_similarity():
+    loss = _multi_similarity()
+    return lambda problem: loss(problem.x, problem.places)
+
+
+def multi_similarity_mined():
+    from pytorch_metric_learning.miners import MultiSimilarityMiner
+
+    loss, miner = _multi_similarity(), MultiSimilarityMiner(labels.EPSILON)
+    return lambda problem: loss(problem.x, problem.places, miner(problem.x, problem.places))
+
+
+VARIANTS = {
+    "triplet": triplet,
+    "sum_hinge": sum_hinge,
+    "circle": circle,
+    "multi_similarity": multi_similarity,
+    "multi_similarity_mined": multi_similarity_mined,
+}

@@ -88,7 +88,6 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     Without a positive: -inf and -1; without a negative the same. Raises TypeError unless x is fp32, bf16 or fp16.
     """
     x, labels, margin, reduction = call
-    operands.check_dtype("batch_hard", x)
     N = len(x)
     positive, negative = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     positive_index, negative_index = labels.new_empty(N), labels.new_empty(N)
@@ -105,7 +104,6 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 def batch_hard_backward(call: Any, plan: Any) -> torch.Tensor:
     """Return dx [N, D] in the dtype of x, summed in fp32. Raises TypeError unless x is fp32, bf16 or fp16."""
     grad, x = call.grad, operands.rows(call.x)
-    operands.check_dtype("batch_hard_backward", grad, call.positive, call.negative, x)
     (N, D), summed = x.shape, call.reduction != "none"
     dx = call.x.new_empty(x.shape)
     saved = operands.contiguous(call.positive, call.negative, call.positive_index, call.negative_index)

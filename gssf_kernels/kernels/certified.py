@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan as planning
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import only_negatives, tile_lines
 from gssf_kernels.kernels.reductions import argmax
@@ -309,7 +310,7 @@ class Side(NamedTuple):
                 D, len(self.values), len(other.values), *place[:3], blocks.shape[1],
                 ALL=which == "all", WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
-                **tiles.most_registers(D),
+                **planning.most_registers(D),
             )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan as planning
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.reductions import merge_sums
 from gssf_kernels.kernels.score_functions import number
@@ -106,12 +107,6 @@ def gradients_kernel(
             tl.store(sums[q], total)
 
 
-def empty_dscores(a: torch.Tensor, M: int) -> torch.Tensor:
-    """Empty [N, M] for the scores' gradient, of a [N, D]: rows on 16 bytes unless they are short."""
-    dtype = a.dtype if a.dtype != torch.float16 else torch.float32
-    return a.new_empty(len(a), M + (-M % 16 if M > 64 else 0), dtype=dtype)[:, :M]
-
-
 def gradients(
     dscores: torch.Tensor | None,
     a: torch.Tensor,
@@ -139,7 +134,7 @@ def gradients(
     db = b.new_empty(b.shape, dtype=dtype) if needs[1] and not same else None
     sums = tuple(partial.new_empty(()) for _ in partial) if partial is not None else ()
     a, b = operands.rows(a), operands.rows(b)
-    tile, kind = tiles.gradients_tile(a.dtype), tiles.kind(a.dtype)
+    tile, kind = planning.gradients_tile(a.dtype), planning.kind(a.dtype)
     columns = triton.cdiv(D, tile.BC)
     programs = sum(triton.cdiv(len(x), tile.BR) * columns for x in (da, db) if x is not None) + bool(sums)
     rows, across, down = (slopes[0].shape[1], len(slopes[0]), len(slopes[1])) if slopes else (0, 0, 0)

@@ -1,7 +1,7 @@
 """Hardest negatives and log-sums by the CUDA C++ sweep for Hopper (csrc/cuda): bf16 and fp16, compute capability 9.0.
 
 Compiled, and run on an emulated card by the tests; not yet run on a real one. `tiles.HOPPER_CUDA` says which sizes go
-here instead of to Triton or, log-sums of many scores, to chunks: none so far. Needs no Triton.
+here instead of to Triton or, log-sums of many scores, to chunks: none so far.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def hardest_negatives(
     b: [M, D] as a, M ≥ N
     a_ids, b_ids: [N], [M] int64, or both None
 
-    Scores are fp32, indices int64. Extra memory as Triton's. Raises TypeError for other dtypes.
+    Scores are fp32, indices int64. Extra memory as Triton's.
     """
     sides, ids = _sides("hardest_negatives", a, b), operands.contiguous(a_ids, b_ids)
     return ops.hopper_sweep(*sides, *ids, False, None, 1.0)
@@ -45,7 +45,9 @@ def logsumexp_scores(
 
 def _sides(name: str, *sides: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Both sides as the copy engine asks for them: rows that start on 16 bytes."""
+    from gssf_kernels.kernels.sweep import aligned_rows  # which imports Triton
+
     for x in sides:
         if x.dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(f"{name}: the Hopper kernel takes bfloat16 or float16, got {x.dtype}")
-    return tuple(operands.aligned_rows(x, 16 // x.element_size()) for x in sides)
+    return tuple(aligned_rows(x, 16 // x.element_size()) for x in sides)

@@ -18,11 +18,10 @@ import triton.language as tl
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.kernels import hopper, operands, tiles
 from gssf_kernels.kernels.epilogues import tile_lines
-from gssf_kernels.kernels.gradients import empty_dscores, gradients
+from gssf_kernels.kernels.gradients import gradients
 from gssf_kernels.kernels.reductions import log_sums, merge_logs
-from gssf_kernels.kernels.row_panels import gradients_by_row_panels
 from gssf_kernels.kernels.score_functions import logits, logsumexp_slope, number
-from gssf_kernels.kernels.sweep import Chunk, Sweep
+from gssf_kernels.kernels.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
 from gssf_kernels.plan import Plan
 
 
@@ -140,6 +139,8 @@ def by_label(call: Any, row_labels, col_labels, row_bounds, col_bounds, first: i
 
 
 def _by_label(call: Any) -> tuple | None:
+    if call.score == "scaled":
+        return None
     row_labels, col_labels, bounds = operands.contiguous(call.a_labels, call.b_labels, call.bounds)
     return by_label(call, row_labels, col_labels, bounds, bounds if call.b is None else None, 0)
 
@@ -147,10 +148,9 @@ def _by_label(call: Any) -> tuple | None:
 def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return (row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)]) fp32, and nothing kept: [0].
 
-    By label rows' statistics are [2, N] and the others empty. Raises TypeError for other dtypes than fp32, bf16, fp16.
+    By label rows' statistics are [2, N] and the others empty.
     """
     a, b = call.a, call.a if call.b is None else call.b
-    operands.check_dtype("logsumexp_scores", a, b)
     if plan.route == "hopper":
         return *hopper.logsumexp_scores(a, b, call.scale, call.constant), a.new_empty(0, dtype=torch.float32)
     row_shape, col_shape, pairs = call.sizes()
@@ -175,13 +175,10 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
 
 
 def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'.
-
-    Raises TypeError for other dtypes than fp32, bf16 and fp16.
-    """
+    """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'."""
     a, b, needs = call.a, call.a if call.b is None else call.b, call.needs
-    operands.check_dtype("logsumexp_scores_backward", a, b)
-    drow, dcol, dpositive = operands.contiguous(call.drow, call.dcol, call.dpositive)
+    grads = (call.drow, call.dcol, call.dpositive)
+    drow, dcol, dpositive = (t.contiguous() if t is not None else None for t in grads)
     if call.score != "scaled":
         dcol = dpositive = None
     rows = classes(call.row_max, call.row_log, drow)
@@ -211,11 +208,7 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
 
 
 def logsumexp_pass(call: Any, plan: Plan) -> None:
-    """Write (max, Σ e^(t - max)) of the rows of s [R, M] fp32, and merge those of its columns into what is there.
-
-    Raises TypeError for other dtypes.
-    """
-    operands.check_dtype("logsumexp_pass", call.s)
+    """Write (max, Σ e^(t - max)) of the rows of s [R, M] fp32, and merge those of its columns into what is there."""
     if call.s.numel() == 0:
         call.row_max.fill_(float("-inf"))
         call.row_sum.zero_()
@@ -236,11 +229,7 @@ def logsumexp_pass(call: Any, plan: Plan) -> None:
 
 
 def softmax_pass(call: Any, plan: Plan) -> None:
-    """Turn s [R, M] fp32 into dL/dt, by label dL/ds, and write Σ_j of it times s [R].
-
-    Raises TypeError for other dtypes.
-    """
-    operands.check_dtype("softmax_pass", call.s)
+    """Turn s [R, M] fp32 into dL/dt, by label dL/ds, and write Σ_j of it times s [R]."""
     if call.s.numel() == 0:
         call.dscores_dot_s.zero_()
         return

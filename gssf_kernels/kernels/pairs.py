@@ -132,7 +132,6 @@ def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, col
 
     Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
-    operands.check_dtype("pair_scores", a, b)
     a, b, (rows, cols) = operands.rows(a), operands.rows(b), operands.contiguous(rows, cols)
     E = len(rows) if rows is not None else len(a)
     scores = a.new_empty(E, dtype=torch.float32)
@@ -172,7 +171,6 @@ def pair_scores_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tens
     Raises TypeError unless grad, a and b are fp32, bf16 or fp16.
     """
     grad, rows, cols, a, b, needs = call
-    operands.check_dtype("pair_scores_backward", grad, a, b)
     grad, rows, cols = grad.contiguous(), rows.contiguous(), cols.contiguous()
     with torch.cuda.device_of(a):
         da = segment_sum(grad, rows, cols, operands.rows(b), like=a) if needs[0] else a.new_empty(0)

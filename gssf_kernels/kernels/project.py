@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan as planning
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.pairs import pair_scores, scan, segment_sum
 
@@ -300,14 +301,14 @@ NORMALIZED = Weights(None, None, None, True)  # x̂ alone
 
 
 def precision(x: torch.Tensor) -> str:
-    return "ieee" if tiles.kind(x.dtype) == "ieee" else "tf32"
+    return "ieee" if planning.kind(x.dtype) == "ieee" else "tf32"
 
 
 def launch_project(x: torch.Tensor, grad: torch.Tensor | None, weights: Weights) -> torch.Tensor:
     """p of x, or with grad dx of grad; all contiguous along channels."""
     N, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    tile = tiles.project_tile(x.dtype)
+    tile = planning.project_tile(x.dtype)
     programs, pieces = triton.cdiv(N, tile.BN), min(triton.cdiv(D, tile.BC), tiles.GRID_SECOND)
     if weights.normalize:  # every program reads whole rows for their norms: no more of them than fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
@@ -315,7 +316,7 @@ def launch_project(x: torch.Tensor, grad: torch.Tensor | None, weights: Weights)
         x, grad, out, weights.diag, weights.blocks, weights.permutation, x.stride(0),
         grad.stride(0) if grad is not None else 0, N, D, EPS, B=weights.block_size, BN=tile.BN, BC=tile.BC,
         PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
-        **tiles.most_registers(D, mixed=grad is not None and grad.dtype != x.dtype),
+        **planning.most_registers(D, mixed=grad is not None and grad.dtype != x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -337,7 +338,7 @@ def launch_parameters(
         return x.new_empty(0), x.new_empty(0)
     N, D = x.shape
     block_size = blocks.shape[1] if blocks is not None else 1
-    tile = tiles.project_tile(x.dtype)
+    tile = planning.project_tile(x.dtype)
     BC = tile.BC
     columns, pieces = triton.cdiv(D, BC), spans(D, block_size, BC)
     splits = max(1, min(tiles.TARGET_PROGRAMS // (columns * pieces), triton.cdiv(N, 4 * tile.BN)))
@@ -347,7 +348,7 @@ def launch_parameters(
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
     parameter_kernel[(columns * pieces, splits)](
         x, grad, norm, weights.permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
-        B=block_size, BR=tile.BN, BC=BC, PRECISION=precision(x), **tiles.most_registers(D),
+        B=block_size, BR=tile.BN, BC=BC, PRECISION=precision(x), **planning.most_registers(D),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return (
@@ -381,7 +382,7 @@ def launch_sides(
     out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
            for t, want in zip((x, y, weights.diag, weights.blocks), wanted, strict=True)]  # fmt: skip
     dp, dunit = operands.contiguous(*gradients) if gradients else (None, None)
-    tile = tiles.project_tile(x.dtype)
+    tile = planning.project_tile(x.dtype)
     programs = sum(triton.cdiv(len(t), tile.BN) for t in out[:2] if t is not None)
     columns = triton.cdiv(D, tile.BC)
     most = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if weights.normalize else tiles.GRID_SECOND
@@ -408,7 +409,6 @@ def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     p and ŷ are summed in fp32 and rounded once, to the dtypes of x and y; the others are fp32. ŷ and the lengths are
     empty without normalize or y, the scores without pairs. Raises TypeError unless x and y are fp32, bf16 or fp16.
     """
-    operands.check_dtype("project", *(t for t in (call.x, call.y) if t is not None))
     weights, x = Weights.of(call), operands.rows(call.x)
     if call.y is None:
         with torch.cuda.device_of(x):
@@ -434,7 +434,6 @@ def project_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, 
 
     Empty where needs says no, and where there is nothing to make it of. Raises TypeError for fp64.
     """
-    operands.check_dtype("project_backward", *(t for t in (call.x, call.dp, call.dunit) if t is not None))
     weights, needs, dp = Weights.of(call), call.needs, call.dp
     x, y = operands.rows(call.x), operands.rows(call.y) if call.y is not None else None
     dunit = call.dunit if weights.normalize else None
@@ -486,7 +485,6 @@ def hardest_negatives_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torc
     Without weights and normalize of x yᵀ. Empty where needs says no. Few rows look for their pairs themselves; of more
     the pairs are sorted. Raises TypeError unless gradients and sides are fp32, bf16 or fp16.
     """
-    operands.check_dtype("hardest_negatives_backward", call.dpositive, call.drow, call.dcol, call.x, call.y)
     weights, needs = Weights.of(call), call.needs
     x, y = operands.rows(call.x), operands.rows(call.y)
     plain = weights.diag is None and weights.blocks is None and not weights.normalize

@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan as planning
 from gssf_kernels.kernels import operands, tiles
-from gssf_kernels.kernels.gradients import empty_dscores, products
+from gssf_kernels.kernels.gradients import products
 from gssf_kernels.kernels.score_functions import number, pointwise, relation_terms
-from gssf_kernels.kernels.sweep import load_tile
+from gssf_kernels.kernels.sweep import empty_dscores, load_tile
 from gssf_kernels.plan import Plan
 
 
@@ -125,16 +126,12 @@ def relation_loss_kernel(
 
 
 def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return the loss, dλ, dτ, and in two factors dh: a scalar, and Σ_j φ'(e_ij) h_j [N, D], [0] if not needed; fp32.
-
-    Raises TypeError for other dtypes than fp32, bf16 and fp16.
-    """
+    """Return the loss, dλ, dτ, and dh in two factors: a scalar and Σ_j φ'(e_ij) h_j [N, D], [0] if not needed."""
     student, image, text = call.student, call.image, call.text
-    operands.check_dtype("relation_loss", student, image, text)
     N, D = student.shape
-    product = tiles.kind(student.dtype)
+    product = planning.kind(student.dtype)
     precision = "ieee" if product == "ieee" else "tf32"
-    tile, ending = tiles.RELATIONS[product], tiles.gradients_tile(student.dtype)
+    tile, ending = tiles.RELATIONS[product], planning.gradients_tile(student.dtype)
     blocks = triton.cdiv(N, tile.BN)
     count = blocks * (blocks + 1) // 2
     sides = [operands.rows(x) for x in (student, image, text)]
@@ -183,12 +180,8 @@ def relation_pass_kernel(
 
 
 def relation_pass(call: Any, plan: Plan) -> None:
-    """Write sums [3, R] over the rows of three chunks of scores [R, M] fp32; with gradient s becomes φ'(e).
-
-    Raises TypeError for other dtypes.
-    """
+    """Write sums [3, R] over the rows of three chunks of scores [R, M] fp32; with gradient s becomes φ'(e)."""
     f, tile = call.s, tiles.PASS
-    operands.check_dtype("relation_pass", f, call.image, call.text)
     (R, M), across = f.shape, triton.cdiv(f.shape[1], tile.BM)
     partial = f.new_empty(across, 3, R)
     with torch.cuda.device_of(f):

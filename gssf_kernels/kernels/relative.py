@@ -174,7 +174,6 @@ def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     Scores and r⁻ are fp32. The threshold is read on the device. Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
     a, b, a_ids, b_ids, threshold, beta = call
-    operands.check_dtype("relative_negatives", a, b)
     positive_score, *results = empty_results(a, b)
     row_relative, col_relative = (x.new_zeros(len(x), dtype=torch.float32) for x in (a, b))
     if len(a) > 0:

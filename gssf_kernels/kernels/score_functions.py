@@ -100,16 +100,29 @@ def pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M):
 
 
 @triton.jit
+def circle(s, positive, margin, scale):
+    """Of circle loss: the weight is the distance from the optimum."""
+    weight = scale * tl.maximum(tl.where(positive, 1.0 + margin - s, s + margin), 0.0, tl.PropagateNan.ALL)
+    slope = tl.where(positive, -weight, weight)
+    return slope * (s - tl.where(positive, 1.0 - margin, margin)), slope
+
+
+@triton.jit
+def multi_similarity(s, positive, alpha, beta, base):
+    """Of multi-similarity loss."""
+    slope = tl.where(positive, -alpha, beta)
+    return slope * (s - base), slope
+
+
+@triton.jit
 def logit(s, positive, constants, SCORE: tl.constexpr):
-    """(t, dt/ds) of scores by label; a loss's own weights are constants."""
-    first, second, third = constants
-    if SCORE == "circle":  # margin, scale
-        weight = second * tl.maximum(tl.where(positive, 1.0 + first - s, s + first), 0.0, tl.PropagateNan.ALL)
-        slope = tl.where(positive, -weight, weight)
-        return slope * (s - tl.where(positive, 1.0 - first, first)), slope
-    else:  # multi_similarity: alpha, beta, base
-        slope = tl.where(positive, -first, second)
-        return slope * (s - third), slope
+    """(t, dt/ds) of scores by label, as its loss has them; a loss's own weights are constants to autograd."""
+    if SCORE == "circle":
+        return circle(s, positive, constants[0], constants[1])
+    elif SCORE == "multi_similarity":
+        return multi_similarity(s, positive, constants[0], constants[1], constants[2])
+    else:
+        tl.static_assert(False, "no such score function")
 
 
 @triton.jit

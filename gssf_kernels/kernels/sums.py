@@ -19,12 +19,11 @@ import triton.language as tl
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.kernels import operands, tiles
 from gssf_kernels.kernels.epilogues import tile_lines
-from gssf_kernels.kernels.gradients import empty_dscores, gradients, logarithm_slope
+from gssf_kernels.kernels.gradients import gradients, logarithm_slope
 from gssf_kernels.kernels.pairs import pair_scores
 from gssf_kernels.kernels.reductions import merge_sums
-from gssf_kernels.kernels.row_panels import gradients_by_row_panels
 from gssf_kernels.kernels.score_functions import number, pairs_and_ids, term
-from gssf_kernels.kernels.sweep import Chunk, Sweep
+from gssf_kernels.kernels.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
 from gssf_kernels.plan import Plan
 
 
@@ -147,10 +146,9 @@ def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return the value, what κ and what β get of it, Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], and s_ii [N], fp32.
 
     Of "sum" all but the last; of "none" the rows' sums [N] and, with relative and no positive_score, the last.
-    Raises TypeError for other dtypes than fp32, bf16 and fp16.
+
     """
     a, b, empty = call.a, call.other, call.a.new_empty(0, dtype=torch.float32)
-    operands.check_dtype("score_sums", a, b)
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         if plan.route == "row panels":
@@ -236,12 +234,8 @@ def scaled_kernel(
 
 
 def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a, b, κ and β; b None: a has both sides'.
-
-    Raises TypeError for other dtypes than fp32, bf16 and fp16.
-    """
+    """Return the gradients of a, b, κ and β; b None: a has both sides'."""
     a = call.a
-    operands.check_dtype("score_sums_backward", call.grad_out, a)
     with torch.cuda.device_of(a):
         if call.reduction == "none":
             forward = call.forward
@@ -264,12 +258,8 @@ def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tens
 
 
 def score_sums_pass(call: Any, plan: Plan) -> None:
-    """Write rows [3, R] and add to cols [2, K]; with gradient s [R, M] becomes dscores.
-
-    Raises TypeError for other dtypes than fp32, bf16 and fp16.
-    """
+    """Write rows [3, R] and add to cols [2, K]; with gradient s [R, M] becomes dscores."""
     s, K = call.s, call.cols.shape[1]
-    operands.check_dtype("score_sums_pass", s)
     if s.numel() == 0:
         call.rows.zero_()
         return

@@ -22,7 +22,7 @@ A program makes one tile, or, where the tile table says `persistent`, goes on fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels import _library
+from gssf_kernels import plan as planning
+from gssf_kernels.kernels import tiles
 
 
 @triton.jit
@@ -141,9 +143,9 @@ class Sweep:
         self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, half: bool = False, exact: bool = False
     ) -> None:
         self.N, self.M, self.half, self.tile = len(a), len(b), half, tile
-        self.precision = "ieee" if exact or tiles.kind(a.dtype) == "ieee" else "tf32"
+        self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
-        self.a, self.b = operands.aligned_rows(a, multiple), operands.aligned_rows(b, multiple)
+        self.a, self.b = aligned_rows(a, multiple), aligned_rows(b, multiple)
         # Of a symmetric s row blocks and column blocks end together, so that pairs of row blocks have as many tiles.
         unit = max(tile.BN, tile.BM) if half else 1
         self.row_blocks = triton.cdiv(triton.cdiv(self.N, unit) * unit, tile.BN)
@@ -168,7 +170,7 @@ class Sweep:
         rows, columns = self.numbering(first, blocks)
         programs = rows * columns
         if tile.persistent:
-            programs = min(programs, tile.persistent * tiles.processors(a.device))
+            programs = min(programs, tile.persistent * planning.processors(a.device))
         sweep_kernel[(programs,)](
             TensorDescriptor.from_tensor(a, [tile.BN, tile.BK]) if tile.tma else a,
             TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
@@ -230,3 +232,64 @@ class Chunk:
     def column_partials(self, *count: int) -> torch.Tensor:
         """Empty fp32 [*count, row blocks, M]."""
         return self.s.new_empty(*count, self.row_blocks, self.M)
+
+
+def aligned_rows(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """x [N, D] with rows that start on 16 bytes and hold a multiple of `multiple` channels.
+
+    Where they do not, a copy with zero channels added: they leave every score as it is.
+    """
+    N, D = x.shape
+    padding = -D % multiple
+    if not padding and x.stride(1) == 1 and x.stride(0) >= D and x.stride(0) % multiple == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(N, D + padding)
+    padded[:, :D] = x
+    return padded
+
+
+def empty_dscores(a: torch.Tensor, M: int) -> torch.Tensor:
+    """Empty [N, M] for the scores' gradient, of a [N, D]: rows on 16 bytes unless they are short."""
+    dtype = a.dtype if a.dtype != torch.float16 else torch.float32
+    return a.new_empty(len(a), M + (-M % 16 if M > 64 else 0), dtype=dtype)[:, :M]
+
+
+def gradients_by_row_panels(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    tile: tiles.Sweep,
+    needs: list[bool],
+    count: int,
+    launch: Callable[[Sweep, int, int, torch.Tensor | None, torch.Tensor], None],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of many bf16 scores: what is stored of s is the gradient of one panel of rows, in bf16.
+
+        for each panel R of row blocks:   a sweep leaves its sums and stores dscores [R, M];
+                                          da[R] = dscores b,   db += dscoresᵀ a[R]
+
+    The two products are the library's, summed in fp32. A chunk that the library multiplies, a pass turns into dscores
+    and a cast rounds (`gssf_kernels/dense.py`) moves 22 bytes of memory a score; this moves 6. Returned are
+    (Σ_j ds_ij b_j [N, D], Σ_i ds_ij a_i [M, D], sums [count] fp64), gradients fp32, empty if not needed.
+
+    launch(sweep, first, blocks, dscores, partial) sweeps row blocks [first, first + blocks), stores their
+    dscores [·, M] if it is not None, and leaves partial [count, blocks times sweep.column_blocks] fp32, of every tile.
+    """
+    sweep, N, M = Sweep(a, b, tile), len(a), len(b)
+    BN, step = tile.BN, max(min(sweep.row_blocks, tiles.ROW_PANEL_SCORES // (M * tile.BN)), 1)
+    da = a.new_empty(a.shape if needs[0] else 0, dtype=torch.float32)
+    db = b.new_empty(b.shape if needs[1] else 0, dtype=torch.float32)
+    dscores = empty_dscores(a[: step * BN], M) if any(needs) else None
+    sums = a.new_empty(triton.cdiv(sweep.row_blocks, step), count, dtype=torch.float64)
+    for first in planning.starts(sweep.row_blocks, step):
+        blocks, rows = min(step, sweep.row_blocks - first), slice(first * BN, min((first + step) * BN, N))
+        partial = da.new_empty(count, blocks * sweep.column_blocks)
+        launch(sweep, first, blocks, dscores, partial)
+        torch.sum(partial, 1, dtype=torch.float64, out=sums[first // step])
+        if dscores is None:
+            continue
+        of_rows = dscores[: rows.stop - rows.start]
+        if needs[0]:
+            _library.product(of_rows, b, da[rows])
+        if needs[1]:
+            _library.product(of_rows.mT, a[rows], db, add=first > 0)
+    return da, db, sums.sum(0)

@@ -102,12 +102,8 @@ def formula_of(name: str) -> tuple[Formula, dict[str, str]]:
 
 
 def line_terms(call: Any, plan: Any) -> torch.Tensor:
-    """Return the terms [N] fp32, or for "sum" and "mean" a scalar. Statistics: fp32.
-
-    Raises TypeError for other dtypes.
-    """
+    """Return the terms [N] fp32, or for "sum" and "mean" a scalar. Statistics: fp32."""
     statistics = operands.contiguous(*call.statistics)
-    operands.check_dtype("line_terms", *(t for t in statistics if t is not None))
     formula, modes = formula_of(call.formula)
     like = call.statistics[1]
     N, summed, BT = len(like), call.reduction != "none", tiles.TERMS
@@ -123,10 +119,7 @@ def line_terms(call: Any, plan: Any) -> torch.Tensor:
 
 
 def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the three gradients, fp32, the last empty where there are no columns.
-
-    Raises TypeError for other dtypes.
-    """
+    """Return the three gradients, fp32, the last empty where there are no columns."""
     statistics, summed, BT = call.statistics, call.reduction != "none", tiles.TERMS
     formula, modes = formula_of(call.formula)
     if call.formula == "weights":
@@ -136,7 +129,6 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
         like, columns = statistics[1], statistics[4 if call.formula == "contrast" else 2]
         N = len(like)
     statistics = operands.contiguous(*statistics)
-    operands.check_dtype("line_terms_backward", call.grad, *(t for t in statistics if t is not None))
     M = len(columns) if columns is not None else 0
     first, second = like.new_empty(N), like.new_empty(N)
     of_columns = like.new_empty(M) if columns is not None else None

@@ -6,12 +6,7 @@ Chosen from ahead-of-time compilation (registers, spills, shared memory) and not
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
-
-import torch
-
-from gssf_kernels.precision import fp32_products
 
 
 class Sweep(NamedTuple):
@@ -146,44 +141,3 @@ ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 GRID_SECOND = 65_535  # the most programs that CUDA allows along a grid's second dimension; the first has 2³¹ - 1
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor
-
-
-def kind(dtype: torch.dtype) -> str:
-    """The product that dtype gets: "half", or for fp32 what PyTorch's setting for products on CUDA allows."""
-    return fp32_products("cuda") if dtype == torch.float32 else "half"
-
-
-def architecture(device: torch.device) -> int:
-    """The part of the table for device: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
-    return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors device has. Asked once, and nothing waits for it."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def sweep_tile(device: torch.device, dtype: torch.dtype, size: str, exact: bool = False) -> Sweep:
-    """The tile for a sweep of a size that SWEEP names (`plan.sweep_size`). exact: fp32 products are never TF32."""
-    product = "ieee" if exact and dtype == torch.float32 else kind(dtype)
-    return SWEEP[architecture(device), product, size]
-
-
-def most_registers(D: int, mixed: bool = False) -> dict[str, int]:
-    """Launch options that let a thread have all registers, for rows of D channels where it needs a few more.
-
-    Masks take some where D is no multiple of 16, and so does a gradient of another dtype (mixed). Without these options
-    ptxas would rather spill a value than fit one block fewer in a processor.
-    """
-    return {"maxnreg": 255} if D % 16 or mixed else {}
-
-
-def project_tile(dtype: torch.dtype) -> Project:
-    """The tile for a projection of x in dtype."""
-    return PROJECT[kind(dtype)]
-
-
-def gradients_tile(dtype: torch.dtype) -> Gradients:
-    """The tile for the products that end a gradient, of inputs in dtype."""
-    return GRADIENTS[kind(dtype)]

@@ -1,25 +1,31 @@
 """Losses, one file each: a formula over statistics."""
 
 from gssf_kernels.losses.batch_hard import BatchHardLoss, batch_hard_loss
+from gssf_kernels.losses.circle import CircleLoss, circle_loss
 from gssf_kernels.losses.distillation import RelationalDistillationLoss, relational_distillation_loss
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
+from gssf_kernels.losses.multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from gssf_kernels.losses.sigmoid import SigmoidLoss, sigmoid_loss
 from gssf_kernels.losses.triplet import TripletLoss, triplet_loss
 
 __all__ = [
     "BatchHardLoss",
+    "CircleLoss",
     "GoalLoss",
     "InfoNCELoss",
+    "MultiSimilarityLoss",
     "RelationalDistillationLoss",
     "SigmoidLoss",
     "TripletLoss",
     "batch_hard_loss",
+    "circle_loss",
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",
     "info_nce_loss",
+    "multi_similarity_loss",
     "relational_distillation_loss",
     "sigmoid_loss",
     "triplet_loss",

@@ -62,8 +62,8 @@ def info_nce_loss(
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")
     _checks.reduction(reduction)
-    check_metric(metric)
     if metric is not None:
+        check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")

@@ -50,8 +50,8 @@ def sigmoid_loss(
     Time: one product, and two more for the gradient. Extra memory: as :func:`~gssf_kernels.sum_scores`.
     """
     _checks.reduction(reduction)
-    check_metric(metric)
     if metric is not None:
+        check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
     _checks.sides(x, y, "x", "y")

@@ -20,6 +20,7 @@ from gssf_kernels.reference.goal import (
     goal_weights,
     gradient_space_loss,
 )
+from gssf_kernels.reference.labels import circle_loss, multi_similarity_loss
 from gssf_kernels.reference.statistics import (
     EPS,
     HardestNegatives,
@@ -44,6 +45,7 @@ __all__ = [
     "accumulate",
     "anchor_statistics",
     "batch_hard_loss",
+    "circle_loss",
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",
@@ -51,6 +53,7 @@ __all__ = [
     "hinge",
     "info_nce_loss",
     "logsumexp_scores",
+    "multi_similarity_loss",
     "pair_scores",
     "positives",
     "project",

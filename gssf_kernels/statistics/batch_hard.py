@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gssf_kernels import plan, reference
 from gssf_kernels._library import Function, last_derivative, register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 
 
 class BatchHardCall(NamedTuple):

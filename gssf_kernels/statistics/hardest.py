@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, backends, distinct, last_derivative, register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.project import pairs_project_backward
 from gssf_kernels.reference import HardestNegatives, RelativeTerms
 from gssf_kernels.statistics.relative import relative_sweep

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels._library import register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics.hardest import fake_results
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import keeps
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics.groups import Groups, group_sums, groups
-from gssf_kernels.statistics.sums import kappa_of, scale_of
+from gssf_kernels.statistics.logsumexp import kappa_of, scale_of
 
 
 class Options(NamedTuple):

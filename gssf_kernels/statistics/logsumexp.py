@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import Function, last_derivative, register
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics.score_functions import ByLabel, logit, members
 
 
@@ -47,6 +47,20 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale)
     return row_max + row_log, col_max + col_log
+
+
+def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
+    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
+    if isinstance(scale, _checks.Logarithm):
+        return scale.tensor, None
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
+    """The κ that those stand for."""
+    if scale is None:
+        return constant
+    return scale.exp() if constant is None else scale
 
 
 def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -77,9 +91,10 @@ def logsumexp_by_label(
     bounds: [2, N], a positive counts only below bounds[0, i] and a negative above bounds[1, i]. -inf and -inf where
     nothing counts. The maxima are constants to autograd.
     """
-    a, b, a_labels, b_labels, leave_out = sides
-    keep = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-    call = Call(a, None if b is a else b, None, 1.0, keep, score, constants, a_labels, b_labels, bounds, leave_out)
+    keep = torch.is_grad_enabled() and (sides.a.requires_grad or sides.b.requires_grad)
+    logit = None, 1.0, keep, score, constants
+    labels = distinct(sides.a_labels, sides.b_labels)
+    call = Call._make((sides.a, None if sides.b is sides.a else sides.b, *logit, *labels, bounds, sides.leave_out))
     return _LogSumExp.apply(*call)[:2]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 
 _ROWS, _COLS = 128, 1024  # of a tile: 1 MiB of fp64 scores
 

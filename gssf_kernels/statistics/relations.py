@@ -19,7 +19,7 @@ from torch import Tensor
 from gssf_kernels import plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import triangle
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.statistics import sums
 from gssf_kernels.statistics.score_functions import pointwise
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gssf_kernels import plan, reference
 from gssf_kernels._library import register
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import RelativeTerms
 
 
@@ -66,8 +66,8 @@ def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTer
         ties = torch.searchsorted(ordered, p, right=True) - torch.searchsorted(ordered, p)  # i and its equals
         size = prefix - inside * ties
     else:
-        # The term of i itself is subtracted from the sum. Where p_i is the least, it may dwarf the others, so that the
-        # difference would be their rounding: those anchors sum without it.
+        # The term of i itself is subtracted from the sum. Where p_i is the least, it may dwarf the others, so that this
+        # would leave their rounding: those anchors sum without it.
         decay = -relative.alpha
         every = _prefix_sums(torch.exp(decay * (ordered - least)))[prefix] - inside * torch.exp(decay * (p - least))
         others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(prefix - 1).clamp_min(0)]

@@ -4,13 +4,13 @@ pointwise   f(t) and f'(t) of losses that sum over scores
 logit       t(s) and dt/ds of losses over log-sums
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 KINDS = ("hinge", "softplus", "abs", "square")
-LABEL_SCORES = ("circle", "multi_similarity")  # whose positives and negatives have a function and a log-sum each
 
 
 def pointwise(t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def pointwise(t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 class ByLabel(NamedTuple):
     """How scores become logits by label, and which of them count. Of all scores alike: ``ByLabel()``."""
 
-    score: str = "scaled"  # "scaled": t = κ s; or one of LABEL_SCORES
+    score: str = "scaled"  # "scaled": t = κ s; or one of LOGITS
     constants: list[float] = []  # noqa: RUF012  # of the score function
     row_labels: Tensor | None = None  # [R] int64
     col_labels: Tensor | None = None  # [M] int64
@@ -54,18 +54,28 @@ class ByLabel(NamedTuple):
         return ByLabel._make((self.score, self.constants, *labels, *bounds, first, self.leave_out))
 
 
-def logit(s: Tensor, scale: Tensor, positive: Tensor | None, of: ByLabel) -> tuple[Tensor, Tensor]:
-    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool. A loss's own weights are constants."""
-    if of.score == "scaled" or positive is None:
-        return s * scale, scale
-    if of.score == "circle":
-        margin, gamma = of.constants
-        weight = gamma * torch.where(positive, (1 + margin) - s, s + margin).clamp_min(0)
-        slope = torch.where(positive, -weight, weight)
-        return slope * (s - torch.where(positive, 1 - margin, margin)), slope
-    alpha, beta, base = of.constants
+def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Of circle loss: the weight is the distance from the optimum."""
+    weight = scale * torch.where(positive, (1 + margin) - s, s + margin).clamp_min(0)
+    slope = torch.where(positive, -weight, weight)
+    return slope * (s - torch.where(positive, 1 - margin, margin)), slope
+
+
+def multi_similarity(s: Tensor, positive: Tensor, alpha: float, beta: float, base: float) -> tuple[Tensor, Tensor]:
+    """Of multi-similarity loss."""
     slope = torch.where(positive, -alpha, beta).to(s.dtype)
     return slope * (s - base), slope
+
+
+# t(s) and dt/ds of scores by label, of (s, positive, *constants); a loss's own weights are constants to autograd.
+LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle, "multi_similarity": multi_similarity}
+
+
+def logit(s: Tensor, scale: Tensor, positive: Tensor | None, of: ByLabel) -> tuple[Tensor, Tensor]:
+    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool."""
+    if positive is None:
+        return s * scale, scale
+    return LOGITS[of.score](s, positive, *of.constants)
 
 
 def members(s: Tensor, of: ByLabel) -> tuple[Tensor | None, Tensor, Tensor]:

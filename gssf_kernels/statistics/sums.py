@@ -17,7 +17,8 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, triangle, unit_of
-from gssf_kernels.precision import accumulation_dtype
+from gssf_kernels.plan import accumulation_dtype
+from gssf_kernels.statistics.logsumexp import kappa_of, scale_of
 from gssf_kernels.statistics.score_functions import KINDS, pointwise
 
 POSITIVES = ("include", "exclude", "negate")
@@ -104,20 +105,6 @@ def score_sums(
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
     options = (term.kind, term.positives, relative, reduction, share, needs, positive_score)
     return _ScoreSums.apply(*Call(a, b, scale, bias, constant, offset, a_ids, b_ids, *options))[0]
-
-
-def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
-    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
-    if isinstance(scale, _checks.Logarithm):
-        return scale.tensor, None
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-
-
-def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
-    """The κ that those stand for."""
-    if scale is None:
-        return constant
-    return scale.exp() if constant is None else scale
 
 
 class Call(NamedTuple):

@@ -34,9 +34,9 @@ def test_every_line_has_a_problem_of_its_size():
         expected = tiles.SWEEP[arch, kind, size]
         dtype, precision = tune._product(kind)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "architecture", lambda device, arch=arch: arch)
+            patch.setattr(plan, "architecture", lambda device, arch=arch: arch)
             product = "ieee" if precision == "highest" else "tf32"
-            patch.setattr(tiles, "fp32_products", lambda device, product=product: product)
+            patch.setattr(plan, "fp32_products", lambda device, product=product: product)
             for rows in (n, tune._small_problem((arch, kind, size))[0].shape[0]):
                 own = size if size in ("sums", "slabs") else ""
                 x = torch.zeros(rows, d, dtype=dtype)
@@ -75,7 +75,7 @@ def test_turns_are_taken_and_wrong_results_are_not_timed(monkeypatch):
     wrong, fails = LINE._replace(BN=64), LINE._replace(BM=64)
 
     def launcher(*_):
-        tile = tiles.sweep_tile(None, None, "small")
+        tile = plan.sweep_tile(None, None, "small")
         if tile == fails:
             raise RuntimeError("no room")
         return (torch.full((3,), 2.0 if tile == wrong else 1.0), torch.zeros(3, dtype=torch.int64))
@@ -110,7 +110,7 @@ def test_lines_are_chosen_by_name_and_order(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(plan, "architecture", lambda device: 90)
     monkeypatch.setattr(
         tune, "why_not", partial(str.format, "not {} {}")
     )  # a reason against every tile, so that nothing is timed

@@ -265,7 +265,7 @@ def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
 
 @few
 def test_batch_hard_is_never_tf32(monkeypatch):
-    monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32")
+    monkeypatch.setattr(plan, "fp32_products", lambda device: "tf32")
     check_batch_hard(*labelled(33, 40, torch.float32, 3), 0.25, "sum")
     x = torch.zeros(8, 8)
     assert sweep.Sweep(x, x, tiles.Sweep(16, 32, 16, 4, 2), exact=True).precision == "ieee"

@@ -434,7 +434,7 @@ def test_nothing_is_dispatched_to_it_yet():
 @pytest.fixture
 def on_hopper(monkeypatch):
     """As if tensors were on a card of compute capability 9.0, and csrc/cuda were built. Changes the table's lines."""
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(plan, "architecture", lambda device: 90)
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
     return lambda *lines: monkeypatch.setattr(tiles, "HOPPER_CUDA", frozenset(lines))
 

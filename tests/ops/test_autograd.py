@@ -9,7 +9,7 @@ from cases import CASES, randn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_kernels as gk
-from gssf_kernels import _checks, _library, plan, precision
+from gssf_kernels import _checks, _library, plan
 
 SMALL = [case for case in CASES if sum(t.numel() for t in case.inputs(torch.float64)[0].values()) <= 900]
 INTEGRABLE = [case for case in SMALL if case.integrable]
@@ -44,7 +44,7 @@ def _op_samples():
         yield "project", (a, b, diag, blocks, order, True)
         yield "project", (a, b, None, None, None, True)
         yield "project", (a, b, diag, blocks, order, False, True)
-        unit, of = torch.empty(0, dtype=precision.accumulation_dtype(dtype)), (diag, blocks, order, True)
+        unit, of = torch.empty(0, dtype=plan.accumulation_dtype(dtype)), (diag, blocks, order, True)
         yield "project_backward", (a.flip(0), b.flip(0), unit, a, b, *of, [True] * 4)
         yield "project_backward", (a.flip(0), b[:9], unit, a, None, *of, [True, False, True, True])
         yield "project_backward", (None, b.flip(0), unit, a, b, *of, [False, True, False, False])
@@ -52,10 +52,10 @@ def _op_samples():
         yield "project_backward", (x.flip(0), None, unit, x, None, *of, [True, False, True, True])
         blocks_alone = (None, blocks, None, False)
         yield "project_backward", (x.flip(0), None, unit, x, None, *blocks_alone, [True, False, True, False])
-        pairs = (torch.randn(30, dtype=precision.accumulation_dtype(dtype)), rows, cols)
+        pairs = (torch.randn(30, dtype=plan.accumulation_dtype(dtype)), rows, cols)
         yield "hardest_negatives", (a, b, None, None)
         yield "hardest_negatives", (a, b, *ids, "sweep")
-        threshold = torch.tensor(-0.1, dtype=precision.accumulation_dtype(dtype))
+        threshold = torch.tensor(-0.1, dtype=plan.accumulation_dtype(dtype))
         yield "relative_negatives", (a, b, None, None, threshold, None)
         yield "relative_negatives", (a, b, *ids, threshold, 10.0)
         yield "pair_scores", (a, b, rows, cols)
@@ -63,7 +63,7 @@ def _op_samples():
         yield "pair_scores_backward", (*pairs, a, b, [False, True])
         yield "hardest_positives", (a, ids[0])
         places = torch.randint(-1, 14, (9,), generator=g), torch.randint(-1, 9, (14,), generator=g)
-        lines = [randn(g, n).to(precision.accumulation_dtype(dtype)) for n in (9, 9, 14)]
+        lines = [randn(g, n).to(plan.accumulation_dtype(dtype)) for n in (9, 9, 14)]
         metric, none = (diag, blocks, order), (None, None, None)
         for needs in ([True, True, False, False], [False, True, False, False]):
             yield "hardest_negatives_backward", (*lines, *places, a, b, *none, False, needs)
@@ -93,7 +93,7 @@ def _op_samples():
 
 def _dense_samples(a, b, g):
     """The ops of :mod:`gssf_kernels.dense` and its passes on a and b."""
-    wide = precision.accumulation_dtype(a.dtype)
+    wide = plan.accumulation_dtype(a.dtype)
     n, m, scale = a.shape[0], b.shape[0], torch.tensor(0.5, dtype=wide)
     rows, cols = randn(g, 4, n).to(wide).unbind(), randn(g, 4, m).to(wide).unbind()
     chunk = randn(g, n, m).to(wide)

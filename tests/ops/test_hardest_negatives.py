@@ -29,7 +29,7 @@ def test_hardest_shapes(N, M, D, dtype):
 def test_hardest_result_is_the_same_for_every_tile_and_slab(tile, blocks, monkeypatch):
     a, b = torch.randint(-3, 4, (45, 20)).float(), torch.randint(-3, 4, (70, 20)).float()
     expected = run_hardest(a, b)
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tile)
+    monkeypatch.setattr(plan, "sweep_tile", lambda *_: tile)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     check_hardest(a, b, exact=True)
     for x, y in zip(run_hardest(a, b), expected, strict=True):
@@ -41,7 +41,7 @@ def test_hardest_result_is_the_same_for_every_tile_and_slab(tile, blocks, monkey
 )
 @pytest.mark.parametrize("blocks", [1, 2, 100])
 def test_hardest_of_one_side_twice_is_that_of_two_equal_sides(tile, blocks, monkeypatch):
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tile)
+    monkeypatch.setattr(plan, "sweep_tile", lambda *_: tile)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
     a = torch.randint(-3, 4, (75, 20), device=DEVICE).float()
@@ -54,7 +54,7 @@ def test_hardest_of_one_side_twice_is_that_of_two_equal_sides(tile, blocks, monk
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("D", [1, 3, 17, 100])
 def test_hardest_pads_rows_that_are_not_aligned(D, tma, monkeypatch):
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tiles.Sweep(16, 16, 16, 4, 2, tma))
+    monkeypatch.setattr(plan, "sweep_tile", lambda *_: tiles.Sweep(16, 16, 16, 4, 2, tma))
     check_hardest(torch.randint(-9, 9, (20, D)).float(), torch.randint(-9, 9, (33, D)).float(), exact=True)
 
 

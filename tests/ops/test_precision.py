@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import gssf_kernels as gk
 from gssf_kernels import _library
-from gssf_kernels.precision import fp32_products
+from gssf_kernels.plan import fp32_products
 
 
 def cuda(precision):

@@ -53,12 +53,12 @@ class Watch(TorchDispatchMode):
         if function.namespace != "gssf":
             return function(*args, **(kwargs or {}))
         native = torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{name}", "CPU") and not self.composite
-        if native or name not in {**_library._REFERENCES, **_library.OPS}:
+        if native or name not in _library.OPS:
             results = function(*args, **(kwargs or {}))
         else:
             with torch._C._ForceDispatchKeyGuard(*self.outside), self:  # what it calls is seen too
-                op = _library.OPS.get(name)
-                results = op.plainly(op.call(*args)) if op else _library._REFERENCES[name](*args, **(kwargs or {}))
+                op = _library.OPS[name]
+                results = op.plainly(op.call(*args))
         self.seen.setdefault(name, set()).update(shared(args, results))
         return results
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gssf_kernels as gk
-from gssf_kernels import _library
+from gssf_kernels import _library, plan
 
 ROOT = Path(__file__).parents[2]
 OPS = {  # those with a kernel of their own
@@ -79,18 +79,19 @@ def test_backends_name_every_op():
 def test_every_op_has_a_triton_launcher_of_its_own_signature(op):
     pytest.importorskip("triton")
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{op}", "CUDA")
-    target = _library.OPS[op].launcher if op in _library.OPS else _library._LAUNCHERS[op]
-    module, _, function = target.rpartition(".")
+    module, _, function = _library.OPS[op].launcher.rpartition(".")
     launcher = getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)
     names = [argument.name for argument in getattr(torch.ops.gssf, op).default._schema.arguments]
-    parameters = list(inspect.signature(launcher).parameters)
-    assert parameters == (["call", "plan"] if op in _library.OPS else names)
-    assert op not in _library.OPS or list(_library.OPS[op].call._fields) == names
+    assert list(inspect.signature(launcher).parameters) == ["call", "plan"]
+    assert list(_library.OPS[op].call._fields) == names
 
 
-def test_fp64_on_cuda_would_take_the_reference():
-    call = _library._lazy("hardest.hardest_negatives", lambda *arguments: "reference")
-    assert call(torch.ones(2, 3, dtype=torch.float64)) == "reference"
+def test_fp64_on_cuda_would_take_plain_pytorch():
+    a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    op = _library.OPS["hardest_negatives"]
+    assert plan.choose(op.name, op.plans, op.call(a, b, None, None)).route == "reference"
+    for got, expected in zip(op.on_cuda(a, b, None, None), op.overload(a, b, None, None), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_everything_works_on_the_reference_without_the_extension():

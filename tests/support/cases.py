@@ -349,6 +349,28 @@ def _batch_hard_cases():
         yield Case(f"batch-hard-{how}", "batch_hard_loss", _labelled(40, 8, LABELS["random"], **options))
 
 
+def _between(n, m, d, labels, **options):
+    """Rows of x against those of y."""
+
+    def make(g):
+        sides = {"x": randn(g, n, d), "y": randn(g, m, d)}
+        return sides, {"labels": LABELS[labels](g, n), "y_labels": LABELS[labels](g, m), **options}
+
+    return make
+
+
+def _label_cases(function, integrable, **options):
+    for labels in LABELS:
+        for n, d in ((1, 1), (2, 3), (33, 8), (300, 24)):
+            make = _labelled(n, d, LABELS[labels], **options)
+            yield Case(f"{function}-{labels}-{n}x{d}", function, make, integrable)
+        make = _between(33, 70, 8, labels, **options)
+        yield Case(f"{function}-between-{labels}", function, make, integrable)
+    for how in ("sum", "none"):
+        make = _labelled(40, 8, LABELS["random"], reduction=how, **options)
+        yield Case(f"{function}-{how}", function, make, integrable)
+
+
 def _logsumexp_cases():
     def make(n, m, d):
         return lambda g: ({"a": randn(g, n, d), "b": randn(g, m, d)}, {"scale": 2 * d**-0.5})
@@ -432,6 +454,8 @@ CASES = [
     *_goal_cases(),
     *_gradient_space_cases(),
     *_batch_hard_cases(),
+    *_label_cases("circle_loss", False, margin=0.25, scale=2.0),
+    *_label_cases("multi_similarity_loss", True, beta=5.0),
 ]
 
 

@@ -118,7 +118,7 @@ def test_no_tile_and_no_slab_changes_a_bit(tile, blocks, monkeypatch):
     a, b = unit(torch.randn(40, 40)), unit(torch.randn(70, 40))
     b[60:] = b[:10]
     expected = mined(a, b)[0]
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: tile)
+    monkeypatch.setattr(plan, "sweep_tile", lambda *_: tile)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     lines = {"best": tiles.Rescore(8, 8, 1, 4, 4), "all": tiles.Rescore(4, 4, 4, 2, 4)}
     monkeypatch.setattr(tiles, "RESCORE", lines)
@@ -200,6 +200,6 @@ def test_who_takes_it(monkeypatch):
     assert same_bits(found, real(a, b, None, None))
     launchers.hardest_negatives(a[:19], b, None, None)
     launchers.hardest_negatives(a.half(), b.half(), None, None)
-    monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32")
+    monkeypatch.setattr(plan, "fp32_products", lambda device: "tf32")
     launchers.hardest_negatives(a, b, None, None)
     assert len(calls) == 1

@@ -26,16 +26,15 @@ from unittest import mock
 from bench import lowering, stub_driver
 from bench.calls import CASES
 from bench.case import PRODUCTS
-from gssf_kernels.dense import Right
-from gssf_kernels.kernels import tiles
+from gssf_kernels import _library, plan
 
 for arch in lowering.ARCHITECTURES:
     with stub_driver.installed(arch):
         for case in CASES:
             before, product = stub_driver.launches(), "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"
             with (
-                mock.patch.object(tiles, "fp32_products", lambda device: product),
-                mock.patch.object(Right, "product", lowering.no_product),
+                mock.patch.object(plan, "fp32_products", lambda device: product),
+                mock.patch.object(_library, "product", lowering.no_product),
             ):
                 case.launcher(*case.arguments())
             assert stub_driver.launches() - before >= len(case.kernels), case

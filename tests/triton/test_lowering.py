@@ -31,12 +31,12 @@ seen = {}  # (architecture, case): what it compiled to
 
 
 @pytest.fixture(scope="module", autouse=True)
-def side_by_side():
+def side_by_side(tmp_path_factory):
     """All that is compiled below, first, by a process for each core: what they find they leave in Triton's cache."""
     if not INTERPRETED:
-        workers = len(os.sched_getaffinity(0))
+        workers, claims = len(os.sched_getaffinity(0)), str(tmp_path_factory.mktemp("claims"))
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(lowering.fill_cache, range(workers), [workers] * workers))
+            list(pool.map(lowering.fill_cache, [claims] * workers))
 
 
 def compiled(arch, case):

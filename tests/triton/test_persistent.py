@@ -14,6 +14,7 @@ from interpreted import DEVICE, every_dtype
 from launchers import hardest_negatives, relative_negatives
 from triton_checks import IDS, INF, NAN, assert_same_bits, check_hardest, check_relative, many
 
+from gssf_kernels import plan
 from gssf_kernels.kernels import sweep, tiles
 from gssf_kernels.kernels.sweep import Sweep, tile_of
 from gssf_kernels.plan import Scores
@@ -25,8 +26,8 @@ PROGRAMS = [(1, 1), (1, 3), (2, 4), (1, 1000)]  # to a processor, and processors
 
 def use(monkeypatch, line, processors=1):
     """Sweep by this line, on a card of so many processors."""
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_: line)
-    monkeypatch.setattr(tiles, "processors", lambda device: processors)
+    monkeypatch.setattr(plan, "sweep_tile", lambda *_: line)
+    monkeypatch.setattr(plan, "processors", lambda device: processors)
 
 
 def both_ways(monkeypatch, call, line=LINE, programs=PROGRAMS):

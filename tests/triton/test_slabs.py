@@ -3,7 +3,6 @@
 import device_ops
 import pytest
 import torch
-from kernel_modules import tiles
 from slab_checks import sides
 from triton_checks import SLAB_DTYPE
 from triton_checks import slabs as by_slabs
@@ -35,7 +34,7 @@ def test_what_is_declined(monkeypatch):
         assert device_ops.route("score_sums", a, b, *options) == expected
     assert device_ops.route("info_nce", a, b, None, 1.0, None, None, 0.0, True, "mean") == "composite"
     monkeypatch.undo()
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    monkeypatch.setattr(plan, "architecture", lambda device: 90)
     assert {torch.bfloat16} == plan.ROW_PANEL_DTYPES
     x, y = torch.empty(1025, 1, dtype=torch.bfloat16), torch.empty(1024, 1, dtype=torch.bfloat16)
     assert route(x, y) == "row panels"

@@ -34,8 +34,8 @@ def card(monkeypatch):
     """An sm_90 card of three processors, on which no problem is small."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("lines of sm_90 need such a card")
-    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    monkeypatch.setattr(tiles, "processors", lambda device: PROCESSORS)
+    monkeypatch.setattr(plan, "architecture", lambda device: 90)
+    monkeypatch.setattr(plan, "processors", lambda device: PROCESSORS)
     monkeypatch.setattr(plan, "SMALL", 0)
     if INTERPRETED:  # whose bf16 is wrong
         monkeypatch.setattr(certified, "ROUNDED", torch.float32)
@@ -46,7 +46,7 @@ def line(request, monkeypatch):
     """(dtype, channels, tile) of a line's problems, which then get that line."""
     kind, size = request.param
     dtype, precision = KINDS[kind]
-    monkeypatch.setattr(tiles, "fp32_products", lambda device: "tf32" if precision == "high" else "ieee")
+    monkeypatch.setattr(plan, "fp32_products", lambda device: "tf32" if precision == "high" else "ieee")
     return dtype, CHANNELS[size], tiles.SWEEP[90, kind, size]
 
 

@@ -1,0 +1,122 @@
+"""Multi-similarity loss: a soft minimum over positives and a soft maximum over negatives, with its own mining.
+
+    L_i = (1/α) log(1 + Σ_p e^{−α (s_ip − λ)}) + (1/β) log(1 + Σ_n e^{β (s_in − λ)})
+
+With mining (ε) only the positives count that score below the hardest negative + ε, and only the negatives above the
+hardest positive − ε. Source: CVPR 2019, Wang et al. (α = 2, β = 50, λ = 0.5, ε = 0.1 in pytorch-metric-learning, where
+mining is a part of its own).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gssf_kernels import _checks, reference
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.statistics.labels import labelled_sides, largest_logits, log_sums
+
+
+def multi_similarity_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    epsilon: float | None = None,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric: StructuredSimilarity | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Multi-similarity loss of labelled embeddings, without the matrix of scores.
+
+    Anchors, y, labels, ``metric``, results and errors are as in :func:`~gssf_kernels.circle_loss`.
+
+    Args:
+        x: [N, D] float.
+        labels: [N] int64; rows of equal label are positives.
+        alpha, beta: α, β > 0, sharpness at positives and at negatives.
+        base: λ, the score that both turn at.
+        epsilon: ε >= 0 turns mining on, in units of the score: a positive counts if it scores below the anchor's
+            largest negative + ε, a negative above its least positive − ε; an anchor without positives keeps no
+            negative, one without negatives no positive. None: all count.
+        y: [M, D] of x's dtype and device, any M, with y_labels; or None.
+        y_labels: [M] int64.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        reduction: "mean" over all N anchors, "sum" or "none" ([N]).
+
+    Returns:
+        a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
+        propagate. Differentiable once, in x, y and the metric's weights; what mining keeps is a constant.
+
+    Raises:
+        TypeError, ValueError: the argument that is wrong, what was expected and what came.
+
+    Time: one product forward, with mining two, and three backward; without y and metric half of them. Extra memory: as
+    :func:`~gssf_kernels.logsumexp_scores`.
+    """
+    alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
+    constants = [alpha, beta, _checks.finite(base, "base")]
+    epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
+    _checks.reduction(reduction)
+    sides = labelled_sides(x, labels, y, y_labels, metric)
+    bounds = None
+    if epsilon is not None:
+        positive_logit, negative_logit = largest_logits(sides, "multi_similarity", constants)
+        least_positive, largest_negative = base - positive_logit / alpha, base + negative_logit / beta
+        bounds = torch.stack((largest_negative + epsilon, least_positive - epsilon))
+    positives, negatives = log_sums(sides, "multi_similarity", constants, bounds)
+    zero = positives.new_zeros(())
+    terms = torch.logaddexp(positives, zero) / alpha + torch.logaddexp(negatives, zero) / beta
+    return reference.reduce(terms, reduction)
+
+
+class MultiSimilarityLoss(nn.Module):
+    """:func:`multi_similarity_loss` as a module.
+
+    Args:
+        alpha, beta, base, epsilon, reduction: as in :func:`multi_similarity_loss`.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+
+    Raises:
+        TypeError, ValueError: the setting that is wrong, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 2.0,
+        beta: float = 50.0,
+        base: float = 0.5,
+        epsilon: float | None = None,
+        metric: StructuredSimilarity | None = None,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        self.alpha, self.beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
+        self.base = _checks.finite(base, "base")
+        self.epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
+        check_metric(metric)
+        _checks.reduction(reduction)
+        self.metric, self.reduction = metric, reduction
+
+    def forward(self, x: Tensor, labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None) -> Tensor:
+        """The loss of x [N, D] with labels [N], and y [M, D] with y_labels [M]; see :func:`multi_similarity_loss`."""
+        return multi_similarity_loss(
+            x,
+            labels,
+            alpha=self.alpha,
+            beta=self.beta,
+            base=self.base,
+            epsilon=self.epsilon,
+            y=y,
+            y_labels=y_labels,
+            metric=self.metric,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        settings = f"alpha={self.alpha}, beta={self.beta}, base={self.base}, epsilon={self.epsilon}"
+        return f"{settings}, reduction={self.reduction!r}"
+
+
+__all__ = ["MultiSimilarityLoss", "multi_similarity_loss"]

@@ -1,0 +1,63 @@
+"""The definitions of losses of labelled embeddings; see :mod:`gssf_kernels.reference`."""
+
+import torch
+from torch import Tensor
+
+from gssf_kernels.reference.statistics import scores
+from gssf_kernels.reference.triplet import factors, reduce
+
+
+def by_label(
+    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(s [N, M], positive, negative)`` of x with y, or of x alone, whose rows never meet themselves."""
+    s = scores(*factors(x, x if y is None else y, metric))
+    same = labels[:, None] == (labels if y_labels is None else y_labels)
+    itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device) if y is None else torch.zeros_like(same)
+    return s, same & ~itself, ~same
+
+
+def circle_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.4,
+    scale: float = 80.0,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Circle loss; see :func:`gssf_kernels.circle_loss`."""
+    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    alpha_p, alpha_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
+    of_positives = (-scale * alpha_p * (s - 1 + margin)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    of_negatives = (scale * alpha_n * (s - margin)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    both = positive.any(1) & negative.any(1)
+    t = torch.where(both, of_positives + of_negatives, 0)
+    return reduce(torch.where(both, torch.logaddexp(t, t.new_zeros(())), 0), reduction)
+
+
+def multi_similarity_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float = 2.0,
+    beta: float = 50.0,
+    base: float = 0.5,
+    epsilon: float | None = None,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Multi-similarity loss; see :func:`gssf_kernels.multi_similarity_loss`."""
+    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    if epsilon is not None and s.shape[1]:
+        least_positive = s.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        largest_negative = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
+        positive, negative = positive & ~(s >= largest_negative + epsilon), negative & ~(s <= least_positive - epsilon)
+    zero = s.new_zeros(())
+    of_positives = (-alpha * (s - base)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    of_negatives = (beta * (s - base)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    return reduce(torch.logaddexp(of_positives, zero) / alpha + torch.logaddexp(of_negatives, zero) / beta, reduction)
