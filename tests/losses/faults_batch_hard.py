@@ -5,8 +5,8 @@ FAULTS = [
         "few: a row is its own positive",
         "gssf_kernels/kernels/batch_hard.py",
         "batch_tile",
-        "met = inside & same & (i[:, None] != j[None, :])",
-        "met = inside & same",
+        "positive = inside & same & (i[:, None] != j[None, :])",
+        "positive = inside & same",
     ),
     Fault(
         "few: a row's positive does not hear of it",
@@ -18,7 +18,7 @@ FAULTS = [
     Fault(
         "batch-hard: a row's positive is pulled on one side alone",
         "gssf_kernels/statistics/batch_hard.py",
-        "_reference_backward",
+        "_batch_hard_backward",
         "torch.cat((weight, -weight)).repeat(2)",
         "torch.cat((weight, -weight, weight, 0 * weight))",
     ),
@@ -38,8 +38,8 @@ FAULTS = [
     ),
     Fault(
         "batch-hard: a later tile of the GPU's kernel wins a tie",
-        "gssf_kernels/kernels/positives.py",
-        "positives_kernel",
+        "gssf_kernels/kernels/reductions.py",
+        "take_larger",
         "better = (new_score > score)",
         'better = (new_score >= score) & (new_score > float("-inf"))',
     ),

@@ -92,7 +92,7 @@ FAULTS = [
         "dense: InfoNCE is the sum of its directions",
         "csrc/terms.cpp",
         "contrast_terms",
-        "+ cl[i])) / 2;",
-        "+ cl[i]));",
+        "+ cl[i])) / 2 :",
+        "+ cl[i])) :",
     ),
 ]

@@ -79,10 +79,10 @@ FAULTS = [
     ),
     Fault(
         "transpose: y's gradient goes through Wᵀ too",
-        "gssf_kernels/statistics/hardest.py",
-        "_reference_project_backward",
-        "None if blocks is None else blocks.mT",
-        "blocks",
+        "gssf_kernels/project.py",
+        "pairs_project_backward",
+        "None if call.blocks is None else call.blocks.mT",
+        "call.blocks",
         tests=CAUGHT_BY,
     ),
 ]

@@ -488,6 +488,7 @@ class Call(NamedTuple):
     b: torch.Tensor
     a_ids: torch.Tensor | None = None
     b_ids: torch.Tensor | None = None
+    route: str = ""
 
 
 @needs_triton
