@@ -187,17 +187,14 @@ def composite_only(call: Any) -> Iterator[Plan]:
     yield Plan("composite", "a formula over other ops")
 
 
-def kernel(tensor: Callable[[Any], torch.Tensor]) -> Callable[[Any], Iterator[Plan]]:
+def kernel(call: Any) -> Iterator[Plan]:
     """Of an op with one kernel, or more in a row, for every size."""
-
-    def plans(call: Any) -> Iterator[Plan]:
-        if tensor(call).dtype == torch.float64:
-            yield Plan("composite", _FP64)
-        else:
-            yield Plan("triton", "its kernel serves every size")
-            yield Plan("composite", "forced")
-
-    return plans
+    tensors = (t for value in call for t in (value if isinstance(value, list) else [value]))
+    if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
+        yield Plan("composite", _FP64)
+    else:
+        yield Plan("triton", "its kernel serves every size")
+        yield Plan("composite", "forced")
 
 
 def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
@@ -370,7 +367,7 @@ def score_sums_backward(call: Any) -> Iterator[Plan]:
     if call.reduction == "none":
         yield from dense(lambda call: False)(call)
     else:
-        yield from kernel(lambda call: call.a)(call)
+        yield from kernel(call)
 
 
 def info_nce(call: Any) -> Iterator[Plan]:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.kernels import operands, score_functions, tiles
+from gssf_kernels.kernels import score_functions, tiles
 
 
 @triton.jit
@@ -101,9 +101,13 @@ def formula_of(name: str) -> tuple[Formula, dict[str, str]]:
     return FORMULAS[kind], {"TRIPLET": triplet, "PAIR": pair}
 
 
+def _contiguous(statistics: list[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    return tuple(t.contiguous() if t is not None else None for t in statistics)
+
+
 def line_terms(call: Any, plan: Any) -> torch.Tensor:
     """Return the terms [N] fp32, or for "sum" and "mean" a scalar. Statistics: fp32."""
-    statistics = operands.contiguous(*call.statistics)
+    statistics = _contiguous(call.statistics)
     formula, modes = formula_of(call.formula)
     like = call.statistics[1]
     N, summed, BT = len(like), call.reduction != "none", tiles.TERMS
@@ -112,7 +116,7 @@ def line_terms(call: Any, plan: Any) -> torch.Tensor:
     out = like.new_empty(() if summed else N)
     with torch.cuda.device_of(like):
         line_terms_kernel[(1 if summed else triton.cdiv(N, BT),)](
-            tuple(statistics), out, tuple(call.constants), N, TERMS=formula.terms, **modes,
+            statistics, out, tuple(call.constants), N, TERMS=formula.terms, **modes,
             SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
@@ -128,14 +132,14 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
     else:
         like, columns = statistics[1], statistics[4 if call.formula == "contrast" else 2]
         N = len(like)
-    statistics = operands.contiguous(*statistics)
+    statistics = _contiguous(statistics)
     M = len(columns) if columns is not None else 0
     first, second = like.new_empty(N), like.new_empty(N)
     of_columns = like.new_empty(M) if columns is not None else None
     if max(N, M) > 0:
         with torch.cuda.device_of(like):
             line_terms_backward_kernel[(triton.cdiv(max(N, M), BT),)](
-                call.grad, tuple(statistics), (first, second, of_columns), tuple(call.constants),
+                call.grad, statistics, (first, second, of_columns), tuple(call.constants),
                 0 if summed else call.grad.stride(0), N, M, GRADIENTS=formula.gradients, **modes,
                 SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,
             )  # fmt: skip

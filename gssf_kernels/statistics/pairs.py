@@ -113,7 +113,7 @@ register(
     composite=_pair_scores,
     fake=_fake_pair_scores,
     launcher="pairs.launch_pair_scores",
-    plans=plan.kernel(lambda call: call.a),
+    plans=plan.kernel,
 )
 register(
     "pair_scores_backward",
@@ -122,5 +122,5 @@ register(
     composite=_pair_scores_backward,
     fake=_fake_pair_scores_backward,
     launcher="pairs.pair_scores_backward",
-    plans=plan.kernel(lambda call: call.a),
+    plans=plan.kernel,
 )

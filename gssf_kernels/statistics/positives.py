@@ -84,5 +84,5 @@ register(
     composite=_hardest_positives,
     fake=_fake,
     launcher="positives.hardest_positives",
-    plans=plan.kernel(lambda call: call.x),
+    plans=plan.kernel,
 )

@@ -191,7 +191,7 @@ register(
     composite=_line_terms,
     fake=_fake_line_terms,
     launcher="terms.line_terms",
-    plans=plan.kernel(lambda call: call.statistics[1]),
+    plans=plan.kernel,
 )
 register(
     "line_terms_backward",
@@ -200,5 +200,5 @@ register(
     composite=_line_terms_backward,
     fake=_fake_line_terms_backward,
     launcher="terms.line_terms_backward",
-    plans=plan.kernel(lambda call: call.grad),
+    plans=plan.kernel,
 )

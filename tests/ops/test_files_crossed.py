@@ -11,7 +11,7 @@ from gssf_kernels import device_path
 
 pytest.importorskip("triton")
 
-MOST_FILES = 18  # of the package that InfoNCE of many bf16 rows crosses
+MOST_FILES = 9  # of the package that InfoNCE of many bf16 rows crosses
 
 
 def crossed(call):
@@ -46,5 +46,5 @@ def test_info_nce_crosses_few_files():
     step()
     files, functions = crossed(step)
     print(f"{len(files)} files, {len(functions)} functions:", *sorted(files), sep="\n  ")
-    assert {"losses/info_nce.py", "dense.py"} <= files
+    assert {"losses/info_nce.py", "plan.py"} <= files
     assert len(files) <= MOST_FILES, sorted(files)

@@ -1,31 +1,15 @@
-"""The modules of Triton kernels; None where there is no Triton, and tests marked `triton` are skipped."""
+"""The modules of Triton kernels; None where there is no Triton, and tests marked `triton` are skipped.
+
+from kernel_modules import hardest, tiles
+"""
 
 import importlib
+import pkgutil
 
 from interpreter_process import FOUND
 
-NAMES = (
-    *("batch_hard", "certified", "epilogues", "gradients", "hardest", "hardest_terms", "info_nce", "logsumexp"),
-    *(
-        "pairs",
-        "positives",
-        "project",
-        "relations",
-        "reductions",
-        "relative",
-        "row_panels",
-        "sums",
-        "sweep",
-        "terms",
-    ),
-)
+from gssf_kernels import kernels
 
-
-def _module(name):
-    return importlib.import_module(f"gssf_kernels.kernels.{name}") if FOUND else None
-
-
-MODULES = tuple(map(_module, NAMES))
-batch_hard, certified, epilogues, gradients, hardest, hardest_terms, info_nce, logsumexp = map(_module, NAMES[:8])
-pairs, positives, project, relations, reductions, relative, row_panels, sums, sweep, terms = map(_module, NAMES[8:])
-tiles = _module("tiles")
+NAMES = tuple(module.name for module in pkgutil.iter_modules(kernels.__path__))
+MODULES = tuple(importlib.import_module(f"gssf_kernels.kernels.{name}") for name in NAMES) if FOUND else ()
+globals().update(dict(zip(NAMES, MODULES, strict=True)) if FOUND else dict.fromkeys(NAMES))

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import launchers
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import certified, logsumexp, row_panels, sums, sweep, tiles
+from gssf_kernels.kernels import certified, logsumexp, sums, sweep, tiles
 
 pytestmark = own_tiles
 PROCESSORS = 3
@@ -203,7 +203,7 @@ def slabbed(request, monkeypatch):
 def swept(monkeypatch):
     """(first row block, row blocks) of every slab whose dL/ds was stored."""
     seen = []
-    real = row_panels.gradients_by_row_panels
+    real = sweep.gradients_by_row_panels
 
     def watched(a, b, tile, needs, count, launch):
         def noted(sweep, first, blocks, ds, parts):
