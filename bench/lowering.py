@@ -33,7 +33,7 @@ from bench.calls import CASES
 from bench.case import PRODUCTS, Case
 from bench.report import table
 from gssf_kernels import _library, plan
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 ARCHITECTURES = (80, 90)
 # Kernels whose tile is a line of the table.

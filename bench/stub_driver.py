@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 PROCESSORS = 132  # of an H100 or H200
 LIBRARY = "libcuda.so.1"

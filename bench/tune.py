@@ -31,7 +31,7 @@ from bench import clock, lowering, report, results
 from bench.case import PRODUCTS, Case
 from gssf_kernels import plan
 from gssf_kernels._library import OPS
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}

@@ -1,4 +1,4 @@
-// gssf::line_terms and its gradient on the CPU: see gssf_kernels/statistics/terms.py.
+// gssf::line_terms and its gradient on the CPU: see gssf_kernels/ops/terms.py.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <torch/library.h>

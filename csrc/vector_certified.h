@@ -31,7 +31,7 @@ GSSF_INLINE void round_row(const T* x, int64_t n, int64_t padded, uint16_t* out,
 }
 
 // x · y in fp64, where products of fp32 numbers are exact. Channel c is added to sum c mod 32, and those are folded in
-// halves: the same bits by every instruction set, and by kernels/certified.py. Meanwhile the rows that come next are
+// halves: the same bits by every instruction set, and by triton/certified.py. Meanwhile the rows that come next are
 // fetched, which lie anywhere.
 template <class T>
 GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x, const T* next_y) {

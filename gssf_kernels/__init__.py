@@ -33,10 +33,10 @@ from gssf_kernels.losses import (
     sigmoid_loss,
     triplet_loss,
 )
+from gssf_kernels.ops import hardest_negatives, logsumexp_scores, pair_scores, rescored_candidates, sum_scores
 from gssf_kernels.project import project
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, HardestNegatives, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, similarity
-from gssf_kernels.statistics import hardest_negatives, logsumexp_scores, pair_scores, rescored_candidates, sum_scores
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,7 @@
 An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks what runs:
 
     CPU                 C++ (``csrc/``), if the extension was built
-    CUDA                what ``plan.py`` chooses: Triton (``gssf_kernels/kernels``), or the composite
+    CUDA                what ``plan.py`` chooses: Triton (``gssf_kernels/triton``), or the composite
     anything else       the composite: plain PyTorch over other ops, or the definition
 
 There is no switch of our own. Ops are forward computations only; differentiation is added on top by a
@@ -81,7 +81,7 @@ class Op(NamedTuple):
             raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {wide.dtype}")
         assert self.launcher is not None
         module, _, function = self.launcher.rpartition(".")
-        return getattr(importlib.import_module(f"gssf_kernels.kernels.{module}"), function)(call, plan)
+        return getattr(importlib.import_module(f"gssf_kernels.triton.{module}"), function)(call, plan)
 
     def plainly(self, call):
         """The composite, outside of any autocast region."""
@@ -115,7 +115,7 @@ def register(
         returns: the schema's result, ``"Tensor"`` or ``"(Tensor, Tensor)"``.
         composite: plain PyTorch of the bundle ``call``: a formula over other ops, or the definition.
         fake: the same on shapes only, for ``torch.compile`` and ``torch.export``.
-        launcher: ``"module.function"`` under ``gssf_kernels.kernels``, called with (call, plan).
+        launcher: ``"module.function"`` under ``gssf_kernels.triton``, called with (call, plan).
         plans: of ``plan.py``, gives the routes that there are on CUDA for a call, the best first.
         mutates: the arguments that are written.
         through: for a composite that serves every device, the op in it that has backends.

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gssf_kernels import _checks, _library, plan, work
-from gssf_kernels.kernels import operands
+from gssf_kernels.triton import operands
 
 DEVICE = "meta"
 

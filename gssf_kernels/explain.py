@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gssf_kernels import _checks, _library, dense, plan, work
 from gssf_kernels.device_path import DEVICE, Device, DevicePath, described, tensors
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 MIB = 1 << 20
 
@@ -171,7 +171,7 @@ class _Recorder(DevicePath):
         halves = dense.halves
         replaced.append((dense, "halves", lambda *sizes: self.few_halves(list(halves(*sizes)))))
         if self.device.type == "cuda" and _library._HAS_TRITON:
-            from gssf_kernels.kernels.sweep import Sweep
+            from gssf_kernels.triton.sweep import Sweep
 
             slabs = Sweep.slabs
             replaced.append((Sweep, "slabs", lambda sweep: self.few(list(slabs(sweep)))))

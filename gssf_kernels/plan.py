@@ -2,7 +2,7 @@
 
     choose(op, plans, call) → Plan(route, why, tile)
 
-Every threshold of size stands here, every tile size in `kernels/tiles.py`. A route is one of
+Every threshold of size stands here, every tile size in `triton/tiles.py`. A route is one of
 
     reference     the definition in plain PyTorch, which stores the matrix
     composite     a formula over other ops, which have plans of their own
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from gssf_kernels.kernels import operands, tiles
+from gssf_kernels.triton import operands, tiles
 
 # Scores of a small problem: small tiles, and dense losses store dscores of all (4 MiB).
 SMALL = 1 << 20

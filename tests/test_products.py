@@ -231,9 +231,7 @@ def test_one_side_twice_is_that_of_two_equal_sides(name, n, with_ids, monkeypatc
     seen = []
     half = dense.triangle
     for module in ("logsumexp", "sums"):
-        monkeypatch.setattr(
-            f"gssf_kernels.statistics.{module}.triangle", lambda *a: seen.append(a[0][0].shape[0]) or half(*a)
-        )
+        monkeypatch.setattr(f"gssf_kernels.ops.{module}.triangle", lambda *a: seen.append(a[0][0].shape[0]) or half(*a))
     monkeypatch.setitem(plan.CHUNK_SCORES, "cpu", 2000)
     ids = torch.randint(0, max(n // 3, 1), (n,)) if with_ids else None
     a = torch.randn(n, 12, dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 import gssf_kernels as gk
 from bench.light import worker
 from gssf_kernels import plan
-from gssf_kernels.kernels import hopper
+from gssf_kernels.triton import hopper
 
 # N, M, D: ragged; one tile; several tiles with several stages; the large tile (D >= 512); many tiles a processor.
 SHAPES = [(129, 257, 40), (128, 256, 64), (700, 1100, 320), (1040, 1300, 1024), (4224, 4352, 256), (4224, 4352, 1024)]

@@ -26,8 +26,8 @@ from bench import stub_driver
 from bench.light import worker
 from bench.light.record import Recorder
 from gssf_kernels import plan
-from gssf_kernels.kernels import tiles
-from gssf_kernels.kernels.sweep import Sweep
+from gssf_kernels.triton import tiles
+from gssf_kernels.triton.sweep import Sweep
 
 LINE = tiles.SWEEP[90, "half", "narrow"]  # persistent, by the copy engine
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
 from bench.whole import Rows, chunks, sweep
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 SCALE, BIAS = 1 / 0.07, -10.0  # CLIP's and SigLIP's starts
 

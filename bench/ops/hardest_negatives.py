@@ -9,7 +9,7 @@ import gssf_kernels as gk
 from bench.problem import Op, Problem, Work, compiled, normal, on_hopper, product_flop, sides_bytes
 from bench.whole import Rows, hardest
 from gssf_kernels import plan
-from gssf_kernels.kernels import hopper
+from gssf_kernels.triton import hopper
 
 
 def naive(problem: Problem):

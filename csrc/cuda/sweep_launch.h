@@ -1,5 +1,5 @@
 // What ops by the sweep share: checks of both sides, room for results, tensor maps, and the sweep's launches. Slabs of
-// row blocks bound the memory of partial results, as in gssf_kernels/kernels/sweep.py.
+// row blocks bound the memory of partial results, as in gssf_kernels/triton/sweep.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -8,8 +8,8 @@ Source: arXiv 1703.07737, there with distances, where hard positives are far and
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import batch_hard_of_factors, batch_hard_terms
 
 
 def batch_hard_loss(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
+from gssf_kernels.ops.labels import labelled_sides, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.labels import labelled_sides, log_sums
 
 
 def circle_loss(

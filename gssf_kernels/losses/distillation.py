@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.statistics.relations import KINDS, relation_loss
+from gssf_kernels.ops.relations import KINDS, relation_loss
 
 _TEACHERS = ("image_teacher", "text_teacher")
 

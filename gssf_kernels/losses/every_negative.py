@@ -7,7 +7,7 @@ Source: VSE++, arXiv 1707.05612, which names it as its predecessor.
 
 from torch import Tensor
 
-from gssf_kernels.statistics.sums import Term, score_sums
+from gssf_kernels.ops.sums import Term, score_sums
 
 
 def every_negative(

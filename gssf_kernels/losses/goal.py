@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.ops import hardest_terms, line_terms, paired_hardest_negatives
+from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import hardest_terms, line_terms, paired_hardest_negatives
-from gssf_kernels.statistics.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 
 _NAMES = ("x", "y", "x_ids", "y_ids")
 

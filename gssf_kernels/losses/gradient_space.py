@@ -16,9 +16,9 @@ from torch import Tensor
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import Function
 from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.ops import paired_hardest_negatives, paired_relative_negatives, relative_positives
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics import paired_hardest_negatives, paired_relative_negatives, relative_positives
 
 KINDS = ("exponential", "linear")
 _NAMES = ("x", "y", "x_ids", "y_ids")

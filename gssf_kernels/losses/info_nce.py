@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels.ops.info_nce import Options, contrast_loss
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.info_nce import Options, contrast_loss
 
 
 def info_nce_loss(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
+from gssf_kernels.ops.labels import labelled_sides, largest_logits, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.labels import labelled_sides, largest_logits, log_sums
 
 
 def multi_similarity_loss(

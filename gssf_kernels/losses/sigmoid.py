@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels.ops.sums import Term, score_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
-from gssf_kernels.statistics.sums import Term, score_sums
 
 
 def sigmoid_loss(

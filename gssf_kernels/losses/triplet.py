@@ -14,9 +14,9 @@ from gssf_kernels import _checks, reference
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.diagnostics import diagnose
 from gssf_kernels.losses.every_negative import every_negative
+from gssf_kernels.ops import hardest_terms, hinge_terms, paired_hardest_negatives
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, paired_factors
-from gssf_kernels.statistics import hardest_terms, hinge_terms, paired_hardest_negatives
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")

@@ -122,7 +122,7 @@ def relative_negatives(
     a_ids: Tensor | None = None,
     b_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """GOAL's ``(r⁻ of the rows [N], r⁻ of the columns [M])``; see :mod:`gssf_kernels.statistics.relative`."""
+    """GOAL's ``(r⁻ of the rows [N], r⁻ of the columns [M])``; see :mod:`gssf_kernels.ops.relative`."""
     masked = scores(a, b).masked_fill(positives(a, b, a_ids, b_ids), -torch.inf)
     return mean_distance(masked, threshold, beta), mean_distance(masked.mT, threshold, beta)
 

@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 
 from bench import tune
 from gssf_kernels import plan
-from gssf_kernels.kernels import tiles
-from gssf_kernels.kernels.tiles import Sweep
+from gssf_kernels.triton import tiles
+from gssf_kernels.triton.tiles import Sweep
 
 LINE = Sweep(128, 128, 64, 8, 3, tma=True)
 compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")

@@ -1,6 +1,6 @@
 from planting import Fault
 
-RELATIONS_KERNELS = "gssf_kernels/kernels/relations.py"
+RELATIONS_KERNELS = "gssf_kernels/triton/relations.py"
 
 FAULTS = [
     Fault(
@@ -82,7 +82,7 @@ FAULTS = [
     ),
     Fault(
         "dense: a pair's two places count once in the student's gradient",
-        "gssf_kernels/statistics/relations.py",
+        "gssf_kernels/ops/relations.py",
         "_formula",
         "slope = 2 * own",
         "slope = own",

@@ -1,14 +1,14 @@
 from planting import Fault
 
-RELATIVE_GOAL_KERNELS = "gssf_kernels/kernels/relative_goal.py"
-GOAL_KERNELS = "gssf_kernels/kernels/goal.py"
-RELATIVE_OP = "gssf_kernels/statistics/relative.py"
+RELATIVE_GOAL_KERNELS = "gssf_kernels/triton/relative_goal.py"
+GOAL_KERNELS = "gssf_kernels/triton/goal.py"
+RELATIVE_OP = "gssf_kernels/ops/relative.py"
 CAUGHT_BY = "losses/test_goal_triton"
 
 FAULTS = [
     Fault(
         "close: a positive that stands on the bound is not close",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_positives",
         "((other > bound[:, None]) == 0)",
         "(other < bound[:, None])",
@@ -16,7 +16,7 @@ FAULTS = [
     ),
     Fault(
         "close: an anchor is close to itself",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_positives",
         "& (lane[:, None] != k[None, :])",
         "& (lane[:, None] >= 0)",
@@ -24,7 +24,7 @@ FAULTS = [
     ),
     Fault(
         "close: ties count into a mean of distances to positives",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_positives",
         "close = close & ((gap == 0) == 0)",
         "close = close & (k < N)[None, :]",
@@ -32,7 +32,7 @@ FAULTS = [
     ),
     Fault(
         "close: distances to other positives have the other sign",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_positives",
         "gap = p[:, None] - other",
         "gap = other - p[:, None]",
@@ -40,7 +40,7 @@ FAULTS = [
     ),
     Fault(
         "close: the bound of positives lies below n",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "top + positive_threshold",
         "top - positive_threshold",
@@ -48,7 +48,7 @@ FAULTS = [
     ),
     Fault(
         "close: the threshold of negatives lies above the least positive",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "least_close",
         "tl.reduce(lowest, 0, smaller) - threshold",
         "tl.reduce(lowest, 0, smaller) + threshold",
@@ -56,7 +56,7 @@ FAULTS = [
     ),
     Fault(
         "close: the threshold of negatives is by the largest positive",
-        "gssf_kernels/kernels/reductions.py",
+        "gssf_kernels/triton/reductions.py",
         "smaller",
         "return tl.minimum(x, y,",
         "return tl.maximum(x, y,",
@@ -64,7 +64,7 @@ FAULTS = [
     ),
     Fault(
         "close: lin_ms, w⁺ grows with r⁺",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "(1 - close_p) * (1 - p)",
         "(1 + close_p) * (1 - p)",
@@ -72,7 +72,7 @@ FAULTS = [
     ),
     Fault(
         "close: lin_ms, w⁻ falls with r⁻",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "(1 + close_n) * top",
         "(1 - close_n) * top",
@@ -80,7 +80,7 @@ FAULTS = [
     ),
     Fault(
         "close: sig_ms, α has the other sign",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "tl.exp(alpha * (p - lam))",
         "tl.exp(-alpha * (p - lam))",
@@ -88,7 +88,7 @@ FAULTS = [
     ),
     Fault(
         "close: sig_ms, β has the other sign",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "tl.exp(-beta * (top - lam))",
         "tl.exp(beta * (top - lam))",
@@ -96,7 +96,7 @@ FAULTS = [
     ),
     Fault(
         "close: sig_ms, r⁺ is taken off",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "tl.exp(alpha * (p - lam)) + close_p",
         "tl.exp(alpha * (p - lam)) - close_p",
@@ -104,7 +104,7 @@ FAULTS = [
     ),
     Fault(
         "close: sig_ms, r⁻ is taken off",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "tl.exp(-beta * (top - lam)) + close_n",
         "tl.exp(-beta * (top - lam)) - close_n",
@@ -112,7 +112,7 @@ FAULTS = [
     ),
     Fault(
         "close: sig_ms, powers have the other sign",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_positives",
         "gap = tl.exp(gap * alpha)",
         "gap = tl.exp(-gap * alpha)",
@@ -120,7 +120,7 @@ FAULTS = [
     ),
     Fault(
         "close: columns read the rows' scores",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_negatives",
         "at = k.to(tl.int64)[None, :] * stride + lane[:, None]",
         "at = lane.to(tl.int64)[:, None] * stride + k[None, :]",
@@ -128,7 +128,7 @@ FAULTS = [
     ),
     Fault(
         "close: anchors without a negative get weights",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "relative_weights",
         "tl.where(valid, weight * of_negative, 0.0)",
         "weight * of_negative",
@@ -136,7 +136,7 @@ FAULTS = [
     ),
     Fault(
         "close: columns past N get a gradient",
-        "gssf_kernels/kernels/terms.py",
+        "gssf_kernels/triton/terms.py",
         "line_terms_backward_kernel",
         "tl.where(i < N, three, 0.0)",
         "g + three",
@@ -144,7 +144,7 @@ FAULTS = [
     ),
     Fault(
         "close: the positives' gradient has the other sign",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "weights_gradients",
         "-(g * row_positive + g * col_positive)",
         "(g * row_positive + g * col_positive)",
@@ -152,7 +152,7 @@ FAULTS = [
     ),
     Fault(
         "close: the columns' gradient has the other sign",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "weights_gradients",
         "g * row_negative, g * col_negative",
         "g * row_negative, -g * col_negative",
@@ -160,7 +160,7 @@ FAULTS = [
     ),
     Fault(
         "close: the rows' gradient has the other sign",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "weights_gradients",
         "g * row_negative, g",
         "-g * row_negative, g",
@@ -168,7 +168,7 @@ FAULTS = [
     ),
     Fault(
         "close: ties with the hardest negative count into the mean",
-        "gssf_kernels/kernels/hardest_terms.py",
+        "gssf_kernels/triton/hardest_terms.py",
         "close_negatives",
         "ties += counts >> 16",
         "ties += counts >> 30",
@@ -176,7 +176,7 @@ FAULTS = [
     ),
     Fault(
         "few: GOAL's columns get the gradient of the rows",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "both_gradients",
         "= WEIGHTED(p, col, g",
         "= WEIGHTED(p, row, g",
@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "few: GOAL's cir forgets its half",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "goal_weights",
         "- n * n - 0.5)",
         "- n * n)",
@@ -192,7 +192,7 @@ FAULTS = [
     ),
     Fault(
         "sums and contrast: GOAL's columns have the rows' terms",
-        "gssf_kernels/kernels/score_functions.py",
+        "gssf_kernels/triton/score_functions.py",
         "both_directions",
         "FUNCTION(p, col, constants",
         "FUNCTION(p, row, constants",
@@ -200,7 +200,7 @@ FAULTS = [
     ),
     Fault(
         "GOAL: an anchor without a negative is pulled",
-        "gssf_kernels/statistics/terms.py",
+        "gssf_kernels/ops/terms.py",
         "_goal_backward",
         "(grad * torch.where(negative != -torch.inf, w, 0) for w in weights)",
         "(grad * w.nan_to_num(0, 0, 0) for w in weights)",
@@ -242,7 +242,7 @@ FAULTS = [
     ),
     Fault(
         "GOAL: cir squares no negative",
-        "gssf_kernels/statistics/goal.py",
+        "gssf_kernels/ops/goal.py",
         "",
         "- s.negative.square() - 0.5",
         "- s.negative - 0.5",

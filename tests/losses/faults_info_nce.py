@@ -1,7 +1,7 @@
 from planting import Fault
 
-CONTRAST_KERNELS = "gssf_kernels/kernels/contrast.py"
-CONTRAST_OP = "gssf_kernels/statistics/contrast.py"
+CONTRAST_KERNELS = "gssf_kernels/triton/contrast.py"
+CONTRAST_OP = "gssf_kernels/ops/contrast.py"
 
 FAULTS = [
     Fault(

@@ -22,7 +22,7 @@ FAULTS = [
     ),
     Fault(
         "few: columns' terms are the rows'",
-        "gssf_kernels/kernels/reductions.py",
+        "gssf_kernels/triton/reductions.py",
         "merge_kernel",
         "+ FUNCTION(p, col, constants",
         "+ FUNCTION(p, row, constants",

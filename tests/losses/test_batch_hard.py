@@ -16,7 +16,7 @@ from triton_checks import INF, NAN, assert_as_good, best, close, every_reduction
 
 import gssf_kernels as gk
 from gssf_kernels import plan, reference
-from gssf_kernels.statistics import hardest_positives, positives
+from gssf_kernels.ops import hardest_positives, positives
 
 BOTH = pytest.mark.parametrize("implementation", [gk, gk.reference], ids=["ours", "reference"])
 
@@ -199,7 +199,7 @@ def test_empty_batch():
 
 _PEAK = """
 import resource, torch, gssf_kernels as gk
-from gssf_kernels.statistics import hardest_positives
+from gssf_kernels.ops import hardest_positives
 torch.set_num_threads(2)
 x, labels = torch.randn(8000, 16), torch.zeros(8000, dtype=torch.long)
 hardest_positives(x[:1500], labels[:1500])

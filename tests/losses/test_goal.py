@@ -9,7 +9,7 @@ from cases import FLOOR, INTEGRABLE, PAIRS, TRIPLETS, randn
 from goal_loops import exact_scores, loop_goal, loop_gradients, mean, problem
 
 import gssf_kernels as gk
-from gssf_kernels.statistics import relative_positives
+from gssf_kernels.ops import relative_positives
 
 MODES = [(triplet, pair) for triplet in TRIPLETS for pair in PAIRS]
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [gk, gk.reference], ids=["ours", "reference"])

@@ -18,7 +18,7 @@ from triton_checks import INF, NAN, close, every_reduction, few, on_device, side
 
 import gssf_kernels as gk
 from gssf_kernels import plan, reference
-from gssf_kernels.statistics.goal import RELATIVE, Constants, anchor_weights
+from gssf_kernels.ops.goal import RELATIVE, Constants, anchor_weights
 
 pytest.importorskip("triton")
 

@@ -5,7 +5,7 @@ CAUGHT_BY = "test_products"
 FAULTS = [
     Fault(
         "symmetric sums: the gradient of one side alone",
-        "gssf_kernels/statistics/sums.py",
+        "gssf_kernels/ops/sums.py",
         "_symmetric",
         "da = da.mul_(2) if da is not None",
         "da = da.mul_(1) if da is not None",

@@ -12,8 +12,8 @@ import torch
 
 import gssf_kernels as gk
 from gssf_kernels import plan
-from gssf_kernels.kernels import hopper, tiles
-from gssf_kernels.statistics.logsumexp import Call
+from gssf_kernels.ops.logsumexp import Call
+from gssf_kernels.triton import hopper, tiles
 
 DTYPES = (torch.bfloat16, torch.float16)
 INF, NAN = float("inf"), float("nan")
@@ -456,7 +456,7 @@ def test_the_table_sends_its_lines_here(on_hopper, monkeypatch):
 
 
 def test_the_table_sends_log_sums_here(on_hopper, monkeypatch):
-    logsumexp = pytest.importorskip("gssf_kernels.kernels.logsumexp")
+    logsumexp = pytest.importorskip("gssf_kernels.triton.logsumexp")
     monkeypatch.setattr(hopper, "logsumexp_scores", lambda *arguments: (arguments, *"bcde"))
     a, b, scale = torch.zeros(1100, 64).half(), torch.zeros(1200, 64).half(), torch.ones(())
     call = Call(a, b, scale, 1.0)

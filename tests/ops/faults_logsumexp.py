@@ -1,8 +1,8 @@
 from planting import Fault
 
-LOGSUMEXP_KERNELS = "gssf_kernels/kernels/logsumexp.py"
-GRADIENTS_KERNELS = "gssf_kernels/kernels/gradients.py"
-SLABS_KERNELS = "gssf_kernels/kernels/slabs.py"
+LOGSUMEXP_KERNELS = "gssf_kernels/triton/logsumexp.py"
+GRADIENTS_KERNELS = "gssf_kernels/triton/gradients.py"
+SLABS_KERNELS = "gssf_kernels/triton/slabs.py"
 CAUGHT_BY = "ops/test_logsumexp ops/test_sums losses/test_info_nce"
 CAUGHT_BY_2 = "ops/test_logsumexp ops/test_sums"
 

@@ -1,6 +1,6 @@
 from planting import Fault
 
-PROJECT_KERNELS = "gssf_kernels/kernels/project.py"
+PROJECT_KERNELS = "gssf_kernels/triton/project.py"
 CAUGHT_BY = "ops/test_definition ops/test_values ops/test_contracts"
 
 FAULTS = [
@@ -13,7 +13,7 @@ FAULTS = [
     ),
     Fault(
         "small: by a metric, rows that are not normalised are gathered",
-        "gssf_kernels/kernels/pairs.py",
+        "gssf_kernels/triton/pairs.py",
         "scan",
         "NORMALIZE=call.normalize",
         "NORMALIZE=False",
@@ -27,7 +27,7 @@ FAULTS = [
     ),
     Fault(
         "few: weights' gradients take the lengths of other rows",
-        "gssf_kernels/kernels/pairs.py",
+        "gssf_kernels/triton/pairs.py",
         "scan_kernel",
         "i = (p - of_rows) * BE + tl.arange(0, BE)",
         "i = (p - of_rows) + tl.arange(0, BE)",

@@ -1,6 +1,6 @@
 from planting import Fault
 
-SUMS_KERNELS = "gssf_kernels/kernels/sums.py"
+SUMS_KERNELS = "gssf_kernels/triton/sums.py"
 
 FAULTS = [
     Fault(
@@ -68,7 +68,7 @@ FAULTS = [
     ),
     Fault(
         "sums and contrast: rows' pairs are pushed on the way back",
-        "gssf_kernels/statistics/sums.py",
+        "gssf_kernels/ops/sums.py",
         "_rows_backward",
         "_add_pairs(da, db, -slopes",
         "_add_pairs(da, db, slopes",
@@ -83,7 +83,7 @@ FAULTS = [
     ),
     Fault(
         "logarithm: the same of the reference",
-        "gssf_kernels/statistics/sums.py",
+        "gssf_kernels/ops/sums.py",
         "_total_backward",
         "of_scale = of_scale * kappa if",
         "of_scale = of_scale if",

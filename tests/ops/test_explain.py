@@ -181,7 +181,7 @@ def test_launches_of_few_scores(name, n):
 def test_loops_of_which_few_turns_are_run(name, dtype, monkeypatch):
     """The sums are those of all turns: of slabs, of chunks, and of a call that runs them all."""
     monkeypatch.setitem(plan.CHUNK_SCORES, "cuda", 3000 * 500)
-    monkeypatch.setattr("gssf_kernels.kernels.tiles.SLAB_ENTRIES", 1)
+    monkeypatch.setattr("gssf_kernels.triton.tiles.SLAB_ENTRIES", 1)
     function, options, _ = CALLS[name]
     a, b = (t.requires_grad_() for t in sides(5000, dtype, d=64))
     few = gk.explain(function, a, b, **options)
@@ -290,7 +290,7 @@ def test_every_kernel_of_products_has_its_flops():
     """Any that reaches a `tl.dot`, but for the one whose products depend on labels."""
     from triton.runtime.jit import JITFunction
 
-    from gssf_kernels import kernels
+    from gssf_kernels import triton as kernels
 
     def multiplies(function, seen):
         if function in seen:
@@ -504,7 +504,7 @@ def test_a_planned_op_gives_its_plan(monkeypatch):
         return score, score.clone(), index, a.new_empty(m), torch.empty(m, dtype=torch.int64, device=a.device)
 
     seen = []
-    module = types.ModuleType("gssf_kernels.kernels.of_this_test")
+    module = types.ModuleType("gssf_kernels.triton.of_this_test")
     module.mine = lambda call, chosen: seen.append(chosen) or made(call)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     overload = torch.ops.gssf.hardest_negatives.default

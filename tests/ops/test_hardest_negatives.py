@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from launchers import hardest_negatives, hardest_negatives_backward
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 pytestmark = many
 

@@ -15,7 +15,7 @@ from triton_checks import both_passes, close, few, fp64_leaves, slabs, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
-from gssf_kernels.statistics.score_functions import pointwise
+from gssf_kernels.ops.score_functions import pointwise
 
 FUNCTIONS = {
     "hinge": lambda t: max(t, 0.0),

@@ -151,7 +151,7 @@ def project_sides_backward(*arguments):
 
 def pairs_project_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize, needs):
     """What `hardest_negatives_backward` does to one side where pairs are sorted."""
-    from gssf_kernels.kernels.project import Weights, pairs_backward
+    from gssf_kernels.triton.project import Weights, pairs_backward
 
     weights = Weights(diag, blocks, permutation, normalize)
     return pairs_backward((grad, rows.contiguous(), cols.contiguous()), x, y, weights, needs)

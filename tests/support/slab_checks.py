@@ -5,7 +5,7 @@ import torch
 from interpreted import DEVICE
 from triton_checks import SLAB_DTYPE
 
-from gssf_kernels.statistics.score_functions import pointwise
+from gssf_kernels.ops.score_functions import pointwise
 
 SHAPES = [(16, 32, 16), (17, 33, 17), (70, 70, 40), (97, 50, 24), (50, 97, 8)]
 SLABS = [1, 16 * 97, 1 << 20]  # scores of one: a row block, one or two, all

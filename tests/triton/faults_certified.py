@@ -1,6 +1,6 @@
 from planting import Fault
 
-CERTIFIED_KERNELS = "gssf_kernels/kernels/certified.py"
+CERTIFIED_KERNELS = "gssf_kernels/triton/certified.py"
 
 FAULTS = [
     Fault(

@@ -13,7 +13,7 @@ from interpreted import DEVICE
 from triton_checks import exact
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import certified, tiles
+from gssf_kernels.triton import certified, tiles
 
 pytestmark = exact
 INF, NAN = float("inf"), float("nan")

@@ -110,7 +110,7 @@ def test_certified_mining_gives_the_bits_of_the_cpu(n, m, d, precision):
 @pytest.mark.parametrize("d", [64, 1024, 8192])
 @pytest.mark.parametrize("kind", ["normal", "of one sign", "of many sizes"])
 def test_what_a_tensor_core_loses_is_within_what_the_bound_allows(kind, d):
-    """Four roundings of fp32 for every term: the γ of kernels/certified.py."""
+    """Four roundings of fp32 for every term: the γ of triton/certified.py."""
     a, b = torch.randn(2, 512, d, device=CUDA).unbind()
     if kind == "of one sign":
         a, b = a.abs(), b.abs()

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 import launchers
 from triton.runtime.jit import JITFunction
 
-from gssf_kernels import kernels, plan
+from gssf_kernels import plan
+from gssf_kernels import triton as kernels
 from gssf_kernels.device_path import DEVICE, DevicePath, device_path
 
 MOST = (2**31 - 1, 65_535, 65_535)

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from bench import lowering
 from bench.calls import CASES
-from gssf_kernels.kernels import tiles
+from gssf_kernels.triton import tiles
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")

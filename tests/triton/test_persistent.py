@@ -15,9 +15,9 @@ from launchers import hardest_negatives, relative_negatives
 from triton_checks import IDS, INF, NAN, assert_same_bits, check_hardest, check_relative, many
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import sweep, tiles
-from gssf_kernels.kernels.sweep import Sweep, tile_of
 from gssf_kernels.plan import Scores
+from gssf_kernels.triton import sweep, tiles
+from gssf_kernels.triton.sweep import Sweep, tile_of
 
 pytestmark = many
 LINE = tiles.Sweep(16, 32, 16, 4, 2)

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import launchers
 
 from gssf_kernels import plan
-from gssf_kernels.kernels import certified, logsumexp, sums, sweep, tiles
+from gssf_kernels.triton import certified, logsumexp, sums, sweep, tiles
 
 pytestmark = own_tiles
 PROCESSORS = 3

@@ -1,0 +1,36 @@
+"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, composite, autograd."""
+
+from gssf_kernels.ops import hopper as _hopper  # noqa: F401 (registers its op)
+from gssf_kernels.ops.batch_hard import batch_hard_of_factors, batch_hard_terms
+from gssf_kernels.ops.hardest import (
+    hardest_negatives,
+    paired_hardest_negatives,
+    paired_relative_negatives,
+    rescored_candidates,
+)
+from gssf_kernels.ops.hardest_terms import hardest_terms
+from gssf_kernels.ops.info_nce import contrast_loss
+from gssf_kernels.ops.logsumexp import logsumexp_scores
+from gssf_kernels.ops.pairs import pair_scores
+from gssf_kernels.ops.positives import hardest_positives
+from gssf_kernels.ops.relative import relative_positives
+from gssf_kernels.ops.sums import sum_scores
+from gssf_kernels.ops.terms import hinge_terms, line_terms
+
+__all__ = [
+    "batch_hard_of_factors",
+    "batch_hard_terms",
+    "contrast_loss",
+    "hardest_negatives",
+    "hardest_positives",
+    "hardest_terms",
+    "hinge_terms",
+    "line_terms",
+    "logsumexp_scores",
+    "pair_scores",
+    "paired_hardest_negatives",
+    "paired_relative_negatives",
+    "relative_positives",
+    "rescored_candidates",
+    "sum_scores",
+]

@@ -1,0 +1,167 @@
+"""How far the relations within one set are from a mixture of two others', without storing any.
+
+    e_ij = f_ij − (λ w_ij + (1 − λ) u_ij),     f = h hᵀ,  u = image imageᵀ,  w = text textᵀ
+    S = Σ_{i≠j} φ(e_ij),   B = Σ_{i≠j} φ(w_ij − u_ij),     φ: |·| or ·²
+    loss = [w₀ S + (w₁ φ(λ) + w₂ φ(1 − λ)) B] φ(1/τ) / pairs
+
+All three are symmetric, so only the upper triangle is computed and its terms count twice
+(:func:`gssf_kernels.dense.triangle`): 3 half products, and one whole for dh = 2 φ'(e) h. φ and φ' come from one pass
+over e: they agree about its sign, and at e = 0 both are 0. The diagonal is left out. The gradients of λ and τ follow
+from S, B and Σ φ'(e) (w − u). Small problems on a GPU take two launches forward and one back
+(``triton/relations.py``).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gssf_kernels import plan
+from gssf_kernels._library import Function, distinct, last_derivative, register
+from gssf_kernels.dense import triangle
+from gssf_kernels.ops import sums
+from gssf_kernels.ops.score_functions import pointwise
+from gssf_kernels.plan import accumulation_dtype
+
+KINDS = {"mae": "abs", "mse": "square"}
+
+
+def relation_loss(student, image, text, lam, tau, weights: tuple[float, float, float], kind: str) -> Tensor:
+    """The loss, a scalar of the accumulation dtype; differentiable once in student [N, D], λ and τ.
+
+    lam, tau: scalar tensors of that dtype, or numbers; weights: w₀, w₁, w₂; kind: "abs" or "square"
+    """
+    student, image, text = distinct(student, image, text)
+    lam, lam_number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
+    tau, tau_number = (tau, 1.0) if isinstance(tau, Tensor) else (None, tau)
+    lam, tau = distinct(lam, tau)
+    need = torch.is_grad_enabled() and student.requires_grad
+    call = Call(student, image, text, lam, tau, lam_number, tau_number, list(weights), kind, need)
+    return _Relations.apply(*call)[0]
+
+
+class Call(NamedTuple):
+    """The loss, and its gradients with respect to λ, τ and student."""
+
+    student: Tensor  # [N, D]
+    image: Tensor  # [N, any]
+    text: Tensor  # [N, any]
+    lam: Tensor | None  # λ, or None: lam_number is
+    tau: Tensor | None  # τ, or None: tau_number is
+    lam_number: float
+    tau_number: float
+    weights: list[float]
+    kind: str
+    need: bool  # whether student's gradient is made
+
+
+class PassCall(NamedTuple):
+    """Sums over the rows of e = (s − image) − λ (text − image), with gradient s becomes φ'(e)."""
+
+    s: Tensor  # [R, M] of the student; column 0 is the chunk's first row: written
+    image: Tensor
+    text: Tensor
+    lam: Tensor
+    kind: str
+    gradient: bool
+    rows: Tensor  # [3, R]: φ(e), φ(text − image), φ'(e) (text − image), columns past R twice: written
+
+
+class _Relations(Function):
+    @staticmethod
+    def forward(*arguments):
+        return torch.ops.gssf.relation_loss(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:], inputs[0], *inputs[3:5])
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * len(Call._fields)
+        dstudent, dlam, dtau = last_derivative(_scaled, grad_out, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad
+        numbers = (dlam if needs[3] else None, dtau if needs[4] else None)
+        return dstudent if needs[0] else None, None, None, *numbers, *[None] * 5
+
+
+def _scaled(grad_out, dlam, dtau, slope, dstudent, student, lam, tau):
+    """The gradients of student, λ and τ; λ and τ come along for their history."""
+    gradients = (grad_out, dlam, dtau, dstudent, dstudent.new_empty(0))
+    options = ("square", "include", False, "sum", 1.0, [False, False])
+    call = sums.BackwardCall._make((*gradients, student, None, slope, None, 1.0, 0.0, None, None, *options, None))
+    dstudent, _, dlam, dtau = torch.ops.gssf.score_sums_backward(*call)
+    return dstudent, dlam, dtau
+
+
+def _by_chunks(call: Call) -> tuple[Tensor, ...]:
+    """(loss, dλ, dτ, and in two factors dh: a scalar, and Σ_j φ'(e_ij) h_j [N, D])"""
+    student, n, dtype = call.student, call.student.shape[0], accumulation_dtype(call.student.dtype)
+    lam = student.new_full((), call.lam_number, dtype=dtype) if call.lam is None else call.lam
+    tau = student.new_full((), call.tau_number, dtype=dtype) if call.tau is None else call.tau
+    rows = student.new_empty(3, n, dtype=dtype)
+
+    def visit(scores, first):
+        part = slice(first, first + scores[0].shape[0])
+        torch.ops.gssf.relation_pass(*PassCall._make((*scores, lam, call.kind, call.need, rows[:, part])))
+
+    dh = triangle((student, call.image, call.text), visit, call.need)
+    totals = rows.sum(1, dtype=torch.float64)
+    numbers = _formula(totals, lam.double(), tau.double(), call.weights, call.kind, max(n * (n - 1), 1))
+    return (*(t.to(dtype) for t in numbers), dh if dh is not None else rows.new_empty(0))
+
+
+def _formula(totals, lam, tau, weights, kind, pairs):
+    """(loss, dλ, dτ, slope) in fp64; slope: the factor of each φ'(e_ij) h_j in dh_i."""
+    student, between, toward_text = totals
+    to_student, to_image, to_text = weights
+    mixture = torch.stack((lam, 1 - lam, 1 / tau))
+    (size, rest, share), (size_slope, rest_slope, share_slope) = pointwise(mixture, kind)
+    total = (to_student * student + (to_image * size + to_text * rest) * between) / pairs
+    dlam = ((to_image * size_slope - to_text * rest_slope) * between - to_student * toward_text) / pairs
+    slope = 2 * to_student * share / pairs  # 2: h_i stands on both sides of a pair
+    return share * total, share * dlam, -total * share_slope / (tau * tau), slope
+
+
+def _fake(call: Call) -> tuple[Tensor, ...]:
+    shapes = ((), (), (), (), call.student.shape if call.need else 0)
+    return tuple(call.student.new_empty(shape, dtype=accumulation_dtype(call.student.dtype)) for shape in shapes)
+
+
+def _pass(call: PassCall) -> None:
+    n, m = call.s.shape
+    gap = call.text - call.image
+    e = (call.s - call.image) - call.lam * gap
+    times = torch.where(torch.arange(m, device=e.device) < n, 1, 2).to(e.dtype).repeat(n, 1)
+    times.diagonal().zero_()
+    (phi, slope), (between, _) = pointwise(e, call.kind), pointwise(gap, call.kind)
+    for k, terms in enumerate((phi, between, slope * gap)):
+        call.rows[k] = torch.where(times == 0, 0, times * terms).sum(1)
+    if call.gradient:
+        call.s.copy_(slope)
+        call.s.diagonal().zero_()
+
+
+register(
+    "relation_loss",
+    Call,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    composite=_by_chunks,
+    fake=_fake,
+    launcher="relations.relation_loss",
+    plans=plan.relation_loss,
+    through="relation_pass",
+)
+register(
+    "relation_pass",
+    PassCall,
+    "()",
+    composite=_pass,
+    fake=lambda call: None,
+    launcher="relations.relation_pass",
+    plans=plan.chunk_pass,
+    mutates=("s", "rows"),
+)

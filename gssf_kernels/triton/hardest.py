@@ -1,0 +1,108 @@
+"""row_score[i] = max_j s_ij, col_score[j] = max_i s_ij over negatives: j ≠ i and a_ids[i] ≠ b_ids[j]; s = a bᵀ.
+
+With the indices where they lie, and positive_score[i] = s_ii, in one sweep. Ties go to the lowest index, NaN wins over
+all scores and stays, and a row or column whose negatives all score -inf (or has none) gives -inf and -1.
+
+Extra memory: one slab's partial results, 6 bytes for each of `tiles.SLAB_ENTRIES`, or at most 300 bytes per row of b
+where that is more (16 row blocks); and a copy of a and b where their rows are not aligned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels.triton import certified, hopper, operands, tiles
+from gssf_kernels.triton.epilogues import only_negatives, tile_lines
+from gssf_kernels.triton.reductions import argmax, merge_kernel
+from gssf_kernels.triton.sweep import Sweep
+from gssf_kernels.triton.terms import formula_of
+
+
+@triton.jit
+def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """The tile's hardest negative of each row and column, by its position in the tile."""
+    a_ids, b_ids, positive_score, row_score, row_place, col_score, col_place = state
+    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
+
+    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+
+    score, place = argmax(s, tl.arange(0, BM)[None, :], 1)  # [BN]
+    tl.store(row_score + row_at, score)
+    tl.store(row_place + row_at, place.to(tl.int16))
+
+    score, place = argmax(s, tl.arange(0, BN)[:, None], 0)  # [BM]
+    tl.store(col_score + col_at, score, mask=inside)
+    tl.store(col_place + col_at, place.to(tl.int16), mask=inside)
+
+
+def empty_results(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """positive_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
+    N, M = len(a), len(b)
+    positive_score, row_score = (a.new_empty(N, dtype=torch.float32) for _ in range(2))  # no two share memory
+    col_score, col_index = a.new_empty(M, dtype=torch.float32), a.new_empty(M, dtype=torch.int64)
+    row_index = a.new_empty(N, dtype=torch.int64)
+    if N == 0:
+        col_score.fill_(float("-inf"))
+        col_index.fill_(-1)
+    return positive_score, row_score, row_index, col_score, col_index
+
+
+def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+    """Return (positive_score [N], row_score [N], row_index [N], col_score [M], col_index [M], rescored).
+
+    Scores are fp32, indices int64. rescored: int64, a number where the call asks for the route "certified", else empty.
+    Raises TypeError unless a and b are fp32, bf16 or fp16.
+    """
+    a, b, a_ids, b_ids, route = call
+    rescored = a.new_empty(0, dtype=torch.int64)
+    if plan.route == "hopper":
+        return *hopper.hardest_negatives(a, b, a_ids, b_ids), rescored
+    if len(a) == 0:
+        return *empty_results(a, b), rescored if route != "certified" else rescored.new_zeros(())
+    if plan.route == "certified":
+        return certified.hardest_negatives(call, plan)
+    positive_score, *results = empty_results(a, b)
+    with torch.cuda.device_of(a):
+        sweep = Sweep(a, b, plan.tile, half=plan.upper_triangle)
+        rows, cols = sweep.partial_results(torch.float32, torch.int16)
+        state = (*operands.contiguous(a_ids, b_ids), positive_score, *rows, *cols)
+        for first, blocks in sweep.slabs():
+            for score in (rows[0], cols[0]):
+                if plan.upper_triangle and score is not None:  # tiles that are left out have nothing
+                    score.fill_(float("-inf"))
+            sweep.run(hardest_tile, state, first, blocks)
+            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), tuple(results), None)
+        if plan.upper_triangle:
+            results = symmetric_results(*results)
+    return positive_score, *results, rescored
+
+
+def symmetric_results(
+    row_score: torch.Tensor, row_index: torch.Tensor, col_score: torch.Tensor, col_index: torch.Tensor
+) -> list[torch.Tensor]:
+    """Results of all of a symmetric s, from those of the tiles on and above its diagonal."""
+    tie = (row_score == col_score) | (row_score.isnan() & col_score.isnan())
+    better = (col_score > row_score) | (col_score.isnan() & ~row_score.isnan())
+    take = torch.where(tie, col_index < row_index, better)
+    score, index = torch.where(take, col_score, row_score), torch.where(take, col_index, row_index)
+    return [score, index, score.clone(), index.clone()]
+
+
+def merge_terms(
+    sweep: Sweep, partial: tuple, results: tuple, loss: tuple, formula: str, reduction: str, by_label: bool = False
+) -> None:
+    """Launch the merge of the one slab that few scores are, which ends in a loss.
+
+    loss: (positive_score or None, out, constants)
+    """
+    functions, modes = formula_of(formula)
+    summed, BL = reduction != "none", tiles.TERM_LANES
+    merge_kernel[(1 if summed else triton.cdiv(sweep.M, BL),)](
+        partial, results, loss, sweep.N, sweep.M, 0, sweep.row_blocks, BN=sweep.tile.BN, BM=sweep.tile.BM,
+        BP=tiles.MERGE_PARTS, BL=BL, FUNCTION=functions.function, **modes, BY_LABEL=by_label,
+        SUM=summed, MEAN=reduction == "mean", num_warps=8, num_stages=2,
+    )  # fmt: skip

@@ -1,0 +1,244 @@
+"""Log-sums and their gradients: `gssf_kernels/ops/logsumexp.py` has the formulas.
+
+    forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile; one kernel merges them
+    backward   a sweep stores dscores, [N, M] of few scores or a panel of rows; one kernel, or the library's products,
+               make da and db of it
+
+A chunk of scores that the library made takes the same two epilogues.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels._library import outside_autocast
+from gssf_kernels.plan import Plan
+from gssf_kernels.triton import hopper, operands, tiles
+from gssf_kernels.triton.epilogues import tile_lines
+from gssf_kernels.triton.gradients import gradients
+from gssf_kernels.triton.reductions import log_sums, merge_logs
+from gssf_kernels.triton.score_functions import logits, logsumexp_slope, number
+from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
+
+
+@triton.jit
+def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """The tile's log-sums of each row and column, by class, and the pairs' t where it meets the diagonal."""
+    scale, constant, by_label, positive_logit, rows, cols = state
+    i0, j0 = (first + tile_i) * BN, tile_j * BM
+    i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
+    t, _, positive, row, col = logits(s, i, j, N, M, number(scale, constant), by_label)
+    if positive_logit is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
+        of_pairs = tl.sum(tl.where(i[:, None] == j[None, :], t, 0.0), 1)
+        tl.store(positive_logit + i, of_pairs, mask=(i >= j0) & (i < j0 + BM) & (i < N) & (i < M))
+    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+    for c in tl.static_range(len(rows)):
+        if len(rows) == 2:
+            member = positive if c == 0 else positive == 0
+            row_t = tl.where(row & member, t, float("-inf"))
+        else:
+            row_t = tl.where(row, t, float("-inf"))
+        top, total = log_sums(row_t, 1)  # [BN]
+        tl.store(rows[c][0] + row_at, top)
+        tl.store(rows[c][1] + row_at, total)
+        if cols is not None:
+            if len(rows) == 2:
+                col_t = tl.where(col & (positive if c == 0 else positive == 0), t, float("-inf"))
+            else:
+                col_t = row_t
+            top, total = log_sums(col_t, 0)  # [BM]
+            tl.store(cols[c][0] + col_at, top, mask=inside)
+            tl.store(cols[c][1] + col_at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def merge_logs_kernel(
+    partial, rows, cols, N, M, first, blocks, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+    LOG: tl.constexpr,
+):  # fmt: skip
+    """Finish the slab's rows, and merge its columns into those of the slabs before.
+
+    rows, cols: (max, sum) of each class. LOG: rows, and columns with the last slab, get the sums' logarithms; else the
+    columns of the first slab, too, are merged with what is there.
+    """
+    row_partial, col_partial = partial
+    slab_rows = blocks * BN
+    row_programs = tl.cdiv(slab_rows, BL)
+    for c in tl.static_range(len(rows)):
+        if tl.program_id(0) < row_programs:
+            lane = tl.program_id(0) * BL + tl.arange(0, BL)
+            top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
+            top, total = merge_logs(
+                top, total, row_partial[c][0], row_partial[c][1], lane, slab_rows, tl.cdiv(M, BM), BP
+            )
+            i = first * BN + lane
+            inside = (lane < slab_rows) & (i < N)
+            tl.store(rows[c][0] + i, top, mask=inside)
+            tl.store(rows[c][1] + i, tl.log(total) if LOG else total, mask=inside)
+        elif cols is not None:
+            j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+            before = (j < M) & (first > 0) if LOG else j < M
+            top = tl.load(cols[c][0] + j, mask=before, other=float("-inf"))
+            total = tl.load(cols[c][1] + j, mask=before, other=0.0)  # of the slabs before not a logarithm yet
+            top, total = merge_logs(top, total, col_partial[c][0], col_partial[c][1], j, M, blocks, BP)
+            if LOG:
+                total = tl.where((first + blocks) * BN >= N, tl.log(total), total)
+            tl.store(cols[c][0] + j, top, mask=j < M)
+            tl.store(cols[c][1] + j, total, mask=j < M)
+
+
+@triton.jit
+def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """The tile's dL/dt, by label dL/ds, stored; and Σ of it times s, of the tile or with BY_ROW of each row."""
+    BY_ROW: tl.constexpr = state[0][0]
+    _, scale, constant, by_label, rows, cols, dpositive, dscores, stride, dscores_dot_s = state
+    i0, j0 = (first + tile_i) * BN, tile_j * BM
+    i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
+    inside = (i < N)[:, None] & (j < M)[None, :]
+    t, slope, positive, row, col = logits(s, i, j, N, M, number(scale, constant), by_label)
+    g = tl.zeros([BN, BM], tl.float32)
+    if rows is not None:
+        g += logsumexp_slope(t, positive, row, rows, i, i < N, 1)
+    if cols is not None:
+        g += logsumexp_slope(t, positive, col, cols, j, j < M, 0)
+    if by_label is not None:
+        g *= slope
+    if dpositive is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
+        of_pairs = tl.load(dpositive + i, mask=(i < N) & (i < M), other=0.0)
+        g += tl.where(i[:, None] == j[None, :], of_pairs[:, None], 0.0)
+    if dscores is not None:
+        rows_at = dscores - (first * BN).to(tl.int64) * stride  # dscores is of the slab's alone
+        at = rows_at + i.to(tl.int64)[:, None] * stride + j[None, :]
+        tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
+    sums = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
+    if BY_ROW:
+        tl.store(dscores_dot_s + tile_j.to(tl.int64) * blocks * BN + tile_i * BN + tl.arange(0, BN), sums)
+    else:
+        tl.store(dscores_dot_s + tile_i * tl.cdiv(M, BM) + tile_j, tl.sum(tl.where(i < N, sums, 0.0), 0))
+
+
+def classes(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+    """Statistics [N] or [2, N] as kernels take them: a tuple for each class; None where the last of them is None."""
+    if statistics[-1] is None:
+        return None
+    return tuple(zip(*([t] if t.dim() == 1 else [*t] for t in statistics if t is not None), strict=True))
+
+
+def by_label(call: Any, row_labels, col_labels, row_bounds, col_bounds, first: int) -> tuple | None:
+    """What `logits` takes of a call."""
+    if call.score == "scaled":
+        return None
+    constants = (*map(float, call.constants), 0.0, 0.0)[:3]
+    options = tl.constexpr(call.score), tl.constexpr(call.leave_out)
+    bounds = (part for t in (row_bounds, col_bounds) for part in (t, t.stride(0) if t is not None else 0))
+    return options, constants, row_labels, col_labels, *bounds, first
+
+
+def _by_label(call: Any) -> tuple | None:
+    if call.score == "scaled":
+        return None
+    row_labels, col_labels, bounds = operands.contiguous(call.a_labels, call.b_labels, call.bounds)
+    return by_label(call, row_labels, col_labels, bounds, bounds if call.b is None else None, 0)
+
+
+def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Return (row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)]) fp32, and nothing kept: [0].
+
+    By label rows' statistics are [2, N] and the others empty.
+    """
+    a, b = call.a, call.a if call.b is None else call.b
+    if plan.route == "hopper":
+        return *hopper.logsumexp_scores(a, b, call.scale, call.constant), a.new_empty(0, dtype=torch.float32)
+    row_shape, col_shape, pairs = call.sizes()
+    row_max, row_log = (a.new_empty(row_shape, dtype=torch.float32) for _ in range(2))
+    col_max, col_log = (row_max.new_empty(col_shape) for _ in range(2))
+    positive_logit = row_max.new_empty(pairs)
+    labelled = call.score != "scaled"
+    count = 1 + labelled
+    assert plan.tile is not None
+    with torch.cuda.device_of(a):
+        sweep = Sweep(a, b, plan.tile)
+        partials = [sweep.partial_results(torch.float32, torch.float32) for _ in range(count)]
+        row_partial = tuple(rows for rows, _ in partials)
+        col_partial = None if labelled else tuple(columns for _, columns in partials)
+        rows, cols = classes(row_max, row_log), None if labelled else classes(col_max, col_log)
+        label_state = _by_label(call)
+        for first, blocks in sweep.slabs():
+            outputs = (None if labelled else positive_logit, row_partial, col_partial)
+            sweep.run(log_tile, (call.scale, call.constant, label_state, *outputs), first, blocks)
+            sweep.merge(merge_logs_kernel, first, blocks, (row_partial, col_partial), rows, cols, LOG=True)
+    return row_max, row_log, col_max, col_log, positive_logit, positive_logit.new_empty(0)
+
+
+def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'."""
+    a, b, needs = call.a, call.a if call.b is None else call.b, call.needs
+    grads = (call.drow, call.dcol, call.dpositive)
+    drow, dcol, dpositive = (t.contiguous() if t is not None else None for t in grads)
+    if call.score != "scaled":
+        dcol = dpositive = None
+    rows = classes(call.row_max, call.row_log, drow)
+    cols = classes(call.col_max, call.col_log, dcol)
+    gradient = (call.scale, call.constant, _by_label(call), rows, cols, dpositive)
+    by_tile = (tl.constexpr(False),)
+    assert plan.tile is not None
+    with torch.cuda.device_of(a):
+        if plan.route == "row panels":
+
+            def launch(sweep, first, blocks, dscores, sums):
+                stride = dscores.stride(0) if dscores is not None else 0
+                sweep.run(softmax_tile, (by_tile, *gradient, dscores, stride, sums), first, blocks)
+
+            with outside_autocast(a.device):
+                da, db, (total,) = gradients_by_row_panels(a, b, plan.tile, needs, 1, launch)
+            kappa = call.constant if call.scale is None else call.scale
+            dscale = total.float() if needs[2] else da.new_empty(0)
+            return da.mul_(kappa).to(a.dtype), db.mul_(kappa).to(b.dtype), dscale
+        sweep = Sweep(a, b, plan.tile)
+        dscores = empty_dscores(a, len(b))
+        sums = a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
+        sweep.run(softmax_tile, (by_tile, *gradient, dscores, dscores.stride(0), sums), 0, sweep.row_blocks)
+        logit_scale = {"scale": call.scale, "constant": call.constant}
+        da, db, ends = gradients(dscores, a, call.b, needs, sums if needs[2] else None, **logit_scale)
+    return da, db, ends[0] if ends else sums.new_empty(0)
+
+
+def logsumexp_pass(call: Any, plan: Plan) -> None:
+    """Write (max, Σ e^(t - max)) of the rows of s [R, M] fp32, and merge those of its columns into what is there."""
+    if call.s.numel() == 0:
+        call.row_max.fill_(float("-inf"))
+        call.row_sum.zero_()
+        return
+    chunk, count = Chunk(call.s), 1 + (call.score != "scaled")
+    rows, cols = classes(call.row_max, call.row_sum), classes(call.col_max, call.col_sum)
+    row_partial = classes(*chunk.row_partials(2, count))
+    col_partial = classes(*chunk.column_partials(2, count)) if cols is not None else None
+    labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
+    with torch.cuda.device_of(call.s):
+        chunk.run(log_tile, (call.scale, 1.0, labels, None, row_partial, col_partial))
+        BN, BL = chunk.tile.BR, tiles.MERGE_LANES
+        programs = triton.cdiv(chunk.row_blocks * BN, BL) + (triton.cdiv(chunk.M, BL) if cols is not None else 0)
+        merge_logs_kernel[(programs,)](
+            (row_partial, col_partial), rows, cols, chunk.N, chunk.M, 0, chunk.row_blocks,
+            BN=BN, BM=chunk.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, LOG=False, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def softmax_pass(call: Any, plan: Plan) -> None:
+    """Turn s [R, M] fp32 into dL/dt, by label dL/ds, and write Σ_j of it times s [R]."""
+    if call.s.numel() == 0:
+        call.dscores_dot_s.zero_()
+        return
+    chunk = Chunk(call.s)
+    rows = classes(call.row_max, call.row_log, call.row_grad)
+    cols = classes(call.col_max, call.col_log, call.col_grad)
+    labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
+    sums = chunk.row_partials()
+    with torch.cuda.device_of(call.s):
+        state = ((tl.constexpr(True),), call.scale, 1.0, labels, rows, cols, None)
+        chunk.run(softmax_tile, (*state, call.s, call.s.stride(0), sums))
+    torch.sum(sums[:, : chunk.N], 0, out=call.dscores_dot_s)

@@ -1,0 +1,179 @@
+"""Reductions of scores and of tiles' partial results, each in one place; the kernel that merges, and may end in a loss.
+
+argmax        the largest score and the lowest index that holds it; NaN wins, of several the first; nothing: -inf and -1
+log-sum-exp   kept as (max, Σ e^(t - max)); NaN alone leaves +inf for the maximum
+sum           fp32
+
+Merging is associative, and partial results are merged in the order of their tiles: an equal score never replaces one
+merged before it, whose indices are all lower.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gssf_kernels.triton.terms import add_or_store, store_sum
+
+
+@triton.jit
+def larger(x, y):
+    """max(x, y), NaN above all."""
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(x, y):
+    """min(x, y), NaN below all."""
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def argmax(s, position, axis: tl.constexpr):
+    """The largest score along axis and the lowest position that holds it."""
+    score = tl.reduce(s, axis, larger)
+    top = tl.expand_dims(score, axis)
+    hit = tl.where(top != top, s != s, s == top)  # in this form nothing is kept for the other axis: no spills
+    return score, tl.min(tl.where(hit, position, 0x7FFFFFFF), axis)
+
+
+@triton.jit
+def take_larger(score, index, new_score, new_index):
+    """(score, index) merged with new ones, all of whose indices are higher."""
+    better = (new_score > score) | ((new_score != new_score) & (score == score))
+    return tl.where(better, new_score, score), tl.where(better, new_index, index)
+
+
+@triton.jit
+def fold_argmax(score, index, scores, places, lane, length, parts, start, WIDTH: tl.constexpr, BP: tl.constexpr):
+    """(score, index) [BL] merged with the partial results scores, places [parts, length] at the given lanes.
+
+    Part p covers positions start + p WIDTH onwards, all past those merged before it.
+    """
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
+        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        s = tl.load(scores + at, mask=inside, other=float("-inf"))
+        position = start + p[:, None] * WIDTH + tl.load(places + at, mask=inside, other=0)
+        new_score, new_index = argmax(s, position, 0)  # [BL]
+        score, index = take_larger(score, index, new_score, new_index)
+    return score, index
+
+
+@triton.jit
+def merge_rows(
+    scores, places, row_score, row_index, lane, N, M, first, blocks,
+    NEGATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Store and return (score, index) [BL] of the slab's rows at the lanes. NEGATED: the tiles' scores are -s."""
+    score = tl.full([BL], float("-inf"), tl.float32)
+    index = tl.full([BL], -1, tl.int32)
+    rows = blocks * BN
+    score, index = fold_argmax(score, index, scores, places, lane, rows, tl.cdiv(M, BM), 0, BM, BP)
+    if NEGATED:
+        score = tl.where(index >= 0, -score, float("-inf"))
+    i = first * BN + lane
+    inside = (lane < rows) & (i < N)
+    tl.store(row_score + i, score, mask=inside)
+    tl.store(row_index + i, index.to(tl.int64), mask=inside)
+    return score, index
+
+
+@triton.jit
+def merge_columns(
+    scores, places, col_score, col_index, j, M, first, blocks, BN: tl.constexpr, BP: tl.constexpr
+):  # fmt: skip
+    """Merge the slab's columns j [BL] into those of the slabs before; store and return (score, index)."""
+    before = (j < M) & (first > 0)
+    score = tl.load(col_score + j, mask=before, other=float("-inf"))
+    index = tl.load(col_index + j, mask=before, other=-1).to(tl.int32)
+    score, index = fold_argmax(score, index, scores, places, j, M, blocks, first * BN, BN, BP)
+    tl.store(col_score + j, score, mask=j < M)
+    tl.store(col_index + j, index.to(tl.int64), mask=j < M)
+    return score, index
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def merge_kernel(
+    partial, results, loss, N, M, first, blocks,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+    FUNCTION: tl.constexpr = None, TRIPLET: tl.constexpr = "", PAIR: tl.constexpr = "", BY_LABEL: tl.constexpr = False,
+    SUM: tl.constexpr = False, MEAN: tl.constexpr = False,
+):  # fmt: skip
+    """Finish the slab's rows, and merge its columns into those of the slabs before.
+
+    With FUNCTION, of `score_functions.py`, of the one slab there is, and the terms of a loss: a sum is one program's.
+    loss: (positive_score [N], out, the formula's constants)
+    BY_LABEL: columns of a symmetric s are not reduced; in their place are the rows' least positives, as -s
+    """
+    row_scores, row_places, col_scores, col_places = partial
+    row_score, row_index, col_score, col_index = results
+    if FUNCTION is None:
+        row_programs = tl.cdiv(blocks * BN, BL)
+        if tl.program_id(0) < row_programs:
+            lane = tl.program_id(0) * BL + tl.arange(0, BL)
+            merge_rows(
+                row_scores, row_places, row_score, row_index, lane, N, M, first, blocks, False, BN, BM, BP, BL
+            )  # fmt: skip
+        else:
+            j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+            merge_columns(col_scores, col_places, col_score, col_index, j, M, first, blocks, BN, BP)
+    else:
+        positive_score, out, constants = loss
+        total = tl.zeros([BL], tl.float32)
+        for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
+            i = i0 + tl.arange(0, BL)
+            row, _ = merge_rows(
+                row_scores, row_places, row_score, row_index, i, N, M, first, blocks, False, BN, BM, BP, BL
+            )  # fmt: skip
+            if BY_LABEL:
+                p, place = merge_rows(
+                    col_scores, col_places, col_score, col_index, i, N, M, first, blocks, True, BN, BM, BP, BL
+                )  # fmt: skip
+                terms = FUNCTION(p, row, constants, TRIPLET, PAIR)
+                terms = tl.where((place >= 0) & (row != float("-inf")), terms, 0.0)
+            else:
+                col, _ = merge_columns(col_scores, col_places, col_score, col_index, i, M, first, blocks, BN, BP)
+                p = tl.load(positive_score + i, mask=i < N, other=0.0)
+                terms = FUNCTION(p, row, constants, TRIPLET, PAIR) + FUNCTION(p, col, constants, TRIPLET, PAIR)
+            total = add_or_store(total, out, terms, i, N, SUM)
+        if SUM:
+            store_sum(out, total, N, MEAN)
+
+
+@triton.jit
+def log_sums(t, axis: tl.constexpr):
+    """Of axis the largest of t and Σ e^(t - largest); an infinite one is not taken off, NaN alone leaves +inf."""
+    top = tl.max(t, axis)  # NaN is passed over
+    shift = tl.where((top == float("inf")) | (top == float("-inf")), 0.0, top)
+    total = tl.sum(tl.exp(t - tl.expand_dims(shift, axis)), axis)
+    return tl.where((total != total) & (top == float("-inf")), float("inf"), top), total
+
+
+@triton.jit
+def merge_logs(top, total, tops, totals, lane, length, parts, BP: tl.constexpr):
+    """(max, Σ e^(· - max)) [BL] merged with the partial ones tops, totals [parts, length] at the given lanes."""
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
+        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        t = tl.load(tops + at, mask=inside, other=float("-inf"))
+        sums = tl.load(totals + at, mask=inside, other=0.0)
+        new = tl.maximum(top, tl.max(t, 0))
+        factor = tl.where(t == new[None, :], 1.0, tl.exp(t - new[None, :]))  # infinite ones too
+        merged = tl.sum(tl.where(t == float("-inf"), 0.0, sums * factor), 0)
+        before = tl.where(top == float("-inf"), 0.0, total * tl.where(top == new, 1.0, tl.exp(top - new)))
+        top, total = new, before + merged
+    return top, total
+
+
+@triton.jit
+def merge_sums(source, lane, length, count, parts, BP: tl.constexpr):
+    """Σ of source [parts, length] over the parts at the lanes, 0 from count on."""
+    total = tl.zeros(lane.shape, tl.float32)
+    for p0 in range(0, parts, BP):
+        p = p0 + tl.arange(0, BP)
+        inside = (p < parts)[:, None] & (lane < count)[None, :]
+        total += tl.sum(tl.load(source + p.to(tl.int64)[:, None] * length + lane[None, :], mask=inside, other=0.0), 0)
+    return total

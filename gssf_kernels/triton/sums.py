@@ -1,0 +1,275 @@
+"""Sums of a function of every score, and their gradients: `gssf_kernels/ops/sums.py` has the formulas.
+
+    a sum        a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores dscores, [N, M] of few scores or a
+                 panel of rows; one kernel, or the library's products, makes the sums, da and db of them
+    rows' sums   forward a sweep leaves Σ f of every tile's rows and columns, which one kernel adds up; backward the
+                 first sweep with their gradients as weights
+
+A chunk of scores that the library made takes the same epilogue.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels._library import outside_autocast
+from gssf_kernels.plan import Plan
+from gssf_kernels.triton import operands, tiles
+from gssf_kernels.triton.epilogues import tile_lines
+from gssf_kernels.triton.gradients import gradients, logarithm_slope
+from gssf_kernels.triton.pairs import pair_scores
+from gssf_kernels.triton.reductions import merge_sums
+from gssf_kernels.triton.score_functions import number, pairs_and_ids, term
+from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
+
+
+@triton.jit
+def relative_bias(beta, positive_score, at, mask, AXIS: tl.constexpr):
+    """β, or less the positives' scores at the anchors."""
+    if positive_score is None:
+        return beta
+    else:
+        return tl.expand_dims(beta - tl.load(positive_score + at, mask=mask, other=0.0), AXIS)
+
+
+@triton.jit
+def weighted(slope, weight, stride, at, mask, AXIS: tl.constexpr):
+    """slope times the anchors' weights, if there are any."""
+    if weight is not None:
+        slope *= tl.expand_dims(tl.load(weight + at.to(tl.int64) * stride, mask=mask, other=0.0), AXIS)
+    return slope
+
+
+@triton.jit
+def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """The tile's sums of f, of f' and of f' s, and its dscores where they are stored.
+
+    state: ((KIND, POSITIVES, OUTPUT), logit, pairs, anchors, outputs) with
+    logit: scale, constant, bias, offset
+    pairs: a_ids, b_ids, diagonal: column i + diagonal is row i's own
+    anchors: row_positive, col_positive, columns, row_weight, col_weight, weight stride; where col_positive is not None,
+    the first ``columns`` columns have terms of their own, relative to it
+    outputs, of OUTPUT "tile": sums [3, tiles]; where columns have terms, of the rows' slopes and the columns' slopes;
+    "row": sums [3, column blocks, rows] and of columns [2, row blocks, columns]; "value": the first of each alone.
+    Then dscores or None, and its stride
+    """
+    KIND: tl.constexpr = state[0][0]
+    POSITIVES: tl.constexpr = state[0][1]
+    OUTPUT: tl.constexpr = state[0][2]
+    scale, constant, bias, offset = state[1]
+    a_ids, b_ids, diagonal = state[2]
+    row_positive, col_positive, columns, row_weight, col_weight, weight_stride = state[3]
+    sums, row_slopes, col_slopes, dscores, stride = state[4]
+    i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
+    inside, positive = pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M)
+    row_at, _, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+    t, beta = s * number(scale, constant), number(bias, offset)
+
+    f, g = term(t + relative_bias(beta, row_positive, i, i < N, 1), positive, inside, KIND, POSITIVES)
+    row_f = tl.sum(f, 1)
+    length = tl.cdiv(M, BM).to(tl.int64) * blocks * BN
+    if OUTPUT == "row":
+        tl.store(sums + length + row_at, tl.sum(g, 1))
+    if OUTPUT != "value":
+        g = weighted(g, row_weight, weight_stride, i, i < N, 1)
+    if OUTPUT == "tile" and row_slopes is not None:
+        tl.store(row_slopes + row_at, tl.sum(g, 1))
+    total = row_f
+    if col_positive is not None:
+        counts = inside & (j < columns)[None, :]
+        f, h = term(t + relative_bias(beta, col_positive, j, j < columns, 0), positive, counts, KIND, POSITIVES)
+        total += tl.sum(f, 1)
+        col_at = tile_i.to(tl.int64) * columns + j
+        if OUTPUT != "tile":
+            tl.store(col_slopes + col_at, tl.sum(f, 0), mask=j < columns)
+        if OUTPUT == "row":
+            tl.store(col_slopes + blocks.to(tl.int64) * columns + col_at, tl.sum(h, 0), mask=j < columns)
+        if OUTPUT != "value":
+            h = weighted(h, col_weight, weight_stride, j, j < columns, 0)
+            if OUTPUT == "tile":
+                tl.store(col_slopes + tile_i.to(tl.int64) * M + j, tl.sum(h, 0), mask=j < M)
+            g += h
+    if OUTPUT == "value":
+        tl.store(sums + row_at, row_f)
+    else:
+        dot = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
+        if OUTPUT == "row":
+            tl.store(sums + row_at, row_f)
+            tl.store(sums + 2 * length + row_at, dot)
+        else:
+            count = blocks * tl.cdiv(M, BM)
+            at = sums + tile_i * tl.cdiv(M, BM) + tile_j
+            tl.store(at, tl.sum(total, 0))
+            tl.store(at + count, tl.sum(tl.sum(g, 1), 0))
+            tl.store(at + 2 * count, tl.sum(tl.where(i < N, dot, 0.0), 0))
+        if dscores is not None:
+            rows = dscores - (first * BN).to(tl.int64) * stride  # dscores is of the slab's alone
+            at = rows + i.to(tl.int64)[:, None] * stride + j[None, :]
+            tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "length", "across", "down"])
+def merge_sums_kernel(rows, cols, out, N, M, length, across, down, BP: tl.constexpr, BL: tl.constexpr):
+    """out [N]: the sums of the partial rows [across, length], and of cols [down, M] where there are any."""
+    i = tl.program_id(0) * BL + tl.arange(0, BL)
+    total = merge_sums(rows, i, length, N, across, BP)
+    if cols is not None:
+        total += merge_sums(cols, i, M, N, down, BP)
+    tl.store(out + i, total, mask=i < N)
+
+
+def _options(call: Any, output: str) -> tuple:
+    return tl.constexpr(call.kind), tl.constexpr(call.positives), tl.constexpr(output)
+
+
+def _state(call: Any, output: str, positive_score: torch.Tensor | None, weight: torch.Tensor | None = None) -> tuple:
+    """What `sums_tile` takes of a call on whole sides, before its outputs."""
+    ids = operands.contiguous(call.a_ids, call.a_ids if call.b_ids is None else call.b_ids)
+    relative = (positive_score, positive_score, len(call.a)) if call.relative else (None, None, 0)
+    weights = (weight, weight if call.relative else None, weight.stride(0) if weight is not None else 0)
+    logit = (call.scale, call.constant, call.bias, call.offset)
+    return _options(call, output), logit, (*ids, 0), (*relative, *weights)
+
+
+def _positive_score(call: Any) -> torch.Tensor | None:
+    """The pairs' scores [N], if terms are relative to them."""
+    if not call.relative or call.positive_score is not None:
+        return call.positive_score
+    return pair_scores(call.a, call.other, None, None)
+
+
+def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Return the value, what κ and what β get of it, Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], and s_ii [N], fp32.
+
+    Of "sum" all but the last; of "none" the rows' sums [N] and, with relative and no positive_score, the last.
+
+    """
+    a, b, empty = call.a, call.other, call.a.new_empty(0, dtype=torch.float32)
+    assert plan.tile is not None
+    with torch.cuda.device_of(a):
+        if plan.route == "row panels":
+            state = _state(call, "tile", None)
+
+            def launch(sweep, first, blocks, dscores, sums):
+                stride = dscores.stride(0) if dscores is not None else 0
+                sweep.run(sums_tile, (*state, (sums, None, None, dscores, stride)), first, blocks)
+
+            with outside_autocast(a.device):
+                da, db, sums = gradients_by_row_panels(a, b, plan.tile, call.needs, 3, launch)
+            value, dbias, dscale = (call.share * sums).float().unbind()
+            return value.clone(), dscale.clone(), dbias.clone(), da, db, empty
+        positive_score = _positive_score(call)
+        if call.reduction == "none":
+            rows = _row_sums(call, plan, positive_score)
+            new = positive_score if call.positive_score is None and positive_score is not None else empty
+            return rows, *(empty.new_empty(0) for _ in range(4)), new
+        dscores, sums, slopes = _sweep(call, plan, positive_score, None)
+        da, db, ends = gradients(
+            dscores, a, call.b, call.needs, sums, share=call.share, slopes=slopes, dtype=torch.float32
+        )
+    value, dbias, dscale = ends
+    return value, dscale, dbias, da, db, empty
+
+
+def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> torch.Tensor:
+    a, b = call.a, call.other
+    assert plan.tile is not None
+    sweep, N = Sweep(a, b, plan.tile), len(a)
+    down, across, length = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
+    out = a.new_empty(N, dtype=torch.float32)
+    rows, cols = out.new_empty(across, length), out.new_empty(down, N) if call.relative else None
+    sweep.run(sums_tile, (*_state(call, "value", positive_score), (rows, None, cols, None, 0)), 0, down)
+    BL = tiles.MERGE_LANES
+    merge_sums_kernel[(triton.cdiv(N, BL),)](
+        rows, cols, out, N, N, length, across, down, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
+    )
+    return out
+
+
+def _sweep(
+    call: Any, plan: Plan, positive_score: torch.Tensor | None, weight: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """(dscores [N, M] or None, sums [3, tiles], slopes of the pairs' terms or None); weight: [N] at any stride."""
+    a, b = call.a, call.other
+    assert plan.tile is not None
+    sweep = Sweep(a, b, plan.tile)
+    down, across = sweep.row_blocks, sweep.column_blocks
+    sums = a.new_empty(3, down * across, dtype=torch.float32)
+    slopes = None
+    if call.relative:
+        slopes = sums.new_empty(across, down * sweep.tile.BN), sums.new_empty(down, len(b))
+    dscores = empty_dscores(a, len(b)) if any(call.needs) else None
+    outputs = (sums, *(slopes or (None, None)), dscores, dscores.stride(0) if dscores is not None else 0)
+    sweep.run(sums_tile, (*_state(call, "tile", positive_score, weight), outputs), 0, down)
+    return dscores, sums, slopes
+
+
+@triton.jit
+def scaled(x, out, factor, lane, count):
+    """out = factor x, rounded, at the lanes."""
+    value = tl.load(x + lane, mask=lane < count, other=0.0)
+    tl.store(out + lane, (value * factor).to(out.dtype.element_ty), mask=lane < count)
+
+
+@triton.jit
+def scaled_kernel(
+    grad_out, da, db, dscale, dbias, scale, constant, share, a_out, b_out, scale_out, bias_out, a_count, b_count,
+    BT: tl.constexpr,
+):  # fmt: skip
+    """grad_out share κ times da and db, BT numbers a program, and grad_out times the gradients of κ and β."""
+    lane = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    upstream = tl.load(grad_out)
+    factor = upstream * share * number(scale, constant)
+    if a_out is not None:
+        scaled(da, a_out, factor, lane, a_count)
+    if b_out is not None:
+        scaled(db, b_out, factor, lane, b_count)
+    if tl.program_id(0) == 0:
+        tl.store(scale_out, upstream * tl.load(dscale) * logarithm_slope(scale, constant))
+        tl.store(bias_out, upstream * tl.load(dbias))
+
+
+def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of a, b, κ and β; b None: a has both sides'."""
+    a = call.a
+    with torch.cuda.device_of(a):
+        if call.reduction == "none":
+            forward = call.forward
+            dscores, sums, slopes = _sweep(forward, plan, call.positive_score, call.grad_out)
+            logit_scale = {"scale": call.scale, "constant": call.constant}
+            da, db, ends = gradients(dscores, a, call.b, call.needs, sums, **logit_scale, slopes=slopes)
+            _, dbias, dscale = ends
+            return da, db, dscale, dbias
+        da, db = call.da.contiguous(), call.db.contiguous()
+        out = torch.empty_like(da, dtype=a.dtype), torch.empty_like(db, dtype=a.dtype)
+        ends = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
+        needed = [t if t.numel() else None for t in out]
+        BT = tiles.TERMS
+        programs = max(triton.cdiv(max(da.numel(), db.numel()), BT), 1)
+        scaled_kernel[(programs,)](
+            call.grad_out, da, db, call.dscale, call.dbias, call.scale, call.constant, call.share, *needed, *ends,
+            da.numel(), db.numel(), BT=BT, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return *out, *ends
+
+
+def score_sums_pass(call: Any, plan: Plan) -> None:
+    """Write rows [3, R] and add to cols [2, K]; with gradient s [R, M] becomes dscores."""
+    s, K = call.s, call.cols.shape[1]
+    if s.numel() == 0:
+        call.rows.zero_()
+        return
+    chunk = Chunk(s)
+    rows, cols = chunk.row_partials(3), s.new_empty(2, chunk.row_blocks, K) if K else None
+    logit, ids = (call.scale, 1.0, call.bias, 0.0), (call.row_ids, call.col_ids, call.first)
+    anchors = (call.row_positive, call.col_positive, K, call.row_weight, call.col_weight, 1)
+    outputs = (rows, None, cols, s if call.gradient else None, s.stride(0))
+    with torch.cuda.device_of(s):
+        chunk.run(sums_tile, (_options(call, "row"), logit, ids, anchors, outputs))
+    torch.sum(rows[..., : chunk.N], 1, out=call.rows)
+    if cols is not None:
+        call.cols.add_(cols.sum(1))
