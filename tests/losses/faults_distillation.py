@@ -35,8 +35,8 @@ FAULTS = [
         "relations: e is of the other sign",
         RELATIONS_KERNELS,
         "relation_tile_kernel",
-        "pointwise((f - u) - number(lam, lam_number) * gap, KIND)",
-        "pointwise(number(lam, lam_number) * gap - (f - u), KIND)",
+        "pointwise((f - u) - load_scalar(lam, lam_number) * gap, KIND)",
+        "pointwise(load_scalar(lam, lam_number) * gap - (f - u), KIND)",
     ),
     Fault(
         "relations: λ mixes the other way round",

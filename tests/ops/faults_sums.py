@@ -21,8 +21,8 @@ FAULTS = [
         "small: the mean's share is forgotten on the way back",
         SUMS_KERNELS,
         "scaled_kernel",
-        "factor = upstream * share * number",
-        "factor = upstream * number",
+        "factor = g * share * load_scalar",
+        "factor = g * load_scalar",
     ),
     Fault(
         "sums and contrast: a row's columns are not added",
