@@ -113,7 +113,7 @@ class Candidates {
     for (int64_t i = 0; i < n && width > m; ++i) std::fill(s + i * kTileMost + m, s + i * kTileMost + width, kNone);
     if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0);
 
-    PerLine<float> row, col;
+    PerAnchor<float> row, col;
     GSSF_VECTORIZED(tile_tops_of, s, n, m, row.data(), col.data());
     for (int64_t i = 0; i < n; ++i) row[i] = least(row_low_[i0 + i], row[i], row_error_.of(i0 + i, j0 / cols_.size));
     for (int64_t j = 0; j < m; ++j) col[j] = least(col_low_[j0 + j], col[j], col_error_.of(j0 + j, i0 / rows_.size));
