@@ -66,7 +66,7 @@ def alike(t: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> N
         raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {t.device}")
 
 
-def sides(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
+def embeddings(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
     """``a [N, D]`` and ``b [M, D]`` can be multiplied; with ``paired``, every row of a has its row of b."""
     floating(a, a_name, "[N, D]")
     floating(b, b_name, "[M, D]")

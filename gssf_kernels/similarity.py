@@ -36,7 +36,7 @@ def similarity(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
     """
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y", paired=False)
+    _checks.embeddings(x, y, "x", "y", paired=False)
     return project(x, diag, blocks, permutation=permutation, normalize=normalize) @ project(y, normalize=normalize).mT
 
 
@@ -137,7 +137,7 @@ def paired_factors(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Its factors of x and y and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y", paired=pairs)
+    _checks.embeddings(x, y, "x", "y", paired=pairs)
     diag, blocks = _checks.autocast(metric.diag, metric.blocks)
     _checks.metric_weights(x, diag, blocks, metric.permutation)
     return sides(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)

@@ -47,7 +47,7 @@ def batch_hard_loss(
     margin = _checks.non_negative(margin, "margin")
     _checks.reduction(reduction)
     (x,) = _checks.autocast(x)
-    _checks.sides(x, x, "x", "x")
+    _checks.embeddings(x, x, "x", "x")
     _checks.index(labels, "labels", x.shape[0], x.device)
     if metric is None:
         return batch_hard_terms(x, labels, margin, reduction)

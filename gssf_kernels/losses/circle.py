@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.ops.labels import labelled_sides, log_sums
+from gssf_kernels.ops.labels import labelled_factors, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -52,8 +52,8 @@ def circle_loss(
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]
     _checks.reduction(reduction)
-    sides = labelled_sides(x, labels, y, y_labels, metric)
-    positives, negatives = log_sums(sides, "circle", constants)
+    factors = labelled_factors(x, labels, y, y_labels, metric)
+    positives, negatives = log_sums(factors, "circle", constants)
     both = (positives != -torch.inf) & (negatives != -torch.inf)
     logit = torch.where(both, positives + negatives, -torch.inf)
     return reference.reduce(torch.logaddexp(logit, logit.new_zeros(())), reduction)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose
-from gssf_kernels.ops import hardest_terms, line_terms, paired_hardest_negatives
+from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negatives
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
@@ -100,7 +100,7 @@ def goal_loss(
     if relative is None and metric is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         statistics = positive_score, hardest.row_score, hardest.col_score
-        terms = line_terms(*statistics, formula, numbers, reduction)
+        terms = anchor_terms(*statistics, formula, numbers, reduction)
     else:
         if relative is not None:
             numbers += [relative.positive_threshold, relative.negative_threshold]

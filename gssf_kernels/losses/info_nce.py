@@ -66,7 +66,7 @@ def info_nce_loss(
         check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y")
+    _checks.embeddings(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.ops.labels import labelled_sides, largest_logits, log_sums
+from gssf_kernels.ops.labels import labelled_factors, largest_logits, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -59,13 +59,13 @@ def multi_similarity_loss(
     constants = [alpha, beta, _checks.finite(base, "base")]
     epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
     _checks.reduction(reduction)
-    sides = labelled_sides(x, labels, y, y_labels, metric)
+    factors = labelled_factors(x, labels, y, y_labels, metric)
     bounds = None
     if epsilon is not None:
-        positive_logit, negative_logit = largest_logits(sides, "multi_similarity", constants)
+        positive_logit, negative_logit = largest_logits(factors, "multi_similarity", constants)
         least_positive, largest_negative = base - positive_logit / alpha, base + negative_logit / beta
         bounds = torch.stack((largest_negative + epsilon, least_positive - epsilon))
-    positives, negatives = log_sums(sides, "multi_similarity", constants, bounds)
+    positives, negatives = log_sums(factors, "multi_similarity", constants, bounds)
     zero = positives.new_zeros(())
     terms = torch.logaddexp(positives, zero) / alpha + torch.logaddexp(negatives, zero) / beta
     return reference.reduce(terms, reduction)

@@ -54,7 +54,7 @@ def sigmoid_loss(
         check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y")
+    _checks.embeddings(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
     bias = _checks.scalar_or_number(bias, "bias", x)

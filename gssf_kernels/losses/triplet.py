@@ -75,7 +75,7 @@ def triplet_loss(
     if negatives != "hardest":
         a, b, pair = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
         a, b = _checks.autocast(a, b)
-        _checks.sides(a, b, *_NAMES[:2])
+        _checks.embeddings(a, b, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
         if negatives == "all":
             loss = every_negative(a, b, margin, x_ids, y_ids, reduction, pair)

@@ -63,7 +63,7 @@ def sum_scores(
     _checks.choice(positives, "positives", POSITIVES)
     _checks.choice(reduction, "reduction", ("sum", "none"))
     a, b = _checks.autocast(a, b)
-    _checks.sides(a, b, "a", "b", paired=False)
+    _checks.embeddings(a, b, "a", "b", paired=False)
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     bias = _checks.scalar_or_number(bias, "bias", a)

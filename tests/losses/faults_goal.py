@@ -202,14 +202,14 @@ FAULTS = [
         "GOAL: an anchor without a negative is pulled",
         "gssf_kernels/ops/terms.py",
         "_goal_backward",
-        "(grad * torch.where(negative != -torch.inf, w, 0) for w in weights)",
-        "(grad * w.nan_to_num(0, 0, 0) for w in weights)",
+        "(dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)",
+        "(dterms * w.nan_to_num(0, 0, 0) for w in weights)",
     ),
     Fault(
         "GOAL: what comes from above is dropped",
         "gssf_kernels/losses/gradient_space.py",
         "backward",
-        "return None, -grad * positive_weight, grad * negative_weight, None, None",
+        "return None, -grad_out * positive_weight, grad_out * negative_weight, None, None",
         "return None, -positive_weight, negative_weight, None, None",
     ),
     Fault(
