@@ -220,7 +220,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     kept = a.new_empty((n, m) if call.keep and keeps(a, call.b) else 0, dtype=dtype)
 
     def statistics(s, rows, columns, first, out, col_out):
-        torch.ops.gssf.logsumexp_pass(s, scale, *by_label.of(rows, columns, first), *out, *col_out)
+        torch.ops.gssf.logsumexp_pass(s, scale, *by_label.part(rows, columns, first), *out, *col_out)
 
     def visit(s, first):
         rows, columns = slice(first, first + s.shape[0]), slice(0, m)
@@ -293,7 +293,7 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         dot = dscores_dot_s.new_empty(s.shape[0])
         row_part = part_of((row_max, row_log, drow), rows)
         col_part = part_of((col_max, col_log, dcol) if dcol is not None else (None, None, None), columns)
-        torch.ops.gssf.softmax_pass(s, scale, *by_label.of(rows, columns, first), *row_part, *col_part, dot)
+        torch.ops.gssf.softmax_pass(s, scale, *by_label.part(rows, columns, first), *row_part, *col_part, dot)
         return dot
 
     def visit_chunk(s, first):
