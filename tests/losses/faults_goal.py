@@ -216,8 +216,8 @@ FAULTS = [
         "GOAL: columns are weighed with the rows' relative negatives",
         "gssf_kernels/losses/gradient_space.py",
         "gradient_space_loss",
-        "close[1], weights",
-        "close[0], weights",
+        "r_negative[1], weights",
+        "r_negative[0], weights",
     ),
     Fault(
         "GOAL: an anchor is among its own relative positives",
