@@ -23,9 +23,9 @@ def autocast(*tensors: torch.Tensor | None) -> tuple:
     fp32, fp16 and bf16 are cast; fp64 is not, as in PyTorch. Arguments that are the same tensor stay the same tensor.
     """
     cast: list = []
-    for place, t in enumerate(tensors):
+    for k, t in enumerate(tensors):
         # By `is`, not by id(): torch.compile would guard on the id, and compile again for every batch.
-        same = [c for other, c in zip(tensors[:place], cast, strict=True) if other is t]
+        same = [c for other, c in zip(tensors[:k], cast, strict=True) if other is t]
         cast.append(same[0] if same else _autocast_one(t))
     return tuple(cast)
 

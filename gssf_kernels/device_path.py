@@ -142,9 +142,9 @@ class DevicePath(TorchDispatchMode):
             raise Waits(f"aten::{name} by a mask needs the mask's values, which a GPU is waited for")
         result = function(*args, **kwargs)
         results = tensors(result)
-        places = {t.device.type for t in (*tensors((args, kwargs)), *results)}
-        if places - {DEVICE}:
-            raise Waits(f"aten::{name} mixes in tensors of {' and '.join(sorted(places - {DEVICE}))} too")
+        others = {t.device.type for t in (*tensors((args, kwargs)), *results)} - {DEVICE}
+        if others:
+            raise Waits(f"aten::{name} mixes in tensors of {' and '.join(sorted(others))}")
         launches = name not in FREE and not function.is_view and any(t.numel() for t in results)
         self.library(function, args, kwargs, result, launches)
         return result

@@ -148,8 +148,7 @@ def _project(call):
     x, y, diag, blocks, permutation, normalize, pairs = call
     dtype = accumulation_dtype(x.dtype)
     p = reference.project(x, diag, blocks, permutation=permutation, normalize=normalize).clone()
-    both = normalize and y is not None
-    unit = reference.project(y, normalize=True).clone() if both else x.new_empty(0)
+    unit = reference.project(y, normalize=True).clone() if normalize and y is not None else x.new_empty(0)
     norm, positive_score = x.new_empty(_kept_norms(call), dtype=dtype), x.new_empty(0, dtype=dtype)
     if norm.numel():
         torch.linalg.vector_norm(x, dim=1, dtype=dtype, out=norm).clamp_min_(reference.EPS)
@@ -238,8 +237,9 @@ def _pairs_factor_backward(edges, x, y, weights, needs):
 def _fake_project(call):
     x, y, dtype = call.x, call.y, accumulation_dtype(call.x.dtype)
     p = torch.empty_like(x, memory_format=torch.contiguous_format)
-    both = call.normalize and y is not None
-    unit = torch.empty_like(y, memory_format=torch.contiguous_format) if both else x.new_empty(0)
+    unit = x.new_empty(0)
+    if call.normalize and y is not None:
+        unit = torch.empty_like(y, memory_format=torch.contiguous_format)
     sizes = _kept_norms(call), x.shape[0] if call.pairs else 0
     return p, unit, *(x.new_empty(size, dtype=dtype) for size in sizes)
 
@@ -256,8 +256,8 @@ def _fake_project_backward(call):
     )
 
 
-# Results: x̂ W [N, D]; ŷ [M, D], with y and normalize; what the rows of x are divided by [N], with both and not on the
-# CPU; positive_score [N], with pairs. Results that are not computed are empty.
+# Results: x̂ W [N, D]; with y and normalize ŷ [M, D], and except on the CPU what the rows of x are divided by [N]; with
+# pairs positive_score [N]. Results that are not computed are empty.
 register(
     "project",
     ProjectCall,
