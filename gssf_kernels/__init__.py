@@ -6,8 +6,9 @@
     a, b = metric.factors(images, captions)
     loss = gk.triplet_loss(a, b, margin=0.2, x_ids=picture, y_ids=picture)
 
-Every public function has a plain PyTorch twin in ``gk.reference`` that defines it. What runs on this
-machine: ``gk.backends()`` or ``python -m gssf_kernels``. What a call would run, and why: ``gk.explain``.
+Every public function has a function of the same name in ``gk.reference``: its definition in plain PyTorch.
+``gk.backends()`` or ``python -m gssf_kernels`` say what runs on this machine, ``gk.explain`` what a call would run and
+why.
 """
 
 from gssf_kernels import reference

@@ -1,4 +1,4 @@
-"""``python -m gssf_kernels``: what this installation is and what will run. For bug reports."""
+"""``python -m gssf_kernels``: versions, devices and backends of this installation, for bug reports."""
 
 import platform
 from pathlib import Path
@@ -12,12 +12,12 @@ _CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "a
 
 
 def cpu_description() -> str:
-    """Model and the features that matter here, as far as the system tells."""
+    """The CPU's model and those of its features that the package uses, if the system names them."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in cpuinfo)}
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     features = [name for name in _CPU_FEATURES if name in flags]
     return f"{fields.get('model name', platform.machine())}; {', '.join(features) or 'no vector features known'}"
@@ -47,7 +47,7 @@ def report() -> str:
     extension = "loaded" if _library.EXTENSION_ERROR is None else f"not loaded ({_library.EXTENSION_ERROR})"
     table = gk.backends()
     width = max(map(len, table)) + 2
-    lines = [
+    text = [
         f"gssf_kernels {gk.__version__}",
         f"python       {platform.python_version()} on {platform.platform()}",
         f"torch        {torch.__version__}",
@@ -62,11 +62,11 @@ def report() -> str:
         f"{'op':{width}}{'cpu':12}cuda",
     ]
     for op, active in table.items():
-        lines.append(f"{op:{width}}{active['cpu']:12}{active['cuda']}")
+        text.append(f"{op:{width}}{active['cpu']:12}{active['cuda']}")
     if _library.EXTENSION_ERROR is not None:
-        lines += ["", "Without the extension everything works, on the slower reference. To build it (needs a C++"]
-        lines += ["compiler): pip install --no-build-isolation --force-reinstall --no-deps gssf_kernels"]
-    return "\n".join(lines)
+        text += ["", "Without the extension everything works, on the slower reference. To build it (needs a C++"]
+        text += ["compiler): pip install --no-build-isolation --force-reinstall --no-deps gssf_kernels"]
+    return "\n".join(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""All user-facing validation. Each check names the argument, what was expected and what came.
+"""All checks of user input. An error names the argument, what was expected and what came.
 
-Public functions call these before any work; ops and kernels below them trust their inputs' shapes.
+Public functions call these before any work is done. Ops and kernels trust the shapes of their inputs.
 """
 
 import numbers
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+# Computed at import: torch.compile of PyTorch 2.11 cannot trace this call.
 AUTOCAST_DEVICES = frozenset(
     d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(d)
 )
@@ -18,21 +18,20 @@ _FLOAT_NAMES = "float32, float64, bfloat16 or float16"
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors as the surrounding ``torch.autocast`` region wants them (unchanged outside one).
+    """The tensors in the dtype of the surrounding ``torch.autocast`` region; unchanged outside of one.
 
-    fp32, fp16 and bf16 tensors take the region's dtype; fp64 is left alone, as PyTorch does. One tensor given twice
-    comes back as one.
+    fp32, fp16 and bf16 are cast; fp64 is not, as in PyTorch. Arguments that are the same tensor stay the same tensor.
     """
     cast: list = []
-    for place, t in enumerate(tensors):
-        # By `is`, not by id(): torch.compile guards on the latter, and so compiles anew for every batch.
-        same = [c for other, c in zip(tensors[:place], cast, strict=True) if other is t]
+    for k, t in enumerate(tensors):
+        # By `is`, not by id(): torch.compile would guard on the id, and compile again for every batch.
+        same = [c for other, c in zip(tensors[:k], cast, strict=True) if other is t]
         cast.append(same[0] if same else _autocast_one(t))
     return tuple(cast)
 
 
 def device_type(t: torch.Tensor) -> str:
-    """The type of the device that t is on: for `explain` that of the device which tensors without values stand for."""
+    """The type of t's device. `explain` replaces this function by one that returns the type of the described device."""
     return t.device.type
 
 
@@ -46,7 +45,7 @@ def _autocast_one(t):
 
 
 def floating(t, name: str, shape: str) -> None:
-    """``t`` is a dense floating tensor whose rank is that of ``shape``, written as in ``"[N, D]"``."""
+    """``t`` is a dense floating tensor with the rank of ``shape``, which is written as in ``"[N, D]"``."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(t).__name__}")
     if t.dtype not in _FLOATS:
@@ -66,8 +65,8 @@ def alike(t: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> N
         raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {t.device}")
 
 
-def sides(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
-    """``a [N, D]`` and ``b [M, D]`` can be multiplied; with ``paired``, every row of a has its row of b."""
+def embeddings(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
+    """``a [N, D]`` and ``b [M, D]`` have a product ``a bᵀ``; with ``paired``, M >= N."""
     floating(a, a_name, "[N, D]")
     floating(b, b_name, "[M, D]")
     alike(b, b_name, a, a_name)
@@ -94,24 +93,24 @@ def score_matrix(s, name: str) -> None:
 
 
 def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str) -> tuple:
-    """The ids of both sides, or ``(None, None)``. One side's alone serve both where lengths agree."""
+    """``(a_ids, b_ids)``, or ``(None, None)``. If N = M, the ids of one input serve both."""
     if a_ids is None and b_ids is None:
         return None, None
     rows, cols = a.shape[0], b.shape[0]
     if rows != cols and (a_ids is None or b_ids is None):
         raise ValueError(
-            f"{a_name if a_ids is None else b_name}: expected ids too, because the sides have {rows} and {cols} rows "
-            "(one side's ids serve both only where these are equal), got None"
+            f"{a_name if a_ids is None else b_name}: expected ids too, because the inputs have {rows} and {cols} rows "
+            "(the ids of one serve both only if these are equal), got None"
         )
     a_ids = b_ids if a_ids is None else a_ids
     b_ids = a_ids if b_ids is None else b_ids
-    for value, name, count, side in ((a_ids, a_name, rows, a), (b_ids, b_name, cols, b)):
-        index(value, name, count, side.device)
+    for value, name, count, device in ((a_ids, a_name, rows, a.device), (b_ids, b_name, cols, b.device)):
+        index(value, name, count, device)
     return a_ids, b_ids
 
 
 def index(value, name: str, count: int, device: torch.device | None = None) -> None:
-    """``value`` is an int64 vector of ``count`` entries, on ``device`` if one is given."""
+    """``value`` is an int64 vector of ``count`` entries, on ``device`` unless that is None."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected an int64 tensor [{count}], got {type(value).__name__}")
     if value.dtype != torch.int64:
@@ -148,7 +147,7 @@ def metric_weights(x, diag, blocks, permutation, x_name: str = "x") -> None:
 
 
 def readable(t: torch.Tensor) -> bool:
-    """Whether values may be looked at: not on a GPU (that would wait for it), nor while tracing or faking."""
+    """Whether values may be read: not on a GPU, where that would synchronise, and not of traced or fake tensors."""
     return t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
@@ -159,7 +158,7 @@ def flag(value, name: str) -> None:
 
 
 def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> None:
-    """``permutation`` holds each of 0..D-1 once. Reads the values: see `readable`."""
+    """``permutation`` contains each of 0..D-1 once. This reads its values; see `readable`."""
     expected = torch.arange(permutation.shape[0], device=permutation.device)
     if not torch.equal(permutation.sort().values, expected):
         raise ValueError(f"{name}: expected each of 0..{permutation.shape[0] - 1} exactly once")
@@ -167,27 +166,27 @@ def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> No
 
 def non_negative(value, name: str) -> float:
     """``value`` as a finite float >= 0."""
-    return _number(value, name, " >= 0", lambda number: number >= 0)
+    return _real(value, name, " >= 0", lambda x: x >= 0)
 
 
 def positive(value, name: str) -> float:
     """``value`` as a finite float > 0."""
-    return _number(value, name, " > 0", lambda number: number > 0)
+    return _real(value, name, " > 0", lambda x: x > 0)
 
 
-_above_zero = positive  # where an argument is called that
+_positive = positive  # for functions with an argument of that name
 
 
 def finite(value, name: str) -> float:
     """``value`` as a finite float."""
-    return _number(value, name, "", lambda number: True)
+    return _real(value, name, "", lambda x: True)
 
 
-def _number(value, name: str, range_name: str, allowed) -> float:
+def _real(value, name: str, range_name: str, allowed) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number{range_name}, got {type(value).__name__}")
-    most = sys.float_info.max  # comparing is false for NaN too, and traceable, unlike isfinite
-    if not (-most < value < most and allowed(value)):  # type: ignore[operator]
+    largest = sys.float_info.max  # the comparison is false for NaN too, and unlike isfinite it can be traced
+    if not (-largest < value < largest and allowed(value)):  # type: ignore[operator]
         raise ValueError(f"{name}: expected a finite number{range_name}, got {value}")
     return float(value)
 
@@ -207,7 +206,7 @@ def function(value, name: str) -> None:
 
 
 def anchors(t, name: str, like: torch.Tensor) -> torch.Tensor:
-    """``t``, which the caller's function ``name`` gave, as a floating tensor [N] for the N anchors ``like``."""
+    """``t``, a result of the user's function ``name``, as a constant floating tensor [N] like ``like`` [N]."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name}: expected it to give tensors [{like.shape[0]}], got {type(t).__name__}")
     if t.dtype not in _FLOATS:
@@ -231,7 +230,7 @@ def positive_int(value, name: str) -> None:
 
 
 def whole(value, name: str, least: int) -> None:
-    """``value`` is a whole number >= least."""
+    """``value`` is a whole number >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected a whole number >= {least}, got {type(value).__name__}")
     if value < least:
@@ -245,9 +244,9 @@ def parameter_dtype(dtype) -> None:
 
 
 def scalar(value, name: str, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor:
-    """``value`` as a 0-d tensor for sums over ``like``: from a finite number, or a tensor of one element.
+    """``value``, a finite number or a tensor of one element, as a 0-d tensor of the dtype of sums over ``like``.
 
-    A tensor's value is not looked at, nor is it moved: it may be a parameter on a GPU.
+    A tensor has to be on ``like``'s device, and its value is not checked: this never synchronises.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if isinstance(value, torch.Tensor):
@@ -262,34 +261,34 @@ def scalar(value, name: str, like: torch.Tensor, *, positive: bool = False) -> t
 
 
 def number(value, name: str, *, positive: bool = False) -> float:
-    """``value`` as a finite number, above zero if ``positive``."""
+    """``value`` as a finite float, > 0 if ``positive``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number or a tensor of one element, got {type(value).__name__}")
-    return _above_zero(value, name) if positive else finite(value, name)
+    return _positive(value, name) if positive else finite(value, name)
 
 
 def scalar_or_number(value, name: str, like: torch.Tensor, *, positive: bool = False) -> torch.Tensor | float:
-    """The same as :func:`scalar`, but a number stays one: on a GPU a tensor of it costs a launch."""
+    """The same as :func:`scalar`, but a number stays a number: on a GPU, making a tensor of it costs a launch."""
     if isinstance(value, torch.Tensor):
         return scalar(value, name, like, positive=positive)
     return number(value, name, positive=positive)
 
 
 class Logarithm(NamedTuple):
-    """A scale given by its natural logarithm, as the modules learn it: on a GPU the exponential costs a launch."""
+    """A scale as its natural logarithm, which the modules learn. On a GPU, the exponential would cost a launch."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor  # log κ, a scalar
 
 
 def scale(value, like: torch.Tensor) -> torch.Tensor | float | Logarithm:
-    """``scale`` as :func:`scalar_or_number` takes it, positive, or a `Logarithm`."""
+    """``scale``, positive, as by :func:`scalar_or_number`; a `Logarithm` stays one."""
     if isinstance(value, Logarithm):
         return Logarithm(scalar(value.tensor, "scale", like))
     return scalar_or_number(value, "scale", like, positive=True)
 
 
 def fraction(value, name: str) -> float:
-    """``value`` as a number in [0, 1)."""
+    """``value`` as a float in [0, 1)."""
     value = non_negative(value, name)
     if value >= 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {value}")

@@ -1,13 +1,13 @@
-"""Where every op is registered: its arguments, plain PyTorch, fake and launcher, in one call.
+"""Registers ops: arguments, composite, fake and Triton launcher of an op in one call.
 
-An op lives in the ``torch.ops.gssf`` namespace and PyTorch's dispatcher picks what runs:
+Ops are in the ``torch.ops.gssf`` namespace, and PyTorch's dispatcher chooses what runs:
 
     CPU                 C++ (``csrc/``), if the extension was built
     CUDA                what ``plan.py`` chooses: Triton (``gssf_kernels/triton``), or the composite
     anything else       the composite: plain PyTorch over other ops, or the definition
 
-There is no switch of our own. Ops are forward computations only; differentiation is added on top by a
-:class:`Function` in the file that defines the op.
+The package has no switch of its own. An op is a forward computation. Differentiation is added by a :class:`Function`,
+in the file that defines the op.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from gssf_kernels._checks import AUTOCAST_DEVICES
 
 _LIBRARY = torch.library.Library("gssf", "FRAGMENT")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-_OPS: dict[str, str] = {}  # name: the op whose backend does its work, most often itself
+_OPS: dict[str, str] = {}  # op: the op whose backend does its work, usually the op itself
 
 _EXTENSION: Any = None
 try:
     _EXTENSION = importlib.import_module("gssf_kernels._C")  # loading it registers the CPU kernels
     EXTENSION_ERROR = None
 except ImportError as error:
-    # Not built (a supported way to install), or built against another PyTorch: `backends()` and
-    # `python -m gssf_kernels` report which, and everything works on plain PyTorch.
+    # Not built, which is a supported way to install, or built against another PyTorch. `backends()` and
+    # `python -m gssf_kernels` report which. Everything works on plain PyTorch.
     EXTENSION_ERROR = str(error)
 
 
@@ -55,36 +55,37 @@ _TYPES = {
 
 
 class Op(NamedTuple):
-    """A registered op: called with its bundle of arguments, as ``op(Call(a, b, ...))``."""
+    """A registered op, called with its bundle of arguments as ``op(Call(a, b, ...))``."""
 
     name: str
-    call: type  # a NamedTuple: the op's arguments, in the schema's order
-    composite: Callable  # plain PyTorch over other ops, or the definition: what runs where nothing faster does
+    call: type  # a NamedTuple: the op's arguments, in the order of the schema
+    composite: Callable  # plain PyTorch over other ops, or the definition
     fake: Callable
     launcher: str | None  # "module.function" of the Triton launcher
-    plans: Callable  # of plan.py: the routes there are on CUDA for a call, the best first
+    plans: Callable  # a function of plan.py: the plans of a call on CUDA, the preferred one first
     overload: Any  # torch.ops.gssf.<name>.default
 
     def __call__(self, call):
         return self.overload(*call)
 
     def on_cuda(self, *arguments):
-        """What the op is on CUDA, of the schema's arguments: what `plan` chooses."""
+        """The op on CUDA, with the arguments of its schema: runs the plan that ``plan.py`` chooses."""
         call = self.call(*arguments)
         plan = planning.choose(self.name, self.plans, call)
         return self.plainly(call) if plan.composite else self.launch(call, plan)
 
     def launch(self, call, plan):
-        """The Triton launcher, which takes no fp64."""
-        wide = next((t for t in _tensors(call) if t.is_floating_point() and t.dtype not in KERNEL_DTYPES), None)
-        if wide is not None:
-            raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {wide.dtype}")
+        """The Triton launcher. Raises TypeError for fp64."""
+        dtypes = (t.dtype for t in _tensors(call) if t.is_floating_point())
+        unsupported = next((dtype for dtype in dtypes if dtype not in KERNEL_DTYPES), None)
+        if unsupported is not None:
+            raise TypeError(f"{self.name}: kernels take float32, bfloat16 or float16, got {unsupported}")
         assert self.launcher is not None
         module, _, function = self.launcher.rpartition(".")
         return getattr(importlib.import_module(f"gssf_kernels.triton.{module}"), function)(call, plan)
 
     def plainly(self, call):
-        """The composite, outside of any autocast region."""
+        """The composite, with autocast disabled."""
         device = next(t.device for t in _tensors(call))
         with outside_autocast(device):
             return self.composite(call)
@@ -111,15 +112,15 @@ def register(
 
     Args:
         name: the op's name.
-        call: the arguments; the schema is made of the fields' names, types and defaults.
-        returns: the schema's result, ``"Tensor"`` or ``"(Tensor, Tensor)"``.
-        composite: plain PyTorch of the bundle ``call``: a formula over other ops, or the definition.
+        call: the type of the bundle of arguments. The names, types and defaults of its fields make the schema.
+        returns: the type of the result in the schema, ``"Tensor"`` or ``"(Tensor, Tensor)"``.
+        composite: the op in plain PyTorch, called with the bundle: a formula over other ops, or the definition.
         fake: the same on shapes only, for ``torch.compile`` and ``torch.export``.
-        launcher: ``"module.function"`` under ``gssf_kernels.triton``, called with (call, plan).
-        plans: of ``plan.py``, gives the routes that there are on CUDA for a call, the best first.
-        mutates: the arguments that are written.
-        through: for a composite that serves every device, the op in it that has backends.
-        dispatched: whether the package calls it; `backends` lists only what it does.
+        launcher: ``"module.function"`` in ``gssf_kernels.triton``, called with (call, plan).
+        plans: a function of ``plan.py``: the plans of a call on CUDA, the preferred one first.
+        mutates: the arguments that the op writes.
+        through: for an op that is a composite on every device, the op in it that has backends.
+        dispatched: whether `backends` lists the op.
     """
     _LIBRARY.define(f"{name}({_arguments(call, mutates)}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     op = Op(name, call, composite, fake, launcher, plans, getattr(torch.ops.gssf, name).default)
@@ -134,7 +135,7 @@ def register(
 
 
 def _arguments(call: type, mutates: tuple[str, ...]) -> str:
-    """The schema's arguments: "Tensor a, Tensor? b, str kind, Tensor? pair=None"."""
+    """The arguments as the schema writes them: "Tensor a, Tensor? b, str kind, Tensor? kept=None"."""
     written = {name: f"Tensor({chr(ord('a') + k)}!)" for k, name in enumerate(mutates)}
     defaults = call._field_defaults  # type: ignore[attr-defined]
     texts = []
@@ -146,7 +147,7 @@ def _arguments(call: type, mutates: tuple[str, ...]) -> str:
 
 
 def _tensors(call):
-    """The tensors among an op's arguments, in lists too."""
+    """The tensors among an op's arguments, also those in lists."""
     for value in call:
         if isinstance(value, torch.Tensor):
             yield value
@@ -155,11 +156,11 @@ def _tensors(call):
 
 
 def backends() -> dict[str, dict[str, str]]:
-    """What will really run: ``{op: {"cpu": "cpp" | "reference", "cuda": "triton" | "reference" | "unavailable"}}``.
+    """What each op runs on: ``{op: {"cpu": "cpp" | "reference", "cuda": "triton" | "reference" | "unavailable"}}``.
 
-    ``"unavailable"`` means that PyTorch sees no CUDA device on this machine. fp64 on CUDA always
-    takes the reference. ``"hardest_negatives"`` has a third key, ``"certified"``: the unit for bf16 products by which
-    fp32 inputs are mined exactly on this CPU ("amx" or "avx512_bf16"), or "no": then fp32 products do it.
+    ``"unavailable"`` means that PyTorch sees no CUDA device on this machine. fp64 on CUDA always takes the reference.
+    ``"hardest_negatives"`` has a third key, ``"certified"``: this CPU's unit for bf16 products, which mines fp32 inputs
+    exactly ("amx" or "avx512_bf16"), or "no", and fp32 products are used.
     """
     has_cuda = torch.cuda.is_available()
     table = {}
@@ -174,12 +175,12 @@ def backends() -> dict[str, dict[str, str]]:
 
 
 def bf16_unit() -> str:
-    """The unit for products of bf16 numbers that this CPU has: "amx", "avx512_bf16" or "none", also if unknown."""
+    """This CPU's unit for bf16 products: "amx", "avx512_bf16" or "none"; "none" too without the extension."""
     return _EXTENSION.bf16_unit() if _EXTENSION is not None else "none"
 
 
 class _Positional(inspect.Signature):
-    """A signature that binds arguments as they come where all are there, by position."""
+    """A signature that returns the arguments as they are if all are passed by position."""
 
     def bind(self, *arguments, **named):
         plain = not named and len(arguments) == len(self.parameters)
@@ -187,7 +188,7 @@ class _Positional(inspect.Signature):
 
 
 class _Bound(NamedTuple):
-    """What PyTorch asks of an `inspect.BoundArguments`."""
+    """The part of `inspect.BoundArguments` that PyTorch uses."""
 
     args: tuple
     kwargs: Mapping[str, Any] = types.MappingProxyType({})
@@ -197,9 +198,9 @@ class _Bound(NamedTuple):
 
 
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` whose ``forward`` has its signature with it.
+    """``torch.autograd.Function`` that caches the signature of its ``forward``.
 
-    PyTorch takes the signature apart at every call otherwise, which shows in a small batch's step. Where ``forward``
+    PyTorch would inspect it at every call, which is measurable in a training step on a small batch. Where ``forward``
     takes ``*arguments``, ``call`` is the op's bundle, which names them: torch.compile asks how many there are.
     """
 
@@ -216,10 +217,10 @@ class Function(torch.autograd.Function):
 
 
 class _Once(Function):
-    """An op as the last derivative: differentiating it again raises, in eager mode and in torch.func alike.
+    """An op whose result cannot be differentiated: that raises, in eager mode and in torch.func.
 
-    (`once_differentiable` is passed over by torch.func, and by `torch.autograd.grad` of another path: second
-    derivatives would come out as zero, silently.)
+    With `once_differentiable`, torch.func, and `torch.autograd.grad` through another path, would return zero as the
+    second derivative without an error.
     """
 
     @staticmethod
@@ -228,7 +229,7 @@ class _Once(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass  # nothing to keep, but torch.func asks for it
+        pass  # nothing is saved, but torch.func needs the method
 
     @staticmethod
     def backward(ctx, *grads):
@@ -236,23 +237,23 @@ class _Once(Function):
 
 
 def last_derivative(op: Callable, *arguments):
-    """``op(*arguments)`` for use in a backward: its result cannot be differentiated again.
+    """``op(*arguments)`` for use in a backward. Differentiating its result raises RuntimeError.
 
-    Without ``create_graph`` it has no history in any case, and the time of a Function is saved.
+    Without ``create_graph`` no graph is recorded, so the op is called without a Function, which saves time.
     """
     plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()
     return op(*arguments) if plain else _Once.apply(op, *arguments)
 
 
 def outside_autocast(device: torch.device):
-    """A context for plain PyTorch below the casts of `_checks.autocast`; in the region ``@`` would cast once more."""
+    """A context that disables autocast: `_checks.autocast` has already cast, and ``@`` would cast again."""
     if device.type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def distinct(*tensors: torch.Tensor | None) -> tuple:
-    """The tensors with repeats replaced by views: torch.compile takes no tensor twice in one Function."""
+    """The tensors, with repeated ones replaced by views: torch.compile rejects a Function that gets a tensor twice."""
     seen: list[torch.Tensor] = []
     out = []
     for t in tensors:
@@ -264,7 +265,7 @@ def distinct(*tensors: torch.Tensor | None) -> tuple:
 
 
 def product(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-    """``out = x y`` or ``out += x y`` by PyTorch, summed in out's dtype."""
+    """``out = x y`` or, with ``add``, ``out += x y`` by PyTorch, summed in out's dtype."""
     options: dict[str, Any] = {} if x.dtype == out.dtype else {"out_dtype": out.dtype}
     if add:
         torch.addmm(out, x, y, **options, out=out)

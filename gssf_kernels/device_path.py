@@ -1,12 +1,12 @@
-"""What a call runs on a device, found without the device: on tensors of the meta device, which have no values at all.
+"""What a call runs on a device, determined without that device, on tensors of the meta device, which have no values.
 
-Inside `device_path` every op of ours goes where PyTorch's dispatcher would send it on the device described:
+Inside `device_path`, every op of this package goes where PyTorch's dispatcher would send it on the described device:
 
-    cuda    to its Triton launcher, whose kernels are noted and not run, or to plain PyTorch
-    cpu     to its C++ kernel, of which the fake stands in, or to plain PyTorch
+    cuda    to its Triton launcher, whose kernels are recorded and not run, or to plain PyTorch
+    cpu     to its C++ kernel, which its fake replaces, or to plain PyTorch
 
-Whatever needs values is refused by its name: on a GPU it would wait for them. So is whatever leaves the device or comes
-from another one. Other threads see nothing of this.
+An op that needs values raises an error with its name, because on a GPU it would synchronise. So does an op that mixes
+devices. Other threads are not affected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gssf_kernels.triton import operands
 
 DEVICE = "meta"
 
-# Ops that copy to the host on CUDA, or whose result's size is known there alone.
+# Ops that synchronise on CUDA: they copy to the host, or the size of their result depends on values.
 WAITS = {
     "_local_scalar_dense",
     "_unique",
@@ -44,7 +44,7 @@ WAITS = {
     "unique_consecutive",
     "unique_dim",
 }
-# Ops that launch nothing: they make or look at memory. What is a view is known from its schema.
+# Ops that launch nothing: they allocate, or they are views but do not say so in their schema.
 FREE = {
     "empty",
     "empty_like",
@@ -58,11 +58,11 @@ FREE = {
 
 
 class Waits(RuntimeError):
-    """Something that needs values, for which a GPU would be waited for, or that leaves the device."""
+    """An op that needs values, for which a GPU would synchronise, or that mixes devices."""
 
 
 class Device(NamedTuple):
-    """The device that tensors without values stand for."""
+    """The device that is described; tensors on the meta device stand for tensors on it."""
 
     type: str = "cuda"  # or "cpu"
     arch: int = 90  # as `plan.architecture` gives it: 90 for compute capability 9.0, 80 for all others
@@ -79,9 +79,9 @@ CARD = Device()
 
 
 class DevicePath(TorchDispatchMode):
-    """``with device_path() as path``: path.launches are the kernels' names, in order; PyTorch's as "aten::…".
+    """``with device_path() as path``: path.launches are the names of the kernels, in order; PyTorch's are "aten::…".
 
-    launch: what runs a kernel in the place of `JITFunction.run`, or None: then kernels are only noted.
+    launch: called for each launch in place of `JITFunction.run`; None: launches are only recorded.
     """
 
     def __init__(self, device: Device = CARD, launch: Callable | None = None) -> None:
@@ -92,18 +92,18 @@ class DevicePath(TorchDispatchMode):
         self.outside = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def note(self, kernel, *arguments, grid, warmup, **options):
-        """In place of a launch."""
-        if all(grid):  # an empty grid is none
+        """Record a launch."""
+        if all(grid):  # an empty grid launches nothing
             self.launches.append(kernel.__name__)
             if self.launch is not None:
                 self.launch(kernel, *arguments, grid=grid, warmup=warmup, **options)
 
     def replacements(self) -> list[tuple[Any, str, Callable]]:
-        """(owner, name, function) of what would ask the device, or a tensor where it is."""
+        """(owner, name, function) for each function that would query the device, or the address of a tensor."""
         device = self.device
         replaced: list[tuple[Any, str, Callable]] = [
             (_checks, "device_type", lambda t: device.type),
-            (operands, "same", work.same),  # here all addresses are 0
+            (operands, "same", work.same),  # all addresses are 0 on the meta device
             (plan, "architecture", lambda _: device.arch),
             (plan, "processors", lambda _: device.processors),
         ]
@@ -114,16 +114,16 @@ class DevicePath(TorchDispatchMode):
         return replaced
 
     def library(self, function, args, kwargs, result, launches: bool) -> None:
-        """PyTorch's own op, after it. launches: whether it is a kernel on CUDA."""
+        """Record an op of PyTorch, after it ran. launches: whether it launches a kernel on CUDA."""
         if launches:
             self.launches.append(f"aten::{_name(function)}")
 
     def ours(self, function, args):
-        """An op of ours, by what the dispatcher would call."""
+        """Run an op of this package by what the dispatcher would call."""
         name = _name(function)
         if self.device.type == "cpu" and work.native(name):
             return work.FAKES[name](*args) if name in work.FAKES else function(*args)
-        # What it calls is seen too, and may use autograd inside, as below PyTorch's own dispatcher.
+        # The ops that it calls are recorded too. As below PyTorch's dispatcher, it may use autograd inside.
         with torch._C._ForceDispatchKeyGuard(*self.outside), self:
             return (on_cuda(name) if self.device.type == "cuda" else plainly(name))(*args)
 
@@ -142,9 +142,9 @@ class DevicePath(TorchDispatchMode):
             raise Waits(f"aten::{name} by a mask needs the mask's values, which a GPU is waited for")
         result = function(*args, **kwargs)
         results = tensors(result)
-        places = {t.device.type for t in (*tensors((args, kwargs)), *results)}
-        if places - {DEVICE}:
-            raise Waits(f"aten::{name} meets tensors of {' and '.join(sorted(places - {DEVICE}))} too")
+        others = {t.device.type for t in (*tensors((args, kwargs)), *results)} - {DEVICE}
+        if others:
+            raise Waits(f"aten::{name} mixes in tensors of {' and '.join(sorted(others))}")
         launches = name not in FREE and not function.is_view and any(t.numel() for t in results)
         self.library(function, args, kwargs, result, launches)
         return result
@@ -155,14 +155,14 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextlib.contextmanager
 def device_path(arch: int = 90, launch: Callable | None = None) -> Iterator[DevicePath]:
-    """The mode for a card of an architecture, and around it what would ask a card."""
+    """The mode for a card of the architecture ``arch`` (as in `Device`), with its replacements."""
     with described(DevicePath(Device("cuda", arch), launch)) as path:
         yield path
 
 
 @contextlib.contextmanager
 def described(path: DevicePath) -> Iterator[DevicePath]:
-    """The mode, and around it its replacements."""
+    """The mode ``path``, with its replacements in place."""
     with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         for owner, name, function in path.replacements():
             stack.enter_context(_in_this_thread(owner, name, function))
@@ -171,33 +171,33 @@ def described(path: DevicePath) -> Iterator[DevicePath]:
 
 @contextlib.contextmanager
 def _in_this_thread(owner: Any, name: str, function: Callable) -> Iterator[None]:
-    """``owner.name`` is function for calls from this thread."""
-    thread, before = threading.get_ident(), getattr(owner, name)
+    """``owner.name`` calls ``function`` in this thread, and stays as it is in other threads."""
+    thread, original = threading.get_ident(), getattr(owner, name)
 
     def either(*arguments, **options):
-        return (function if threading.get_ident() == thread else before)(*arguments, **options)
+        return (function if threading.get_ident() == thread else original)(*arguments, **options)
 
     setattr(owner, name, either)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        setattr(owner, name, original)
 
 
 def on_cuda(name: str) -> Callable:
-    """What an op of ours is on CUDA."""
+    """The function that runs the op ``gssf::<name>`` on CUDA."""
     op = _library.OPS[name]
     return op.on_cuda if op.launcher is not None and _library._HAS_TRITON else plainly(name)
 
 
 def plainly(name: str) -> Callable:
-    """An op of ours in plain PyTorch, over other ops of ours or alone."""
+    """The function that runs the op ``gssf::<name>`` in plain PyTorch, by itself or over other ops."""
     op = _library.OPS[name]
     return lambda *arguments: op.plainly(op.call(*arguments))
 
 
 def tensors(values: Any) -> list[torch.Tensor]:
-    """The tensors in values, in lists and the like too."""
+    """The tensors in ``values``, also those in lists, tuples and dicts."""
     return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 

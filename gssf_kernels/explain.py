@@ -1,6 +1,6 @@
 """What a call would run, without running it: routes and why, launches, FLOPs and extra memory.
 
-The call and its backward are made on tensors without values (`device_path.py`), and what they meet is noted.
+The call and its backward run on tensors without values (`device_path.py`), and their ops are recorded.
 """
 
 from __future__ import annotations
@@ -33,32 +33,33 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
     >>> x = torch.empty(8192, 1024, device="meta")
     >>> print(gk.explain(gk.triplet_loss, x, torch.empty_like(x), margin=0.2))
 
-    prints for each of the package's ops which route it takes and why, and the sums of both passes;
-    ``.as_dict()`` has the same for programs. The tensors decide which device is described:
+    prints the route of each of the package's ops with the reason for it, and the totals of the forward and the
+    backward. ``.as_dict()`` has the same for programs. The tensors decide which device is described:
 
-    * CPU tensors: this machine's CPU, by the compiled extension where it is loaded.
-    * CUDA tensors: their own card. Fake CUDA tensors without a card, and meta tensors: one of compute capability 9.0.
+    * CPU tensors: this machine's CPU, with the compiled extension if it is loaded.
+    * CUDA tensors: the card that they are on.
+    * Meta tensors, and fake CUDA tensors without a card: a card of compute capability 9.0.
 
     Args:
-        function: the package's functions and modules, or any function of tensors that calls them. A module is copied
-            for the call; its tensors may be on any device and stay as they are.
-        args, kwargs: its arguments. Tensors that the function uses have to be among them, or in modules that are;
-            tensors, fake or not, may lie in lists and dicts, but all on one device.
+        function: a function or module of the package, or any function of tensors that calls them. A module is copied
+            for the call; its tensors may be on any device, and are not changed.
+        args, kwargs: its arguments. They, or modules among them, must contain all tensors that the function uses.
+            Tensors, fake or not, may be in lists and dicts, but must all be on one device.
 
-    The backward is that of the sum of all results that can be differentiated, with respect to all inputs and
-    parameters that require grad, or to all floating inputs if none does. Under ``torch.no_grad()`` there is none. The
-    gradient that it starts from is there before: it is not counted.
+    The backward is that of the sum of all differentiable results. It is with respect to the inputs and parameters that
+    require grad, or to all floating inputs if none does. Under ``torch.no_grad()`` there is no backward. The gradient
+    that it starts from is not counted.
 
     Counted are:
 
-    * launches (CUDA): Triton's, and PyTorch's ops that are no views, each as one (a sort is several).
-    * FLOPs: of matrix products, as ``gssf_kernels/work.py`` says.
-    * extra memory: the peak of what the call allocates besides its inputs, results and gradients, as PyTorch's
-      tensors are allocated; in the backward with what the forward kept for it. Of what C++ and Triton allocate inside
-      an op, the sides that the C++ sweep packs are counted, a thread's buffers (1 MiB each) are not.
+    * launches (CUDA): Triton's, and one for each op of PyTorch that is not a view (a sort really launches several).
+    * FLOPs: those of matrix products, as ``gssf_kernels/work.py`` says.
+    * extra memory: the peak of what the call allocates besides inputs, results and gradients. In the backward it
+      includes what the forward kept. PyTorch's tensors are counted, and what the C++ sweep packs of a and b. The
+      buffers of C++ threads (1 MiB each) are not.
 
     Raises:
-        TypeError, ValueError: the argument that is wrong, what was expected and what came; and what the function
+        TypeError, ValueError: the argument that is wrong, what was expected and what came; also what the function
             itself raises.
         RuntimeError: the function needs values (``.item()``, a boolean mask), or tensors of another device.
     """
@@ -71,37 +72,39 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
         copies = {id(t): _without_values(t) for t in (*inputs, *held)}
         with _Copies():
             call = copy.deepcopy((function, args, kwargs), dict(copies))
-        wanted = [t for t in copies.values() if t.requires_grad]
-        if not wanted:
-            wanted = [t.requires_grad_() for t in {id(t): copies[id(t)] for t in inputs}.values() if _has_slope(t)]
-        return _explained(_title(function), call, _Recorder(device, copies.values()), wanted)
+        leaves = [t for t in copies.values() if t.requires_grad]
+        if not leaves:
+            input_copies = {id(t): copies[id(t)] for t in inputs}.values()
+            leaves = [t.requires_grad_() for t in input_copies if _differentiable(t)]
+        return _explained(_title(function), call, _Recorder(device, copies.values()), leaves)
 
 
 @dataclasses.dataclass
 class OpCall:
-    """An op of the package where another one, or the function, calls it: once or, by the same route, several times."""
+    """All calls of an op of the package by the same caller and route. The caller is another op, or the function."""
 
     name: str
     route: str
     why: str
     tile: str | None = None
     calls: int = 0
-    launches: dict[str, int] = dataclasses.field(default_factory=dict)  # its own in all these calls, by kernel
-    flops: int = 0  # its own
-    ops: list[OpCall] = dataclasses.field(default_factory=list)  # that it calls
+    launches: dict[str, int] = dataclasses.field(default_factory=dict)  # by kernel, without those of ``ops``
+    flops: int = 0  # without those of ``ops``
+    ops: list[OpCall] = dataclasses.field(default_factory=list)  # the ops that it calls
 
-    def lines(self, cuda: bool, indent: str = "  ") -> Iterator[str]:
+    def text(self, cuda: bool, indent: str = "  ") -> Iterator[str]:
+        """The lines of text for the op and the ops that it calls."""
         calls = f" ({self.calls:,} calls)" if self.calls > 1 else ""
         tile = f" [{self.tile}]" if self.tile else ""
         why = f": {self.why}" if self.why else ""
-        own = [_counted(sum(self.launches.values()))] if cuda and self.launches else []
-        own += [_flops(self.flops)] if self.flops else []
-        yield f"{indent}{self.name}{calls} → {self.route}{why}{tile}" + (f"; {', '.join(own)}" if own else "")
+        counts = [_counted(sum(self.launches.values()))] if cuda and self.launches else []
+        counts += [_flops(self.flops)] if self.flops else []
+        yield f"{indent}{self.name}{calls} → {self.route}{why}{tile}" + (f"; {', '.join(counts)}" if counts else "")
         for op in self.ops:
-            yield from op.lines(cuda, indent + "  ")
+            yield from op.text(cuda, indent + "  ")
 
     def totals(self) -> tuple[collections.Counter[str], int]:
-        """(launches by kernel, FLOPs), with those of the ops that it calls."""
+        """(launches by kernel, FLOPs), including those of the ops that it calls."""
         launches, flops = collections.Counter(self.launches), self.flops
         for op in self.ops:
             inner, inner_flops = op.totals()
@@ -115,28 +118,29 @@ class Pass:
     """The forward or the backward."""
 
     launches: int | None  # None on the CPU
-    kernels: dict[str, int]  # by name, PyTorch's as "aten::…"; empty on the CPU
+    kernels: dict[str, int]  # launches by the kernel's name, "aten::…" for PyTorch's; empty on the CPU
     flops: int
     extra_mib: float
     ops: list[OpCall]
 
-    def lines(self, name: str, besides: str) -> Iterator[str]:
+    def text(self, name: str, besides: str) -> Iterator[str]:
+        """The lines of text for the pass."""
         cuda = self.launches is not None
         parts = [_counted(self.launches)] if self.launches is not None else []
         parts += [_flops(self.flops), f"{self.extra_mib:,.2f} MiB {besides}"]
         yield f"{name}: {', '.join(parts)}"
         for op in self.ops:
-            yield from op.lines(cuda)
+            yield from op.text(cuda)
 
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns: ``str()`` is for people, ``as_dict()`` for programs."""
+    """The result of `explain`: ``str()`` is for people, ``as_dict()`` for programs."""
 
     function: str
     device: str
     forward: Pass
-    kept_mib: float  # by the forward for the backward, besides inputs and results
+    kept_mib: float  # what the forward keeps for the backward, besides inputs and results
     backward: Pass | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,25 +149,25 @@ class Explanation:
 
     def __str__(self) -> str:
         kept = f", of which {self.kept_mib:,.2f} MiB are kept for the backward" if self.backward is not None else ""
-        lines = [f"{self.function} on {self.device}", *self.forward.lines("forward", "besides the results" + kept)]
+        text = [f"{self.function} on {self.device}", *self.forward.text("forward", "besides the results" + kept)]
         if self.backward is not None:
-            lines += self.backward.lines("backward", "besides the gradients, with what was kept")
-        return "\n".join(lines)
+            text += self.backward.text("backward", "besides the gradients, with what was kept")
+        return "\n".join(text)
 
 
 class _Recorder(DevicePath):
-    """Notes ops, launches, FLOPs and allocations instead of names alone."""
+    """Records ops, launches, FLOPs and allocations."""
 
     def __init__(self, device: Device, inputs: Iterable[Tensor]) -> None:
         super().__init__(device)
         self.stack = [OpCall("", "", "")]  # the pass, then the ops that are being called
-        self.noted: dict[tuple[int, str, plan.Plan], OpCall] = {}
-        self.times = 1  # how many alike turns of loops the present one stands for
-        self.storages = {t.untyped_storage()._cdata: -1 for t in inputs}  # alive: their numbers
-        self.allocated: list[tuple[int, int]] = []  # (number of the storage, bytes), negative where it is freed
-        self.count = 0
+        self.recorded: dict[tuple[int, str, plan.Plan], OpCall] = {}  # by caller, op and plan
+        self.times = 1  # how many turns of loops the current turn stands for
+        self.storages = {t.untyped_storage()._cdata: -1 for t in inputs}  # the index of each storage that is alive
+        self.allocated: list[tuple[int, int]] = []  # (index of the storage, bytes); bytes < 0: it is freed
+        self.count = 0  # storages so far
 
-    # What is replaced and run
+    # Running the call
 
     def replacements(self):
         replaced = super().replacements()
@@ -178,7 +182,10 @@ class _Recorder(DevicePath):
         return replaced
 
     def few(self, turns: Sequence) -> Iterator:
-        """The turns of a loop, of which all but the last are alike: one stands for those between the first and it."""
+        """The first, second and last turn of a loop; the second stands for all between the first and the last.
+
+        All turns but the last are alike.
+        """
         alike = len(turns) - 2
         if alike < 2:
             yield from turns
@@ -190,10 +197,11 @@ class _Recorder(DevicePath):
         yield turns[-1]
 
     def few_halves(self, turns: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """The same for (first row, rows) of a triangle's chunks.
+        """The same for `dense.halves`, the (first row, rows) of a triangle's chunks.
 
-        Chunks of as many rows shrink by as many columns each time. What they make is linear in those, so the middle of
-        them, or both, stands for all. The first two take the most memory, and the last has no columns past its square.
+        Of chunks with the same number of rows, each has that many fewer columns than the one before. FLOPs and bytes
+        are linear in the columns, so the chunk in the middle (or the two there) stands for all. The first two need the
+        most memory. The last has no columns right of its square.
         """
         for _, group in itertools.groupby(turns[:-1], key=lambda turn: turn[1]):
             alike = list(group)
@@ -208,10 +216,10 @@ class _Recorder(DevicePath):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if any(t.device.type == self.device.type for t in tensors((args, kwargs))):  # a constant of the function's
+        if any(t.device.type == self.device.type for t in tensors((args, kwargs))):  # a constant of the function
             args, kwargs = tree_map_only(Tensor, self.described, (args, kwargs))
         device = kwargs.get("device")
-        if device is not None and device.type == self.device.type:  # of a tensor that the function makes
+        if device is not None and device.type == self.device.type:  # the function makes a tensor there
             kwargs.update(device=torch.device(DEVICE))
             kwargs.pop("pin_memory", None)
         return super().__torch_dispatch__(function, types, args, kwargs)
@@ -238,13 +246,13 @@ class _Recorder(DevicePath):
         return results
 
     def entered(self, name: str, chosen: plan.Plan) -> OpCall:
-        """Where calls of an op by a route are noted, below the op that makes them."""
+        """The record of an op's calls with this plan by the current caller, with this call counted."""
         key = id(self.stack[-1]), name, chosen
-        if key not in self.noted:
-            self.noted[key] = OpCall(name, chosen.route, chosen.why, _tile(chosen.tile))
-            self.stack[-1].ops.append(self.noted[key])
-        self.noted[key].calls += self.times
-        return self.noted[key]
+        if key not in self.recorded:
+            self.recorded[key] = OpCall(name, chosen.route, chosen.why, _tile(chosen.tile))
+            self.stack[-1].ops.append(self.recorded[key])
+        self.recorded[key].calls += self.times
+        return self.recorded[key]
 
     def chosen(self, name, args, arguments) -> plan.Plan:
         if self.device.type == "cpu":
@@ -254,7 +262,7 @@ class _Recorder(DevicePath):
             return plan.Plan("composite", "Triton is not installed")
         return plan.choose(name, op.plans, op.call(*args))
 
-    # What is noted
+    # Recording
 
     def note(self, kernel, *arguments, grid, warmup, **options):
         if all(grid):
@@ -274,7 +282,7 @@ class _Recorder(DevicePath):
         op.flops += self.times * flops
 
     def made(self, results: Iterable[Tensor]) -> None:
-        """Count the memory of results that is new, until it is freed."""
+        """Record the memory of the results that is new, until it is freed."""
         for t in results:
             storage = t.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
@@ -284,21 +292,21 @@ class _Recorder(DevicePath):
                 weakref.finalize(storage, self.freed, key, self.count, size).atexit = False
                 self.count += 1
 
-    def freed(self, key: int, number: int, size: int) -> None:
+    def freed(self, key: int, index: int, size: int) -> None:
         self.storages.pop(key, None)
-        self.allocated.append((number, -size))
+        self.allocated.append((index, -size))
 
     def scratch(self, size: int) -> None:
-        """Memory of an op that is freed at its end."""
+        """Record memory that an op frees at its end."""
         self.allocated += [(self.count, size), (self.count, -size)]
         self.count += 1
 
-    def numbers(self, results: Iterable[Tensor]) -> set[int]:
+    def indices(self, results: Iterable[Tensor]) -> set[int]:
         return {self.storages.get(t.untyped_storage()._cdata, -1) for t in results}
 
 
-def _explained(title: str, call: tuple, recorder: _Recorder, wanted: list[Tensor]) -> Explanation:
-    """Of (function, args, kwargs) without values. wanted: what gets gradients."""
+def _explained(title: str, call: tuple, recorder: _Recorder, leaves: list[Tensor]) -> Explanation:
+    """Run call, (function, args, kwargs) without values, and its backward with respect to ``leaves``."""
     function, args, kwargs = call
     device = recorder.device
     grads: tuple[Tensor | None, ...] = ()
@@ -311,9 +319,9 @@ def _explained(title: str, call: tuple, recorder: _Recorder, wanted: list[Tensor
             with _disable_current_modes():
                 ones = [torch.empty(t.shape, dtype=t.dtype, device=DEVICE) for t in differentiable]
             recorder.storages.update({t.untyped_storage()._cdata: -1 for t in ones})
-            grads = torch.autograd.grad(differentiable, wanted, ones, allow_unused=True)
-    apart = recorder.numbers([*results, *(t for t in grads if t is not None)])
-    sizes = [0 if number in apart else size for number, size in recorder.allocated]
+            grads = torch.autograd.grad(differentiable, leaves, ones, allow_unused=True)
+    uncounted = recorder.indices([*results, *(t for t in grads if t is not None)])
+    sizes = [0 if index in uncounted else size for index, size in recorder.allocated]
     forward_peak, kept = _peak(sizes[:end])
     backward_peak, _ = _peak(sizes[end:], kept)
     return Explanation(
@@ -325,9 +333,9 @@ def _explained(title: str, call: tuple, recorder: _Recorder, wanted: list[Tensor
     )
 
 
-def _peak(sizes: Iterable[int], before: int = 0) -> tuple[int, int]:
-    """(the most bytes at once, those at the end)."""
-    alive = list(itertools.accumulate(sizes, initial=before))
+def _peak(sizes: Iterable[int], initial: int = 0) -> tuple[int, int]:
+    """(the most bytes at any time, the bytes at the end)."""
+    alive = list(itertools.accumulate(sizes, initial=initial))
     return max(alive), alive[-1]
 
 
@@ -338,7 +346,7 @@ def _pass(calls: OpCall, device: Device, peak: int) -> Pass:
 
 
 class _Copies(TorchFunctionMode):
-    """Tensors are copied without their values."""
+    """In this mode `copy.deepcopy` copies tensors without their values."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is Tensor.__deepcopy__:
@@ -358,7 +366,7 @@ def _without_values(t: Tensor) -> Tensor:
 
 
 def _device(values: Sequence[Tensor]) -> Device:
-    """What the tensors stand for."""
+    """The device that the tensors are on, or stand for."""
     if not values:
         raise ValueError("args: expected at least one tensor, to tell which device is meant, got none")
     types = sorted({"cuda" if t.is_meta else t.device.type for t in values})
@@ -373,7 +381,7 @@ def _device(values: Sequence[Tensor]) -> Device:
 
 
 def _parts(function: Callable) -> list:
-    """What a function holds that may be or have tensors: a partial's arguments, a method's object, itself."""
+    """The objects of a function that may contain tensors: a partial's arguments, a method's object, itself."""
     if isinstance(function, functools.partial):
         return [*_parts(function.func), function.args, function.keywords]
     return [getattr(function, "__self__", function)]
@@ -385,7 +393,7 @@ def _title(function: Callable) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _has_slope(t: Tensor) -> bool:
+def _differentiable(t: Tensor) -> bool:
     return t.is_floating_point() or t.is_complex()
 
 

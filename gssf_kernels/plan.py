@@ -1,20 +1,20 @@
-"""Which route an op takes, and why: the only place that chooses.
+"""Chooses the route of an op, and says why. Nothing else chooses.
 
     choose(op, plans, call) → Plan(route, why, tile)
 
-Every threshold of size stands here, every tile size in `triton/tiles.py`. A route is one of
+All size thresholds are in this file, all tile sizes in `triton/tiles.py`. A route is one of
 
     reference     the definition in plain PyTorch, which stores the matrix
-    composite     a formula over other ops, which have plans of their own
-    chunks        dense losses: a chunk of scores by the library's product, a pass over it, two products
-    triton        the op's kernel, which has no other route
-    sweep         one sweep that stores no score, and the merge of what its tiles leave
-    small         the same of few scores, in the fewest launches; dense losses store dscores [N, M] at once
-    row panels    dense losses of many bf16 scores: dscores of a panel of rows stored at a time
-    certified     hardest negatives of fp32 by bf16 products, and the few scores made again that these leave undecided
+    composite     a formula over other ops, each with its plan
+    chunks        dense losses: PyTorch's product of a chunk of scores, a pass over it, two products for the gradients
+    triton        the op's Triton kernel, the same for every size
+    sweep         a sweep that stores no score, and the merge of its partials
+    small         small problems, in the fewest launches; dense losses store all dscores [N, M]
+    row panels    large bf16 problems of dense losses: dscores are stored one row panel at a time
+    certified     hardest negatives of fp32 from bf16 products; scores that these cannot tell apart are computed again
     hopper        csrc/cuda, compute capability 9.0
 
-Asked inside ops, below torch.compile: no graph depends on a size.
+Ops choose when they run, below torch.compile, so no graph depends on a size.
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ import torch
 
 from gssf_kernels.triton import operands, tiles
 
-# Scores of a small problem: small tiles, and dense losses store dscores of all (4 MiB).
+# The most scores of a small problem: it has small tiles, and dense losses store all dscores (4 MiB).
 SMALL = 1 << 20
-CERTIFIED = 1 << 22  # from how many scores on fp32 is mined by a sweep of bf16
-LONGEST_ROW = 1 << 13  # scores of a row, or of a column, that one program reads
-SCAN_ROWS = 2048  # of either side, up to which a row of a gradient looks for its pairs itself: cheaper than a sort
-ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # of other dtypes the library's product leaves fp32 scores anyway
-# Scores of a chunk, by device type. On the CPU 16 MiB of fp32: half of that cost 3 % more there, twice as much gained
-# nothing (N = 8192, D = 1024); a GPU needs more to be filled.
+CERTIFIED = 1 << 22  # the fewest fp32 scores for certified mining on a GPU
+LONGEST_ROW = 1 << 13  # the most scores of a row, or of a column, that one program reads
+# The most rows of a, and of b, for which each row of a gradient searches for its pairs. Up to there a sort costs more.
+SCAN_ROWS = 2048
+ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # for other dtypes PyTorch's product returns fp32 scores anyway
+# Scores of a chunk, by device type. On the CPU they are 16 MiB of fp32. With N = 8192 and D = 1024, half of that took
+# 3 % longer, and twice as much was not faster. A GPU needs larger chunks to be busy.
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
-MIN_CHUNK_ROWS = 16  # of a chunk, however long
-KEPT_SCORES = {"cpu": 1 << 18}  # so many are kept for a backward: 1 MiB of fp32, for a product less
+MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
+KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 
 def fp32_products(device_type: str) -> str:
-    """How products of fp32 sides may be made on such a device, by PyTorch's settings: "ieee", "tf32" or "bf16".
+    """The precision that PyTorch's settings allow for fp32 products on this type of device: "ieee", "tf32" or "bf16".
 
-    Both of PyTorch's ways to say so set what is read here: ``torch.backends.cuda.matmul.fp32_precision`` with its
-    parents, whose place it takes where it is "none", and ``torch.set_float32_matmul_precision``, which cannot be asked
-    back once both ways have been used: its getter raises. It is for code below the dispatcher: a traced graph would
-    keep the answer of the day.
+    PyTorch has two settings: ``torch.backends.cuda.matmul.fp32_precision`` with its parents, whose value holds if it is
+    "none", and ``torch.set_float32_matmul_precision``. Both change the value that is read here. The getter of the
+    second is not used: it raises once both settings have been used.
+
+    Call this only below the dispatcher: a traced graph would keep the value of the time of tracing.
     """
     backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     precision = backend.matmul.fp32_precision
@@ -61,63 +63,66 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def kind(dtype: torch.dtype) -> str:
-    """The product that dtype gets: "half", or for fp32 what PyTorch's setting for products on CUDA allows."""
+    """The kind of product for inputs of ``dtype`` on CUDA: "half", or for fp32 the precision that PyTorch allows."""
     return fp32_products("cuda") if dtype == torch.float32 else "half"
 
 
 def architecture(device: torch.device) -> int:
-    """The part of the table for device: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
+    """The architecture in the tile tables: 90 for sm_90 (wgmma, TMA, 227 KiB), else 80, which every card runs."""
     return 90 if torch.cuda.get_device_capability(device)[0] == 9 else 80
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors device has. Asked once, and nothing waits for it."""
+    """How many multiprocessors ``device`` has. Cached; never synchronises."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sweep_tile(device: torch.device, dtype: torch.dtype, size: str, exact: bool = False) -> tiles.Sweep:
-    """The tile for a sweep of a size that `tiles.SWEEP` names. exact: fp32 products are never TF32."""
+    """The tile config of a sweep; size: as `tiles.SWEEP` names it; exact: fp32 products are never TF32."""
     product = "ieee" if exact and dtype == torch.float32 else kind(dtype)
     return tiles.SWEEP[architecture(device), product, size]
 
 
 def most_registers(D: int, mixed: bool = False) -> dict[str, int]:
-    """Launch options that let a thread have all registers, for rows of D channels where it needs a few more.
+    """Launch options that let a thread use all 255 registers, where it needs almost that many.
 
-    Masks take some where D is no multiple of 16, and so does a gradient of another dtype (mixed). Without these options
-    ptxas would rather spill a value than fit one block fewer in a processor.
+    Masks need registers if D is no multiple of 16, and so does a gradient of another dtype (mixed). Without the option
+    ptxas would spill a value rather than run one block fewer on a multiprocessor.
     """
     return {"maxnreg": 255} if D % 16 or mixed else {}
 
 
 def project_tile(dtype: torch.dtype) -> tiles.Project:
-    """The tile for a projection of x in dtype."""
+    """The tile config of a projection of x in ``dtype``."""
     return tiles.PROJECT[kind(dtype)]
 
 
 def gradients_tile(dtype: torch.dtype) -> tiles.Gradients:
-    """The tile for the products that end a gradient, of inputs in dtype."""
+    """The tile config of the products ds b and dsᵀ a, for inputs of ``dtype``."""
     return tiles.GRADIENTS[kind(dtype)]
 
 
 def starts(length: int, step: int) -> Iterable[int]:
-    """Where the chunks, or panels, of a loop begin. All but the last are alike, and `explain` runs few of them."""
+    """The first row of each chunk, or row panel, of a loop.
+
+    All but the last have the same size. `explain` replaces this function and runs only a few of them.
+    """
     return range(0, length, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an op does with its arguments."""
+    """The choice made for one call of an op."""
 
     route: str
     why: str
     tile: tiles.Sweep | None = None  # for routes that sweep
-    upper_triangle: bool = False  # b is a, with its ids: only tiles on and above the diagonal are computed
+    upper_triangle: bool = False  # b is a, with the same ids: only the tiles of the upper triangle are computed
 
     @property
     def composite(self) -> bool:
-        """Whether it is plain PyTorch, over other ops or alone."""
+        """Whether the op's composite runs: plain PyTorch, by itself or over other ops."""
         return self.route in COMPOSITE
 
     def __str__(self) -> str:
@@ -125,11 +130,17 @@ class Plan:
 
 
 COMPOSITE = frozenset({"reference", "composite", "chunks"})
-_FORCED: dict[str, str] = {}  # op: the route that a test asks for
+_FORCED: dict[str, str] = {}  # op: the route that a test forces
 
 
 def choose(name: str, plans: Callable[[Any], Iterator[Plan]], call: Any) -> Plan:
-    """The plan of an op on CUDA. plans: one of the functions below; call: the op's bundle of arguments."""
+    """The plan of an op on CUDA.
+
+    Args:
+        name: the op.
+        plans: one of the functions of this file: yields the plans that can compute the call, the preferred one first.
+        call: the op's bundle of arguments.
+    """
     options = plans(call)
     if name not in _FORCED:
         return next(options)
@@ -142,18 +153,18 @@ def choose(name: str, plans: Callable[[Any], Iterator[Plan]], call: Any) -> Plan
 
 @contextlib.contextmanager
 def forced(**routes: str) -> Iterator[None]:
-    """For tests: ops take the given routes, as in ``forced(score_sums="chunks")``, or raise if they cannot."""
-    before = dict(_FORCED)
+    """For tests: force the routes of ops, as in ``forced(score_sums="chunks")``. An op without the route raises."""
+    outer = dict(_FORCED)
     _FORCED.update(routes)
     try:
         yield
     finally:
         _FORCED.clear()
-        _FORCED.update(before)
+        _FORCED.update(outer)
 
 
 class Scores:
-    """The matrix that an op sweeps: a [N, D], b [M, D] or None for a."""
+    """The size of the scores ``s = a bᵀ`` of an op: a [N, D], b [M, D], or None if b is a."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor | None) -> None:
         self.a, self.b = a, a if b is None else b
@@ -169,12 +180,15 @@ class Scores:
         return f"{self.N:,} x {self.M:,} scores"
 
     def tile(self, epilogue: str = "", exact: bool = False) -> tiles.Sweep:
-        """The tile of a sweep over them; epilogue and exact as for `tiles.sweep_tile`."""
+        """The tile config of a sweep over them; epilogue as in `sweep_size`, exact as in `sweep_tile`."""
         return sweep_tile(self.a.device, self.a.dtype, sweep_size(self.N, self.M, self.D, epilogue), exact)
 
 
 def sweep_size(N: int, M: int, D: int, epilogue: str = "") -> str:
-    """The size of a sweep over [N, M] scores of D channels, as `tiles.SWEEP` names it."""
+    """The size of a sweep over [N, M] scores of D channels, as `tiles.SWEEP` names it.
+
+    epilogue: for the epilogues with a tile config of their own, the name of its size.
+    """
     return "small" if N * M <= SMALL else epilogue or ("narrow" if D < 512 else "wide")
 
 
@@ -183,12 +197,12 @@ _NONE = "no scores"
 
 
 def composite_only(call: Any) -> Iterator[Plan]:
-    """Of an op without a kernel of its own."""
+    """Plans of an op without a kernel."""
     yield Plan("composite", "a formula over other ops")
 
 
 def kernel(call: Any) -> Iterator[Plan]:
-    """Of an op with one kernel, or more in a row, for every size."""
+    """Plans of an op with the same kernels for every size."""
     tensors = (t for value in call for t in (value if isinstance(value, list) else [value]))
     if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tensors):
         yield Plan("composite", _FP64)
@@ -198,14 +212,14 @@ def kernel(call: Any) -> Iterator[Plan]:
 
 
 def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
-    """How hardest negatives are found, the best way first. symmetric: b is a, and their ids are the same."""
+    """Plans of a sweep for hardest negatives. symmetric: b is a, and their ids are the same."""
     a, b = scores.a, scores.b
     if hopper("hardest_negatives", a, b):
         yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")
     exact = a.dtype == torch.float32 and kind(a.dtype) == "ieee"
     if exact and scores.count >= CERTIFIED:
         yield _certified(scores, f"at least {CERTIFIED:,}: exact winners at the speed of bf16", symmetric)
-    # of fewer scores, what half of the tiles save costs less than the merge of both halves
+    # For a small problem, merging the row and column statistics of the triangle takes longer than the skipped tiles.
     upper = symmetric and scores.count > SMALL
     why = f"{scores}: one sweep that stores none{', of the upper triangle' if upper else ''}"
     yield Plan("sweep", why, scores.tile(), upper_triangle=upper)
@@ -220,7 +234,7 @@ def _certified(scores: Scores, why: str, symmetric: bool) -> Plan:
 
 
 def hardest(call: Any) -> Iterator[Plan]:
-    """call.route: "" for the best, or the one that is wanted."""
+    """Plans of ``hardest_negatives``. call.route: the route that the caller wants; "" is any."""
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
         return
@@ -238,7 +252,7 @@ def hardest(call: Any) -> Iterator[Plan]:
 
 
 def hardest_backward(call: Any) -> Iterator[Plan]:
-    """Of few rows each looks for its pairs itself; of more the pairs are sorted."""
+    """Plans of ``hardest_negatives_backward``: up to SCAN_ROWS rows each row searches for its pairs, else a sort."""
     rows = len(call.y)
     if call.x.dtype == torch.float64:
         yield Plan("composite", _FP64)
@@ -248,19 +262,22 @@ def hardest_backward(call: Any) -> Iterator[Plan]:
         return
     metric = call.diag is not None or call.blocks is not None or call.normalize
     if rows <= SCAN_ROWS and (len(call.x) > 0 or not metric):
-        yield Plan("small", f"{rows:,} rows, at most {SCAN_ROWS:,}: each looks for its pairs itself")
-    yield Plan("triton", f"{rows:,} rows, none or above {SCAN_ROWS:,}: pairs are sorted by row")
+        yield Plan("small", f"{rows:,} rows, at most {SCAN_ROWS:,}: each searches for its pairs")
+    yield Plan("triton", f"{rows:,} rows, none or over {SCAN_ROWS:,}: pairs are sorted by row")
     yield Plan("composite", "forced")
 
 
 def hardest_terms(call: Any) -> Iterator[Plan]:
-    """Of few scores the merge ends in the loss; GOAL's relative terms read the stored scores once more."""
+    """Plans of ``hardest_terms``. For a small problem the merge computes the loss.
+
+    With GOAL's relative terms a small problem stores its scores, and reads them again for the weights.
+    """
     scores = Scores(call.a, call.b)
     if call.a.dtype == torch.float64:
         yield Plan("composite", _FP64)
     elif call.formula.endswith("_ms"):
         if scores.small and scores.M <= LONGEST_ROW:
-            why = f"{scores}, at most {SMALL:,}: stored, and read once more for the weights"
+            why = f"{scores}, at most {SMALL:,}: stored, and read again for the weights"
             yield Plan("small", why, scores.tile())
         yield Plan("composite", f"{scores}: relative terms by a sweep that stores none, then the weights")
     else:
@@ -271,6 +288,7 @@ def hardest_terms(call: Any) -> Iterator[Plan]:
 
 
 def batch_hard(call: Any) -> Iterator[Plan]:
+    """Plans of ``batch_hard``."""
     scores = Scores(call.x, call.x)
     if call.x.dtype == torch.float64:
         yield Plan("composite", _FP64)
@@ -282,7 +300,7 @@ def batch_hard(call: Any) -> Iterator[Plan]:
 
 
 def relative_terms(call: Any) -> Iterator[Plan]:
-    """GOAL's relative terms, in the sweep for hardest negatives."""
+    """Plans of ``relative_negatives``: GOAL's relative terms, in the sweep for hardest negatives."""
     scores = Scores(call.a, call.b)
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
@@ -291,14 +309,16 @@ def relative_terms(call: Any) -> Iterator[Plan]:
     yield Plan("reference", "forced")
 
 
-_WEIGHTS = "blocks of 2^31 numbers or more, whose indices in a tile are 32-bit"
+_WEIGHTS = "blocks of at least 2^31 numbers, whose indices in a tile are 32-bit"
 
 
 def too_many_weights(call: Any) -> bool:
+    """Whether the index of a weight needs 64 bits."""
     return call.blocks is not None and call.blocks.numel() >= 1 << 31
 
 
 def project(call: Any) -> Iterator[Plan]:
+    """Plans of ``project``."""
     if call.x.dtype == torch.float64 or too_many_weights(call):
         yield Plan("composite", _FP64 if call.x.dtype == torch.float64 else _WEIGHTS)
         return
@@ -309,21 +329,28 @@ def project(call: Any) -> Iterator[Plan]:
 
 
 def project_backward(call: Any) -> Iterator[Plan]:
-    """Of few rows all in one launch; of more, or of one side, the sums of the weights' gradients are split."""
+    """Plans of ``project_backward``: up to SCAN_ROWS rows one launch, else a launch for each gradient.
+
+    The larger problems split the sums of the weights' gradients. So do those with only one factor.
+    """
     N = len(call.x)
     if call.x.dtype == torch.float64 or too_many_weights(call):
         yield Plan("composite", _FP64 if call.x.dtype == torch.float64 else _WEIGHTS)
         return
-    one_side = call.y is None and (call.dp is None or call.dunit is None)
-    if 0 < N <= SCAN_ROWS and not one_side:
+    one_factor = call.y is None and (call.dp is None or call.dunit is None)
+    if 0 < N <= SCAN_ROWS and not one_factor:
         yield Plan("small", f"{N:,} rows, at most {SCAN_ROWS:,}: one launch")
-    why = "one side" if one_side else f"{N:,} rows, none or above {SCAN_ROWS:,}"
+    why = "one factor" if one_factor else f"{N:,} rows, none or over {SCAN_ROWS:,}"
     yield Plan("triton", f"{why}: a launch for each gradient")
     yield Plan("composite", "forced")
 
 
 def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str = "") -> Any:
-    """Of losses in which every score carries gradient. row_panels: whether the op has that route for the call."""
+    """The function of plans for losses in which every score carries gradient.
+
+    row_panels: whether the op has that route for a call.
+    epilogue: as in `sweep_size`.
+    """
 
     def plans(call: Any) -> Iterator[Plan]:
         a = call.a
@@ -334,9 +361,9 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
         if scores.small:
             why = f"{scores}, at most {SMALL:,}: the fewest launches; a backward stores dscores of all"
             yield Plan("small", why, scores.tile(epilogue))
-        two_bf16 = a.dtype in ROW_PANEL_DTYPES and not scores.symmetric
-        if two_bf16 and scores.count > SMALL and row_panels(call):
-            why = f"{scores} of bf16, of two sides: dscores of one panel of rows are stored at a time"
+        panel_inputs = a.dtype in ROW_PANEL_DTYPES and not scores.symmetric
+        if panel_inputs and scores.count > SMALL and row_panels(call):
+            why = f"{scores} of bf16, of two inputs: dscores of one panel of rows are stored at a time"
             yield Plan("row panels", why, scores.tile(epilogue or "row panels"))
         if scores.count == 0:
             why = _NONE
@@ -352,6 +379,7 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
 
 
 def chunk_pass(call: Any) -> Iterator[Plan]:
+    """Plans of a pass over a chunk."""
     if call.s.dtype == torch.float64:
         yield Plan("composite", _FP64)
     else:
@@ -363,7 +391,7 @@ score_sums = dense(lambda call: call.reduction == "sum" and not call.relative)
 
 
 def score_sums_backward(call: Any) -> Iterator[Plan]:
-    """Of a sum what its forward left is multiplied; rows' sums make the scores again."""
+    """Plans of ``score_sums_backward``: a sum multiplies the gradients of its forward, row sums compute s again."""
     if call.reduction == "none":
         yield from dense(lambda call: False)(call)
     else:
@@ -371,7 +399,7 @@ def score_sums_backward(call: Any) -> Iterator[Plan]:
 
 
 def info_nce(call: Any) -> Iterator[Plan]:
-    """Of few scores the merge ends in the loss; else log-sums, then the terms."""
+    """Plans of ``info_nce``. For a small problem the merge computes the loss; else log-sums, then the terms."""
     for option in dense(lambda call: False)(call):
         if option.route != "small":
             why = _FP64 if call.a.dtype == torch.float64 else f"{Scores(call.a, call.b)}: log-sums, then the terms"
@@ -380,7 +408,7 @@ def info_nce(call: Any) -> Iterator[Plan]:
 
 
 def logsumexp(call: Any) -> Iterator[Plan]:
-    """Of log-sums and of their gradients; the first has two tiles of its own, being a reduction."""
+    """Plans of ``logsumexp_scores`` and its backward. The forward is a reduction, with the tile config "sums"."""
     forward = not hasattr(call, "needs")
     if forward and call.score == "scaled" and call.a.dtype != torch.float64:
         b = call.a if call.b is None else call.b
@@ -390,6 +418,7 @@ def logsumexp(call: Any) -> Iterator[Plan]:
 
 
 def relation_loss(call: Any) -> Iterator[Plan]:
+    """Plans of ``relation_loss``."""
     scores = Scores(call.student, None)
     if call.student.dtype == torch.float64:
         yield Plan("chunks", _FP64)
@@ -400,16 +429,20 @@ def relation_loss(call: Any) -> Iterator[Plan]:
 
 
 def few_rows(tensor: Callable[[Any], torch.Tensor], other: Callable[[Any], Any] = lambda call: None) -> Any:
-    """Gradients of few rows, each of which looks for its pairs itself. other: a further reason against it, or None."""
+    """The function of plans for gradients in which each row searches for its pairs, up to SCAN_ROWS rows.
+
+    tensor: call -> the tensor whose rows are counted.
+    other: call -> a reason against that route, or None.
+    """
 
     def plans(call: Any) -> Iterator[Plan]:
         x = tensor(call)
         if x.dtype == torch.float64:
             yield Plan("composite", _FP64)
             return
-        reason = other(call) or (None if 0 < len(x) <= SCAN_ROWS else f"{len(x):,} rows, none or above {SCAN_ROWS:,}")
+        reason = other(call) or (None if 0 < len(x) <= SCAN_ROWS else f"{len(x):,} rows, none or over {SCAN_ROWS:,}")
         if reason is None:
-            yield Plan("small", f"{len(x):,} rows, at most {SCAN_ROWS:,}: each looks for its pairs itself")
+            yield Plan("small", f"{len(x):,} rows, at most {SCAN_ROWS:,}: each searches for its pairs")
         yield Plan("composite", reason or "forced")
 
     return plans
@@ -417,10 +450,10 @@ def few_rows(tensor: Callable[[Any], torch.Tensor], other: Callable[[Any], Any] 
 
 def hopper(name: str, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `tiles.HOPPER_CUDA` sends ``name`` of a [N, D] and b [M, D] to csrc/cuda, and it is built."""
-    line = name, kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
-    return line in tiles.HOPPER_CUDA and architecture(a.device) == 90 and hopper_built()
+    key = name, kind(a.dtype), sweep_size(len(a), len(b), a.shape[1])
+    return key in tiles.HOPPER_CUDA and architecture(a.device) == 90 and hopper_built()
 
 
 def hopper_built() -> bool:
-    """Whether the extension has csrc/cuda (setup.py says when)."""
+    """Whether the extension was built with csrc/cuda; setup.py says when it is."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("gssf::hopper_sweep", "CUDA")

@@ -1,15 +1,15 @@
 """Structured similarity: ``s = x̂ (diag(w) + blockdiag(B)) ŷᵀ``.
 
-Source: the structural sparse form of GSSF, arXiv 2410.15266 (IEEE TIP 2024), whose general form is
-``xᵀ (W ∘ U) y`` with a 0/1 adjacency U between channels; here U joins each channel with itself and with
-the others of its block. The initialisation (w = 1, B = 0: training starts at cosine) is ours.
+Source: the structural sparse form of GSSF, arXiv 2410.15266 (IEEE TIP 2024). Its general form is ``xᵀ (W ∘ U) y`` with
+a 0/1 adjacency U between channels. Here U connects each channel with the channels of its block. The initialisation
+(w = 1, B = 0: training starts at cosine similarity) is ours.
 """
 
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.project import project, sides
+from gssf_kernels.project import project, project_both
 
 
 def similarity(
@@ -21,13 +21,13 @@ def similarity(
     permutation: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
-    """All structured similarities ``s = x̂ W ŷᵀ`` as a matrix, for small problems and for looking at.
+    """All structured similarities ``s = x̂ W ŷᵀ`` as a matrix, for small problems.
 
     Args:
         x: [N, D] float.
         y: [M, D] of x's dtype and device; any M.
-        diag, blocks, permutation, normalize: as in :func:`~gssf_kernels.project`. ``normalize`` divides
-            the rows of both sides by their L2 norms; the weights act on x alone (once is enough).
+        diag, blocks, permutation: as in :func:`~gssf_kernels.project`. The weights are applied only to x.
+        normalize: divide the rows of x and of y by their L2 norms.
 
     Returns:
         [N, M] in x's dtype, differentiable.
@@ -36,7 +36,7 @@ def similarity(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
     """
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y", paired=False)
+    _checks.embeddings(x, y, "x", "y", paired=False)
     return project(x, diag, blocks, permutation=permutation, normalize=normalize) @ project(y, normalize=normalize).mT
 
 
@@ -47,21 +47,19 @@ class StructuredSimilarity(nn.Module):
         dim: D, channels of the embeddings.
         block_size: b, channels of a block; divides dim. None leaves the block term out.
         diagonal: learn the weight w of each channel. Without it and without blocks, W = 1 (cosine).
-        normalize: L2-normalise both sides.
-        permutation: [D] int64, the channel at each place of the grouped order (strided or learned
-            groupings); kept as a buffer.
+        normalize: L2-normalise x and y.
+        permutation: [D] int64, the channels in the order of the blocks, for strided or learned groupings; a buffer.
         device, dtype: of the parameters.
 
-    Starts at cosine similarity: w = 1, B = 0. Without ``diagonal``, B starts at the identity for the
-    same reason.
+    Training starts at cosine similarity: w = 1, B = 0. Without ``diagonal``, B starts at the identity instead.
 
     Attributes:
         diag: [D] parameter or None.
         blocks: [dim / block_size, block_size, block_size] parameter or None.
 
     Raises:
-        TypeError, ValueError: dim or block_size is not a positive whole number, block_size does not
-            divide dim, or permutation is not one.
+        TypeError, ValueError: dim or block_size is not a positive whole number, block_size does not divide dim, or
+            permutation does not contain each channel once.
     """
 
     def __init__(
@@ -95,14 +93,14 @@ class StructuredSimilarity(nn.Module):
             _checks.index(permutation, "permutation", dim)
             if _checks.readable(permutation):
                 _checks.true_permutation(permutation)
-            permutation = permutation.detach().clone()  # the caller's own stays theirs
+            permutation = permutation.detach().clone()  # a later write to the argument must not change the buffer
             permutation = permutation.to(device) if device is not None else permutation
         self.permutation: Tensor | None
         self.register_buffer("permutation", permutation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Back to cosine similarity."""
+        """Set the weights to those of cosine similarity."""
         with torch.no_grad():
             if self.diag is not None:
                 self.diag.fill_(1)
@@ -112,14 +110,11 @@ class StructuredSimilarity(nn.Module):
                     self.blocks.diagonal(dim1=1, dim2=2).fill_(1)
 
     def project(self, x: Tensor) -> Tensor:
-        """``x̂ W``, [..., D]: the weighted factor, :func:`gssf_kernels.project` with these weights."""
+        """``x̂ W`` [..., D], the factor of x: :func:`gssf_kernels.project` with these weights."""
         return project(x, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
 
     def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """``(a, b)`` with ``a bᵀ`` = ``self(x, y)``: what losses and retrieval take in place of the matrix.
-
-        Without ``normalize``, b is y itself.
-        """
+        """``(a, b)`` with ``a bᵀ = self(x, y)``, for losses and retrieval. Without ``normalize``, b is y itself."""
         return paired_factors(self, x, y, False)[:2]
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -135,15 +130,18 @@ class StructuredSimilarity(nn.Module):
 def paired_factors(
     metric: StructuredSimilarity, x: Tensor, y: Tensor, pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Its factors of x and y and, with ``pairs`` (M >= N), the scores of rows i of both [N], detached; else None."""
+    """``(a, b, positive_score)``: the metric's factors of x and y, and s_ii [N], detached.
+
+    positive_score is None without ``pairs``, which requires M >= N.
+    """
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y", paired=pairs)
+    _checks.embeddings(x, y, "x", "y", paired=pairs)
     diag, blocks = _checks.autocast(metric.diag, metric.blocks)
     _checks.metric_weights(x, diag, blocks, metric.permutation)
-    return sides(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)
+    return project_both(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)
 
 
 def check_metric(metric) -> None:
-    """``metric``, an argument, is a StructuredSimilarity or None."""
+    """The argument ``metric`` is a StructuredSimilarity or None."""
     if metric is not None and not isinstance(metric, StructuredSimilarity):
         raise TypeError(f"metric: expected a StructuredSimilarity or None, got {type(metric).__name__}")

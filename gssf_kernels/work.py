@@ -1,9 +1,12 @@
-"""What runs on the CPU and how many FLOPs a launch or an op makes: what `explain` reports and nothing else needs.
+"""For `explain` only: what runs on the CPU, and the FLOPs of an op or a launch.
 
-FLOPs are those of matrix products: 2 N M D for scores s = a bᵀ, half of that where only the upper triangle is computed;
-2 N M D for each of ds b and dsᵀ a; 2 N D b for a projection by blocks of b channels. A product counts once, however
-often a kernel repeats a part of it. Not counted: what is linear in the sizes, and what depends on values (scores of
-certified mining that are made again, products within groups of equal labels).
+    s = a bᵀ                            2 N M D; half of that if only the upper triangle is computed
+    ds b, dsᵀ a                         2 N M D each
+    a projection by blocks [G, b, b]    2 N D b
+
+FLOPs are those of matrix products. A product counts once, even if a kernel repeats a part of it. Not counted is what is
+linear in the sizes, and what depends on values: scores that certified mining computes again, and products within
+segments of equal labels.
 """
 
 from __future__ import annotations
@@ -16,34 +19,34 @@ import torch
 from gssf_kernels import _library, dense
 from gssf_kernels.plan import Plan, Scores, fp32_products
 
-# From how many scores on the CPU mines fp32 and fp16 certified, by bf16 unit; csrc/hardest.cpp: `certified_least`.
+# The least number of scores for certified mining on the CPU, by bf16 unit: `certified_least` in csrc/hardest.cpp.
 CERTIFIED = {"amx": 1 << 18, "avx512_bf16": 1 << 20}
 
 
 def same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether both are the same numbers in the same place, of tensors without an address."""
-    together = x.untyped_storage()._cdata == y.untyped_storage()._cdata and x.storage_offset() == y.storage_offset()
-    return together and x.shape == y.shape and x.stride() == y.stride()
+    """Whether x and y are the same view of the same storage, for tensors without an address."""
+    same_start = x.untyped_storage()._cdata == y.untyped_storage()._cdata and x.storage_offset() == y.storage_offset()
+    return same_start and x.shape == y.shape and x.stride() == y.stride()
 
 
 def native(name: str) -> bool:
-    """Whether an op of ours is C++ on the CPU."""
+    """Whether the op ``gssf::<name>`` is C++ on the CPU."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"gssf::{name}", "CPU")
 
 
 def _packed(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Panels of y [k, m] (csrc/types.h)."""
+    """y [k, m] packed into panels (csrc/types.h), without values."""
     k, m = y.shape
     width = {torch.bfloat16: 64, torch.float64: 16}.get(dtype, 32)
     return y.new_empty(-(-m // width), -(-k // 32) * 32 if dtype == torch.bfloat16 else k, width, dtype=dtype)
 
 
-# Of C++ ops that are registered without one.
+# Fakes of the C++ ops that are registered in C++, without a fake.
 FAKES: dict[str, Callable] = {"pack": _packed, "multiply": lambda x, panels, out, add: None}
 
 
 def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
-    """What an op of ours is on the CPU."""
+    """The plan of the op ``gssf::<name>`` on the CPU."""
     if not native(name):
         if _library.EXTENSION_ERROR is None:
             return Plan("pytorch", "a formula over other ops")
@@ -65,13 +68,13 @@ def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
 
 
 def _rounds(a: torch.Tensor) -> bool:
-    """Whether the products of a sweep over rows of a take bf16 numbers, as csrc/hardest.cpp decides."""
+    """Whether a sweep multiplies bf16 numbers, a as it is or rounded, as csrc/hardest.cpp decides."""
     by_setting = a.dtype == torch.float32 and dense.bf16_unit() == "amx" and fp32_products("cpu") == "bf16"
     return dense.bf16_unit() != "none" and (a.dtype == torch.bfloat16 or by_setting)
 
 
 def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
-    """What a sweep in C++ packs its sides into for as long as it runs. A thread's own tile (1 MiB) is not counted."""
+    """The bytes of a and b that a C++ sweep packs while it runs. The tile of each thread (1 MiB) is not counted."""
     if name not in ("hardest_negatives", "relative_negatives"):
         return 0
     a, b = arguments["a"], arguments["b"]
@@ -85,7 +88,7 @@ def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
 
 
 def native_flops(name: str, arguments: Mapping[str, Any]) -> int:
-    """Of a C++ op."""
+    """The FLOPs of a C++ op."""
     flops = _NATIVE.get(name)
     return flops(arguments) if flops is not None else 0
 
@@ -109,7 +112,7 @@ def _projected(products: Callable[[Mapping[str, Any]], int]) -> Callable[[Mappin
     return flops
 
 
-def _of_x_and_blocks(arguments: Mapping[str, Any]) -> int:
+def _x_and_blocks(arguments: Mapping[str, Any]) -> int:
     needs = arguments["needs"]  # of x, y, diag and blocks
     return 0 if arguments["dp"] is None else needs[0] + needs[3]
 
@@ -125,13 +128,13 @@ _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "relative_negatives": lambda arguments: 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1],
     "multiply": _multiplied,
     "project": _projected(lambda arguments: 1),
-    "project_backward": _projected(_of_x_and_blocks),
+    "project_backward": _projected(_x_and_blocks),
     "hardest_negatives_backward": _gathered,
 }
 
 
 def kernel_flops(kernel: Any, arguments: tuple, options: Mapping[str, Any]) -> int:
-    """Of a launch of a Triton kernel."""
+    """The FLOPs of a launch of a Triton kernel."""
     flops = KERNELS.get(kernel.__name__)
     return flops({**dict(zip(kernel.arg_names, arguments, strict=False)), **options}) if flops is not None else 0
 
@@ -146,15 +149,15 @@ def _gradients(v: Mapping[str, Any]) -> int:
     return products * 2 * v["N"] * v["M"] * v["D"]
 
 
-def _sides(v: Mapping[str, Any]) -> int:
+def _factors(v: Mapping[str, Any]) -> int:
     if v["blocks"] is None and v["dblocks"] is None:
         return 0
-    of_x = (v["x_out"] is not None) + (v["dblocks"] is not None)
-    of_y = v["WEIGHTED"] and v["y_out"] is not None
-    return 2 * v["D"] * v["B"] * (of_x * v["N"] + of_y * v["M"])
+    x_products = (v["x_out"] is not None) + (v["dblocks"] is not None)
+    y_products = v["WEIGHTED"] and v["y_out"] is not None
+    return 2 * v["D"] * v["B"] * (x_products * v["N"] + y_products * v["M"])
 
 
-# By the names of their arguments. Those of every kernel that has a `tl.dot`, but for `positives_kernel`: its products
+# The FLOPs of each kernel with a `tl.dot`, from its arguments by name. `positives_kernel` is not here: its products
 # depend on the labels.
 KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "sweep_kernel": _swept,
@@ -163,15 +166,15 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "relation_loss_kernel": lambda v: 0 if v["dh"] is None else 2 * v["N"] * v["N"] * v["D"],
     "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],
     "parameter_kernel": lambda v: 0 if v["dblocks"] is None else 2 * v["N"] * v["D"] * v["B"],
-    "sides_kernel": _sides,
+    "sides_kernel": _factors,
 }
 
 
 def library_flops(function: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> int:
-    """Of an op of PyTorch's, by `torch.utils.flop_counter`."""
+    """The FLOPs of an op of PyTorch, from `torch.utils.flop_counter`."""
     from torch.utils.flop_counter import flop_registry
 
     flops = flop_registry.get(function.overloadpacket)
-    if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):  # out_dtype is not foreseen there
+    if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):  # the counter does not know out_dtype
         args, kwargs = tuple(t for t in args if isinstance(t, torch.Tensor)), {}
     return int(flops(*args, **kwargs, out_val=result)) if flops is not None else 0

@@ -1,4 +1,4 @@
-"""Losses, one file each: a formula over statistics."""
+"""Losses, one file each: a formula over row and column statistics."""
 
 from gssf_kernels.losses.batch_hard import BatchHardLoss, batch_hard_loss
 from gssf_kernels.losses.circle import CircleLoss, circle_loss

@@ -1,8 +1,8 @@
-"""Batch-hard triplet loss of one modality: every row against its hardest positive and its hardest negative.
+"""Batch-hard triplet loss of one modality: every row with its hardest positive and its hardest negative.
 
     L_i = [m + max_{j: label_j ≠ label_i} s_ij − min_{j ≠ i: label_j = label_i} s_ij]₊,      s = x xᵀ
 
-Source: arXiv 1703.07737, there with distances, where hard positives are far and hard negatives near.
+Source: arXiv 1703.07737. There it is a formula of distances, so hard positives are far and hard negatives are near.
 """
 
 from torch import Tensor, nn
@@ -23,31 +23,31 @@ def batch_hard_loss(
     """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
 
     Scores are the plain products ``x xᵀ`` (normalise first), or with ``metric`` its structured similarity. No N x N
-    matrix is stored: negatives come from the sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles
+    matrix is stored. Negatives come from the sweep of :func:`~gssf_kernels.hardest_negatives`, positives from tiles
     within each label.
 
     Args:
         x: [N, D] float.
         labels: [N] int64; rows of equal label are positives of one another.
         margin: m, a finite number >= 0, in units of the score.
-        reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes
-            0, and "mean" still divides by N.
+        reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
+            divides by N in any case.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by.
 
     Returns:
-        a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates; ties go
-        to the lowest index. Differentiable once.
+        a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates. Ties go to
+        the lowest index. Differentiable once.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, ``margin`` or ``reduction`` is out of range.
 
-    Source: arXiv 1703.07737; see this file's head.
+    Source: arXiv 1703.07737.
     """
     margin = _checks.non_negative(margin, "margin")
     _checks.reduction(reduction)
     (x,) = _checks.autocast(x)
-    _checks.sides(x, x, "x", "x")
+    _checks.embeddings(x, x, "x", "x")
     _checks.index(labels, "labels", x.shape[0], x.device)
     if metric is None:
         return batch_hard_terms(x, labels, margin, reduction)

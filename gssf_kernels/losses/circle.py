@@ -1,15 +1,17 @@
-"""Circle loss: positives and negatives, each weighted by its distance from where it should score.
+"""Circle loss: every score is weighted by its distance from its optimum.
 
     L_i = log(1 + Σ_n e^{γ α_n (s_in − m)} Σ_p e^{−γ α_p (s_ip − 1 + m)}),     α_n = [s_in + m]₊,  α_p = [1 + m − s_ip]₊
 
-α are constants to autograd. Source: arXiv 2002.10857 (m = 0.4, γ = 80 in pytorch-metric-learning).
+p runs over the positives of anchor i, n over its negatives. α are constants to autograd.
+
+Source: arXiv 2002.10857 (m = 0.4, γ = 80 in pytorch-metric-learning).
 """
 
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.ops.labels import labelled_sides, log_sums
+from gssf_kernels.ops.labels import labelled_factors, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -26,8 +28,8 @@ def circle_loss(
 ) -> Tensor:
     """Circle loss of labelled embeddings, without the matrix of scores.
 
-    Anchors are the rows of x. Without y they are compared with one another, a row never with itself; with y, with its
-    rows alone. Scores are the plain products (normalise first), or with ``metric`` its structured similarity.
+    Anchors are the rows of x. With y they are compared with the rows of y, without y with all other rows of x. Scores
+    are the plain products (normalise first), or with ``metric`` its structured similarity.
 
     Args:
         x: [N, D] float.
@@ -47,15 +49,15 @@ def circle_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; without y and metric half of them. Extra memory: as
+    Time: one product forward, three backward; half of each without y and metric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`.
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]
     _checks.reduction(reduction)
-    sides = labelled_sides(x, labels, y, y_labels, metric)
-    positives, negatives = log_sums(sides, "circle", constants)
-    both = (positives != -torch.inf) & (negatives != -torch.inf)
-    logit = torch.where(both, positives + negatives, -torch.inf)
+    factors = labelled_factors(x, labels, y, y_labels, metric)
+    positive_lse, negative_lse = log_sums(factors, "circle", constants)
+    valid = (positive_lse != -torch.inf) & (negative_lse != -torch.inf)
+    logit = torch.where(valid, positive_lse + negative_lse, -torch.inf)
     return reference.reduce(torch.logaddexp(logit, logit.new_zeros(())), reduction)
 
 

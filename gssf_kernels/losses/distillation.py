@@ -1,10 +1,10 @@
-"""Relational distillation: a student's relations against a mixture of two frozen teachers', from one sweep.
+"""Relational distillation: the relations of a student against a mixture of those of two frozen teachers.
 
     R^F = h hᵀ/τ,   R^I = u uᵀ/τ,   R^T = t tᵀ/τ,   E = λ R^T + (1 − λ) R^I
     L = w₀ mean|R^F − E| + w₁ mean|R^I − E| + w₂ mean|R^T − E|
 
-over the N(N−1) pairs i ≠ j; "mse" squares instead. Since R^I − E = λ (R^I − R^T) and R^T − E = (1 − λ)(R^T − R^I), the
-last two are multiples of one sum over the teachers alone, which the same sweep gives.
+The means are over the N(N−1) pairs i ≠ j; "mse" squares instead of |·|. Since R^I − E = λ (R^I − R^T) and R^T − E =
+(1 − λ)(R^T − R^I), the last two means are multiples of one sum over the teachers. The same sweep computes it.
 
 Source: structure-aware distillation, arXiv 2412.10761 (IEEE TIP 33), and its authors' public code.
 """
@@ -30,15 +30,15 @@ def relational_distillation_loss(
 ) -> Tensor:
     """Distance of the student's relations ``h hᵀ/τ`` from the teachers' mixture, without storing any matrix.
 
-    The vectors are compared as they come: normalise them first. Both teachers are constants: no gradient reaches them.
+    Vectors are compared without normalising them. The teachers are constants to autograd.
 
     Args:
         student: h [N, D] float.
         image_teacher, text_teacher: u, t [N, any] of student's dtype and device.
-        lam: λ, the text teacher's share: a number or a scalar tensor on student's device; any value.
-        tau: τ, a number > 0 or a scalar tensor on student's device (its value is not looked at).
+        lam: λ, the text teacher's share: a number or a scalar tensor on student's device, of any value.
+        tau: τ, a number > 0 or a scalar tensor on student's device; never synchronises.
         weights: w₀, w₁, w₂, finite numbers >= 0.
-        kind: "mae" (of derivative 0 where student and mixture agree) or "mse".
+        kind: "mae" (with derivative 0 where student and mixture are equal) or "mse".
 
     Returns:
         a scalar, fp32 (fp64 for fp64); 0 for N < 2. Differentiable once in student, lam and tau.
@@ -46,15 +46,15 @@ def relational_distillation_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: three half products, and one whole for the gradient. Extra memory: three half-sized chunks of scores besides
-    the gradient, and on the CPU fp32 copies of the three inputs (of bf16 where there is a unit for it), two of
-    student's with a gradient. On a GPU a student of up to 1024 rows has the gradient of each score stored instead.
+    Time: three half products, and a whole one for the gradient. Extra memory: three half-sized chunks of scores besides
+    the gradient. On the CPU also fp32 copies of the three inputs (bf16 on a CPU with a unit for it), two of student
+    with a gradient. On a GPU, up to 1024 rows, dscores are stored instead of chunks.
     """
     _checks.choice(kind, "kind", tuple(KINDS))
     shares = _weights(weights)
     student, image_teacher, text_teacher = _checks.autocast(student, image_teacher, text_teacher)
     for teacher, name in ((image_teacher, _TEACHERS[0]), (text_teacher, _TEACHERS[1])):
-        _check_sides(student, teacher, name)
+        _check_teacher(student, teacher, name)
     lam = _checks.scalar_or_number(lam, "lam", student)
     tau = _checks.scalar_or_number(tau, "tau", student, positive=True)
     teachers = (image_teacher.detach(), text_teacher.detach())
@@ -68,7 +68,7 @@ def _weights(weights) -> tuple[float, float, float]:
     return first, second, third
 
 
-def _check_sides(student, teacher, name: str) -> None:
+def _check_teacher(student, teacher, name: str) -> None:
     _checks.floating(student, "student", "[N, D]")
     _checks.floating(teacher, name, "[N, D]")
     _checks.alike(teacher, name, student, "student")
@@ -80,10 +80,10 @@ def _check_sides(student, teacher, name: str) -> None:
 
 
 class RelationalDistillationLoss(nn.Module):
-    """:func:`relational_distillation_loss` as a module that holds λ and τ, both learned as they are.
+    """:func:`relational_distillation_loss` as a module with λ and τ as parameters.
 
     Args:
-        lam, tau: λ and τ at the start.
+        lam, tau: the initial λ and τ.
         weights, kind: as in :func:`relational_distillation_loss`.
         device, dtype: of ``lam`` and ``tau``.
 

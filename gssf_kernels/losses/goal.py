@@ -11,16 +11,17 @@
     lin_ms   (1 − r⁺)(1 − p)               (1 + r⁻) n
     sig_ms   1 / (e^{α(p − λ)} + r⁺)       1 / (e^{−β(n − λ)} + r⁻)
 
-p_i = s_ii, n_i the hardest negative; r⁺, r⁻ as in :class:`~gssf_kernels.RelativeTerms`, of the distances for lin_ms.
-There is no margin and no hinge. For five combinations a loss exists whose derivative this is (sp: softplus):
+p_i = s_ii, and n_i is the score of the hardest negative. r⁺ and r⁻ are as in :class:`~gssf_kernels.RelativeTerms`, of
+the kind "linear" for lin_ms. There is no margin and no hinge. Five combinations are the derivative of a loss (sp:
+softplus):
 
     con·con  n − p                              con·lin  ½[(1 − p)² + n²]
     con·sig  sp(−α(p − λ))/α + sp(β(n − λ))/β      nca·con  sp(−τ(p − n))/τ
     cir·lin  sp(τ[(1 − p)² + n² − ½]) / (2τ)
 
-Source: GOAL, arXiv 2210.13188, and its authors' public code (microsoft/VSE_Gradient), whose backward drops what comes
-from above (wrong with loss scaling, loss weights and accumulation); here it is multiplied in. Losses of the five
-combinations, ids, extra rows of y and metrics are ours.
+Source: GOAL, arXiv 2210.13188, and its authors' public code (microsoft/VSE_Gradient). The backward there ignores
+grad_out, which is wrong with loss scaling, loss weights and accumulation; here it is multiplied in. The losses of the
+five combinations, ids, extra rows of y and metrics are ours.
 """
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose
-from gssf_kernels.ops import hardest_terms, line_terms, paired_hardest_negatives
+from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negatives
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
@@ -54,31 +55,31 @@ def goal_loss(
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
-    """GOAL: the gradient is ``Σ −T P⁺ dp + T P⁻ dn`` over rows and columns, with the weights this file's head lists.
+    """GOAL: the gradient is ``Σ −T P⁺ dp + T P⁻ dn`` over rows and columns, T and P as in the docstring of this file.
 
-    For con·con, con·lin, con·sig, nca·con and cir·lin the value is the loss that has this derivative. For the other
-    ten there is none, and the value is ``Σ (n − p)``: a monitor that falls as training succeeds, not the
-    objective, so its finite differences are not the gradient.
+    For con·con, con·lin, con·sig, nca·con and cir·lin the value is the loss with this derivative. For the other ten
+    there is no such loss, and the value is ``Σ (n − p)``. That falls as training succeeds, but it is not the objective:
+    its finite differences are not the gradient.
 
-    Pairs, ids, extra rows of y, ``reduction`` and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`, and the
-    N x M matrix is as little stored, but by lin_ms and sig_ms of at most 2²⁰ scores on a GPU: 4 MiB while the forward
-    runs. An anchor without any valid negative has value 0 and no gradient.
+    Pairs, ids, extra rows of y, ``reduction`` and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`. The N x M
+    matrix is not stored, except on a GPU by lin_ms and sig_ms of at most 2²⁰ scores: 4 MiB while the forward runs. An
+    anchor without a negative has value 0 and no gradient.
 
     Args:
-        x: [N, D] float, anchors; rows L2-normalised, or a metric that does it: thresholds, λ and the form of the
-            weights mean cosines. P⁻ of sig_ms grows to e^{β(n − λ)}, 148 at n = 1, and overflows fp32 to infinity
-            where β(n − λ) > 88.
+        x: [N, D] float, anchors. Rows should be L2-normalised, here or by the metric: thresholds, λ and the form of
+            the weights are meant for cosines. P⁻ of sig_ms grows to e^{β(n − λ)}, 148 at n = 1, and is infinite in
+            fp32 if β(n − λ) > 88.
         y: [M, D] of x's dtype and device, M >= N.
         triplet: T, one of "con", "nca", "cir".
         pair: P, one of "con", "lin", "sig", "lin_ms", "sig_ms".
         tau: τ > 0, sharpness of nca and cir.
         alpha, beta: α, β > 0, sharpness of sig and sig_ms at positives and at negatives.
-        lam: λ, the score that sig and sig_ms turn at.
-        positive_threshold: >= 0, how far above n_i another pair's positive still counts into r⁺_i.
-        negative_threshold: >= 0, how far below the least positive a negative still counts into r⁻_i.
-        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        lam: λ, the score at which the exponents of sig and sig_ms are 0.
+        positive_threshold: >= 0; p_k counts in r⁺_i if it is at most n_i plus this.
+        negative_threshold: >= 0; s_ij counts in r⁻_i if it is at least the lowest p_k minus this.
+        x_ids: [N] int64. If N = M, the ids of one input serve both.
         y_ids: [M] int64.
-        reduction: "sum" as the authors have it, "mean" (the sum over N) or "none" ([N]: row term i + column term i).
+        reduction: "sum" as in the authors' code, "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
         diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.
 
@@ -90,22 +91,22 @@ def goal_loss(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, mode or number is out of range.
 
-    Source: GOAL, arXiv 2210.13188; see this file's head.
+    Source: GOAL, arXiv 2210.13188.
     """
     constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
-    formula, numbers = f"goal {triplet} {pair}", [*constants]
+    formula, settings = f"goal {triplet} {pair}", [*constants]
     if relative is None and metric is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         statistics = positive_score, hardest.row_score, hardest.col_score
-        terms = line_terms(*statistics, formula, numbers, reduction)
+        terms = anchor_terms(*statistics, formula, settings, reduction)
     else:
         if relative is not None:
-            numbers += [relative.positive_threshold, relative.negative_threshold]
+            settings += [relative.positive_threshold, relative.negative_threshold]
         terms, positive_score, hardest = hardest_terms(
-            x, y, x_ids, y_ids, formula, numbers, reduction, names=_NAMES, metric=metric
+            x, y, x_ids, y_ids, formula, settings, reduction, names=_NAMES, metric=metric
         )
     return (terms, diagnose(x, y, 0.0, positive_score, hardest)) if diagnostics else terms
 
@@ -124,29 +125,31 @@ def goal_weights(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
 ) -> Tensor:
-    """``G = dL/ds`` of GOAL for scores that are no product of embeddings (cross-attention, say).
+    """``G = dL/ds`` of GOAL for scores that are not a product of embeddings, for example of cross-attention.
 
         scores = model(images, captions)                             # [N, M], any way
         scores.backward(gk.goal_weights(scores).to_dense())
         (scores * gk.goal_weights(scores).to_dense()).sum().backward()       # the same
 
     Args:
-        scores: [N, M] float, M >= N; the diagonal are the pairs, columns past N extra negatives.
+        scores: [N, M] float, M >= N. Pairs are on the diagonal; columns past N are extra negatives.
         triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold: as in :func:`goal_loss`.
-        x_ids: [N] int64, of the rows. Ids of one side alone serve both when N = M.
+        x_ids: [N] int64, of the rows. If N = M, the ids of one input serve both.
         y_ids: [M] int64, of the columns.
 
     Returns:
-        a sparse COO tensor [N, M] of the scores' dtype, coalesced, of at most 3 N entries, without gradient:
+        a coalesced sparse COO tensor [N, M] of the scores' dtype with at most 3 N entries, without gradient:
         ``G_ii = −T_i P⁺_i − T'_i P'⁺_i``, and ``+T_i P⁻_i``, ``+T'_j P'⁻_j`` at the hardest negatives of row i and
-        column j < N. Entries of anchors without a negative are absent. Plain PyTorch; weights in fp32 (fp64 for fp64).
-        On a GPU it waits, since how many entries there are hangs on values, and cannot be captured in a CUDA graph.
+        column j < N. Anchors without a negative have no entries.
+
+    Computed in plain PyTorch, weights in fp32 (fp64 for fp64). The number of entries depends on values: on a GPU this
+    function synchronises and cannot be captured in a CUDA graph.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, mode or number is out of range.
 
-    Source: GOAL, arXiv 2210.13188; see this file's head.
+    Source: GOAL, arXiv 2210.13188.
     """
     constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
     _checks.score_matrix(scores, "scores")
@@ -155,20 +158,20 @@ def goal_weights(
     masked = s.masked_fill(reference.positives(s, s.mT, x_ids, y_ids), -torch.inf)
     count = s.shape[0]
     i = torch.arange(count, device=s.device)
-    places, entries = [], []
-    for side, turned in ((masked, False), (masked[:, :count].mT, True)):
-        anchor, hardest = reference.anchor_statistics(s.diagonal(), side, relative)
+    indices, entries = [], []
+    for anchor_scores, transposed in ((masked, False), (masked[:, :count].mT, True)):
+        anchor, negative_index = reference.anchor_statistics(s.diagonal(), anchor_scores, relative)
         positive_weight, negative_weight = anchor_weights(anchor, triplet, pair, constants)
-        found = hardest >= 0
-        at = torch.stack((i, hardest))[:, found]
-        places += [torch.stack((i, i))[:, found], at.flip(0) if turned else at]
-        entries += [-positive_weight[found], negative_weight[found]]
-    g = torch.sparse_coo_tensor(torch.cat(places, 1), torch.cat(entries), s.shape, check_invariants=False)
+        valid = negative_index >= 0
+        negatives = torch.stack((i, negative_index))[:, valid]
+        indices += [torch.stack((i, i))[:, valid], negatives.flip(0) if transposed else negatives]
+        entries += [-positive_weight[valid], negative_weight[valid]]
+    g = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(entries), s.shape, check_invariants=False)
     return g.coalesce().to(scores.dtype)
 
 
 def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold):
-    """(constants, relative terms), every argument checked."""
+    """(constants, relative terms), after checking every argument."""
     _checks.choice(triplet, "triplet", tuple(TRIPLET))
     _checks.choice(pair, "pair", tuple(PAIR))
     constants = Constants(
@@ -192,7 +195,7 @@ class GoalLoss(nn.Module):
         triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold, reduction, diagnostics: as in
             :func:`goal_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
-            module's); absent, x and y are compared as they come.
+            module's). None: the scores are x yᵀ.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.

@@ -1,9 +1,9 @@
 """Losses designed by their gradient: weights on the positive and on the hardest negative of every anchor.
 
-    dL/dp_i = −w⁺_i,   dL/dn_i = +w⁻_i      over rows, and the same over columns;  w are constants,
+    dL/dp_i = −w⁺_i,   dL/dn_i = +w⁻_i      over rows, and the same over columns;  w are constants to autograd
 
-with ``s = x yᵀ``, ``p_i = s_ii`` and ``n_i`` the hardest negative of the anchor. So ``dx = G y`` and ``dy = Gᵀ x`` with
-a sparse G = dL/ds of at most 3 entries a pair. A loss need not exist whose derivative this is.
+s = x yᵀ, p_i = s_ii, and n_i is the score of the anchor's hardest negative. So dx = G y and dy = Gᵀ x, with a sparse
+G = dL/ds of at most three entries for each pair. There need not be a loss whose derivative this is.
 
 Source: GOAL, arXiv 2210.13188; the general form with functions as arguments is ours.
 """
@@ -37,25 +37,25 @@ def gradient_space_loss(
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
-    """A loss with ``dL/dp = −positive_weight`` and ``dL/dn = +negative_weight``, whatever its value says.
+    """A loss with gradients ``dL/dp = −positive_weight`` and ``dL/dn = +negative_weight``, independent of its value.
 
-    Pairs, ids, extra rows of y and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`, and the N x M matrix
-    is as little stored. An anchor without any valid negative has value 0 and no gradient.
+    Pairs, ids, extra rows of y and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`. The N x M matrix is not
+    stored. An anchor without a negative has value 0 and no gradient.
 
         loss = gk.gradient_space_loss(x, y, lambda anchor: (1 - anchor.positive, anchor.negative.relu()))
 
     Args:
         x: [N, D] float, anchors.
         y: [M, D] of x's dtype and device, M >= N.
-        weights: called once for the rows and once for the columns with :class:`~gssf_kernels.AnchorStatistics`:
-            detached [N] tensors ``positive``, ``negative`` (-inf where there is none) and, where asked for,
-            ``relative_positive`` and ``relative_negative``. Gives (positive_weight, negative_weight), floating [N]
-            each. They are constants: no gradient flows through them.
-        value: called with the same, gives the [N] terms that the loss is reported as. Absent, they are
-            ``n − p``: a monitor that falls as training succeeds, not the objective.
-        relative: :class:`~gssf_kernels.RelativeTerms` to have the relative terms too (in fp64 by sorting, and from
-            the same sweep).
-        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        weights: a function, called once for the rows and once for the columns. Its argument is
+            :class:`~gssf_kernels.AnchorStatistics`: detached [N] tensors ``positive``, ``negative`` (-inf where there
+            is none) and, with ``relative``, ``relative_positive`` and ``relative_negative``. It returns
+            (positive_weight, negative_weight), floating [N] each, which are constants to autograd.
+        value: a function of the same argument that returns the terms [N] of the reported loss. None: the terms are
+            ``n − p``, which falls as training succeeds, but is not the objective.
+        relative: :class:`~gssf_kernels.RelativeTerms`, to compute the relative terms too: r⁺ by sorting in fp64, r⁻ in
+            the same sweep. None: they are not computed.
+        x_ids: [N] int64. If N = M, the ids of one input serve both.
         y_ids: [M] int64.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
@@ -66,10 +66,10 @@ def gradient_space_loss(
         Differentiable once.
 
     Raises:
-        TypeError: an argument, or what ``weights`` or ``value`` gives, has the wrong type or dtype.
-        ValueError: a shape, device, ``reduction`` or field of ``relative`` is out of range.
+        TypeError: an argument, or a result of ``weights`` or ``value``, has the wrong type or dtype.
+        ValueError: a shape, device, ``reduction`` or field of ``relative`` is wrong.
 
-    Source: GOAL, arXiv 2210.13188; see this file's head.
+    Source: GOAL, arXiv 2210.13188.
     """
     _checks.function(weights, "weights")
     if value is not None:
@@ -78,37 +78,40 @@ def gradient_space_loss(
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
-    close: tuple[Tensor | None, Tensor | None] = (None, None)
+    r_negative: tuple[Tensor | None, Tensor | None] = (None, None)  # r⁻ of the rows, of the columns
     if relative is None:
-        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
+        positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
     else:
-        positive, hardest, close = paired_relative_negatives(x, y, x_ids, y_ids, relative, names=_NAMES, metric=metric)
-    count = positive.shape[0]
-    rows = _terms(positive, hardest.row_score, close[0], weights, value, relative)
-    cols = _terms(positive, hardest.col_score[:count], close[1], weights, value, relative)
+        positive_score, hardest, r_negative = paired_relative_negatives(
+            x, y, x_ids, y_ids, relative, names=_NAMES, metric=metric
+        )
+    count = positive_score.shape[0]
+    rows = _terms(positive_score, hardest.row_score, r_negative[0], weights, value, relative)
+    cols = _terms(positive_score, hardest.col_score[:count], r_negative[1], weights, value, relative)
     loss = reference.reduce(rows + cols, reduction)
-    return (loss, diagnose(x, y, 0.0, positive, hardest)) if diagnostics else loss
+    return (loss, diagnose(x, y, 0.0, positive_score, hardest)) if diagnostics else loss
 
 
-def _terms(positive, negative, close, weights, value, relative) -> Tensor:
-    """One direction's terms [N], which carry the designed gradient."""
-    p, n = positive.detach(), negative.detach()
+def _terms(positive_score, negative, r_negative, weights, value, relative) -> Tensor:
+    """The terms [N] of one direction, which carry the designed gradient."""
+    p, n = positive_score.detach(), negative.detach()
     anchor = AnchorStatistics(p, n)
     if relative is not None:
-        anchor = AnchorStatistics(p, n, relative_positives(p, n, relative), close[: p.shape[0]])
-    given = weights(anchor)
-    if not isinstance(given, tuple | list) or len(given) != 2:
-        got = f"{len(given)} of them" if isinstance(given, tuple | list) else type(given).__name__
+        anchor = AnchorStatistics(p, n, relative_positives(p, n, relative), r_negative[: p.shape[0]])
+    result = weights(anchor)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        got = f"{len(result)} of them" if isinstance(result, tuple | list) else type(result).__name__
         raise TypeError(f"weights: expected it to give two tensors (positive_weight, negative_weight), got {got}")
-    positive_weight, negative_weight = (_checks.anchors(w, "weights", p) for w in given)
+    positive_weight, negative_weight = (_checks.anchors(w, "weights", p) for w in result)
     term = n - p if value is None else _checks.anchors(value(anchor), "value", p)
-    found = n != -torch.inf  # whatever the functions make of anchors without a negative is dropped
-    term, *both = (torch.where(found, t, 0) for t in (term, positive_weight, negative_weight))
-    return _Designed.apply(term, positive, negative, *both)
+    valid = n != -torch.inf  # what the functions return for an anchor without a negative is not used
+    tensors = (term, positive_weight, negative_weight)
+    term, positive_weight, negative_weight = (torch.where(valid, t, 0) for t in tensors)
+    return _Designed.apply(term, positive_score, negative, positive_weight, negative_weight)
 
 
 class _Designed(Function):
-    """A value of its own, and of p and n the gradients −w⁺ and w⁻, times what comes from above."""
+    """Returns ``value``. Its gradients are −w⁺ grad_out with respect to p, and w⁻ grad_out with respect to n."""
 
     @staticmethod
     def forward(value, positive, negative, positive_weight, negative_weight):
@@ -119,9 +122,9 @@ class _Designed(Function):
         ctx.save_for_backward(*inputs[3:])
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_out):
         positive_weight, negative_weight = ctx.saved_tensors
-        return None, -grad * positive_weight, grad * negative_weight, None, None
+        return None, -grad_out * positive_weight, grad_out * negative_weight, None, None
 
 
 def _check_relative(relative) -> None:

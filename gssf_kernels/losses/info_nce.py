@@ -1,10 +1,10 @@
-"""InfoNCE in both directions, as CLIP trains with, from one sweep.
+"""InfoNCE in both directions, the loss of CLIP, from one sweep.
 
     L = ½ mean_i [lse_j(t_ij) − Σ_j Y_ij t_ij] + ½ mean_j [lse_i(t_ij) − Σ_i Y'_ij t_ij],     t = κ x yᵀ
 
-Y is the identity; with ids, Y_ij = 1[positive]/(positives of row i), Y' the same by columns. Since t is linear in y,
-Σ_j Y_ij t_ij is κ x_i times the mean of row i's positives: O((N + M) D), whatever the groups. Label smoothing ε mixes
-in the mean over all: (1 − ε) Y + ε/M.
+Y is the identity; with ids, Y_ij = 1[positive]/(positives of row i). Y' is the same by columns. Since t is linear in y,
+Σ_j Y_ij t_ij is κ x_i times the mean of row i's positives, which costs O((N + M) D). With label smoothing ε, the target
+is (1 − ε) Y + ε/M.
 
 Source: InfoNCE, arXiv 1807.03748; both directions and the learnable scale, CLIP, arXiv 2103.00020. Soft targets by id
 as in arXiv 2412.10761.
@@ -35,17 +35,17 @@ def info_nce_loss(
 ) -> Tensor:
     """InfoNCE of paired embeddings, without the matrix of logits ``κ x yᵀ``.
 
-    Row i of x pairs with row i of y. Equal ids are positives too, and positives share the target evenly. Rows of y past
-    N are more candidates for the rows of x; they give no term of their own.
+    Row i of x pairs with row i of y. Equal ids are positives too; the positives of an anchor have equal targets. Rows
+    of y past N are further candidates for the rows of x, but no anchors.
 
     Args:
         x: [N, D] float.
         y: [M, D] of x's dtype and device, M >= N.
-        scale: κ, one over the temperature: a number > 0 or a scalar tensor on x's device (its value is not looked at).
-        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        scale: κ, the inverse temperature: a number > 0 or a scalar tensor on x's device; never synchronises.
+        x_ids: [N] int64. If N = M, the ids of one input serve both.
         y_ids: [M] int64.
-        label_smoothing: ε in [0, 1), the share of the target that all candidates have evenly.
-        symmetric: average both directions; else the rows' direction only.
+        label_smoothing: ε in [0, 1), the part of the target that is uniform over all candidates.
+        symmetric: the mean of both directions; False: only the rows' direction.
         reduction: "mean" over the N pairs, "sum" or "none" ([N]).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
 
@@ -56,8 +56,8 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`, and with ids
-    a few N x D.
+    Time: one product forward, three backward. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`; with ids also a
+    few N x D matrices.
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")
@@ -66,7 +66,7 @@ def info_nce_loss(
         check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y")
+    _checks.embeddings(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
 
@@ -74,11 +74,11 @@ def info_nce_loss(
 
 
 class InfoNCELoss(nn.Module):
-    """:func:`info_nce_loss` as a module with its scale, learnable through its logarithm as in CLIP.
+    """:func:`info_nce_loss` as a module with a scale that is learned through its logarithm, as in CLIP.
 
     Args:
-        scale: κ at the start.
-        learnable: train ``log_scale``; else the scale stays.
+        scale: the initial κ.
+        learnable: whether ``log_scale`` is a parameter.
         label_smoothing, symmetric, reduction: as in :func:`info_nce_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
         device, dtype: of ``log_scale``.

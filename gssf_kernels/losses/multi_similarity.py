@@ -1,17 +1,18 @@
-"""Multi-similarity loss: a soft minimum over positives and a soft maximum over negatives, with its own mining.
+"""Multi-similarity loss: a soft minimum over positives and a soft maximum over negatives, optionally with mining.
 
     L_i = (1/α) log(1 + Σ_p e^{−α (s_ip − λ)}) + (1/β) log(1 + Σ_n e^{β (s_in − λ)})
 
-With mining (ε) only the positives count that score below the hardest negative + ε, and only the negatives above the
-hardest positive − ε. Source: CVPR 2019, Wang et al. (α = 2, β = 50, λ = 0.5, ε = 0.1 in pytorch-metric-learning, where
-mining is a part of its own).
+p runs over the positives of anchor i, n over its negatives. With mining (ε), only those positives count that score less
+than the hardest negative + ε, and only those negatives that score greater than the hardest positive − ε.
+
+Source: Wang et al., CVPR 2019 (α = 2, β = 50, λ = 0.5, ε = 0.1 in pytorch-metric-learning, where mining is separate).
 """
 
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.ops.labels import labelled_sides, largest_logits, log_sums
+from gssf_kernels.ops.labels import labelled_factors, largest_logits, log_sums
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -36,10 +37,10 @@ def multi_similarity_loss(
         x: [N, D] float.
         labels: [N] int64; rows of equal label are positives.
         alpha, beta: α, β > 0, sharpness at positives and at negatives.
-        base: λ, the score that both turn at.
-        epsilon: ε >= 0 turns mining on, in units of the score: a positive counts if it scores below the anchor's
-            largest negative + ε, a negative above its least positive − ε; an anchor without positives keeps no
-            negative, one without negatives no positive. None: all count.
+        base: λ, the score at which the exponents change sign.
+        epsilon: ε >= 0, in units of the score, turns mining on. A positive counts if it scores less than the anchor's
+            largest negative + ε, a negative if it scores greater than its least positive − ε. Without positives no
+            negative counts, and without negatives no positive. None: all count.
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
         y_labels: [M] int64.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
@@ -47,27 +48,27 @@ def multi_similarity_loss(
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
-        propagate. Differentiable once, in x, y and the metric's weights; what mining keeps is a constant.
+        propagate. Differentiable once, in x, y and the metric's weights; the choice of mining is constant to autograd.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, with mining two, and three backward; without y and metric half of them. Extra memory: as
+    Time: one product forward (with mining two), three backward; half of each without y and metric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`.
     """
     alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
     constants = [alpha, beta, _checks.finite(base, "base")]
     epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
     _checks.reduction(reduction)
-    sides = labelled_sides(x, labels, y, y_labels, metric)
+    factors = labelled_factors(x, labels, y, y_labels, metric)
     bounds = None
     if epsilon is not None:
-        positive_logit, negative_logit = largest_logits(sides, "multi_similarity", constants)
+        positive_logit, negative_logit = largest_logits(factors, "multi_similarity", constants)
         least_positive, largest_negative = base - positive_logit / alpha, base + negative_logit / beta
         bounds = torch.stack((largest_negative + epsilon, least_positive - epsilon))
-    positives, negatives = log_sums(sides, "multi_similarity", constants, bounds)
-    zero = positives.new_zeros(())
-    terms = torch.logaddexp(positives, zero) / alpha + torch.logaddexp(negatives, zero) / beta
+    positive_lse, negative_lse = log_sums(factors, "multi_similarity", constants, bounds)
+    zero = positive_lse.new_zeros(())
+    terms = torch.logaddexp(positive_lse, zero) / alpha + torch.logaddexp(negative_lse, zero) / beta
     return reference.reduce(terms, reduction)
 
 

@@ -1,4 +1,4 @@
-"""SigLIP's pairwise sigmoid loss, from one sweep.
+"""The pairwise sigmoid loss of SigLIP, from one sweep.
 
     L = −(1/N) Σ_ij log σ(z_ij (κ s_ij + β)),     s = x yᵀ,   z_ij = +1 for positives, −1 for all others
 
@@ -29,13 +29,13 @@ def sigmoid_loss(
 ) -> Tensor:
     """Pairwise sigmoid loss of paired embeddings, without the matrix of logits ``κ x yᵀ + β``.
 
-    Row i of x pairs with row i of y. Equal ids are positives too. Rows of y past N are more negatives.
+    Row i of x pairs with row i of y. Equal ids are positives too. Rows of y past N are extra negatives.
 
     Args:
         x: [N, D] float.
         y: [M, D] of x's dtype and device, M >= N.
-        scale, bias: κ and β, numbers (κ > 0) or scalar tensors on x's device (their values are not looked at).
-        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        scale, bias: κ and β, numbers (κ > 0) or scalar tensors on x's device; never synchronises.
+        x_ids: [N] int64. If N = M, the ids of one input serve both.
         y_ids: [M] int64.
         reduction: "mean" (the sum over N), "sum" or "none" ([N]: the terms of row i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
@@ -47,27 +47,27 @@ def sigmoid_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product, and two more for the gradient. Extra memory: as :func:`~gssf_kernels.sum_scores`.
+    Time: one product, and two further ones for the gradient. Extra memory: as :func:`~gssf_kernels.sum_scores`.
     """
     _checks.reduction(reduction)
     if metric is not None:
         check_metric(metric)
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, "x", "y")
+    _checks.embeddings(x, y, "x", "y")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
     bias = _checks.scalar_or_number(bias, "bias", x)
-    # −log σ(z t) is softplus(t) for negatives, softplus(−t) for positives
+    # −log σ(z t) is softplus(t) for negatives and softplus(−t) for positives.
     return score_sums(x, y, Term("softplus", "negate", kappa, bias), x_ids, y_ids, reduction)
 
 
 class SigmoidLoss(nn.Module):
-    """:func:`sigmoid_loss` as a module with its scale, learned through its logarithm, and its bias.
+    """:func:`sigmoid_loss` as a module with a bias, and a scale that is learned through its logarithm.
 
     Args:
-        scale, bias: κ and β at the start.
-        learnable: train ``log_scale`` and ``bias``; else they stay.
+        scale, bias: the initial κ and β.
+        learnable: whether ``log_scale`` and ``bias`` are parameters.
         reduction: as in :func:`sigmoid_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
         device, dtype: of ``log_scale`` and ``bias``.

@@ -2,9 +2,9 @@
 
     L = Σ_i [m + max_{j ∉ pos(i)} s_ij − s_ii]₊ + Σ_j [m + max_{i ∉ pos(j)} s_ij − s_jj]₊,     s = x yᵀ
 
-Source: VSE++, arXiv 1707.05612 (summed, m = 0.2), as in VSE∞, SGRAF and DBL. "all" is its predecessor
-with the maximum replaced by the sum over negatives (VSE0); "semihard" takes the hardest negative
-scored below the positive (FaceNet, arXiv 1503.03832), or the hardest where there is none.
+Source: VSE++, arXiv 1707.05612 (summed, m = 0.2), as in VSE∞, SGRAF and DBL. "all" is its predecessor VSE0, with the
+sum over negatives in place of the maximum. "semihard" takes the hardest negative that scores less than the positive
+(FaceNet, arXiv 1503.03832), or the hardest if there is none.
 """
 
 import torch
@@ -36,26 +36,25 @@ def triplet_loss(
 ) -> Tensor | tuple[Tensor, Diagnostics]:
     """Triplet loss of paired embeddings, ``Σ [m + negative − positive]₊`` over rows and columns.
 
-    Row i of x pairs with row i of y. Equal ids are positives too: they are never negatives. An anchor
-    without any valid negative contributes 0. Rows of y past N are extra negatives: they have no
-    positive and add no term of their own. Scores are the plain products ``x yᵀ`` (normalise first), or
-    with ``metric`` its structured similarity.
+    Row i of x pairs with row i of y. Equal ids are positives too, and so never negatives. An anchor without a negative
+    contributes 0. Rows of y past N are extra negatives, but no anchors. Scores are the plain products ``x yᵀ``
+    (normalise first), or with ``metric`` its structured similarity.
 
     Args:
         x: [N, D] float, anchors.
         y: [M, D] of x's dtype and device, M >= N.
         margin: m, a finite number >= 0, in units of the score.
-        negatives: "hardest" is the fused sweep, which never stores the N x M matrix (see
-            :func:`~gssf_kernels.hardest_negatives` for its memory), and so is "all" (see
-            :func:`~gssf_kernels.sum_scores`). "semihard" is plain PyTorch and stores it.
-        x_ids: [N] int64. Ids of one side alone serve both when N = M.
+        negatives: "hardest", "all" or "semihard". "hardest" and "all" are sweeps that never store the N x M matrix; for
+            their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. "semihard" is
+            plain PyTorch and stores it.
+        x_ids: [N] int64. If N = M, the ids of one input serve both.
         y_ids: [M] int64.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is that of
-            ``metric.factors(x, y)`` in place of x and y; but with "hardest" the factors live only while the
-            forward runs, and nothing of N x D but x and y is held for the backward.
-        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`. They come from the
-            statistics of the loss, but "all" and "semihard" have none to share and take a sweep for them.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is the same as with
+            ``metric.factors(x, y)`` in place of x and y. With "hardest" the factors live only while the forward runs,
+            and x and y are all of N x D that is kept for the backward.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`. "hardest" has the statistics
+            that they need; "all" and "semihard" take a further sweep.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf
@@ -65,7 +64,7 @@ def triplet_loss(
         TypeError: an argument has the wrong type or dtype.
         ValueError: a shape, device, ``margin``, ``negatives`` or ``reduction`` is out of range.
 
-    Source: VSE++, arXiv 1707.05612; see this file's head.
+    Source: VSE++, arXiv 1707.05612.
     """
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
@@ -73,12 +72,12 @@ def triplet_loss(
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
     if negatives != "hardest":
-        a, b, pair = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
+        a, b, positive_score = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
         a, b = _checks.autocast(a, b)
-        _checks.sides(a, b, *_NAMES[:2])
+        _checks.embeddings(a, b, *_NAMES[:2])
         x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
         if negatives == "all":
-            loss = every_negative(a, b, margin, x_ids, y_ids, reduction, pair)
+            loss = every_negative(a, b, margin, x_ids, y_ids, reduction, positive_score)
         else:
             with outside_autocast(a.device):
                 loss = reference.triplet_loss(
@@ -86,15 +85,15 @@ def triplet_loss(
                 )
         if not diagnostics:
             return loss
-        found = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
-        return loss, diagnose(x, y, margin, *found)
+        positive_score, hardest = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
+        return loss, diagnose(x, y, margin, positive_score, hardest)
     if metric is None:
-        positive, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
-        loss = hinge_terms(positive, hardest.row_score, hardest.col_score, margin, reduction)
+        positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
+        loss = hinge_terms(positive_score, hardest.row_score, hardest.col_score, margin, reduction)
     else:
         options = ("hinge", [margin], reduction)
-        loss, positive, hardest = hardest_terms(x, y, x_ids, y_ids, *options, names=_NAMES, metric=metric)
-    return (loss, diagnose(x, y, margin, positive, hardest)) if diagnostics else loss
+        loss, positive_score, hardest = hardest_terms(x, y, x_ids, y_ids, *options, names=_NAMES, metric=metric)
+    return (loss, diagnose(x, y, margin, positive_score, hardest)) if diagnostics else loss
 
 
 class TripletLoss(nn.Module):
@@ -103,20 +102,20 @@ class TripletLoss(nn.Module):
     Args:
         margin, negatives, reduction: as in :func:`triplet_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
-            module's); absent, x and y are compared as they come.
-        warmup: for that many training-mode calls the loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup,
-            step = 0, 1, …; from then on ``L_hardest`` alone. For negatives="hardest" only. L_all takes
-            three products where L_hardest takes one, so warm-up costs accordingly; after it nothing is left of
-            that. (A module inside torch.compile goes on paying until ``train()`` is next called, at the turn of an
-            epoch, say.) In evaluation mode the loss is that of the next step, and the step stays. It is kept in the
-            buffer ``step``, which goes with the state_dict.
-        diagnostics: return ``(loss, Diagnostics)``, in warm-up those of the hardest negatives.
+            module's). None: the scores are x yᵀ.
+        warmup: the number of warm-up steps, calls in training mode; only for negatives="hardest". During warm-up the
+            loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup, step = 0, 1, …, and afterwards
+            ``L_hardest``. A step of warm-up is slower: L_all takes three products, L_hardest one. A module inside
+            torch.compile stays slower until the next call of ``train()``, for example at the start of an epoch. In
+            evaluation mode the loss is that of the next step, and the step does not change. The step is the buffer
+            ``step`` and part of the state_dict.
+        diagnostics: return ``(loss, Diagnostics)``; during warm-up they are those of the hardest negatives.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
 
-    The hardest negatives of an untrained model are noise, and can collapse it into one point: hence the warm-up.
-    VSE∞ (arXiv 2011.04305) takes all negatives for one epoch; going over by degrees is ours.
+    Why warm-up: the hardest negatives of an untrained model are noise, and training on them can collapse the embeddings
+    into one point. VSE∞ (arXiv 2011.04305) takes all negatives for one epoch. The gradual change is ours.
     """
 
     step: Tensor
@@ -145,7 +144,7 @@ class TripletLoss(nn.Module):
         if warmup:
             self.register_buffer("step", torch.zeros((), dtype=torch.int64))
             self._steps_seen, self._warm = 0, False
-            self.register_load_state_dict_post_hook(_look_at_step)
+            self.register_load_state_dict_post_hook(_read_step)
 
     def forward(
         self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None
@@ -154,20 +153,20 @@ class TripletLoss(nn.Module):
         result = self._loss(x, y, x_ids, y_ids, self.negatives, self.diagnostics)
         if not self.warmup or self._warm:
             return result
-        hardest, *rest = result if self.diagnostics else (result,)
+        hardest, *diagnostics = result if self.diagnostics else (result,)
         share = (self.step.to(hardest.dtype) / self.warmup).clamp(max=1)
         loss = (1 - share) * self._loss(x, y, x_ids, y_ids, "all", False) + share * hardest
         if self.training:
             self.step.add_(1)
-            if not torch.compiler.is_compiling():  # which would compile anew for every count it sees
+            if not torch.compiler.is_compiling():  # it would compile again for every value of the count
                 self._steps_seen += 1
                 self._warm = self._steps_seen >= self.warmup
-        return (loss, *rest) if self.diagnostics else loss
+        return (loss, *diagnostics) if self.diagnostics else loss
 
     def train(self, mode: bool = True):
         super().train(mode)
         if self.warmup:
-            _look_at_step(self)
+            _read_step(self)
         return self
 
     def _loss(self, x, y, x_ids, y_ids, negatives, diagnostics):
@@ -188,8 +187,8 @@ class TripletLoss(nn.Module):
         return shown + (f", warmup={self.warmup}" if self.warmup else "")
 
 
-def _look_at_step(module: TripletLoss, _incompatible_keys=None) -> None:
-    """Whether warm-up is over, from the buffer. Not done at every call, where it would wait for a GPU."""
+def _read_step(module: TripletLoss, _incompatible_keys=None) -> None:
+    """Set whether warm-up is over, from the buffer. Reading it synchronises, so this is not done at every call."""
     if not module.step.is_meta:
         module._steps_seen = int(module.step)
         module._warm = module._steps_seen >= module.warmup

@@ -1,4 +1,4 @@
-"""Per-row and per-column statistics of ``s = a bᵀ``, one file each: op, composite, autograd."""
+"""Row and column statistics of ``s = a bᵀ``. One file per statistic has its op, composite and ``autograd.Function``."""
 
 from gssf_kernels.ops import hopper as _hopper  # noqa: F401 (registers its op)
 from gssf_kernels.ops.batch_hard import batch_hard_of_factors, batch_hard_terms
@@ -15,9 +15,10 @@ from gssf_kernels.ops.pairs import pair_scores
 from gssf_kernels.ops.positives import hardest_positives
 from gssf_kernels.ops.relative import relative_positives
 from gssf_kernels.ops.sums import sum_scores
-from gssf_kernels.ops.terms import hinge_terms, line_terms
+from gssf_kernels.ops.terms import anchor_terms, hinge_terms
 
 __all__ = [
+    "anchor_terms",
     "batch_hard_of_factors",
     "batch_hard_terms",
     "contrast_loss",
@@ -25,7 +26,6 @@ __all__ = [
     "hardest_positives",
     "hardest_terms",
     "hinge_terms",
-    "line_terms",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",

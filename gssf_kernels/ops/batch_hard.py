@@ -1,12 +1,13 @@
-"""Hardest positive against hardest negative of every row by label, in one op: two launches forward on a GPU, one back.
+"""Hardest positive against hardest negative of every row by label, in one op.
 
     terms_i = [m + n_i − p_i]₊,    n_i = max_{j: label_j ≠ label_i} s_ij,    p_i = min_{j ≠ i: label_j = label_i} s_ij
 
-Rows without a positive or without a negative give 0. Its gradient is one sum over the edges of both ends:
+Rows without a positive or without a negative have term 0. The gradient is a sum over edges, pairs (i, j) whose score
+carries gradient: (i, index of n_i) with weight +g_i and (i, index of p_i) with weight −g_i.
 
-    dx_i = Σ_{edges (i, j) or (j, i)} ± g x_j,    edges (i, index of n_i) by +g_i and (i, index of p_i) by −g_i
+    dx_i = Σ_{edges (i, j) and (j, i)} weight x_j
 
-Source of the statistic: batch-hard, arXiv 1703.07737.
+On a GPU the forward is two launches and the backward one. Source: batch-hard, arXiv 1703.07737.
 """
 
 from typing import NamedTuple
@@ -22,19 +23,19 @@ from gssf_kernels.plan import accumulation_dtype
 
 
 class BatchHardCall(NamedTuple):
-    x: Tensor
-    labels: Tensor
+    x: Tensor  # [N, D]
+    labels: Tensor  # [N] int64
     margin: float
     reduction: str
 
 
 class BatchHardBackwardCall(NamedTuple):
-    grad: Tensor
-    positive: Tensor
-    negative: Tensor
-    positive_index: Tensor
-    negative_index: Tensor
-    x: Tensor
+    grad_out: Tensor  # [] or [N]
+    positive_score: Tensor  # [N]
+    negative_score: Tensor  # [N]
+    positive_index: Tensor  # [N] int64
+    negative_index: Tensor  # [N] int64
+    x: Tensor  # [N, D]
     margin: float
     reduction: str
 
@@ -45,12 +46,12 @@ def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -
 
 
 def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
-    """The same of ``s = a bᵀ``, a and b [N, D] the factors of a metric: row i of both is one thing."""
+    """The same of ``s = a bᵀ``, where a and b [N, D] are the factors of a metric, both made of x."""
     negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels)[2]
     positive_index = hardest_positives(a, labels, b)
-    positive, negative = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
-    valid = _valid(positive_index, negative)
-    p, n = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
+    positive_score, negative_score = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
+    valid = _valid(positive_index, negative_score)
+    p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
     return reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
 
 
@@ -68,46 +69,46 @@ class _BatchHard(Function):
         ctx.save_for_backward(*statistics, x)
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None or not ctx.needs_input_grad[0]:
+    def backward(ctx, grad_out, *_):
+        if grad_out is None or not ctx.needs_input_grad[0]:
             return (None,) * 4
         op = torch.ops.gssf.batch_hard_backward
-        return last_derivative(op, grad, *ctx.saved_tensors, ctx.margin, ctx.reduction), None, None, None
+        return last_derivative(op, grad_out, *ctx.saved_tensors, ctx.margin, ctx.reduction), None, None, None
 
 
-def _valid(positive_index, negative):
-    """Which rows have both."""
-    return (positive_index >= 0) & (negative != -torch.inf)
+def _valid(positive_index, negative_score):
+    """Which rows have a positive and a negative."""
+    return (positive_index >= 0) & (negative_score != -torch.inf)
 
 
 def _batch_hard(call):
     x, labels, margin, reduction = call
-    _, negative, negative_index, *_ = torch.ops.gssf.hardest_negatives(x, x, labels, labels)
+    _, negative_score, negative_index, *_ = torch.ops.gssf.hardest_negatives(x, x, labels, labels)
     positive_index = torch.ops.gssf.hardest_positives(x, labels)
     i = torch.arange(x.shape[0], device=x.device)
-    positive = torch.ops.gssf.pair_scores(x, x, i, positive_index)
-    valid = _valid(positive_index, negative)
-    p, n = torch.where(valid, positive, 0), torch.where(valid, negative, 0)
+    positive_score = torch.ops.gssf.pair_scores(x, x, i, positive_index)
+    valid = _valid(positive_index, negative_score)
+    p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
     loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
-    return loss.clone(), positive, negative, positive_index, negative_index
+    return loss.clone(), positive_score, negative_score, positive_index, negative_index
 
 
 def _batch_hard_backward(call):
-    grad, positive, negative, positive_index, negative_index, x, margin, reduction = call
+    grad_out, positive_score, negative_score, positive_index, negative_index, x, margin, reduction = call
     count = x.shape[0]
-    grad = grad / max(count, 1) if reduction == "mean" else grad
-    active = _valid(positive_index, negative) & ~(margin + negative - positive < 0)
-    weight, i = torch.where(active, grad, 0), torch.arange(count, device=x.device)
+    dterms = grad_out / max(count, 1) if reduction == "mean" else grad_out
+    active = _valid(positive_index, negative_score) & ~(margin + negative_score - positive_score < 0)
+    weight, i = torch.where(active, dterms, 0), torch.arange(count, device=x.device)
     rows, cols = torch.cat((i, i)), torch.cat((negative_index, positive_index))
     edges = torch.cat((weight, -weight)).repeat(2), torch.cat((rows, cols)), torch.cat((cols, rows))
     return torch.ops.gssf.pair_scores_backward(*edges, x, x, [True, False])[0]
 
 
 def _fake_batch_hard(call):
-    positive = call.x.new_empty(call.x.shape[0], dtype=accumulation_dtype(call.x.dtype))
-    loss = positive.new_empty(positive.shape if call.reduction == "none" else ())
+    score = call.x.new_empty(call.x.shape[0], dtype=accumulation_dtype(call.x.dtype))
+    loss = score.new_empty(score.shape if call.reduction == "none" else ())
     indices = (call.labels.new_empty(call.labels.shape) for _ in range(2))
-    return loss, positive, torch.empty_like(positive), *indices
+    return loss, score, torch.empty_like(score), *indices
 
 
 def _fake_batch_hard_backward(call):

@@ -1,6 +1,8 @@
-"""GOAL's weights and values: of one direction's anchors, a triplet weight times a pair weight.
+"""GOAL's weights and values of the anchors of one direction.
 
-Formulas: :mod:`gssf_kernels.losses.goal`.
+    w⁺ = T P⁺,   w⁻ = T P⁻,      T the triplet weight, P the pair weight
+
+Their formulas and source: :mod:`gssf_kernels.losses.goal`.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ class Constants(NamedTuple):
     lam: float
 
 
-# Each takes AnchorStatistics and Constants.
+# The functions of these three tables take AnchorStatistics and Constants.
 TRIPLET: dict[str, Callable[..., Tensor]] = {
     "con": lambda s, c: torch.ones_like(s.positive),
     "nca": lambda s, c: torch.sigmoid(-c.tau * (s.positive - s.negative)),
@@ -46,7 +48,7 @@ PAIR: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {  # (P⁺, P⁻)
         1 / (torch.exp(-c.beta * (s.negative - c.lam)) + s.relative_negative),
     ),
 }
-# con·con is n − p, which is what a loss without one of these is reported as
+# The losses whose derivative is the weights. Other combinations, and con·con, are reported as n − p.
 LOSS: dict[tuple[str, str], Callable[..., Tensor]] = {
     ("con", "lin"): lambda s, c: ((1 - s.positive).square() + s.negative.square()) / 2,
     ("con", "sig"): lambda s, c: (
@@ -64,13 +66,13 @@ def _softplus(t: Tensor) -> Tensor:
 
 
 def anchor_weights(anchor: AnchorStatistics, triplet: str, pair: str, constants: Constants) -> tuple[Tensor, Tensor]:
-    """(w⁺, w⁻) of one direction's anchors."""
+    """(w⁺, w⁻) of the anchors of one direction, [N] each."""
     weight = TRIPLET[triplet](anchor, constants)
     positive_weight, negative_weight = PAIR[pair](anchor, constants)
     return weight * positive_weight, weight * negative_weight
 
 
 def anchor_values(anchor: AnchorStatistics, triplet: str, pair: str, constants: Constants) -> Tensor:
-    """The loss that has these weights for its derivative, or n − p."""
+    """The terms [N] of the loss whose derivative these weights are; n − p where there is no such loss."""
     value = LOSS.get((triplet, pair))
     return anchor.negative - anchor.positive if value is None else value(anchor, constants)

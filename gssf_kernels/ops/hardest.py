@@ -2,9 +2,9 @@
 
     row_score_i = max_{j ∉ pos(i)} s_ij,   col_score_j = max_{i ∉ pos(j)} s_ij,   positive_score_i = s_ii
 
-pos(i) holds j = i and every j of equal id. The sweep computes the diagonal anyway, so the positives'
-scores cost nothing. Only 2N + M scores carry gradient; the backward gathers exactly those
-(:mod:`gssf_kernels.ops.pairs`). Source of the statistic: VSE++, arXiv 1707.05612.
+pos(i) holds j = i and every j of equal id. The sweep computes the diagonal anyway, so positive_score costs nothing.
+Only 2N + M scores carry gradient, and the backward reads only their rows of a and b (:mod:`gssf_kernels.ops.pairs`).
+Source: VSE++, arXiv 1707.05612.
 """
 
 from typing import NamedTuple
@@ -21,73 +21,74 @@ from gssf_kernels.reference import HardestNegatives, RelativeTerms
 
 
 class HardestNegativesCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    a_ids: Tensor | None
-    b_ids: Tensor | None
-    route: str = ""  # "sweep" or "certified"; "" is what pays
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D], M >= N
+    a_ids: Tensor | None  # [N] int64
+    b_ids: Tensor | None  # [M] int64
+    route: str = ""  # "sweep" or "certified"; "" lets the plan choose
 
 
 class HardestNegativesBackwardCall(NamedTuple):
-    """Gradients of the scores x̂ W ŷᵀ at (i, i) [N], (i, row_index[i]) [N] and (col_index[j], j) [M].
+    """The gradients of 2N + M scores of ``s = x̂ W ŷᵀ``; without weights and normalize of ``s = x yᵀ``."""
 
-    Without weights and normalize they are those of x yᵀ. needs: for x, y, diag, blocks.
-    """
-
-    dpositive: Tensor
-    drow: Tensor
-    dcol: Tensor
-    row_index: Tensor
-    col_index: Tensor
-    x: Tensor
-    y: Tensor
-    diag: Tensor | None
-    blocks: Tensor | None
-    permutation: Tensor | None
+    dpositive: Tensor  # [N], with respect to s[i, i]
+    drow: Tensor  # [N], with respect to s[i, row_index[i]]
+    dcol: Tensor  # [M], with respect to s[col_index[j], j]
+    row_index: Tensor  # [N] int64
+    col_index: Tensor  # [M] int64
+    x: Tensor  # [N, D]
+    y: Tensor  # [M, D]
+    diag: Tensor | None  # [D]
+    blocks: Tensor | None  # [G, b, b]
+    permutation: Tensor | None  # [D] int64
     normalize: bool
-    needs: list[bool]
+    needs: list[bool]  # whether x, y, diag and blocks need a gradient
 
 
 def hardest_negatives(
     a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
 ) -> HardestNegatives:
-    """Row and column maximum of ``s = a bᵀ`` over negatives, with their places, without storing s.
+    """Row and column maxima of ``s = a bᵀ`` over negatives, with their indices, without storing s.
 
-    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index. Where b is a, only
-    the upper triangle is computed.
-    NaN propagates: a NaN score wins, the first one if several. Where nothing scores above -inf (no
-    valid negative, say) the score is -inf and the index -1.
+    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index. If b is a, only the
+    upper triangle is computed. NaN propagates: a NaN score wins, and the first of several. Where every negative scores
+    -inf, or there is no negative, the score is -inf and the index -1.
 
     Args:
         a: [N, D] float.
-        b: [M, D] of a's dtype and device, M >= N; rows past N are negatives only (a memory bank).
-        a_ids: [N] int64. Ids of one side alone serve both when N = M.
+        b: [M, D] of a's dtype and device, M >= N. Rows past N are only negatives (a memory bank).
+        a_ids: [N] int64. If N = M, the ids of one input serve both.
         b_ids: [M] int64.
 
     Returns:
-        named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``; scores in fp32
-        (fp64 for fp64) and differentiable once, indices int64.
+        named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``. Scores are fp32 (fp64 for fp64)
+        and differentiable once; indices are int64.
 
-    On a CPU with a unit for bf16 products (AVX-512 BF16, AMX), fp32 and fp16 inputs of so many scores that it pays (a
-    million, with AMX a quarter of that) are mined exactly: the winners are those of the exact scores, which are
-    returned rounded to fp32, at about the price of the bf16 product (``csrc/certified.h``; :func:`rescored_candidates`
-    tells how many scores it made again). So, to the same bits, are fp32 inputs of four million scores and more on a GPU
-    (``triton/certified.py``). PyTorch's setting for fp32 products governs both, whether it was made by
-    ``torch.set_float32_matmul_precision`` or by backend (``torch.backends.cuda.matmul.fp32_precision``): where it lets
-    PyTorch's own products be TF32, or bf16 on the CPU, ours are.
+    Certified mining: large problems in fp32 are mined exactly, at about the cost of a bf16 product. The winners are
+    those of the exact scores, which are returned rounded to fp32. On a CPU with a unit for bf16 products this holds for
+    fp32 and fp16 from 2²⁰ scores on (AVX-512 BF16) or 2¹⁸ (AMX) (``csrc/certified.h``). On a GPU it holds for fp32 from
+    2²² scores on (``triton/certified.py``). Both give the same bits. :func:`rescored_candidates` tells how many scores
+    were computed again.
+
+    PyTorch's setting for fp32 products applies here too, whether it was made by
+    ``torch.set_float32_matmul_precision`` or for a backend (``torch.backends.cuda.matmul.fp32_precision``). If it lets
+    PyTorch's products be TF32, or bf16 on the CPU, these products are as well.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one N x M x D product. Extra memory: O(N + M), and on the CPU b packed for the products (an fp32 copy, and of
-    fp16 inputs one of a too; on a bf16 unit bf16 copies of a and, twice, of b); on a GPU a fixed number of partial
-    results, and for certified mining bf16 copies of a and b.
+    Time: one N x M x D product. Extra memory: O(N + M). On the CPU also b packed for the products: an fp32 copy, for
+    fp16 inputs one of a too; on a bf16 unit bf16 copies of a and, twice, of b. On a GPU also a fixed number of
+    partials, and for certified mining bf16 copies of a and b.
     """
     return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
 
 
 def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple[Tensor, HardestNegatives]:
-    """``(positive_score [N], hardest negatives)`` of ``x yᵀ`` or of ``metric``."""
+    """``(positive_score [N], hardest negatives)`` of ``s = x yᵀ``, or of the scores of ``metric``.
+
+    names: those of the four arguments, for errors.
+    """
     positive_score, *hardest = _paired(x, y, x_ids, y_ids, names, metric, None)
     return positive_score, HardestNegatives(*hardest)
 
@@ -95,7 +96,7 @@ def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple
 def paired_relative_negatives(
     x, y, x_ids, y_ids, relative: RelativeTerms, *, names, metric=None
 ) -> tuple[Tensor, HardestNegatives, tuple[Tensor, Tensor]]:
-    """The same and, from the same sweep, GOAL's r⁻ of the rows [N] and of the columns [M], which carry no gradient."""
+    """The same, and from the same sweep GOAL's r⁻ of the rows [N] and of the columns [M], without gradient."""
     positive_score, *hardest, row_relative, col_relative = _paired(x, y, x_ids, y_ids, names, metric, relative)
     return positive_score, HardestNegatives(*hardest), (row_relative, col_relative)
 
@@ -103,21 +104,27 @@ def paired_relative_negatives(
 def rescored_candidates(
     a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
 ) -> int | None:
-    """How many scores certified mining makes again in fp64 for these inputs: a diagnosis, not differentiable.
+    """How many scores certified mining computes again in fp64 for these inputs; for diagnosis, not differentiable.
 
-    One or two for every row and column is what embeddings in training give. ``N * M`` and more says that the bound told
-    too few scores apart (copies of one row, lengths over many decades) and that all were made in fp64, on the CPU at
-    some five times the time. None where this processor has no bf16 unit. On a GPU a tile's scores of a row, or of a
-    column, are all made where two of them are too near each other, and the caller waits for the number. Arguments and
-    errors as in :func:`hardest_negatives`; fp32, on the CPU also fp16.
+    Embeddings in training give one or two for each row and column. ``N * M`` or a larger number says that the bound
+    could not tell the scores apart (copies of one row, norms over many decades), so that all were computed in fp64. On
+    the CPU this takes about five times as long.
+
+    On a GPU, if two scores of a row in a tile are too close to each other, all scores of that row in the tile are
+    computed again; the same holds for columns. On a GPU this function synchronises.
+
+    Arguments and errors are as in :func:`hardest_negatives`; a and b are fp32, on the CPU also fp16.
+
+    Returns:
+        the number of scores, or None if this CPU has no bf16 unit or the GPU no Triton.
     """
-    _checks.sides(a, b, "a", "b")
+    _checks.embeddings(a, b, "a", "b")
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
-    served = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32,)}
-    if a.device.type not in served:
+    dtypes = {"cpu": (torch.float32, torch.float16), "cuda": (torch.float32,)}
+    if a.device.type not in dtypes:
         raise ValueError(f"a: expected device cpu or cuda, got {a.device}")
-    if a.dtype not in served[a.device.type]:
-        names = " or ".join(str(dtype)[6:] for dtype in served[a.device.type])
+    if a.dtype not in dtypes[a.device.type]:
+        names = " or ".join(str(dtype)[6:] for dtype in dtypes[a.device.type])
         raise TypeError(f"a: expected dtype {names}, got {a.dtype}")
     if a.device.type == "cuda":
         if backends()["hardest_negatives"]["cuda"] != "triton":
@@ -128,14 +135,17 @@ def rescored_candidates(
 
 
 def _paired(x, y, x_ids, y_ids, names, metric, relative):
-    (x, y, *ids), weights = checked_sides(x, y, x_ids, y_ids, names, metric)
+    (x, y, *ids), weights = checked_inputs(x, y, x_ids, y_ids, names, metric)
     return _PairedHardestNegatives.apply(x, y, *weights, *ids, relative)
 
 
-def checked_sides(x, y, x_ids, y_ids, names, metric):
-    """((x, y, x_ids, y_ids), (diag, blocks, permutation, normalize)), checked; all none without a metric."""
+def checked_inputs(x, y, x_ids, y_ids, names, metric):
+    """``((x, y, x_ids, y_ids), (diag, blocks, permutation, normalize))``, checked.
+
+    Without a metric the second is ``(None, None, None, False)``.
+    """
     x, y = _checks.autocast(x, y)
-    _checks.sides(x, y, *names[:2])
+    _checks.embeddings(x, y, *names[:2])
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
     x, y = distinct(x, y)
     x_ids, y_ids = distinct(x_ids, y_ids)
@@ -146,8 +156,8 @@ def checked_sides(x, y, x_ids, y_ids, names, metric):
     return (x, y, x_ids, y_ids), (diag, blocks, metric.permutation, metric.normalize)
 
 
-def projected_sides(x, y, diag, blocks, permutation, normalize):
-    """(x̂ W, ŷ); x and y themselves without weights and normalize."""
+def projected_factors(x, y, diag, blocks, permutation, normalize):
+    """``(x̂ W, ŷ)``; x and y themselves without weights and normalize."""
     if diag is None and blocks is None and not normalize:
         return x, y
     p, unit, *_ = torch.ops.gssf.project(x, y if normalize else None, diag, blocks, permutation, normalize)
@@ -155,14 +165,17 @@ def projected_sides(x, y, diag, blocks, permutation, normalize):
 
 
 class _PairedHardestNegatives(Function):
-    """Of ``s = x̂ W ŷᵀ`` or ``x yᵀ``, keeping no factor: since s is linear in each, the gradient of a row of x is a sum
-    of few rows of ŷ through Wᵀ, and that of a row of y a sum of few rows of x̂ through W. Both are gathered from the
-    inputs themselves, so nothing of N x D is held between forward and backward. The factors exist while the forward
-    runs; the C++ backward makes the result alone, Triton's and the composite's an fp32 [N, D] besides."""
+    """Hardest negatives of ``s = x̂ W ŷᵀ`` or ``s = x yᵀ``, keeping neither factor for the backward.
+
+    s is linear in each factor. The gradient with respect to a row of x is a sum of few rows of ŷ times Wᵀ, and that
+    with respect to a row of y a sum of few rows of x̂ times W. Both are computed from x and y, so nothing of N x D is
+    kept between forward and backward: the factors live only while the forward runs. The C++ backward allocates only its
+    result; those of Triton and of the composite also an fp32 [N, D].
+    """
 
     @staticmethod
     def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, relative):
-        a, b = projected_sides(x, y, diag, blocks, permutation, normalize)
+        a, b = projected_factors(x, y, diag, blocks, permutation, normalize)
         if relative is not None:
             return relative_sweep(a, b, x_ids, y_ids, relative)
         return torch.ops.gssf.hardest_negatives(a, b, x_ids, y_ids)[:5]
@@ -179,19 +192,19 @@ class _PairedHardestNegatives(Function):
     def backward(ctx, dpositive, drow, _drow_index, dcol, _dcol_index, *_):
         row_index, col_index, x, y, *weights = ctx.saved_tensors
         needs, op = list(ctx.needs_input_grad[:4]), torch.ops.gssf.hardest_negatives_backward
-        dscores = _without_none((dpositive, drow, dcol), x, y)
+        dscores = _zeros_for_none((dpositive, drow, dcol), x, y)
         grads = last_derivative(op, *dscores, row_index, col_index, x, y, *weights, ctx.normalize, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 5)
 
 
-def _without_none(grads, x, y) -> tuple[Tensor, ...]:
-    """The gradients of the positives [N], row maxima [N] and column maxima [M], zeros for what was not used."""
+def _zeros_for_none(grads, x, y) -> tuple[Tensor, ...]:
+    """The gradients of positive_score [N], row_score [N] and col_score [M], zeros for a result that was not used."""
     sizes, dtype = (x.shape[0], x.shape[0], y.shape[0]), accumulation_dtype(x.dtype)
     return tuple(x.new_zeros(n, dtype=dtype) if g is None else g for g, n in zip(grads, sizes, strict=True))
 
 
 def _hardest_negatives(call):
-    """The definition; certified mining has no other implementation than C++ and Triton."""
+    """The definition. Certified mining is implemented only in C++ and Triton."""
     if call.route == "certified":
         raise ValueError(f'route: expected "" or "sweep" for {call.a.dtype} on {call.a.device}, got "certified"')
     hardest = reference.hardest_negatives(call.a, call.b, a_ids=call.a_ids, b_ids=call.b_ids)
@@ -199,7 +212,7 @@ def _hardest_negatives(call):
 
 
 def fake_results(a, b):
-    """positive_score, row_score, row_index, col_score, col_index"""
+    """Empty positive_score, row_score, row_index [N], col_score and col_index [M]."""
     score, index = accumulation_dtype(a.dtype), torch.int64
     n, m = a.shape[0], b.shape[0]
     return tuple(a.new_empty(size, dtype=dtype) for size, dtype in
@@ -212,7 +225,7 @@ def _fake_hardest_negatives(call):
 
 
 def _hardest_gradients(call):
-    """(dx, dy, ddiag, dblocks), by the list of the 2N + M scores that carry gradient."""
+    """(dx, dy, ddiag, dblocks), from the list of the 2N + M scores that carry gradient."""
     i = torch.arange(call.row_index.shape[0], device=call.row_index.device)
     j = torch.arange(call.col_index.shape[0], device=call.row_index.device)
     rows, cols = torch.cat((i, i, call.col_index)), torch.cat((i, call.row_index, j))
@@ -227,8 +240,8 @@ def _fake_hardest_gradients(call):
     )
 
 
-# positive_score [N]; row_score, row_index [N], col_score, col_index [M]; how many scores were made in fp64 where the
-# route is "certified", [] int64, else empty
+# Results: positive_score, row_score, row_index [N]; col_score, col_index [M]; how many scores were computed again in
+# fp64, [] int64, with the route "certified", else empty.
 register(
     "hardest_negatives",
     HardestNegativesCall,

@@ -1,10 +1,11 @@
-"""Hardest negatives and the terms of a loss made of them, in one op: two launches forward on a GPU for few scores.
+"""Hardest negatives and the terms of a loss of them, in one op.
 
-Formulas: "hinge" and "goal <triplet> <pair>" of ``terms.py``. With GOAL's relative terms (lin_ms, sig_ms), weights are
-constants, so the forward makes them:
+    hinge, goal      as in ``terms.py``
+    goal, relative   terms_i = (row_i − p_i) + (col_i − p_i),     i < N,   each 0 where there is no negative
+                     dL/dp = −(w⁺ of rows + w⁺ of columns),   dL/drow = w⁻ of rows,   dL/dcol = w⁻ of columns
 
-    terms_i = (row_i − p_i) + (col_i − p_i),     i < N,   each 0 where there is no negative
-    dL/dp = −(w⁺ of rows + w⁺ of columns),   dL/drow = w⁻ of rows,   dL/dcol = w⁻ of columns
+GOAL's pair weights with relative terms are lin_ms and sig_ms. Their weights w are constants to autograd, so the forward
+computes them. On a GPU the forward of a small problem is two launches. Source: GOAL, arXiv 2210.13188.
 """
 
 from typing import NamedTuple
@@ -15,41 +16,41 @@ from torch import Tensor
 from gssf_kernels import plan, reference
 from gssf_kernels._library import Function, last_derivative, register
 from gssf_kernels.ops.goal import RELATIVE, Constants, anchor_weights
-from gssf_kernels.ops.hardest import checked_sides, fake_results, projected_sides
+from gssf_kernels.ops.hardest import checked_inputs, fake_results, projected_factors
 from gssf_kernels.ops.relative import relative_positives, relative_sweep
-from gssf_kernels.ops.terms import line_gradients
+from gssf_kernels.ops.terms import anchor_term_gradients
 from gssf_kernels.reference import AnchorStatistics, HardestNegatives, RelativeTerms
 
 
 class HardestTermsCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    a_ids: Tensor | None
-    b_ids: Tensor | None
-    formula: str
-    constants: list[float]  # the margin; τ, α, β, λ, and with relative terms the thresholds of positives and negatives
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D], M >= N
+    a_ids: Tensor | None  # [N] int64
+    b_ids: Tensor | None  # [M] int64
+    formula: str  # "hinge" or "goal <triplet> <pair>"
+    constants: list[float]  # hinge: the margin; goal: τ, α, β, λ, with relative terms also positive, negative_threshold
     reduction: str
 
 
 def hardest_terms(
     x, y, x_ids, y_ids, formula: str, constants: list[float], reduction: str, *, names, metric=None
 ) -> tuple[Tensor, Tensor, HardestNegatives]:
-    """``(terms [N], or their sum or mean; positive_score, hardest negatives)`` of ``x yᵀ`` or of ``metric``.
+    """``(loss, positive_score, hardest negatives)`` of ``s = x yᵀ``, or of the scores of ``metric``.
 
-    The terms alone carry gradient. Differentiable once.
+    loss: the terms [N], or their sum or mean. Only the loss carries gradient. Differentiable once.
     """
-    sides, weights = checked_sides(x, y, x_ids, y_ids, names, metric)
-    outputs = _HardestTerms.apply(*sides[:2], *weights, *sides[2:], formula, constants, reduction)
+    (x, y, *ids), weights = checked_inputs(x, y, x_ids, y_ids, names, metric)
+    outputs = _HardestTerms.apply(x, y, *weights, *ids, formula, constants, reduction)
     loss, positive_score, *hardest, _ = outputs
     return loss, positive_score, HardestNegatives(*hardest)
 
 
 class _HardestTerms(Function):
-    """Of a metric no factor is kept, as in ``hardest.py``."""
+    """With a metric, neither factor is kept for the backward, as in ``hardest.py``."""
 
     @staticmethod
     def forward(x, y, diag, blocks, permutation, normalize, x_ids, y_ids, formula, constants, reduction):
-        a, b = projected_sides(x, y, diag, blocks, permutation, normalize)
+        a, b = projected_factors(x, y, diag, blocks, permutation, normalize)
         return torch.ops.gssf.hardest_terms(a, b, x_ids, y_ids, formula, constants, reduction)
 
     @staticmethod
@@ -63,23 +64,24 @@ class _HardestTerms(Function):
         ctx.save_for_backward(row_index, col_index, x, y, diag, blocks, permutation, *statistics)
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        if grad is None:
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
             return (None,) * 11
         needs = list(ctx.needs_input_grad[:4])
         options = (ctx.formula, ctx.constants, ctx.reduction, ctx.normalize, needs)
-        grads = last_derivative(_gradients, grad, options, *ctx.saved_tensors)
+        grads = last_derivative(_gradients, grad_out, options, *ctx.saved_tensors)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
 
 
-def _gradients(grad, options, row_index, col_index, x, y, diag, blocks, permutation, *statistics):
+def _gradients(grad_out, options, row_index, col_index, x, y, diag, blocks, permutation, *statistics):
     formula, constants, reduction, normalize, needs = options
-    dstatistics = line_gradients(grad, formula, constants, reduction, *statistics)
-    sides = (x, y, diag, blocks, permutation, normalize)
-    return torch.ops.gssf.hardest_negatives_backward(*dstatistics, row_index, col_index, *sides, needs)
+    dstatistics = anchor_term_gradients(grad_out, formula, constants, reduction, *statistics)
+    inputs = (x, y, diag, blocks, permutation, normalize)
+    return torch.ops.gssf.hardest_negatives_backward(*dstatistics, row_index, col_index, *inputs, needs)
 
 
 def _relative(formula: str) -> bool:
+    """Whether the pair weight has relative terms: lin_ms, sig_ms."""
     return formula.endswith("_ms")
 
 
@@ -94,9 +96,9 @@ def _hardest_terms(call):
 
 def _relative_goal(call):
     triplet, pair = call.formula.split()[1:]
-    *numbers, positive_threshold, negative_threshold = call.constants
-    constants = Constants(*numbers)
-    relative = RelativeTerms(RELATIVE[pair], constants.alpha, constants.beta, positive_threshold, negative_threshold)
+    tau, alpha, beta, lam, positive_threshold, negative_threshold = call.constants
+    constants = Constants(tau, alpha, beta, lam)
+    relative = RelativeTerms(RELATIVE[pair], alpha, beta, positive_threshold, negative_threshold)
     *results, row_relative, col_relative = relative_sweep(call.a, call.b, call.a_ids, call.b_ids, relative)
     positive_score, row_score, _, col_score, _ = results
     count = positive_score.shape[0]
@@ -117,8 +119,8 @@ def _fake_hardest_terms(call):
     return loss, *results, results[0].new_empty((4, n) if _relative(call.formula) else 0)
 
 
-# the terms; positive_score, row_score, row_index [N], col_score, col_index [M]; with relative terms weights [4, N], w⁺
-# and w⁻ of rows and of columns, else empty
+# Results: loss; positive_score, row_score, row_index [N]; col_score, col_index [M]; weights [4, N], which are w⁺ and w⁻
+# of the rows, then of the columns (empty without relative terms).
 register(
     "hardest_terms",
     HardestTermsCall,

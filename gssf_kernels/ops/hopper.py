@@ -1,6 +1,8 @@
-"""The sweep of csrc/cuda for hardest negatives and log-sums, on CUDA where it is built: one op for both.
+"""One op for the sweep of csrc/cuda, for GPUs of compute capability 9.0: hardest negatives or log-sum-exps.
 
-Called by ``triton/hopper.py`` alone, where the plan's route is "hopper"; elsewhere it is what the other ops give.
+    the results of ``hardest_negatives`` (``hardest.py``) or of ``logsumexp_scores`` (``logsumexp.py``)
+
+Only ``triton/hopper.py`` calls it, if the plan's route is "hopper". On other devices it calls those two ops.
 """
 
 from typing import NamedTuple
@@ -14,12 +16,12 @@ from gssf_kernels.plan import accumulation_dtype
 
 
 class HopperSweepCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    a_ids: Tensor | None
-    b_ids: Tensor | None
-    log_sums: bool  # of κ a bᵀ, else hardest negatives
-    scale: Tensor | None  # κ, or None: constant is
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D]
+    a_ids: Tensor | None  # [N] int64
+    b_ids: Tensor | None  # [M] int64
+    log_sums: bool  # log-sum-exps of κ a bᵀ; False: hardest negatives
+    scale: Tensor | None  # κ, a scalar; None: κ is constant
     constant: float
 
 

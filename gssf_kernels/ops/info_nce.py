@@ -1,13 +1,16 @@
-"""InfoNCE of ``t = κ a bᵀ`` against soft targets, in one op: two launches each way on a GPU where scores are few.
+"""InfoNCE of ``t = κ a bᵀ`` against soft targets, in one op.
 
-    terms_i = lse_j(t_ij) − Σ_j Y_ij t_ij,    with both directions  ½ [that + lse_k(t_ki) − Σ_k Y'_ki t_ki],    i < N
-    dL/dt_ij = g_i [e^{t_ij − row_lse_i} − Y_ij] + g_j [e^{t_ij − col_lse_j} − Y'_ij],    g: halved with both
+    rows' direction:    terms_i = lse_j(t_ij) − Σ_j Y_ij t_ij,      i < N
+    both directions:    terms_i = ½ [lse_j(t_ij) − Σ_j Y_ij t_ij + lse_k(t_ki) − Σ_k Y'_ki t_ki]
+    dL/dt_ij = g_i [e^{t_ij − row_lse_i} − Y_ij] + g_j [e^{t_ij − col_lse_j} − Y'_ij],    g halved in both directions
 
-Y_ij = (1 − ε) 1[positive] / (positives of row i) + ε/M, Y' the same by columns with N in place of M; positives are
-pairs (i, i) and equal ids. Since t is linear in b, Σ_j Y_ij t_ij is κ a_i times a mean of rows of b: O((N + M) D),
-whatever the groups. Elsewhere than on small problems the op is a formula over log-sums
-(:mod:`gssf_kernels.ops.logsumexp`) and those means. The maximum and the target meet first: their difference is
-exact where the loss is small.
+Y_ij = (1 − ε) 1[positive] / (positives of row i) + ε/M. Y' is the same by columns, with N in place of M. Positives are
+pairs (i, i) and equal ids. Source: arXiv 1807.03748; :mod:`gssf_kernels.losses.info_nce`.
+
+Since t is linear in b, Σ_j Y_ij t_ij is κ a_i times a mean of rows of b. It costs O((N + M) D), whatever the segments.
+On a GPU, a small problem takes two launches in each pass. Elsewhere the op is a formula over log-sums
+(:mod:`gssf_kernels.ops.logsumexp`) and those means. The target is subtracted from the maximum before the logarithm is
+added, because that difference is exact where the loss is small.
 """
 
 from typing import NamedTuple
@@ -18,8 +21,8 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import keeps
-from gssf_kernels.ops.groups import Groups, group_sums, groups
 from gssf_kernels.ops.logsumexp import kappa_of, scale_of
+from gssf_kernels.ops.segments import Segments, segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype
 
 
@@ -27,27 +30,27 @@ class Options(NamedTuple):
     """The settings of the loss."""
 
     epsilon: float  # of label smoothing
-    symmetric: bool  # both directions, or the rows' alone
+    symmetric: bool  # both directions; False: only the rows' direction
     reduction: str
 
 
 class Call(NamedTuple):
-    """The loss, and what its gradient takes."""
+    """The loss, and what its backward needs."""
 
     a: Tensor  # [N, D]
-    b: Tensor | None  # [M, D], M >= N, or None: a
-    scale: Tensor | None  # κ, or None: constant is
-    constant: float | None  # None: scale is log κ
+    b: Tensor | None  # [M, D], M >= N; None: b is a
+    scale: Tensor | None  # κ, a scalar; None: κ is constant
+    constant: float | None  # None: scale stores log κ
     a_ids: Tensor | None  # [N] int64
     b_ids: Tensor | None  # [M] int64
     epsilon: float
     symmetric: bool
     reduction: str
-    keep: bool = False  # hold s for a backward, if it is small
+    keep: bool = False  # keep s for the backward, if it is small
 
 
 class BackwardCall(NamedTuple):
-    """The gradients of a, b and κ."""
+    """The gradients with respect to a, b and scale."""
 
     grad_out: Tensor  # [] or [N]
     a: Tensor
@@ -63,9 +66,9 @@ class BackwardCall(NamedTuple):
     row_log: Tensor
     col_max: Tensor
     col_log: Tensor
-    row_count: Tensor  # [N] positives of each row, empty without ids
-    col_count: Tensor  # [N] of each of the first N columns
-    needs: list[bool]  # for a, b and scale
+    row_count: Tensor  # [N], positives of each row; empty without ids
+    col_count: Tensor  # [N], positives of each of the first N columns; empty without ids
+    needs: list[bool]  # whether a, b and scale need a gradient
     kept: Tensor | None = None
 
 
@@ -104,8 +107,8 @@ class _InfoNCE(Function):
         if grad_out is None:
             return (None,) * len(Call._fields)
         (a, b, scale, a_ids, b_ids, *statistics, kept), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
-        sides = (grad_out, a, b, scale, ctx.constant, a_ids, b_ids)
-        call = BackwardCall._make((*sides, *ctx.options, *statistics, needs, kept))
+        inputs = (a, b, scale, ctx.constant, a_ids, b_ids)
+        call = BackwardCall._make((grad_out, *inputs, *ctx.options, *statistics, needs, kept))
         grads = last_derivative(torch.ops.gssf.info_nce_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
 
@@ -119,21 +122,21 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
     row_count, col_count = (positive_logit.new_empty(0) for _ in range(2))
     row_target = col_target = positive_logit
     if a_ids is not None and b_ids is not None and count > 0:
-        (x, y), slots = _wide(a, b), groups(a_ids, b_ids)
-        row_count, col_count = _counts(slots, a_ids, b_ids, positive_logit.dtype)
-        row_target = (positive_logit + kappa * _scores(x, _others(slots, y, x, a_ids, b_ids))) / row_count
+        (x, y), segments = _accumulated(a, b), segments_of(a_ids, b_ids)
+        row_count, col_count = _counts(segments, a_ids, b_ids, positive_logit.dtype)
+        further = _sum_of_further_positives(segments, x, y, a_ids, b_ids)
+        row_target = (positive_logit + kappa * _scores(x, further)) / row_count
         if call.symmetric:
-            others = _others(slots.turned(), x, y, b_ids, a_ids)
-            col_target = (positive_logit + kappa * _scores(y[:count], others)) / col_count
+            further = _sum_of_further_positives(segments.transposed(), y, x, b_ids, a_ids)
+            col_target = (positive_logit + kappa * _scores(y[:count], further)) / col_count
     elif a_ids is not None:
         row_count, col_count = (positive_logit.new_empty(count) for _ in range(2))
     if call.epsilon:
         row_target = torch.lerp(row_target, kappa * _mean_scores(a, b), call.epsilon)
     if call.epsilon and call.symmetric:
         col_target = torch.lerp(col_target, kappa * _mean_scores(b[:count], a), call.epsilon)
-    shared = None if col_target is row_target else col_target
-    of_columns = (*cols, shared) if call.symmetric else (None, None, None)
-    loss = torch.ops.gssf.line_terms("contrast", [*rows, row_target, *of_columns], [], call.reduction)
+    col_statistics = (*cols, None if col_target is row_target else col_target) if call.symmetric else (None, None, None)
+    loss = torch.ops.gssf.line_terms("contrast", [*rows, row_target, *col_statistics], [], call.reduction)
     return loss, *statistics, row_count, col_count, kept
 
 
@@ -142,90 +145,91 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
         kappa = call.scale.exp()
         da, db, dscale = _backward(call._replace(scale=kappa, constant=1.0))
         return da, db, dscale * kappa if call.needs[2] else dscale
-    plain = call.a_ids is None and not call.epsilon
-    of_columns = (None, call.col_log if call.symmetric else None, None if plain else call.row_log)
-    log_sums = [None, call.row_log, None, *of_columns]
-    drow, dtarget, dcol = torch.ops.gssf.line_terms_backward(call.grad_out, "contrast", log_sums, [], call.reduction)
-    dcol, dpositive, extra = dcol if call.symmetric else None, dtarget, None
-    if not plain:
-        dpositive, *extra = _target_gradients(call, dtarget)
-    statistics = (call.row_max, call.row_log, call.col_max, call.col_log)
-    sides = (call.a, call.b, call.scale, call.constant)
+    one_hot = call.a_ids is None and not call.epsilon  # the target is the positive alone
+    col_statistics = (None, call.col_log if call.symmetric else None, None if one_hot else call.row_log)
+    statistics = [None, call.row_log, None, *col_statistics]
+    drow, dtarget, dcol = torch.ops.gssf.line_terms_backward(call.grad_out, "contrast", statistics, [], call.reduction)
+    dcol, dpositive, target_grads = dcol if call.symmetric else None, dtarget, None
+    if not one_hot:
+        dpositive, *target_grads = _target_gradients(call, dtarget)
+    log_sums = (call.row_max, call.row_log, call.col_max, call.col_log)
+    inputs = (call.a, call.b, call.scale, call.constant)
     op = torch.ops.gssf.logsumexp_scores_backward
-    grads = op(drow, dcol, dpositive, *sides, *statistics, call.needs, call.kept)
-    if extra is None:
+    grads = op(drow, dcol, dpositive, *inputs, *log_sums, call.needs, call.kept)
+    if target_grads is None:
         return grads
     if call.b is None:
-        extra = (extra[0] + extra[1], extra[1], extra[2])
+        da, db, dscale = target_grads
+        target_grads = (da + db, db, dscale)
     return tuple(
-        t if not t.numel() else t.add_(more) if t.dtype == more.dtype else (more + t).to(t.dtype)
-        for t, more in zip(grads, extra, strict=True)
+        t if not t.numel() else t.add_(by_target) if t.dtype == by_target.dtype else (by_target + t).to(t.dtype)
+        for t, by_target in zip(grads, target_grads, strict=True)
     )
 
 
 def _target_gradients(call: BackwardCall, dtarget):
-    """Gradients of the pairs' t [N], of a, b and κ, by each direction's target, whose gradient is dtarget [N]."""
+    """The gradients through the targets of both directions; dtarget [N] is that with respect to each target.
+
+    Returns the gradients with respect to the positives' logits [N], a, b and scale.
+    """
     a, b, a_ids, b_ids, epsilon = call.a, call.b, call.a_ids, call.b_ids, call.epsilon
     kappa, counts = kappa_of(call.scale, call.constant), (call.row_count, call.col_count)
-    sides = _wide(a, a if b is None else b)
-    grads: list = [None, None]  # of a and of b
+    factors, ids = _accumulated(a, a if b is None else b), (a_ids, b_ids)
+    grads: list = [None, None]  # da and db
     dpositive, dscale, count = torch.zeros_like(dtarget), dtarget.new_zeros(()), a.shape[0]
-    all_slots, ids = (
-        groups(a_ids, b_ids) if a_ids is not None and b_ids is not None and count > 0 else None,
-        (a_ids, b_ids),
-    )
-    if all_slots is None:
-        grads = [torch.zeros_like(t) for t in sides]
-    for k in (0, 1) if call.symmetric else (0,):
-        of, other, weight = sides[k], sides[1 - k], (1 - epsilon) * dtarget
-        anchors = of[:count]
-        if all_slots is not None:
-            slots, of_ids, other_ids = all_slots.turned() if k else all_slots, ids[k], ids[1 - k]
+    row_segments = segments_of(a_ids, b_ids) if a_ids is not None and b_ids is not None and count > 0 else None
+    if row_segments is None:
+        grads = [torch.zeros_like(t) for t in factors]
+    for k in (0, 1) if call.symmetric else (0,):  # the rows' direction, the columns'
+        x, y, weight = factors[k], factors[1 - k], (1 - epsilon) * dtarget
+        anchors = x[:count]
+        if row_segments is not None:
+            segments, x_ids, y_ids = row_segments.transposed() if k else row_segments, ids[k], ids[1 - k]
             weight = weight / counts[k]
-            others = _others(slots, other, of, of_ids, other_ids)
-            dscale = dscale + weight @ _scores(anchors, others)
-            dothers = (kappa * weight)[:, None] * anchors
-            back = group_sums(dothers, slots.rows[:count], slots.cols, slots.slots)
-            back[:count] -= torch.where(_in_own_group(of_ids, other_ids, count)[:, None], dothers, 0)
-            grads[1 - k] = back if grads[1 - k] is None else grads[1 - k].add_(back)
-            drawn = others.mul_((kappa * weight)[:, None])
-            if grads[k] is None:  # of the rows, which all are anchors
-                grads[k] = drawn
+            further = _sum_of_further_positives(segments, x, y, x_ids, y_ids)
+            dscale = dscale + weight @ _scores(anchors, further)
+            dfurther = (kappa * weight)[:, None] * anchors
+            dy = segment_sums(dfurther, segments.rows[:count], segments.cols, segments.total)
+            dy[:count] -= torch.where(_pair_in_segment(x_ids, y_ids, count)[:, None], dfurther, 0)
+            grads[1 - k] = dy if grads[1 - k] is None else grads[1 - k].add_(dy)
+            danchors = further.mul_((kappa * weight)[:, None])
+            if grads[k] is None:  # of a, whose rows all are anchors
+                grads[k] = danchors
             else:
-                grads[k][:count] += drawn
+                grads[k][:count] += danchors
         dpositive += weight
         if epsilon:
-            mean, weight = other.mean(0), epsilon * dtarget
+            mean, weight = y.mean(0), epsilon * dtarget
             grads[k][:count] += kappa * torch.outer(weight, mean)
-            drawn = weight @ anchors
-            grads[1 - k] += kappa / max(other.shape[0], 1) * drawn
-            dscale = dscale + drawn @ mean
+            weighted_sum = weight @ anchors
+            grads[1 - k] += kappa / max(y.shape[0], 1) * weighted_sum
+            dscale = dscale + weighted_sum @ mean
     return dpositive, *grads, dscale
 
 
-def _wide(a, b):
+def _accumulated(a, b):
     dtype = accumulation_dtype(a.dtype)
     return a.to(dtype), b.to(dtype)
 
 
-def _in_own_group(of_ids, other_ids, count):
-    """Whether pair i is in its own group; it is a positive in any case."""
-    return of_ids[:count] == other_ids[:count]
+def _pair_in_segment(x_ids, y_ids, count):
+    """Whether x_i and y_i are of one segment [count]. They are a pair, and so a positive, in any case."""
+    return x_ids[:count] == y_ids[:count]
 
 
-def _counts(slots: Groups, a_ids, b_ids, dtype):
+def _counts(segments: Segments, a_ids, b_ids, dtype):
     """How many positives the rows have, and the first N columns: [N] each."""
     count = a_ids.shape[0]
-    missing = ~_in_own_group(a_ids, b_ids, count)
-    rows, cols = slots.row_counts() + missing, slots.col_counts()[:count] + missing
+    missing = ~_pair_in_segment(a_ids, b_ids, count)
+    rows, cols = segments.row_counts() + missing, segments.col_counts()[:count] + missing
     return rows.to(dtype), cols.to(dtype)
 
 
-def _others(slots: Groups, other, of, of_ids, other_ids):
-    """Σ of the positives of each of the first N rows of one side, in the other, without its pair: [N, D]."""
-    count = min(of.shape[0], other.shape[0])
-    sums = group_sums(other, slots.cols, slots.rows[:count], slots.slots)
-    return sums - torch.where(_in_own_group(of_ids, other_ids, count)[:, None], other[:count], 0)
+def _sum_of_further_positives(segments: Segments, x, y, x_ids, y_ids):
+    """For each of the first N rows of x, the sum of its positives among the rows of y, but for its pair: [N, D]."""
+    count = min(x.shape[0], y.shape[0])
+    sums = segment_sums(y, segments.cols, segments.rows[:count], segments.total)
+    return sums - torch.where(_pair_in_segment(x_ids, y_ids, count)[:, None], y[:count], 0)
 
 
 def _scores(a, b):

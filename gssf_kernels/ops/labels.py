@@ -1,50 +1,61 @@
-"""The scores of anchors by label: each anchor's positives have its label, its negatives another.
+"""Log-sum-exps by label: the positives of an anchor have its label, its negatives another.
 
-s = x yᵀ, anchors the rows of x;   without y  s = x xᵀ, where a row never meets itself
+    log Σ_{j: label_j = label_i} e^{t(s_ij)},   log Σ_{j: label_j ≠ label_i} e^{t(s_ij)},      s = x yᵀ
+
+Anchors are the rows of x. Without y, ``s = x xᵀ``, and a row is never compared with itself. Circle loss and
+multi-similarity loss are formulas over these two; their sources stand in ``losses/``.
 """
 
 import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
-from gssf_kernels.ops.logsumexp import LabelledSides, logsumexp_by_label
+from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
-def labelled_sides(
+def labelled_factors(
     x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric: StructuredSimilarity | None
-) -> LabelledSides:
-    """x [N, D], labels [N], y [M, D] and y_labels [M] or neither, as the user gave them."""
+) -> LabelledFactors:
+    """The factors and their labels, from the user's arguments, which are checked.
+
+    x: [N, D]; labels: [N]; y: [M, D] with y_labels [M], or None for both: the rows of x are compared with one another.
+    """
     check_metric(metric)
     if (y is None) != (y_labels is None):
-        missing, there = ("y", "y_labels") if y is None else ("y_labels", "y")
-        raise ValueError(f"{missing}: expected it too, because {there} is given, got None")
-    alone = y is None
-    x, other = _checks.autocast(x, x if y is None else y)
-    _checks.sides(x, other, "x", "x" if alone else "y", paired=False)
+        missing, present = ("y", "y_labels") if y is None else ("y_labels", "y")
+        raise ValueError(f"{missing}: expected it too, because {present} is given, got None")
+    symmetric = y is None
+    x, y = _checks.autocast(x, x if y is None else y)
+    _checks.embeddings(x, y, "x", "x" if symmetric else "y", paired=False)
     _checks.index(labels, "labels", x.shape[0], x.device)
     if y_labels is not None:
-        _checks.index(y_labels, "y_labels", other.shape[0], x.device)
-    a, b = (x, other) if metric is None else _checks.autocast(*metric.factors(x, other))
-    return LabelledSides(a, b, labels, labels if y_labels is None else y_labels, alone)
+        _checks.index(y_labels, "y_labels", y.shape[0], x.device)
+    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
+    return LabelledFactors(a, b, labels, labels if y_labels is None else y_labels, leave_out=symmetric)
 
 
 def log_sums(
-    sides: LabelledSides, score: str, constants: list[float], bounds: Tensor | None = None
+    factors: LabelledFactors, score: str, constants: list[float], bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(log Σ e^t over positives, log Σ e^t over negatives)`` [N], t the logit of ``score``; -inf of none.
+    """``(log Σ e^t over positives, log Σ e^t over negatives)``, [N] each; -inf for an empty sum. Differentiable once.
 
-    bounds: [2, N], a positive counts only if it scores below bounds[0, i], a negative above bounds[1, i].
-    Differentiable once. Time: one product, three backward; where b is a, half of them.
+    score: the name of t(s) in `score_functions.LOGITS`, with its constants.
+    bounds: [2, N]. A positive of row i counts only if it scores less than bounds[0, i], a negative only if it scores
+    greater than bounds[1, i].
+    Time: one product forward, three backward; half of each if b is a.
     """
-    row_max, row_log = logsumexp_by_label(sides, score, constants, bounds)
+    row_max, row_log = logsumexp_by_label(factors, score, constants, bounds)
     positive, negative = (row_max + row_log).unbind()
     return positive, negative
 
 
-def largest_logits(sides: LabelledSides, score: str, constants: list[float]) -> tuple[Tensor, Tensor]:
-    """The largest logit of each anchor's positives and of its negatives [N], -inf of none; constants to autograd."""
+def largest_logits(factors: LabelledFactors, score: str, constants: list[float]) -> tuple[Tensor, Tensor]:
+    """The largest logit over each anchor's positives [N], and over its negatives [N]; -inf for none.
+
+    Both are constants to autograd.
+    """
     with torch.no_grad():
-        row_max, _ = logsumexp_by_label(sides, score, constants)
+        row_max, _ = logsumexp_by_label(factors, score, constants)
     positive, negative = row_max.unbind()
     return positive, negative

@@ -3,12 +3,16 @@
     row_lse_i = log Σ_j e^{t_ij},   col_lse_j = log Σ_i e^{t_ij}
     dL/dt_ij = row_grad_i e^{t_ij − row_lse_i} + col_grad_j e^{t_ij − col_lse_j}
 
-Both directions come from one sweep: a row is complete within its chunk, a column is merged across chunks with a running
-maximum. The backward makes every chunk again (:mod:`gssf_kernels.dense`): 4 products in all, 3 on the CPU where s is so
-small that it is kept (1 MiB). Where b is a, t is symmetric and half of them do. Small problems on a GPU, where launches
-are what a step costs, take two each way: a sweep that stores no score, and in the backward one that stores ds whole;
-many of bf16 do the same by slabs of rows (``triton/logsumexp.py``). Inside, a log-sum is kept as (maximum, log of the
-sum over it), because a loss is the difference of two large numbers and the maximum falls out of it exactly.
+One sweep computes both directions. A row is complete within its chunk; the columns' statistics are merged across chunks
+with a running maximum. The backward computes every chunk again (:mod:`gssf_kernels.dense`). That makes 4 products in
+all, or 3 on the CPU if s is at most 1 MiB, because it is then kept. If b is a, t is symmetric and only the upper
+triangle is computed. On a GPU (``triton/logsumexp.py``), a small problem takes two launches in each pass, and its
+backward stores all dscores. A large bf16 problem does the same in row panels.
+
+A log-sum-exp is stored as two numbers: the maximum, and the log of Σ e^{t − maximum}. A loss is the difference of two
+large numbers, from which the maximum cancels exactly.
+
+Source: the running maximum, arXiv 1805.02867.
 """
 
 from typing import Any, NamedTuple
@@ -29,83 +33,88 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     Args:
         a: [N, D] float.
         b: [M, D] of a's dtype and device; any M.
-        scale: κ, a number > 0 or a scalar tensor on a's device (its value is not looked at).
+        scale: κ, a number > 0 or a scalar tensor on a's device; never synchronises.
 
     Returns:
-        row_lse [N] and col_lse [M], fp32 (fp64 for fp64), differentiable once in a, b and scale. -inf where there is
-        nothing to sum; NaN and infinities propagate as in ``torch.logsumexp``.
+        row_lse [N] and col_lse [M], fp32 (fp64 for fp64), differentiable once in a, b and scale. An empty sum gives
+        -inf. NaN and infinities propagate as in ``torch.logsumexp``.
 
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each where b is a; on the CPU two backward where s takes at most
-    1 MiB, which is then held. Extra memory: one chunk of scores (16 MiB on the CPU) besides the gradients, and on the
-    CPU an fp32 copy of b (of bf16 where there is a unit for it), two in the backward.
+    Time: one product forward, three backward; half of each if b is a. On the CPU two backward if s takes at most 1 MiB,
+    which is then kept. Extra memory: one chunk of scores (16 MiB on the CPU) besides the gradients. On the CPU also an
+    fp32 copy of b (bf16 on a CPU with a unit for it), two in the backward.
     """
     a, b = _checks.autocast(a, b)
-    _checks.sides(a, b, "a", "b", paired=False)
+    _checks.embeddings(a, b, "a", "b", paired=False)
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale)
     return row_max + row_log, col_max + col_log
 
 
 def scale_of(scale: Tensor | float | _checks.Logarithm) -> tuple[Tensor | None, float | None]:
-    """(scale, constant) as the ops take κ: a tensor and 1, or None and a number; a tensor and None is its logarithm."""
+    """κ as the two arguments (scale, constant) of an op.
+
+    κ a tensor: (κ, 1.0). κ a number: (None, κ). A tensor that stores log κ: (log κ, None).
+    """
     if isinstance(scale, _checks.Logarithm):
         return scale.tensor, None
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
 def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
-    """The κ that those stand for."""
+    """κ from the arguments that :func:`scale_of` makes."""
     if scale is None:
         return constant
     return scale.exp() if constant is None else scale
 
 
 def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, the last t_ii.
+    """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, where positive_logit_i is t_ii.
 
-    The maxima are constants to autograd: the whole gradient of a log-sum goes through its logarithm.
+    The maxima are constants to autograd: the whole gradient of a log-sum-exp goes through row_log and col_log.
     """
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale))
     return _LogSumExp.apply(*Call(a, None if b is a else b, tensor, constant, keep))[:5]
 
 
-class LabelledSides(NamedTuple):
+class LabelledFactors(NamedTuple):
     """The factors of s = a bᵀ and their labels, checked."""
 
     a: Tensor  # [N, D]
     b: Tensor  # [M, D], or a itself
     a_labels: Tensor  # [N] int64
     b_labels: Tensor  # [M] int64
-    leave_out: bool  # whether row i and column i are one thing, which is neither a positive nor a negative
+    leave_out: bool  # row i and column i are the same sample: s_ii is neither a positive nor a negative
 
 
 def logsumexp_by_label(
-    sides: LabelledSides, score: str, constants: list[float], bounds: Tensor | None = None
+    factors: LabelledFactors, score: str, constants: list[float], bounds: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``(row_max, row_log) [2, N]`` of the rows' positives and of their negatives, each with the logit of ``score``.
+    """``(row_max, row_log)`` [2, N]: of the logits of each row's positives, and of its negatives.
 
-    bounds: [2, N], a positive counts only below bounds[0, i] and a negative above bounds[1, i]. -inf and -inf where
-    nothing counts. The maxima are constants to autograd.
+    score: the name of t(s) in `score_functions.LOGITS`, with its constants.
+    bounds: [2, N]. A positive of row i counts only if it scores less than bounds[0, i], a negative only if it scores
+    greater than bounds[1, i]. Where none counts, both numbers are -inf. The maxima are constants to autograd.
     """
-    keep = torch.is_grad_enabled() and (sides.a.requires_grad or sides.b.requires_grad)
+    a, b = factors.a, factors.b
+    keep = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     logit = None, 1.0, keep, score, constants
-    labels = distinct(sides.a_labels, sides.b_labels)
-    call = Call._make((sides.a, None if sides.b is sides.a else sides.b, *logit, *labels, bounds, sides.leave_out))
+    labels = distinct(factors.a_labels, factors.b_labels)
+    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out))
     return _LogSumExp.apply(*call)[:2]
 
 
 class Call(NamedTuple):
-    """Log-sums of the rows and columns of t(s), s = a bᵀ: over all scores, or by label over two classes."""
+    """Log-sum-exps of the rows and columns of t(s), s = a bᵀ: over all scores, or over positives and over negatives."""
 
     a: Tensor  # [N, D]
-    b: Tensor | None  # [M, D], or None: a
-    scale: Tensor | None  # κ, a scalar, or None: constant is
+    b: Tensor | None  # [M, D]; None: b is a
+    scale: Tensor | None  # κ, a scalar; None: κ is constant
     constant: float
-    keep: bool = False  # hold s for a backward, if it is small
+    keep: bool = False  # keep s for the backward, if it is small
     score: str = "scaled"  # as in `ByLabel`
     constants: list[float] = []  # noqa: RUF012
     a_labels: Tensor | None = None  # [N] int64
@@ -122,16 +131,19 @@ class Call(NamedTuple):
 
     @property
     def by_label(self) -> ByLabel:
-        """How scores become logits, of all rows and columns; labels become numbers from 0 on, which fit every lane."""
+        """How scores become logits, for all rows and columns.
+
+        Labels are replaced by their index among all labels, which fits vector lanes of any width.
+        """
         if self.a_labels is None or self.b_labels is None:
             return ByLabel()
-        table = torch.cat((self.a_labels, self.b_labels)).sort().values
-        row_labels, col_labels = (torch.searchsorted(table, t.contiguous()) for t in (self.a_labels, self.b_labels))
+        labels = torch.cat((self.a_labels, self.b_labels)).sort().values
+        row_labels, col_labels = (torch.searchsorted(labels, t.contiguous()) for t in (self.a_labels, self.b_labels))
         bounds = (self.bounds, self.bounds if self.b is None else None)
         return ByLabel(self.score, self.constants, row_labels, col_labels, *bounds, 0, self.leave_out)
 
     def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """Shapes of the rows' statistics and of the columns', and how many pairs (i, i) there are."""
+        """The shape of a row statistic, that of a column statistic, and how many pairs (i, i) there are."""
         n = self.a.shape[0]
         m = n if self.b is None else self.b.shape[0]
         if self.score != "scaled":
@@ -140,11 +152,11 @@ class Call(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The gradients of a, b and κ from those of the logarithms and of the pairs' logits."""
+    """The gradients with respect to a, b and scale."""
 
-    drow: Tensor | None  # of row_log
-    dcol: Tensor | None  # of col_log
-    dpositive: Tensor | None  # of the pairs' logits
+    drow: Tensor | None  # dL/d row_log
+    dcol: Tensor | None  # dL/d col_log
+    dpositive: Tensor | None  # dL/d positive_logit
     a: Tensor
     b: Tensor | None
     scale: Tensor | None
@@ -153,8 +165,8 @@ class BackwardCall(NamedTuple):
     row_log: Tensor
     col_max: Tensor
     col_log: Tensor
-    needs: list[bool]  # for a, b and scale
-    kept: Tensor | None = None
+    needs: list[bool]  # whether a, b and scale need a gradient
+    kept: Tensor | None = None  # s [N, M], if the forward kept it; else None or empty
     score: str = "scaled"
     constants: list[float] = []  # noqa: RUF012
     a_labels: Tensor | None = None
@@ -164,9 +176,9 @@ class BackwardCall(NamedTuple):
 
     @property
     def forward(self) -> Call:
-        """What the gradients are of."""
-        sides = self.a, self.b, self.scale, self.constant, False
-        return Call(*sides, self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out)
+        """The arguments of the forward."""
+        inputs = self.a, self.b, self.scale, self.constant, False
+        return Call(*inputs, self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out)
 
 
 class _LogSumExp(Function):
@@ -192,8 +204,8 @@ class _LogSumExp(Function):
         needs = list(ctx.needs_input_grad[:3])
         score, constants, leave_out = ctx.by_label
         labels = score, constants, a_labels, b_labels, bounds, leave_out
-        sides = drow, dcol, dpositive, a, b, scale, ctx.constant
-        call = BackwardCall._make((*sides, *statistics, needs, kept, *labels))
+        inputs = drow, dcol, dpositive, a, b, scale, ctx.constant
+        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels))
         grads = last_derivative(torch.ops.gssf.logsumexp_scores_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
 
@@ -204,13 +216,13 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     n, m = a.shape[0], a.shape[0] if call.b is None else call.b.shape[0]
     row_max, row_sum = (a.new_empty(row_shape, dtype=dtype) for _ in range(2))
     positive_logit = a.new_empty(pairs, dtype=dtype)
-    columns = (*row_shape[:-1], m)  # by label only where b is a: the columns' anchors are the rows' then
+    columns = (*row_shape[:-1], m)  # by label they are used only if b is a, where columns and rows are the same anchors
     needs_columns = call.b is None or by_label.classes == 1
     col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
     kept = a.new_empty((n, m) if call.keep and keeps(a, call.b) else 0, dtype=dtype)
 
     def statistics(s, rows, columns, first, out, col_out):
-        torch.ops.gssf.logsumexp_pass(s, scale, *by_label.of(rows, columns, first), *out, *col_out)
+        torch.ops.gssf.logsumexp_pass(s, scale, *by_label.part(rows, columns, first), *out, *col_out)
 
     def visit(s, first):
         rows, columns = slice(first, first + s.shape[0]), slice(0, m)
@@ -227,13 +239,14 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         rows, beyond = slice(first, first + count), slice(first + count, n)
         if pairs:
             torch.mul(s.diagonal(), scale, out=positive_logit[rows])
-        square, rest = (row_max.new_empty(2, *row_shape[:-1], count) for _ in range(2))
+        # The scores of a row come in three parts: right of the square on the diagonal, the square, and left of it. The
+        # last were columns of earlier chunks.
+        square, right = (row_max.new_empty(2, *row_shape[:-1], count) for _ in range(2))
         statistics(s[:, :count], rows, rows, 0, square, (None, None))
-        statistics(s[:, count:], rows, beyond, -count, rest, (col_max[..., beyond], col_sum[..., beyond]))
-        # of a row: what lies beyond its square, in it, and before it, where it was a column
-        before = col_max[..., rows], col_sum[..., rows]
+        statistics(s[:, count:], rows, beyond, -count, right, (col_max[..., beyond], col_sum[..., beyond]))
+        left = col_max[..., rows], col_sum[..., rows]
         row_max[..., rows], row_sum[..., rows] = _merged(
-            *(torch.stack(t) for t in zip(rest, square, before, strict=True))
+            *(torch.stack(t) for t in zip(right, square, left, strict=True))
         )
 
     if call.b is None:
@@ -247,70 +260,71 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
 
 
 def _merged(maxima, sums):
-    """(max, Σ e^(· − max)) of those of several parts [P, …]; +inf stands for any maximum that is not finite."""
-    new = maxima.amax(0)
-    shift = torch.where(new.isfinite(), new, 0)
-    return new, torch.where(maxima == new, sums, sums * torch.exp(maxima - shift)).sum(0)
+    """Merge (maximum, Σ e^{t − maximum}) of P parts, [P, …] each. A maximum of +inf stands for NaN too."""
+    maximum = maxima.amax(0)
+    shift = torch.where(maximum.isfinite(), maximum, 0)
+    return maximum, torch.where(maxima == maximum, sums, sums * torch.exp(maxima - shift)).sum(0)
 
 
 def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     a, b, needs, forward = call.a, call.b, call.needs, call.forward
     scale, by_label = forward.kappa, forward.by_label
-    # Where all is -inf, e^{t − l − l} with the least number l is the 0 that belongs there.
-    least = torch.finfo(call.row_max.dtype).min
-    row_max, row_log, col_max, col_log = (t.clamp_min(least) for t in call[7:11])
+    # If all logits of a row are -inf, its maximum and log-sum are -inf too. Clamped to the lowest finite number l, they
+    # give e^{t − l − l} = 0 for its scores.
+    lowest = torch.finfo(call.row_max.dtype).min
+    row_max, row_log, col_max, col_log = (t.clamp_min(lowest) for t in call[7:11])
     drow, dcol, dpositive = call.drow, call.dcol, call.dpositive
     if by_label.classes > 1:
-        dcol = dpositive = None  # by label there are rows' statistics alone
+        dcol = dpositive = None  # by label there are only row statistics
     unit = unit_of(a.dtype, drow, dcol, dpositive)
     if unit is not None:
         drow, dcol, dpositive = (g / unit if g is not None else None for g in (drow, dcol, dpositive))
     if b is None and (drow is not None or dcol is not None):  # rows and columns are the same anchors
-        both = [g for g in (drow, dcol) if g is not None]
-        drow = dcol = both[0] if len(both) == 1 else both[0] + both[1]
+        directions = [g for g in (drow, dcol) if g is not None]
+        drow = dcol = directions[0] if len(directions) == 1 else directions[0] + directions[1]
         col_max, col_log = row_max, row_log
     drow, dcol = (g.contiguous() if g is not None else None for g in (drow, dcol))
 
-    dscores_dot_s = a.new_zeros(a.shape[0], dtype=scale.dtype)  # [N] of each row, the gradient of the scale
+    dscores_dot_s = a.new_zeros(a.shape[0], dtype=scale.dtype)  # Σ_j ds_ij s_ij [N]; their sum is dL/dκ
 
-    def of_part(statistics, part):
+    def part_of(statistics, part):
         return (t[..., part] if t is not None else None for t in statistics)
 
     def visit(s, rows, columns, first):
-        """s becomes dscores; Σ_j ds_ij s_ij of its rows."""
+        """Replace s by dscores; return Σ_j ds_ij s_ij of its rows."""
         dot = dscores_dot_s.new_empty(s.shape[0])
-        of_rows = of_part((row_max, row_log, drow), rows)
-        of_columns = of_part((col_max, col_log, dcol) if dcol is not None else (None, None, None), columns)
-        torch.ops.gssf.softmax_pass(s, scale, *by_label.of(rows, columns, first), *of_rows, *of_columns, dot)
+        row_part = part_of((row_max, row_log, drow), rows)
+        col_part = part_of((col_max, col_log, dcol) if dcol is not None else (None, None, None), columns)
+        torch.ops.gssf.softmax_pass(s, scale, *by_label.part(rows, columns, first), *row_part, *col_part, dot)
         return dot
 
     def visit_chunk(s, first):
         rows = slice(first, first + s.shape[0])
         diagonal = s.diagonal(first)
         pairs = slice(first, first + diagonal.shape[0])
-        of_pairs = diagonal * dpositive[pairs] if dpositive is not None else None
+        pairs_dot = diagonal * dpositive[pairs] if dpositive is not None else None
         dscores_dot_s[rows] = visit(s, rows, slice(0, s.shape[1]), first)
-        if of_pairs is not None and dpositive is not None:
+        if pairs_dot is not None and dpositive is not None:
             diagonal.add_(dpositive[pairs])
-            dscores_dot_s[pairs] += of_pairs
+            dscores_dot_s[pairs] += pairs_dot
 
-    def visit_half(scores, first):  # of dscores + dscoresᵀ
+    def visit_half(scores, first):  # leaves dscores + dscoresᵀ
         (s,) = scores
         count = s.shape[0]
         rows, beyond = slice(first, first + count), slice(first + count, first + s.shape[1])
-        of_pairs = s.diagonal() * dpositive[rows] if dpositive is not None else None
+        pairs_dot = s.diagonal() * dpositive[rows] if dpositive is not None else None
         dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0) / 2
         if count < s.shape[1]:
             dscores_dot_s[rows] += visit(s[:, count:], rows, beyond, -count)
-        if of_pairs is not None and dpositive is not None:
+        if pairs_dot is not None and dpositive is not None:
             s.diagonal().add_(dpositive[rows], alpha=2)
-            dscores_dot_s[rows] += of_pairs
+            dscores_dot_s[rows] += pairs_dot
 
     if b is None:
         da, db = triangle((a,), visit_half, needs[0]), None
     else:
-        known = call.kept if call.kept is not None and call.kept.numel() else None
-        da, db = chunks(a, b, visit_chunk, needs[:2], known)  # of t: κ is still to come
+        kept = call.kept if call.kept is not None and call.kept.numel() else None
+        da, db = chunks(a, b, visit_chunk, needs[:2], kept)  # from dL/dt; multiplied by κ below
     factor, total = scale, dscores_dot_s.sum(dtype=torch.float64)
     if unit is not None:
         factor, total = scale * unit, total * unit
@@ -337,7 +351,7 @@ def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
 
 
 class PassCall(NamedTuple):
-    """Statistics of a chunk's rows, and of its columns merged with those of the chunks before."""
+    """Row statistics of a chunk, and its column statistics, merged into those of earlier chunks."""
 
     s: Tensor  # [R, M] with adjacent columns
     scale: Tensor
@@ -350,9 +364,9 @@ class PassCall(NamedTuple):
     first: int
     leave_out: bool
     row_max: Tensor  # [R], by label [2, R]: written
-    row_sum: Tensor  # Σ e^(t - row_max): written
+    row_sum: Tensor  # Σ_j e^{t − row_max}: written
     col_max: Tensor | None  # [M], by label [2, M]: merged; None: columns have no statistics
-    col_sum: Tensor | None
+    col_sum: Tensor | None  # Σ_i e^{t − col_max}: merged
 
     @property
     def by_label(self) -> ByLabel:
@@ -360,7 +374,7 @@ class PassCall(NamedTuple):
 
 
 class SoftmaxPassCall(NamedTuple):
-    """A chunk of scores into dL/dt (by label dL/ds), in place."""
+    """Replaces a chunk of scores by dL/dt, by label by dL/ds."""
 
     s: Tensor  # [R, M] with adjacent columns: written
     scale: Tensor
@@ -374,7 +388,7 @@ class SoftmaxPassCall(NamedTuple):
     leave_out: bool
     row_max: Tensor
     row_log: Tensor
-    row_grad: Tensor | None  # a direction without a gradient is left out
+    row_grad: Tensor | None  # dL/d row_log; None: the direction has no gradient
     col_max: Tensor | None
     col_log: Tensor | None
     col_grad: Tensor | None
@@ -402,16 +416,19 @@ def _logsumexp_pass(call: PassCall) -> None:
 
 
 def _merge(maximum, total, t, dim):
-    """(maximum, total of e^{· − maximum}) with those of t along dim, in place."""
+    """Merge t, reduced over dim, into (maximum, total), where total is Σ e^{t − maximum}. In place.
+
+    A maximum that is NaN is stored as +inf, and its total is NaN.
+    """
     if t.shape[dim] == 0:
         return
-    new = torch.maximum(maximum, t.amax(dim))
-    shift = torch.where(new.isfinite(), new, 0)
+    larger = torch.maximum(maximum, t.amax(dim))
+    shift = torch.where(larger.isfinite(), larger, 0)
     sums = torch.exp(t - shift.unsqueeze(dim)).sum(dim)
-    # all NaN, or an infinity: its sum stays above what comes later
-    before = torch.where(maximum == new, total, total * torch.exp(maximum - shift))
-    total.copy_(before + sums)
-    maximum.copy_(torch.where(new.isnan(), torch.inf, new))
+    # If the maximum stays, so does the total, also that of +inf, which stands for NaN too.
+    earlier = torch.where(maximum == larger, total, total * torch.exp(maximum - shift))
+    total.copy_(earlier + sums)
+    maximum.copy_(torch.where(larger.isnan(), torch.inf, larger))
 
 
 def _softmax_pass(call: SoftmaxPassCall) -> None:
@@ -423,15 +440,15 @@ def _softmax_pass(call: SoftmaxPassCall) -> None:
         if statistics[2] is None:
             continue
 
-        def share(*statistics):  # of each score in its row's, or column's, log-sum
-            top, log, grad = (x.unsqueeze(dim) for x in statistics)  # noqa: B023
-            return grad * torch.exp((t - top) - log)
+        def softmax_grad(*statistics):  # grad · softmax(t) of the row, or of the column
+            maximum, log, grad = (x.unsqueeze(dim) for x in statistics)  # noqa: B023
+            return grad * torch.exp((t - maximum) - log)
 
         if positive is None:
-            ds += share(*statistics)
+            ds += softmax_grad(*statistics)
         else:
-            of_positives, of_negatives = (share(*(x[k] for x in statistics)) for k in (0, 1))
-            ds += torch.where(counts, torch.where(positive, of_positives, of_negatives), 0)
+            positive_grad, negative_grad = (softmax_grad(*(x[k] for x in statistics)) for k in (0, 1))
+            ds += torch.where(counts, torch.where(positive, positive_grad, negative_grad), 0)
     if positive is not None:
         ds *= slope
     call.dscores_dot_s.copy_((ds * call.s).sum(1))

@@ -2,9 +2,9 @@
 
     da_i = Σ_{e: rows_e = i} g_e b[cols_e],      db_j = Σ_{e: cols_e = j} g_e a[rows_e]
 
-The backward is the gradient of every loss here whose ``dL/ds`` is sparse: edges are sorted by
-destination and each destination sums its own, in edge order. No float atomics, so the same inputs
-give the same bits.
+An edge e is a pair whose score is wanted. Every loss whose dL/ds is sparse uses this backward. It sorts the edges by
+the row that receives a gradient, and sums the edges of each row in their order. There are no float atomics, so the same
+inputs give the same bits.
 """
 
 from typing import NamedTuple
@@ -18,19 +18,19 @@ from gssf_kernels.plan import accumulation_dtype
 
 
 class PairScoresCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    rows: Tensor  # [E] int64, -1 for no pair
-    cols: Tensor
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D]
+    rows: Tensor  # [E] int64, a row of a; -1 for no pair
+    cols: Tensor  # [E] int64, a row of b; -1 for no pair
 
 
 class PairScoresBackwardCall(NamedTuple):
-    grad: Tensor
-    rows: Tensor
-    cols: Tensor
-    a: Tensor
-    b: Tensor
-    needs: list[bool]  # for a, b
+    grad_out: Tensor  # [E]
+    rows: Tensor  # [E] int64
+    cols: Tensor  # [E] int64
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D]
+    needs: list[bool]  # whether a and b need a gradient
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
@@ -39,17 +39,17 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     Args:
         a: [N, D] float.
         b: [M, D] of a's dtype and device.
-        index: [N] int64, the row of b that row i is compared with; absent means row i, and -1 means none (score
-            -inf, no gradient). Values are checked on the CPU only.
+        index: [N] int64, the row of b that row i of a is compared with. None means row i. An entry of -1 means no row:
+            the score is -inf, without gradient. Values are checked only on the CPU.
 
     Returns:
         [N] fp32 (fp64 for fp64). Differentiable once in a and b.
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, dtype, device or (on the CPU) value is off.
+        TypeError, ValueError: the type, shape, dtype, device or (on the CPU) a value of an argument is wrong.
     """
     a, b = _checks.autocast(a, b)
-    _checks.sides(a, b, "a", "b", paired=index is None)
+    _checks.embeddings(a, b, "a", "b", paired=index is None)
     if index is None:
         index = torch.arange(a.shape[0], device=a.device)
     else:
@@ -72,10 +72,10 @@ class _PairScores(Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad_out):
         a, b, rows, cols = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        grads = last_derivative(torch.ops.gssf.pair_scores_backward, grad, rows, cols, a, b, needs)
+        grads = last_derivative(torch.ops.gssf.pair_scores_backward, grad_out, rows, cols, a, b, needs)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
 
@@ -89,12 +89,12 @@ def _pair_scores(call):
 
 
 def _pair_scores_backward(call):
-    grad, rows, cols, a, b, needs = call
+    grad_out, rows, cols, a, b, needs = call
     da, db = a.new_empty(0), b.new_empty(0)
     if needs[0]:
-        da = reference.weighted_sums(grad, rows, cols, b, a.shape[0]).to(a.dtype)
+        da = reference.weighted_sums(grad_out, rows, cols, b, a.shape[0]).to(a.dtype)
     if needs[1]:
-        db = reference.weighted_sums(grad, cols, rows, a, b.shape[0]).to(b.dtype)
+        db = reference.weighted_sums(grad_out, cols, rows, a, b.shape[0]).to(b.dtype)
     return da, db
 
 

@@ -1,14 +1,17 @@
-"""How far the relations within one set are from a mixture of two others', without storing any.
+"""How far the relations within one set are from a mixture of those of two other sets, without storing a matrix.
 
     e_ij = f_ij − (λ w_ij + (1 − λ) u_ij),     f = h hᵀ,  u = image imageᵀ,  w = text textᵀ
     S = Σ_{i≠j} φ(e_ij),   B = Σ_{i≠j} φ(w_ij − u_ij),     φ: |·| or ·²
     loss = [w₀ S + (w₁ φ(λ) + w₂ φ(1 − λ)) B] φ(1/τ) / pairs
 
-All three are symmetric, so only the upper triangle is computed and its terms count twice
-(:func:`gssf_kernels.dense.triangle`): 3 half products, and one whole for dh = 2 φ'(e) h. φ and φ' come from one pass
-over e: they agree about its sign, and at e = 0 both are 0. The diagonal is left out. The gradients of λ and τ follow
-from S, B and Σ φ'(e) (w − u). Small problems on a GPU take two launches forward and one back
-(``triton/relations.py``).
+Source: structure-aware distillation, arXiv 2412.10761; :mod:`gssf_kernels.losses.distillation`.
+
+f, u and w are symmetric. Only the upper triangle is computed, and its terms count twice
+(:func:`gssf_kernels.dense.triangle`): three half products, and one whole product for dh = 2 φ'(e) h. The diagonal is
+left out. One pass over e computes φ and φ', so that both see the same sign of e; at e = 0 both are 0. The gradients
+with respect to λ and τ follow from S, B and Σ φ'(e) (w − u).
+
+On a GPU (``triton/relations.py``), the forward of a small problem is two launches and its backward one.
 """
 
 from typing import NamedTuple
@@ -27,9 +30,11 @@ KINDS = {"mae": "abs", "mse": "square"}
 
 
 def relation_loss(student, image, text, lam, tau, weights: tuple[float, float, float], kind: str) -> Tensor:
-    """The loss, a scalar of the accumulation dtype; differentiable once in student [N, D], λ and τ.
+    """The loss, a scalar of the accumulation dtype. Differentiable once in student [N, D], λ and τ.
 
-    lam, tau: scalar tensors of that dtype, or numbers; weights: w₀, w₁, w₂; kind: "abs" or "square"
+    lam, tau: scalar tensors of that dtype, or numbers.
+    weights: w₀, w₁, w₂.
+    kind: φ, "abs" or "square".
     """
     student, image, text = distinct(student, image, text)
     lam, lam_number = (lam, 0.0) if isinstance(lam, Tensor) else (None, lam)
@@ -46,25 +51,25 @@ class Call(NamedTuple):
     student: Tensor  # [N, D]
     image: Tensor  # [N, any]
     text: Tensor  # [N, any]
-    lam: Tensor | None  # λ, or None: lam_number is
-    tau: Tensor | None  # τ, or None: tau_number is
+    lam: Tensor | None  # λ, a scalar; None: λ is lam_number
+    tau: Tensor | None  # τ, a scalar; None: τ is tau_number
     lam_number: float
     tau_number: float
     weights: list[float]
     kind: str
-    need: bool  # whether student's gradient is made
+    need: bool  # whether the forward computes the gradient with respect to student
 
 
 class PassCall(NamedTuple):
-    """Sums over the rows of e = (s − image) − λ (text − image), with gradient s becomes φ'(e)."""
+    """Sums over the rows of a chunk, e = (s − image) − λ (text − image); with ``gradient`` s becomes φ'(e)."""
 
-    s: Tensor  # [R, M] of the student; column 0 is the chunk's first row: written
-    image: Tensor
-    text: Tensor
-    lam: Tensor
+    s: Tensor  # [R, M], scores of the student; column 0 is the first row of the chunk: written
+    image: Tensor  # [R, M], scores of the image teacher
+    text: Tensor  # [R, M], scores of the text teacher
+    lam: Tensor  # λ, a scalar
     kind: str
     gradient: bool
-    rows: Tensor  # [3, R]: φ(e), φ(text − image), φ'(e) (text − image), columns past R twice: written
+    rows: Tensor  # [3, R]: sums of φ(e), φ(text − image), φ'(e) (text − image); columns past R count twice: written
 
 
 class _Relations(Function):
@@ -86,12 +91,15 @@ class _Relations(Function):
             return (None,) * len(Call._fields)
         dstudent, dlam, dtau = last_derivative(_scaled, grad_out, *ctx.saved_tensors)
         needs = ctx.needs_input_grad
-        numbers = (dlam if needs[3] else None, dtau if needs[4] else None)
-        return dstudent if needs[0] else None, None, None, *numbers, *[None] * 5
+        scalars = (dlam if needs[3] else None, dtau if needs[4] else None)
+        return dstudent if needs[0] else None, None, None, *scalars, *[None] * 5
 
 
 def _scaled(grad_out, dlam, dtau, slope, dstudent, student, lam, tau):
-    """The gradients of student, λ and τ; λ and τ come along for their history."""
+    """grad_out times the gradients with respect to student, λ and τ that the forward computed.
+
+    lam and tau are arguments only so that a second derivative with respect to them raises.
+    """
     gradients = (grad_out, dlam, dtau, dstudent, dstudent.new_empty(0))
     options = ("square", "include", False, "sum", 1.0, [False, False])
     call = sums.BackwardCall._make((*gradients, student, None, slope, None, 1.0, 0.0, None, None, *options, None))
@@ -100,7 +108,7 @@ def _scaled(grad_out, dlam, dtau, slope, dstudent, student, lam, tau):
 
 
 def _by_chunks(call: Call) -> tuple[Tensor, ...]:
-    """(loss, dλ, dτ, and in two factors dh: a scalar, and Σ_j φ'(e_ij) h_j [N, D])"""
+    """(loss, dλ, dτ, slope, Σ_j φ'(e_ij) h_j [N, D]); dh is the product of the last two."""
     student, n, dtype = call.student, call.student.shape[0], accumulation_dtype(call.student.dtype)
     lam = student.new_full((), call.lam_number, dtype=dtype) if call.lam is None else call.lam
     tau = student.new_full((), call.tau_number, dtype=dtype) if call.tau is None else call.tau
@@ -112,20 +120,22 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
 
     dh = triangle((student, call.image, call.text), visit, call.need)
     totals = rows.sum(1, dtype=torch.float64)
-    numbers = _formula(totals, lam.double(), tau.double(), call.weights, call.kind, max(n * (n - 1), 1))
-    return (*(t.to(dtype) for t in numbers), dh if dh is not None else rows.new_empty(0))
+    scalars = _formula(totals, lam.double(), tau.double(), call.weights, call.kind, max(n * (n - 1), 1))
+    return (*(t.to(dtype) for t in scalars), dh if dh is not None else rows.new_empty(0))
 
 
 def _formula(totals, lam, tau, weights, kind, pairs):
-    """(loss, dλ, dτ, slope) in fp64; slope: the factor of each φ'(e_ij) h_j in dh_i."""
-    student, between, toward_text = totals
-    to_student, to_image, to_text = weights
-    mixture = torch.stack((lam, 1 - lam, 1 / tau))
-    (size, rest, share), (size_slope, rest_slope, share_slope) = pointwise(mixture, kind)
-    total = (to_student * student + (to_image * size + to_text * rest) * between) / pairs
-    dlam = ((to_image * size_slope - to_text * rest_slope) * between - to_student * toward_text) / pairs
-    slope = 2 * to_student * share / pairs  # 2: h_i stands on both sides of a pair
-    return share * total, share * dlam, -total * share_slope / (tau * tau), slope
+    """(loss, dλ, dτ, slope) in fp64; slope: the factor of each φ'(e_ij) h_j in dh_i.
+
+    totals: S, B and Σ φ'(e) (w − u).
+    """
+    student_sum, teacher_sum, gap_sum = totals
+    w0, w1, w2 = weights
+    phi, dphi = pointwise(torch.stack((lam, 1 - lam, 1 / tau)), kind)
+    total = (w0 * student_sum + (w1 * phi[0] + w2 * phi[1]) * teacher_sum) / pairs
+    dlam = ((w1 * dphi[0] - w2 * dphi[1]) * teacher_sum - w0 * gap_sum) / pairs
+    slope = 2 * w0 * phi[2] / pairs  # 2: both factors of h hᵀ are h
+    return phi[2] * total, phi[2] * dlam, -total * dphi[2] / (tau * tau), slope
 
 
 def _fake(call: Call) -> tuple[Tensor, ...]:

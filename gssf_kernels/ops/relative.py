@@ -1,15 +1,16 @@
-"""GOAL's relative terms: negatives in the sweep that finds the hardest ones, positives by sorting.
+"""GOAL's relative terms: r⁻ from the sweep that computes the hardest negatives, r⁺ by sorting.
 
     r⁻_i  = mean over {j ∉ pos(i), j ≠ a_i, s_ij >= threshold} of e^{−β (n_i − s_ij)},      n_i = s[i, a_i]
-    r⁻'_j = the same over {i ∉ pos(j), i ≠ c_j, s_ij >= threshold} with n'_j = s[c_j, j]
+    r⁻'_j = mean over {i ∉ pos(j), i ≠ c_j, s_ij >= threshold} of e^{−β (n'_j − s_ij)},     n'_j = s[c_j, j]
+    r⁺_i  = mean over {k ≠ i : p_k <= n_i + t} of e^{α (p_i − p_k)}
 
-(a_i, c_j: the hardest negatives of row i and column j.) With ``beta=None`` the term is the distance
-``n_i − s_ij`` itself, and exact ties with n_i, whose term is 0, are left out of the mean's divisor, as the
-authors' code does. The mean of an empty set is 0. These are weights: nothing is differentiated through them.
+a_i and c_j are the hardest negatives of row i and column j. The mean of an empty set is 0. Both terms are constants to
+autograd.
 
-    r⁺_i  = mean over {k ≠ i : p_k <= n_i + t} of e^{α (p_i − p_k)},   or of p_i − p_k where that is not 0
+The linear kind (``beta=None``) takes the distances ``n_i − s_ij`` and ``p_i − p_k`` in place of the exponentials. It
+leaves distances of exactly 0 out of the mean's divisor, as the authors' code does.
 
-needs no scores but the positives p [N]: sorted once, each set is a prefix, each sum a prefix sum.
+r⁺ needs only positive_score, p [N]. After sorting p, each set is a prefix and each sum a prefix sum.
 
 Source: GOAL, arXiv 2210.13188, and its authors' public code (microsoft/VSE_Gradient).
 """
@@ -27,38 +28,38 @@ from gssf_kernels.reference import RelativeTerms
 
 
 class RelativeNegativesCall(NamedTuple):
-    a: Tensor
-    b: Tensor
-    a_ids: Tensor | None
-    b_ids: Tensor | None
-    threshold: Tensor  # [] of the scores' dtype on a's device, so that its value never synchronises
-    beta: float | None
+    a: Tensor  # [N, D]
+    b: Tensor  # [M, D], M >= N
+    a_ids: Tensor | None  # [N] int64
+    b_ids: Tensor | None  # [M] int64
+    threshold: Tensor  # [] of the scores' dtype; a tensor on a's device, so that nothing synchronises
+    beta: float | None  # β; None: the linear kind
 
 
 def relative_sweep(a, b, a_ids, b_ids, relative: RelativeTerms) -> tuple[Tensor, ...]:
-    """What ``relative_negatives`` gives, with the threshold that the positives set. Not differentiable."""
+    """The results of the op ``relative_negatives``, with threshold min_i s_ii − t. Not differentiable."""
     i = torch.arange(a.shape[0], device=a.device)
     positive_score = torch.ops.gssf.pair_scores(a, b, i, i)
-    # +inf behind them, so that there is a minimum of no positives too; a tensor, which never synchronises
+    # With +inf appended, so that there is a minimum even without positives. It stays a tensor: nothing synchronises.
     lowest = torch.cat((positive_score, positive_score.new_full((1,), torch.inf))).min()
     threshold = lowest - relative.negative_threshold
     beta = None if relative.kind == "linear" else relative.beta
     return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
 
 
-def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTerms) -> Tensor:
-    """r⁺ of N anchors with scores ``positive [N]`` and hardest negatives ``negative [N]`` -> [N] of their dtype.
+def relative_positives(positive_score: Tensor, negative: Tensor, relative: RelativeTerms) -> Tensor:
+    """r⁺ [N] of N anchors, from positive_score [N] and the scores of their hardest negatives [N], in their dtype.
 
-    O(N log N), in fp64. A NaN positive is close to every anchor.
+    O(N log N), in fp64. If a positive score is NaN, all of r⁺ is NaN.
     """
-    count = positive.shape[0]
+    count = positive_score.shape[0]
     if count < 2:
-        return torch.zeros_like(positive)
-    p = positive.double()
+        return torch.zeros_like(positive_score)
+    p = positive_score.double()
     bound = (negative + relative.positive_threshold).double()
     ordered = p.sort().values
-    prefix = torch.searchsorted(ordered, bound, right=True)  # [N], size of the prefix that is close to anchor i
-    inside = ~(p > bound)  # whether i itself is in it
+    prefix = torch.searchsorted(ordered, bound, right=True)  # [N], how many scores are at most the bound of anchor i
+    inside = ~(p > bound)  # whether the score of anchor i is one of them
     least, second = ordered[0], ordered[1]
     if relative.kind == "linear":
         span = (ordered[-1] - least).clamp_min(torch.finfo(p.dtype).tiny)
@@ -66,8 +67,8 @@ def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTer
         ties = torch.searchsorted(ordered, p, right=True) - torch.searchsorted(ordered, p)  # i and its equals
         size = prefix - inside * ties
     else:
-        # The term of i itself is subtracted from the sum. Where p_i is the least, it may dwarf the others, so that this
-        # would leave their rounding: those anchors sum without it.
+        # The term k = i is subtracted from the sum. If p_i is the lowest score, that term may be so large that only
+        # rounding would be left. For those anchors the sum is formed without it.
         decay = -relative.alpha
         every = _prefix_sums(torch.exp(decay * (ordered - least)))[prefix] - inside * torch.exp(decay * (p - least))
         others = _prefix_sums(torch.exp(decay * (ordered[1:] - second)))[(prefix - 1).clamp_min(0)]
@@ -75,13 +76,14 @@ def relative_positives(positive: Tensor, negative: Tensor, relative: RelativeTer
         total = torch.where(p == least, from_second * others, from_least * every)
         size = prefix - inside.long()
     mean = torch.where(size > 0, total / size.clamp_min(1), 0)
-    return torch.where(p.isnan().any(), torch.nan, mean).to(positive.dtype)
+    return torch.where(p.isnan().any(), torch.nan, mean).to(positive_score.dtype)
 
 
 def _prefix_sums(terms: Tensor) -> Tensor:
-    """``terms [K]`` in [0, 1], fp64 -> [K + 1], the sum of the first k of them.
+    """The sums [K + 1] of the first k of the terms [K], which are fp64 in [0, 1].
 
-    Added as whole multiples of K / 2^62: exact in any order, where a GPU's floating-point scan differs run by run.
+    Terms are rounded to whole multiples of K / 2^62 and added as integers, which is exact in any order. A GPU's
+    floating-point scan would differ from run to run.
     """
     unit = terms.shape[0] / 2.0**62
     sums = F.pad(torch.cumsum((terms / unit).round().long(), 0), (1, 0))
@@ -102,7 +104,7 @@ def _fake_relative_negatives(call):
                  ((n, score), (n, score), (n, index), (m, score), (m, index), (n, score), (m, score)))  # fmt: skip
 
 
-# positive_score [N]; row_score, row_index [N], col_score, col_index [M]; r⁻ of the rows [N] and of the columns [M]
+# Results: positive_score, row_score, row_index [N]; col_score, col_index [M]; r⁻ of the rows [N], of the columns [M].
 register(
     "relative_negatives",
     RelativeNegativesCall,

@@ -1,7 +1,9 @@
-"""What a loss makes of one score, in plain PyTorch, as in `triton/score_functions.py` and `csrc/vector_dense.h`.
+"""The functions of one score that dense losses are made of, in plain PyTorch.
 
 pointwise   f(t) and f'(t) of losses that sum over scores
-logit       t(s) and dt/ds of losses over log-sums
+logit       t(s) and dt/ds of losses over log-sum-exps
+
+`triton/score_functions.py` and `csrc/vector_dense.h` have the same functions. Sources: the losses' files.
 """
 
 from collections.abc import Callable
@@ -25,24 +27,24 @@ def pointwise(t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 class ByLabel(NamedTuple):
-    """How scores become logits by label, and which of them count. Of all scores alike: ``ByLabel()``."""
+    """How scores become logits, and which of them count. ``ByLabel()``: without labels, all scores count."""
 
-    score: str = "scaled"  # "scaled": t = κ s; or one of LOGITS
+    score: str = "scaled"  # "scaled": t = κ s, without labels; or one of LOGITS
     constants: list[float] = []  # noqa: RUF012  # of the score function
     row_labels: Tensor | None = None  # [R] int64
     col_labels: Tensor | None = None  # [M] int64
-    row_bounds: Tensor | None = None  # [2, R]: of row i a positive counts below [0, i], a negative above [1, i]
-    col_bounds: Tensor | None = None  # [2, M]: the same of the columns' anchors
-    first: int = 0  # the column that is row 0's own
-    leave_out: bool = False  # whether a row's own column does not count
+    row_bounds: Tensor | None = None  # [2, R]: positives of row i count if less than [0, i], negatives if > [1, i]
+    col_bounds: Tensor | None = None  # [2, M]: the same for the columns as anchors
+    first: int = 0  # the column of row 0's pair
+    leave_out: bool = False  # whether the pair of each row is left out
 
     @property
     def classes(self) -> int:
-        """Log-sums of a row: of all scores, or of positives and of negatives."""
+        """How many log-sum-exps a row has: 1 over all scores, or 2 over positives and over negatives."""
         return 1 if self.score == "scaled" else 2
 
-    def of(self, rows: slice, columns: slice, first: int) -> "ByLabel":
-        """The same of a part of the scores, whose row 0 has its own column at ``first``."""
+    def part(self, rows: slice, columns: slice, first: int) -> "ByLabel":
+        """The same for the scores of these rows and columns, where the pair of row 0 is in column ``first``."""
         if self.score == "scaled":
             return self
         bounds = (
@@ -55,41 +57,43 @@ class ByLabel(NamedTuple):
 
 
 def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Of circle loss: the weight is the distance from the optimum."""
+    """t(s) and dt/ds of circle loss: the weight of a score is its distance from the optimum."""
     weight = scale * torch.where(positive, (1 + margin) - s, s + margin).clamp_min(0)
     slope = torch.where(positive, -weight, weight)
     return slope * (s - torch.where(positive, 1 - margin, margin)), slope
 
 
 def multi_similarity(s: Tensor, positive: Tensor, alpha: float, beta: float, base: float) -> tuple[Tensor, Tensor]:
-    """Of multi-similarity loss."""
+    """t(s) and dt/ds of multi-similarity loss."""
     slope = torch.where(positive, -alpha, beta).to(s.dtype)
     return slope * (s - base), slope
 
 
-# t(s) and dt/ds of scores by label, of (s, positive, *constants); a loss's own weights are constants to autograd.
+# (s, positive, *constants) -> (t(s), dt/ds). The weights within t are constants to autograd.
 LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle, "multi_similarity": multi_similarity}
 
 
-def logit(s: Tensor, scale: Tensor, positive: Tensor | None, of: ByLabel) -> tuple[Tensor, Tensor]:
-    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool."""
+def logit(s: Tensor, scale: Tensor, positive: Tensor | None, by_label: ByLabel) -> tuple[Tensor, Tensor]:
+    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool, or None without labels."""
     if positive is None:
         return s * scale, scale
-    return LOGITS[of.score](s, positive, *of.constants)
+    return LOGITS[by_label.score](s, positive, *by_label.constants)
 
 
-def members(s: Tensor, of: ByLabel) -> tuple[Tensor | None, Tensor, Tensor]:
+def members(s: Tensor, by_label: ByLabel) -> tuple[Tensor | None, Tensor, Tensor]:
     """``(positive, row, col)`` [R, M] bool: which are positives, which count for their row and for their column."""
     inside = torch.ones_like(s, dtype=torch.bool)
-    if of.row_labels is None or of.col_labels is None:
+    if by_label.row_labels is None or by_label.col_labels is None:
         return None, inside, inside
-    if of.leave_out:
-        inside.diagonal(of.first).fill_(False)
-    positive = of.row_labels[:, None] == of.col_labels
+    if by_label.leave_out:
+        inside.diagonal(by_label.first).fill_(False)
+    positive = by_label.row_labels[:, None] == by_label.col_labels
+    row_bounds, col_bounds = by_label.row_bounds, by_label.col_bounds
 
-    def counted(below, above):  # a NaN is
-        return inside & torch.where(positive, ~(s >= below), ~(s <= above))
+    def within(bounds):  # a NaN counts
+        upper, lower = bounds
+        return inside & torch.where(positive, ~(s >= upper), ~(s <= lower))
 
-    row = inside if of.row_bounds is None else counted(of.row_bounds[0][:, None], of.row_bounds[1][:, None])
-    col = inside if of.col_bounds is None else counted(of.col_bounds[0], of.col_bounds[1])
+    row = inside if row_bounds is None else within(row_bounds[:, :, None])
+    col = inside if col_bounds is None else within(col_bounds)
     return positive, row, col

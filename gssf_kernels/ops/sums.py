@@ -1,12 +1,17 @@
 """Sums of a function of every score, ``Σ_ij f(κ s_ij + β)``, in one sweep that stores no score.
 
-    rows_i = Σ_j f(κ s_ij + β),   relative to the pairs  Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)
+    row sums:                   rows_i = Σ_j f(κ s_ij + β)
+    relative to the positive:   rows_i = Σ_j f(s_ij + β − s_ii) + Σ_k f(s_ki + β − s_ii)
 
-f: hinge, softplus, abs or square. The whole gradient of one sum is known as soon as a chunk of scores is, so it is
-taken in the forward pass where one is wanted: 3 products in all, 1 without. Only rows' sums, whose gradients have
-weights of their own ("none"), make the chunks again. Where b is a, and rows and columns are alike, only the upper
-triangle is computed: 1.5 products in all. Small problems on a GPU take a sweep and one kernel forward, and one back
-("none": two; ``triton/sums.py``); many bf16 scores, but for "none", store dscores of one panel of rows at a time.
+f: hinge, softplus, abs or square. Sources: SigLIP, arXiv 2303.15343 (softplus); VSE++, arXiv 1707.05612 (hinge).
+
+A chunk of scores determines its part of the gradient of one sum. So the forward computes the gradient, if one is
+needed: 3 products in all, 1 without. Row sums ("none") have a gradient weight for each row, so their backward computes
+the chunks again. If b is a, and rows and columns have the same ids, only the upper triangle is computed: 1.5 products
+in all.
+
+On a GPU (``triton/sums.py``), the forward of a small problem is a sweep and one kernel, and its backward one kernel
+("none": two). A large bf16 problem, except with "none", stores dscores of one row panel at a time.
 """
 
 from typing import Any, NamedTuple
@@ -43,11 +48,11 @@ def sum_scores(
         b: [M, D] of a's dtype and device; any M.
         kind: f. "hinge" [t]₊, "softplus" log(1 + eᵗ), "abs" |t| (of derivative 0 at 0) or "square" t².
         scale, bias: κ and β, numbers (κ > 0) or scalar tensors on a's device; never synchronises.
-        positives: pairs (i, i) and those of equal id are like all others ("include"), left out ("exclude"), or give
-            f(−κ s_ij − β) ("negate").
-        a_ids: [N] int64. Ids of one side alone serve both when N = M.
+        positives: what pairs (i, i) and pairs of equal id contribute: f(κ s_ij + β) like all others ("include"),
+            nothing ("exclude") or f(−κ s_ij − β) ("negate").
+        a_ids: [N] int64. If N = M, the ids of one input serve both.
         b_ids: [M] int64.
-        reduction: "sum", or "none" for the sums of rows [N].
+        reduction: "sum", or "none" for the row sums [N].
 
     Returns:
         fp32 (fp64 for fp64), differentiable once in a, b, scale and bias.
@@ -55,15 +60,15 @@ def sum_scores(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product; with a gradient two more ("none": three more, in the backward); where b is a and ``reduction``
-    "sum", half of each. Extra memory: one chunk of scores besides the gradients, and on the CPU an fp32 copy of b (of
-    bf16 where there is a unit for it), two with a gradient.
+    Time: one product, and two further ones with a gradient ("none": three, in the backward). With "sum" half of each if
+    b is a. Extra memory: one chunk of scores besides the gradients. On the CPU also an fp32 copy of b (bf16 on a CPU
+    with a unit for it), two with a gradient.
     """
     _checks.choice(kind, "kind", KINDS)
     _checks.choice(positives, "positives", POSITIVES)
     _checks.choice(reduction, "reduction", ("sum", "none"))
     a, b = _checks.autocast(a, b)
-    _checks.sides(a, b, "a", "b", paired=False)
+    _checks.embeddings(a, b, "a", "b", paired=False)
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
     bias = _checks.scalar_or_number(bias, "bias", a)
@@ -71,10 +76,10 @@ def sum_scores(
 
 
 class Term(NamedTuple):
-    """``f(κ s + β)`` of a score."""
+    """The term ``f(κ s + β)`` of a score."""
 
-    kind: str  # f, of KINDS
-    positives: str  # of POSITIVES
+    kind: str  # f, one of KINDS
+    positives: str  # one of POSITIVES
     scale: Tensor | float | _checks.Logarithm
     bias: Tensor | float
 
@@ -89,10 +94,11 @@ def score_sums(
     relative: bool = False,
     positive_score: Tensor | None = None,
 ) -> Tensor:
-    """``Σ_ij f(κ s_ij + β)``, or that over N ("mean"), or the rows' sums [N] ("none"); symmetric where b is a.
+    """``Σ_ij f(κ s_ij + β)`` ("sum"), the same divided by N ("mean"), or the row sums [N] ("none").
 
-    relative, M >= N and κ = 1: the sum of ``f(s_ij + β − s_ii)`` over all and of ``f(s_ij + β − s_jj)`` over j < N;
-    with "none" those of pair i. positive_score: the s_ii [N], if known.
+    relative: terms are relative to the positives: ``Σ_ij f(s_ij + β − s_ii) + Σ_{i, j < N} f(s_ij + β − s_jj)``, with
+    M >= N and κ = 1. With "none" entry i has the terms of row i and of column i.
+    positive_score: s_ii [N], for relative; None: computed here.
     """
     symmetric = a is b and (reduction == "none" or (a_ids is b_ids and not relative))
     share = 1 / max(a.shape[0], 1) if reduction == "mean" else 1.0
@@ -108,13 +114,13 @@ def score_sums(
 
 
 class Call(NamedTuple):
-    """A sum over scores, with its gradients, or the sums of its rows."""
+    """The sum over all scores with its gradients, or the row sums."""
 
     a: Tensor  # [N, D]
-    b: Tensor | None  # [M, D], or None: a
-    scale: Tensor | None  # κ, or None: constant is
-    bias: Tensor | None  # β, or None: offset is
-    constant: float | None  # None: scale is log κ
+    b: Tensor | None  # [M, D]; None: b is a
+    scale: Tensor | None  # κ, a scalar; None: κ is constant
+    bias: Tensor | None  # β, a scalar; None: β is offset
+    constant: float | None  # None: scale stores log κ
     offset: float
     a_ids: Tensor | None  # [N] int64
     b_ids: Tensor | None  # [M] int64
@@ -122,16 +128,16 @@ class Call(NamedTuple):
     positives: str
     relative: bool
     reduction: str  # "sum" or "none"
-    share: float  # what the sum is multiplied by
-    needs: list[bool]  # for a and b: whether "sum" makes the gradient
-    positive_score: Tensor | None = None  # [N], for relative
+    share: float  # the sum is multiplied by it: 1/N for "mean"
+    needs: list[bool]  # whether the forward of "sum" computes the gradients of a and b
+    positive_score: Tensor | None = None  # [N], for relative; None: computed here
 
     @property
     def other(self) -> Tensor:
-        """b, or a in its place."""
+        """b, also if b is a."""
         return self.a if self.b is None else self.b
 
-    def numbers(self) -> tuple[Tensor, Tensor]:
+    def scalars(self) -> tuple[Tensor, Tensor]:
         """κ and β as scalar tensors."""
         dtype, bias = accumulation_dtype(self.a.dtype), self.offset if self.bias is None else self.bias
         values = (kappa_of(self.scale, self.constant), bias)
@@ -139,10 +145,13 @@ class Call(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The gradients of a, b, κ and β: of a sum what its forward left times grad_out, of rows' sums from scores anew."""
+    """The gradients with respect to a, b, scale and bias.
+
+    "sum" multiplies the gradients that the forward computed by grad_out; "none" computes the scores again.
+    """
 
     grad_out: Tensor  # [] or [N]
-    dscale: Tensor
+    dscale: Tensor  # this and the next three: computed by the forward of "sum", without grad_out
     dbias: Tensor
     da: Tensor
     db: Tensor
@@ -159,12 +168,12 @@ class BackwardCall(NamedTuple):
     relative: bool
     reduction: str
     share: float
-    needs: list[bool]  # for a and b
+    needs: list[bool]  # whether a and b need a gradient
     positive_score: Tensor | None = None
 
     @property
     def forward(self) -> Call:
-        """What the gradients are of."""
+        """The arguments of the forward."""
         return Call(*self[5:])
 
 
@@ -192,26 +201,26 @@ class _ScoreSums(Function):
             return (None,) * len(Call._fields)
         *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = ctx.saved_tensors
         needs = ctx.needs_input_grad[:4]
-        sides = (a, b, scale, bias, *ctx.numbers, a_ids, b_ids)
-        call = BackwardCall._make((grad_out, *gradients, *sides, *ctx.options, list(needs[:2]), positive_score))
+        inputs = (a, b, scale, bias, *ctx.numbers, a_ids, b_ids)
+        call = BackwardCall._make((grad_out, *gradients, *inputs, *ctx.options, list(needs[:2]), positive_score))
         grads = last_derivative(torch.ops.gssf.score_sums_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 4))
 
 
 class _Sums(NamedTuple):
-    """Of all chunks: sums and slopes of the rows' terms [N] and of the columns' [K], Σ_j ds_ij s_ij [N], gradients."""
+    """The results of a loop over chunks. K is N where terms are relative to the positives, else 0."""
 
-    rows: Tensor
-    row_slope: Tensor
-    dscores_dot_s: Tensor
-    cols: Tensor
-    col_slope: Tensor
+    rows: Tensor  # [N], sums of f over each row
+    row_slope: Tensor  # [N], sums of f′
+    dscores_dot_s: Tensor  # [N], Σ_j ds_ij s_ij
+    cols: Tensor  # [K], sums of f over each column
+    col_slope: Tensor  # [K], sums of f′
     da: Tensor
     db: Tensor
 
     @property
     def slope(self) -> Tensor:
-        """Of the pairs' own scores minus that, where terms are relative to them [N]."""
+        """Minus the gradient with respect to positive_score [N], where terms are relative to the positives."""
         return self.row_slope + self.col_slope
 
 
@@ -241,12 +250,12 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
         factor, dscale = call.grad_out * call.share * kappa, call.grad_out * call.dscale
         dscale = dscale * kappa if call.constant is None else dscale
         return (factor * call.da).to(a.dtype), (factor * call.db).to(a.dtype), dscale, call.grad_out * call.dbias
-    scale, _ = forward.numbers()
+    scale, _ = forward.scalars()
     needs = [call.needs[0], call.needs[0] if call.b is None else call.needs[1]]
     unit = unit_of(a.dtype, call.grad_out)
     one = unit if unit is not None else scale.new_ones(())
     weight = (call.grad_out if unit is None else call.grad_out / unit).contiguous()
-    # Rows have weights of their own: b being a helps nothing.
+    # Every row has its weight, so dscores are not symmetric even if b is a: all of them are computed.
     sums = _sweep(forward._replace(b=call.a) if call.b is None else forward, call.positive_score, needs, weight)
     slopes = weight * (sums.slope if call.relative else sums.row_slope)
     if call.relative and any(needs):
@@ -264,17 +273,20 @@ def _pair_scores(a, b):
 
 
 def _add_pairs(sums: _Sums, slopes: Tensor, call: Call, needs) -> None:
-    """Add the gradients by way of the pairs' own scores, whose slopes [N] are given."""
+    """Add the gradients through positive_score to da and db; slopes [N] is the gradient with respect to it."""
     a, b = call.a, call.other
     i, dtype = torch.arange(a.shape[0], device=a.device), accumulation_dtype(a.dtype)
-    of_pairs = torch.ops.gssf.pair_scores_backward(slopes, i, i, a.to(dtype), b.to(dtype), needs)
-    for total, of_pair in zip((sums.da, sums.db), of_pairs, strict=True):
-        total += of_pair
+    pair_grads = torch.ops.gssf.pair_scores_backward(slopes, i, i, a.to(dtype), b.to(dtype), needs)
+    for total, pair_grad in zip((sums.da, sums.db), pair_grads, strict=True):
+        total += pair_grad
 
 
 def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | None = None) -> _Sums:
-    """Of all chunks. weight: [N], of the rows' slopes in dscores, and of the columns' with relative; None: 1."""
-    scale, bias = call.numbers()
+    """Run the pass over all chunks.
+
+    weight: [N], multiplies the slopes of row i in dscores, and with relative those of column i; None: 1.
+    """
+    scale, bias = call.scalars()
     if call.b is None and call.reduction == "sum":
         return _symmetric(call, scale, bias, needs[0])
     a, b, n = call.a, call.other, call.a.shape[0]
@@ -286,8 +298,7 @@ def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | No
 
     def visit(s, first):
         part = slice(first, first + s.shape[0])
-        of_rows = (t[part] if t is not None else None for t in (columns, weight, a_ids))
-        positive, row_weight, row_ids = of_rows
+        positive, row_weight, row_ids = (t[part] if t is not None else None for t in (columns, weight, a_ids))
         terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, b_ids)
         options = (first, call.kind, call.positives, any(needs))
         torch.ops.gssf.score_sums_pass(s, *terms, *options, rows[:, part], cols)
@@ -299,7 +310,10 @@ def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | No
 
 
 def _symmetric(call: Call, scale: Tensor, bias: Tensor, need: bool) -> _Sums:
-    """The same for b = a. The slopes are right in their sum alone, and da is the whole gradient, of both sides."""
+    """The same for b = a, from the upper triangle.
+
+    Only the sums over all rows are those of :func:`_sweep`; da is the gradient with respect to a as both factors.
+    """
     n = call.a.shape[0]
     total, no_columns = scale.new_zeros(3, n), scale.new_empty(2, 0)
     ids = call.a_ids.contiguous() if call.a_ids is not None else None
@@ -308,7 +322,7 @@ def _symmetric(call: Call, scale: Tensor, bias: Tensor, need: bool) -> _Sums:
         count, (s,) = scores[0].shape[0], scores
         part = slice(first, first + count)
         row_ids = ids[part] if ids is not None else None
-        for start, stop, times in ((0, count, 1), (count, n - first, 2)):  # the square, and what stands for both halves
+        for start, stop, times in ((0, count, 1), (count, n - first, 2)):  # the square on the diagonal; right of it
             if start == stop:
                 continue
             col_ids = ids[first + start : first + stop] if ids is not None else None
@@ -330,37 +344,37 @@ def _fake(call: Call) -> tuple[Tensor, ...]:
     if call.reduction == "none":
         shapes = (n, 0, 0, 0, 0, n if call.relative and call.positive_score is None else 0)
     else:
-        of_sides = zip((call.a, call.b), call.needs, strict=True)
-        shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in of_sides), 0)
+        factors = zip((call.a, call.b), call.needs, strict=True)
+        shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in factors), 0)
     return tuple(call.a.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
     if call.reduction == "sum":
-        ends = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
-        return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *ends
+        scalars = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
+        return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *scalars
     shapes = (t.shape if need and t is not None else 0 for t, need in zip((call.a, call.b), call.needs, strict=True))
     return *(call.a.new_empty(shape) for shape in shapes), *(call.grad_out.new_empty(()) for _ in range(2))
 
 
 class PassCall(NamedTuple):
-    """Sums over a chunk's rows, and over its first K columns; with gradient s becomes dscores."""
+    """Sums over the rows of a chunk, and over its first K columns; with ``gradient`` s becomes dscores."""
 
     s: Tensor  # [R, M] with adjacent columns: written
     scale: Tensor
     bias: Tensor
-    row_positive: Tensor | None  # [R], what the rows' terms are relative to
-    row_weight: Tensor | None  # [R], of their slopes in dscores; None: 1
-    col_positive: Tensor | None  # [K], of the columns' terms
+    row_positive: Tensor | None  # [R], the positive_score that the terms of the rows are relative to
+    row_weight: Tensor | None  # [R], multiplies the slopes of the rows in dscores; None: 1
+    col_positive: Tensor | None  # [K], the same of the columns
     col_weight: Tensor | None  # [K]
     row_ids: Tensor | None  # [R]
     col_ids: Tensor | None  # [M]
-    first: int  # the column that is row 0's own
+    first: int  # the column of row 0's pair
     kind: str
     positives: str
     gradient: bool
     rows: Tensor  # [3, R]: sums, slopes and Σ_j ds_ij s_ij, written
-    cols: Tensor  # [2, K]: sums and slopes, added to
+    cols: Tensor  # [2, K]: sums and slopes are added to it
 
 
 def _pass(call: PassCall) -> None:
@@ -370,7 +384,7 @@ def _pass(call: PassCall) -> None:
         if call.row_ids is not None:
             positive |= call.row_ids[:, None] == call.col_ids
 
-    def term(s, positive, bias):  # f and its slope, by scores
+    def term(s, positive, bias):  # f(t) and df/dt; "negate" takes f(−t) of positives
         t = s * call.scale + bias
         f, slope = pointwise(torch.where(positive, -t, t) if call.positives == "negate" else t, call.kind)
         if call.positives == "negate":

@@ -1,10 +1,13 @@
-"""The terms of a loss made of statistics, both directions in one op: one launch each way on a GPU.
+"""The terms of a loss of row and column statistics, one for each anchor, both directions in one op.
 
 hinge      terms_i = [m + row_i − p_i]₊ + [m + col_i − p_i]₊,      i < N
-goal       terms_i = value(p_i, row_i) + value(p_i, col_i), 0 where there is no negative; gradients are by weights:
+goal       terms_i = value(p_i, row_i) + value(p_i, col_i), each 0 where there is no negative
            dL/dp = −w⁺(p, row) − w⁺(p, col),   dL/drow = w⁻(p, row),   dL/dcol = w⁻(p, col)     (``goal.py``)
 contrast   terms_i = ½ [(row_max_i − row_target_i) + row_log_i] + ½ [(col_max_i − col_target_i) + col_log_i]
-weights    the gradients of ``goal`` by weights that are known; it has no terms of its own
+weights    only a backward: the gradients of ``goal`` from weights that the forward has stored
+
+p: positive_score; row, col: the hardest negatives of row i and column i. On a GPU each pass is one launch.
+Sources: VSE++, arXiv 1707.05612 (hinge); GOAL, arXiv 2210.13188; InfoNCE, arXiv 1807.03748 (contrast).
 """
 
 from collections.abc import Callable
@@ -19,49 +22,47 @@ from gssf_kernels.ops.goal import Constants, anchor_values, anchor_weights
 from gssf_kernels.reference import AnchorStatistics
 
 
-class LineTermsCall(NamedTuple):
-    """Statistics, by formula.
+class AnchorTermsCall(NamedTuple):
+    """The arguments of ``line_terms``."""
 
-    "hinge", "goal <triplet> <pair>": positive_score [N], row_score [N], col_score [M], of which the first N count
-    "contrast": row_max, row_log, row_target [N], col_max, col_log [M], col_target [N]; no columns: of the rows alone,
-        not halved; no col_target: row_target stands for both
-    Constants: the margin; τ, α, β, λ; none.
-    """
-
+    # "hinge", "goal <triplet> <pair>" or "contrast"
     formula: str
+    # hinge, goal: positive_score [N], row_score [N], col_score [M], of which the first N count.
+    # contrast: row_max, row_log, row_target [N], col_max, col_log [M], col_target [N]. Without columns (None) the terms
+    # are those of the rows, not halved. Without col_target, row_target is the target of both directions.
+    statistics: list[Tensor | None]
+    constants: list[float]  # hinge: the margin; goal: τ, α, β, λ; contrast: none
+    reduction: str
+
+
+class AnchorTermsBackwardCall(NamedTuple):
+    """The arguments of ``line_terms_backward``."""
+
+    grad_out: Tensor  # [] or [N]
+    formula: str  # also "weights"
+    # As in the forward. contrast reads only the lengths of row_log and col_log, and which statistics are None.
+    # weights: w⁺ and w⁻ of the rows, w⁺ and w⁻ of the columns [4, N], and any vector of M entries.
     statistics: list[Tensor | None]
     constants: list[float]
     reduction: str
 
 
-class LineTermsBackwardCall(NamedTuple):
-    """The same, with the gradient of the result. Of "contrast" only row_log, col_log and col_target are looked at, for
-    what there is; "weights" takes weights [4, N] and any vector of M entries."""
-
-    grad: Tensor
-    formula: str
-    statistics: list[Tensor | None]
-    constants: list[float]
-    reduction: str
-
-
-def line_terms(
+def anchor_terms(
     positive_score: Tensor, row_score: Tensor, col_score: Tensor, formula: str, constants: list[float], reduction: str
 ) -> Tensor:
-    """The terms [N] of "hinge" or "goal <triplet> <pair>", or their sum or mean.
+    """The terms [N] of "hinge" or "goal <triplet> <pair>", or their sum or mean. Differentiable once.
 
-    Differentiable once; NaN passes both ways, and -inf (no negative) gives 0.
+    NaN propagates, in the forward and in the backward. An anchor without a negative (score -inf) has term 0.
     """
-    return _LineTerms.apply(positive_score, row_score, col_score, formula, constants, reduction)
+    return _AnchorTerms.apply(positive_score, row_score, col_score, formula, constants, reduction)
 
 
 def hinge_terms(positive_score: Tensor, row_score: Tensor, col_score: Tensor, margin: float, reduction: str) -> Tensor:
-    """The terms [N] of ``positive_score [N]``, ``row_score [N]`` and the first N of ``col_score [M]``, or their sum or
-    mean. Differentiable once; NaN passes both ways, and -inf (no negative) gives 0."""
-    return line_terms(positive_score, row_score, col_score, "hinge", [margin], reduction)
+    """:func:`anchor_terms` of "hinge": positive_score [N], row_score [N], and the first N entries of col_score [M]."""
+    return anchor_terms(positive_score, row_score, col_score, "hinge", [margin], reduction)
 
 
-class _LineTerms(Function):
+class _AnchorTerms(Function):
     @staticmethod
     def forward(positive_score, row_score, col_score, formula, constants, reduction):
         return torch.ops.gssf.line_terms(formula, [positive_score, row_score, col_score], constants, reduction)
@@ -72,14 +73,15 @@ class _LineTerms(Function):
         ctx.save_for_backward(*statistics)
 
     @staticmethod
-    def backward(ctx, grad):
-        grads = last_derivative(line_gradients, grad, ctx.formula, ctx.constants, ctx.reduction, *ctx.saved_tensors)
+    def backward(ctx, grad_out):
+        options = (ctx.formula, ctx.constants, ctx.reduction)
+        grads = last_derivative(anchor_term_gradients, grad_out, *options, *ctx.saved_tensors)
         return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
 
 
-def line_gradients(grad, formula, constants, reduction, *statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """``line_terms_backward`` with the tensors as separate arguments."""
-    return torch.ops.gssf.line_terms_backward(grad, formula, list(statistics), constants, reduction)
+def anchor_term_gradients(grad_out, formula, constants, reduction, *statistics) -> tuple[Tensor, Tensor, Tensor]:
+    """``line_terms_backward`` with the statistics as separate arguments."""
+    return torch.ops.gssf.line_terms_backward(grad_out, formula, list(statistics), constants, reduction)
 
 
 def _hinge(call):
@@ -89,12 +91,12 @@ def _hinge(call):
     return sum(reference.hinge(margin + negative - positive_score) for negative in (row_score, col_score))
 
 
-def _hinge_backward(grad, call):
+def _hinge_backward(dterms, call):
     positive_score, row_score, col_score = call.statistics
     (margin,) = call.constants
     count = positive_score.shape[0]
     drow, dcol = (
-        torch.where(margin + negative - positive_score < 0, 0, grad) for negative in (row_score, col_score[:count])
+        torch.where(margin + negative - positive_score < 0, 0, dterms) for negative in (row_score, col_score[:count])
     )
     return -(drow + dcol), drow, _padded(dcol, col_score.shape[0])
 
@@ -110,13 +112,13 @@ def _goal(call):
     return terms(row_score) + terms(col_score[: positive_score.shape[0]])
 
 
-def _goal_backward(grad, call):
+def _goal_backward(dterms, call):
     positive_score, row_score, col_score = call.statistics
     triplet, pair = call.formula.split()[1:]
 
     def gradients(negative):
         weights = anchor_weights(AnchorStatistics(positive_score, negative), triplet, pair, Constants(*call.constants))
-        return (grad * torch.where(negative != -torch.inf, w, 0) for w in weights)
+        return (dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)
 
     row_positive, drow = gradients(row_score)
     col_positive, dcol = gradients(col_score[: positive_score.shape[0]])
@@ -133,72 +135,74 @@ def _contrast(call):
     return terms
 
 
-def _contrast_backward(grad, call):
+def _contrast_backward(dterms, call):
     _, row_log, _, _, col_log, col_target = call.statistics
-    grad = grad.expand(row_log.shape[0])
-    drow = grad.clone() if col_log is None else grad / 2
+    dterms = dterms.expand(row_log.shape[0])
+    drow = dterms.clone() if col_log is None else dterms / 2
     if col_log is None:
         return drow, -drow, drow.new_empty(0)
     return drow, -2 * drow if col_target is None else -drow, _padded(drow, col_log.shape[0])
 
 
-def _weights_backward(grad, call):
+def _weights_backward(dterms, call):
     weights, columns = call.statistics
-    row_positive, row_negative, col_positive, col_negative = grad * weights
+    row_positive, row_negative, col_positive, col_negative = dterms * weights
     return -(row_positive + col_positive), row_negative.clone(), _padded(col_negative, columns.shape[0])
 
 
 def _padded(gradient, length):
-    """With zeros behind it; never the same memory."""
+    """gradient followed by zeros, [length]. Always a copy: an op's result must not be one of its inputs."""
     return torch.cat((gradient, gradient.new_zeros(length - gradient.shape[0])))
 
 
+# call -> terms [N]
 _TERMS: dict[str, Callable] = {"hinge": _hinge, "goal": _goal, "contrast": _contrast}
+# (dL/dterms [] or [N], call) -> the gradients with respect to positive_score or row_target [N], rows [N], columns [M]
 _GRADIENTS: dict[str, Callable] = {
     "hinge": _hinge_backward, "goal": _goal_backward, "contrast": _contrast_backward, "weights": _weights_backward,
 }  # fmt: skip
 
 
-def _line_terms(call):
+def _anchor_terms(call):
     return reference.reduce(_TERMS[call.formula.split()[0]](call), call.reduction)
 
 
-def _line_terms_backward(call):
+def _anchor_terms_backward(call):
     count = call.statistics[0 if call.formula == "weights" else 1].shape[-1]
-    grad = call.grad / max(count, 1) if call.reduction == "mean" else call.grad
-    return _GRADIENTS[call.formula.split()[0]](grad, call)
+    dterms = call.grad_out / max(count, 1) if call.reduction == "mean" else call.grad_out
+    return _GRADIENTS[call.formula.split()[0]](dterms, call)
 
 
-def _fake_line_terms(call):
+def _fake_anchor_terms(call):
     like = call.statistics[1]
     return like.new_empty(like.shape if call.reduction == "none" else ())
 
 
-def _fake_line_terms_backward(call):
+def _fake_anchor_terms_backward(call):
     if call.formula == "weights":
         weights, columns = call.statistics
         sizes = (weights.shape[1], weights.shape[1], columns.shape[0])
     else:
         like, columns = call.statistics[1], call.statistics[4 if call.formula == "contrast" else 2]
         sizes = (like.shape[0], like.shape[0], 0 if columns is None else columns.shape[0])
-    return tuple(call.grad.new_empty(size) for size in sizes)
+    return tuple(call.grad_out.new_empty(size) for size in sizes)
 
 
 register(
     "line_terms",
-    LineTermsCall,
+    AnchorTermsCall,
     "Tensor",
-    composite=_line_terms,
-    fake=_fake_line_terms,
+    composite=_anchor_terms,
+    fake=_fake_anchor_terms,
     launcher="terms.line_terms",
     plans=plan.kernel,
 )
 register(
     "line_terms_backward",
-    LineTermsBackwardCall,
+    AnchorTermsBackwardCall,
     "(Tensor, Tensor, Tensor)",
-    composite=_line_terms_backward,
-    fake=_fake_line_terms_backward,
+    composite=_anchor_terms_backward,
+    fake=_fake_anchor_terms_backward,
     launcher="terms.line_terms_backward",
     plans=plan.kernel,
 )

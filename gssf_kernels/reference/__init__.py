@@ -1,8 +1,8 @@
 """The definitions: plain PyTorch that stores the whole similarity matrix.
 
-Every public function has a twin of the same name and arguments here. It is differentiated by
-PyTorch itself, runs on any device and dtype, and is what tests and fallbacks compare with. Read it
-as the formula; use it for small problems only, since it takes several matrices of N x M.
+Every public function has a definition here, with the same name and arguments. PyTorch differentiates it, and it runs on
+any device and dtype. Tests compare with it. Read it as the formula, and use it only for small problems: it stores
+several N x M matrices.
 """
 
 from gssf_kernels.reference.dense import (

@@ -1,4 +1,7 @@
-"""The definitions of the losses in which every score carries gradient; see :mod:`gssf_kernels.reference`."""
+"""The definitions of the losses in which every score carries gradient, on the stored matrix.
+
+Formulas and sources: the docstrings in :mod:`gssf_kernels.losses` and :mod:`gssf_kernels.ops`.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,7 @@ from gssf_kernels.reference.triplet import factors, hinge, reduce
 
 
 def _compared(x: Tensor, y: Tensor, metric) -> Tensor:
-    """``s [N, M]`` of x and y, by metric where there is one."""
+    """``s = x yᵀ`` [N, M], or the scores of ``metric``."""
     return scores(*factors(x, y, metric))
 
 
@@ -110,9 +113,9 @@ def relational_distillation_loss(
     count = student.shape[0]
     image, text = (scores(x, x).detach() / tau for x in (image_teacher, text_teacher))
     mixture = lam * text + (1 - lam) * image
-    off = ~torch.eye(count, dtype=torch.bool, device=student.device)
+    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=student.device)
     total = mixture.new_zeros(())
     for weight, relations in zip(weights, (scores(student, student) / tau, image, text), strict=True):
-        gap = (relations - mixture)[off]
+        gap = (relations - mixture)[off_diagonal]
         total = total + weight * (gap.abs() if kind == "mae" else gap.square()).sum()
     return total / max(count * (count - 1), 1)

@@ -1,4 +1,7 @@
-"""Losses designed by their gradient (GOAL, arXiv 2210.13188), defined on the stored matrix."""
+"""The definitions of the losses designed by their gradient, on the stored matrix.
+
+Formulas: the docstrings of `losses/goal.py` and `losses/gradient_space.py`. Source: GOAL, arXiv 2210.13188.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,30 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_kernels.reference.statistics import accumulate, best, mean_distance, positives, scores
+from gssf_kernels.reference.statistics import accumulate, maxima, mean_distance, positives, scores
 from gssf_kernels.reference.triplet import diagnose, factors, reduce
 
 
 class AnchorStatistics(NamedTuple):
-    """What a weight function sees of one direction's N anchors: detached tensors [N]."""
+    """The argument of a weight function: statistics of the N anchors of one direction, detached tensors [N]."""
 
     positive: Tensor  # p_i = s_ii
-    negative: Tensor  # n_i, the hardest negative; -inf where there is none
-    relative_positive: Tensor | None = None  # r⁺_i, where asked for
-    relative_negative: Tensor | None = None  # r⁻_i, where asked for
+    negative: Tensor  # n_i, the score of the hardest negative; -inf where there is none
+    relative_positive: Tensor | None = None  # r⁺_i, with `RelativeTerms`
+    relative_negative: Tensor | None = None  # r⁻_i, with `RelativeTerms`
 
 
 class RelativeTerms(NamedTuple):
-    """Which relative terms are wanted: how an anchor stands to the other positives and to its close negatives.
+    """The settings of the relative terms, which compare an anchor with the positives of others and its close negatives.
 
         r⁺_i = mean over {k ≠ i : p_k <= n_i + positive_threshold} of e^{α (p_i − p_k)}
         r⁻_i = mean over {j ∉ pos(i), j ≠ a_i : s_ij >= min_k p_k − negative_threshold} of e^{−β (n_i − s_ij)}
 
-    "linear" takes the distances ``p_i − p_k`` and ``n_i − s_ij`` themselves, and leaves exact ties, whose distance
-    is 0, out of the mean. The mean of an empty set is 0. (a_i: the place of the hardest negative.)
+    a_i is the index of the hardest negative. The mean of an empty set is 0. The kind "linear" takes the distances
+    ``p_i − p_k`` and ``n_i − s_ij`` in place of the exponentials, and leaves distances of exactly 0 out of the mean.
     """
 
-    kind: str = "exponential"  # or "linear", which has no use for alpha and beta
+    kind: str = "exponential"  # or "linear", which ignores alpha and beta
     alpha: float = 2.0
     beta: float = 10.0
     positive_threshold: float = 0.1
@@ -50,7 +53,7 @@ def gradient_space_loss(
     metric=None,
     diagnostics: bool = False,
 ):
-    """A loss given by the weights of its gradient; see :func:`gssf_kernels.gradient_space_loss`."""
+    """A loss defined by the weights of its gradient; see :func:`gssf_kernels.gradient_space_loss`."""
     a, b = factors(x, y, metric)
     s, same = scores(a, b), positives(a, b, x_ids, y_ids)
     loss = reduce(_designed(s, same, weights, value, relative), reduction)
@@ -58,40 +61,45 @@ def gradient_space_loss(
 
 
 def _designed(s: Tensor, same: Tensor, weights: Callable, value: Callable | None, relative) -> Tensor:
-    """``s [N, M]`` -> [N], row term i + column term i."""
-    count, positive = s.shape[0], s.diagonal()
+    """The terms [N] from s [N, M] and the mask of positives same [N, M]: row term i + column term i."""
+    count, positive_score = s.shape[0], s.diagonal()
     masked = s.masked_fill(same, -torch.inf)
-    per_pair = positive * 0
-    for side in (masked, masked[:, :count].mT):  # the anchors' scores: [N, M], [N, N]
-        negative, _ = best(side, 1)
-        anchor, _ = anchor_statistics(positive.detach(), side.detach(), relative)
+    per_pair = positive_score * 0
+    for anchor_scores in (masked, masked[:, :count].mT):  # [N, M] of the rows, [N, N] of the columns
+        negative, _ = maxima(anchor_scores, 1)
+        anchor, _ = anchor_statistics(positive_score.detach(), anchor_scores.detach(), relative)
         positive_weight, negative_weight = (w.detach() for w in weights(anchor))
         monitor = anchor.negative - anchor.positive
         term = (monitor if value is None else value(anchor)).detach()
-        found = negative != -torch.inf
-        drawn = (positive_weight, negative_weight, term, negative)
-        positive_weight, negative_weight, term, n = (torch.where(found, t, 0) for t in drawn)
-        surrogate = negative_weight * n - positive_weight * positive  # for its derivative; its value is of no interest
+        valid = negative != -torch.inf
+        tensors = (positive_weight, negative_weight, term, negative)
+        positive_weight, negative_weight, term, n = (torch.where(valid, t, 0) for t in tensors)
+        surrogate = negative_weight * n - positive_weight * positive_score  # has the gradient; its value cancels
         per_pair = per_pair + term + (surrogate - surrogate.detach())
     return per_pair
 
 
-def anchor_statistics(positive: Tensor, side: Tensor, relative) -> tuple[AnchorStatistics, Tensor]:
-    """``positive [N]``, ``side [N, K]`` with -inf at positives -> the N anchors' statistics, and where n is [N]."""
-    negative, place = best(side, 1)
+def anchor_statistics(positive_score: Tensor, masked: Tensor, relative) -> tuple[AnchorStatistics, Tensor]:
+    """The statistics of N anchors, and the indices [N] of their hardest negatives.
+
+    positive_score: [N].
+    masked: [N, K], the scores of the anchors, -inf at positives.
+    """
+    negative, negative_index = maxima(masked, 1)
     if relative is None:
-        return AnchorStatistics(positive, negative), place
-    linear, count = relative.kind == "linear", positive.shape[0]
-    threshold = torch.cat((positive, positive.new_full((1,), torch.inf))).min() - relative.negative_threshold
-    distance = positive[:, None] - positive[None, :]  # [N, N]
-    close = ~(positive[None, :] > (negative + relative.positive_threshold)[:, None])  # NaN is close to everything
-    close = close & ~torch.eye(count, dtype=torch.bool, device=positive.device)
+        return AnchorStatistics(positive_score, negative), negative_index
+    linear, count = relative.kind == "linear", positive_score.shape[0]
+    p = positive_score
+    threshold = torch.cat((p, p.new_full((1,), torch.inf))).min() - relative.negative_threshold
+    distance = p[:, None] - p[None, :]  # [N, N]
+    close = ~(p[None, :] > (negative + relative.positive_threshold)[:, None])  # NaN is close to everything
+    close = close & ~torch.eye(count, dtype=torch.bool, device=p.device)
     if linear:
         close = close & (distance != 0)  # the authors' divisor leaves out exact ties, whose term is 0
     terms = torch.where(close, distance if linear else torch.exp(relative.alpha * distance), 0)
     relative_positive = terms.sum(1) / close.sum(1).clamp_min(1)
-    relative_negative = mean_distance(side, threshold, None if linear else relative.beta)
-    return AnchorStatistics(positive, negative, relative_positive, relative_negative), place
+    relative_negative = mean_distance(masked, threshold, None if linear else relative.beta)
+    return AnchorStatistics(p, negative, relative_positive, relative_negative), negative_index
 
 
 def goal_loss(
@@ -142,13 +150,13 @@ def goal_weights(
 
 
 def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold) -> dict:
-    """The weights, the value and the relative terms of one of the fifteen."""
+    """The arguments weights, value and relative of `gradient_space_loss`, for one of the fifteen losses."""
 
     def softplus(t):
         return -F.logsigmoid(-t)  # to the last bit, where F.softplus drops its tail beyond 20
 
     def weights(anchor):
-        p, n, close_p, close_n = anchor
+        p, n, relative_p, relative_n = anchor
         if triplet == "con":
             weight = torch.ones_like(p)
         elif triplet == "nca":
@@ -162,10 +170,10 @@ def _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_thr
         elif pair == "sig":
             pull, push = torch.sigmoid(-alpha * (p - lam)), torch.sigmoid(beta * (n - lam))
         elif pair == "lin_ms":
-            pull, push = (1 - close_p) * (1 - p), (1 + close_n) * n
+            pull, push = (1 - relative_p) * (1 - p), (1 + relative_n) * n
         else:
-            pull = 1 / (torch.exp(alpha * (p - lam)) + close_p)
-            push = 1 / (torch.exp(-beta * (n - lam)) + close_n)
+            pull = 1 / (torch.exp(alpha * (p - lam)) + relative_p)
+            push = 1 / (torch.exp(-beta * (n - lam)) + relative_n)
         return weight * pull, weight * push
 
     def value(anchor):

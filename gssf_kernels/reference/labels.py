@@ -1,4 +1,7 @@
-"""The definitions of losses of labelled embeddings; see :mod:`gssf_kernels.reference`."""
+"""The definitions of the losses of labelled embeddings, on the stored matrix.
+
+Formulas and sources: the docstrings in :mod:`gssf_kernels.losses`.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from gssf_kernels.reference.triplet import factors, reduce
 def by_label(
     x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(s [N, M], positive, negative)`` of x with y, or of x alone, whose rows never meet themselves."""
+    """``(s, positive, negative)`` [N, M], masks by label. Without y, b is a and the diagonal is in neither mask."""
     s = scores(*factors(x, x if y is None else y, metric))
     same = labels[:, None] == (labels if y_labels is None else y_labels)
     itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device) if y is None else torch.zeros_like(same)
@@ -31,11 +34,11 @@ def circle_loss(
     """Circle loss; see :func:`gssf_kernels.circle_loss`."""
     s, positive, negative = by_label(x, labels, y, y_labels, metric)
     alpha_p, alpha_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
-    of_positives = (-scale * alpha_p * (s - 1 + margin)).masked_fill(~positive, -torch.inf).logsumexp(1)
-    of_negatives = (scale * alpha_n * (s - margin)).masked_fill(~negative, -torch.inf).logsumexp(1)
-    both = positive.any(1) & negative.any(1)
-    t = torch.where(both, of_positives + of_negatives, 0)
-    return reduce(torch.where(both, torch.logaddexp(t, t.new_zeros(())), 0), reduction)
+    positive_lse = (-scale * alpha_p * (s - 1 + margin)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    negative_lse = (scale * alpha_n * (s - margin)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    valid = positive.any(1) & negative.any(1)
+    t = torch.where(valid, positive_lse + negative_lse, 0)
+    return reduce(torch.where(valid, torch.logaddexp(t, t.new_zeros(())), 0), reduction)
 
 
 def multi_similarity_loss(
@@ -58,6 +61,6 @@ def multi_similarity_loss(
         largest_negative = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)
         positive, negative = positive & ~(s >= largest_negative + epsilon), negative & ~(s <= least_positive - epsilon)
     zero = s.new_zeros(())
-    of_positives = (-alpha * (s - base)).masked_fill(~positive, -torch.inf).logsumexp(1)
-    of_negatives = (beta * (s - base)).masked_fill(~negative, -torch.inf).logsumexp(1)
-    return reduce(torch.logaddexp(of_positives, zero) / alpha + torch.logaddexp(of_negatives, zero) / beta, reduction)
+    positive_lse = (-alpha * (s - base)).masked_fill(~positive, -torch.inf).logsumexp(1)
+    negative_lse = (beta * (s - base)).masked_fill(~negative, -torch.inf).logsumexp(1)
+    return reduce(torch.logaddexp(positive_lse, zero) / alpha + torch.logaddexp(negative_lse, zero) / beta, reduction)

@@ -1,4 +1,7 @@
-"""The projection, the scores and their statistics, defined on the stored matrix."""
+"""The definitions of the projection, the scores and their row and column statistics, on the stored matrix.
+
+Formulas and sources: the docstrings in :mod:`gssf_kernels.project` and :mod:`gssf_kernels.ops`.
+"""
 
 from typing import NamedTuple
 
@@ -6,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # smallest norm divided by, as in torch.nn.functional.normalize
+EPS = 1e-12  # the least norm that rows are divided by, as in torch.nn.functional.normalize
 
 
 class HardestNegatives(NamedTuple):
-    """Best-scoring negative of every row and column; index -1 (and score -inf) where there is none."""
+    """The highest-scoring negative of every row and column; score -inf and index -1 where there is none."""
 
     row_score: Tensor  # [N]
     row_index: Tensor  # [N] int64, a row of b
@@ -32,16 +35,15 @@ def project(
     normalize: bool = False,
 ) -> Tensor:
     """``p = x W`` with ``W = diag(w) + blockdiag(B)``; see :func:`gssf_kernels.project`."""
-    wide = accumulate(x)
+    unit = accumulate(x)
     if normalize:
-        wide = F.normalize(wide, dim=-1, eps=EPS)
-    p = torch.zeros_like(wide) if (diag is not None or blocks is not None) else wide
+        unit = F.normalize(unit, dim=-1, eps=EPS)
+    p = torch.zeros_like(unit) if (diag is not None or blocks is not None) else unit
     if diag is not None:
-        p = p + wide * accumulate(diag)
+        p = p + unit * accumulate(diag)
     if blocks is not None:
-        groups, width, _ = blocks.shape
-        grouped = wide if permutation is None else wide[..., permutation]
-        mixed = torch.einsum("...gk,gkc->...gc", grouped.unflatten(-1, (groups, width)), accumulate(blocks))
+        permuted = unit if permutation is None else unit[..., permutation]
+        mixed = torch.einsum("...gk,gkc->...gc", permuted.unflatten(-1, blocks.shape[:2]), accumulate(blocks))
         mixed = mixed.flatten(-2)
         p = p + (mixed if permutation is None else mixed[..., torch.argsort(permutation)])
     return p.to(x.dtype)
@@ -66,14 +68,14 @@ def scores(a: Tensor, b: Tensor) -> Tensor:
 
 
 def positives(a: Tensor, b: Tensor, a_ids: Tensor | None = None, b_ids: Tensor | None = None) -> Tensor:
-    """``[N, M]`` bool: the pairs (i, i) and those of equal ids, which are never negatives."""
+    """``[N, M]`` bool: whether (i, j) is a positive, i = j or of equal ids. Positives are never negatives."""
     same = torch.eye(a.shape[0], b.shape[0], dtype=torch.bool, device=a.device)
     rows, cols = (b_ids if a_ids is None else a_ids), (a_ids if b_ids is None else b_ids)
     return same if rows is None or cols is None else same | (rows[:, None] == cols[None, :])
 
 
-def best(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Maximum and its index along dim; -1 where nothing is above -inf, and -inf too where there is nothing."""
+def maxima(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The maximum over ``dim`` and its index. The index is -1 if the maximum is -inf, also that of no scores."""
     if masked.shape[dim] == 0:
         score = masked.new_full((masked.shape[1 - dim],), -torch.inf)
         return score, torch.full_like(score, -1, dtype=torch.int64)
@@ -86,7 +88,7 @@ def hardest_negatives(
 ) -> HardestNegatives:
     """Row and column maxima of ``s`` over negatives; see :func:`gssf_kernels.hardest_negatives`."""
     masked = scores(a, b).masked_fill(positives(a, b, a_ids, b_ids), -torch.inf)
-    return HardestNegatives(*best(masked, 1), *best(masked, 0))
+    return HardestNegatives(*maxima(masked, 1), *maxima(masked, 0))
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
@@ -95,21 +97,22 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
         index = torch.arange(a.shape[0], device=a.device)
     if b.shape[0] == 0:
         return (accumulate(a) * 0).sum(-1) - torch.inf
-    picked = (accumulate(a) * accumulate(b)[index.clamp_min(0)]).sum(-1)
-    return torch.where(index < 0, -torch.inf, picked)
+    products = (accumulate(a) * accumulate(b)[index.clamp_min(0)]).sum(-1)
+    return torch.where(index < 0, -torch.inf, products)
 
 
-def weighted_sums(grad: Tensor, starts: Tensor, ends: Tensor, source: Tensor, count: int) -> Tensor:
-    """``Σ_{e: starts_e = i} grad_e source[ends_e]`` [count, D], in the order of the edges; a zero edge adds nothing.
+def weighted_sums(weights: Tensor, starts: Tensor, ends: Tensor, source: Tensor, count: int) -> Tensor:
+    """``out_i = Σ_{e: starts_e = i} weights_e source[ends_e]`` [count, D], in the order of the edges.
 
-    Edges that are none stay, with a term of 0: how many there are is not looked at, which would wait for a GPU.
+    An edge with weight 0 adds 0, even if source is not finite there. So does an edge with an index of -1. Such edges
+    are not removed, because counting them would synchronise on a GPU.
     """
     source = accumulate(source)
     sums = source.new_zeros(count, source.shape[1])
     if count == 0 or source.shape[0] == 0:
         return sums
-    keep = (starts >= 0) & (ends >= 0) & (grad != 0)
-    terms = torch.where(keep[:, None], grad[:, None].to(source.dtype) * source[ends.clamp_min(0)], 0)
+    valid = (starts >= 0) & (ends >= 0) & (weights != 0)
+    terms = torch.where(valid[:, None], weights[:, None].to(source.dtype) * source[ends.clamp_min(0)], 0)
     return sums.index_put_((starts.clamp_min(0),), terms, accumulate=True)
 
 
@@ -128,12 +131,15 @@ def relative_negatives(
 
 
 def mean_distance(masked: Tensor, threshold: Tensor, beta: float | None) -> Tensor:
-    """``masked [N, K]``, -inf at positives -> [N]: mean distance of the close negatives to the hardest one."""
+    """r⁻ [N] of N anchors: the mean of how far the close negatives are from the hardest one.
+
+    masked: [N, K], the scores of the anchors, -inf at positives.
+    """
     if masked.shape[1] == 0:
         return masked.new_zeros(masked.shape[0])
-    hardest, place = masked.max(1, keepdim=True)  # [N, 1]
+    hardest, hardest_index = masked.max(1, keepdim=True)  # [N, 1]
     close = ~(masked < threshold) & (masked != -torch.inf)  # NaN is close to everything
-    close = close & (torch.arange(masked.shape[1], device=masked.device) != place)
+    close = close & (torch.arange(masked.shape[1], device=masked.device) != hardest_index)
     if beta is None:
         close = close & (masked != hardest)  # the authors' divisor leaves out exact ties, whose term is 0
         terms = hardest - masked

@@ -104,10 +104,10 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 
 def batch_hard_backward(call: Any, plan: Any) -> torch.Tensor:
     """Return dx [N, D] in the dtype of x, summed in fp32. Raises TypeError unless x is fp32, bf16 or fp16."""
-    grad_out, x = call.grad, operands.rows(call.x)
+    grad_out, x = call.grad_out, operands.rows(call.x)
     (N, D), summed = x.shape, call.reduction != "none"
     dx = call.x.new_empty(x.shape)
-    saved = operands.contiguous(call.positive, call.negative, call.positive_index, call.negative_index)
+    saved = operands.contiguous(call.positive_score, call.negative_score, call.positive_index, call.negative_index)
     BE, BD = tiles.SCAN_EDGES, tiles.EDGE_CHANNELS
     with torch.cuda.device_of(x):
         batch_scan_kernel[(N * triton.cdiv(D, BD),)](

@@ -139,8 +139,8 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
     if max(N, M) > 0:
         with torch.cuda.device_of(like):
             line_terms_backward_kernel[(triton.cdiv(max(N, M), BT),)](
-                call.grad, statistics, (first, second, columns_grad), tuple(call.constants),
-                0 if summed else call.grad.stride(0), N, M, GRADIENTS=formula.gradients, **modes,
+                call.grad_out, statistics, (first, second, columns_grad), tuple(call.constants),
+                0 if summed else call.grad_out.stride(0), N, M, GRADIENTS=formula.gradients, **modes,
                 SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,
             )  # fmt: skip
     return first, second, columns_grad if columns_grad is not None else like.new_empty(0)

@@ -33,8 +33,8 @@ FAULTS = [
         "batch-hard: a later tile wins a tie",
         "gssf_kernels/ops/positives.py",
         "_hardest_positives",
-        "wins = (least < best)",
-        "wins = (least <= best) & (least < torch.inf)",
+        "wins = (least < minimum)",
+        "wins = (least <= minimum) & (least < torch.inf)",
     ),
     Fault(
         "batch-hard: a later tile of the GPU's kernel wins a tie",

@@ -84,7 +84,7 @@ FAULTS = [
         "dense: a pair's two places count once in the student's gradient",
         "gssf_kernels/ops/relations.py",
         "_formula",
-        "slope = 2 * own",
-        "slope = own",
+        "slope = 2 * w0",
+        "slope = w0",
     ),
 ]

@@ -5,8 +5,8 @@ FAULTS = [
         "dense: scores kept for the backward are written over",
         "gssf_kernels/dense.py",
         "chunks",
-        "s.copy_(known[first : first + rows])",
-        "s = known[first : first + rows]",
+        "s.copy_(scores[first : first + rows])",
+        "s = scores[first : first + rows]",
     ),
     Fault(
         "compile: a guard on which object a tensor is",

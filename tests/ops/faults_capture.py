@@ -5,7 +5,7 @@ FAULTS = [
         "GPU: a loss looks at a value",
         "gssf_kernels/diagnostics.py",
         "diagnose",
-        "found = negative != -torch.inf  # NaN is found",
-        "found = negative != (-torch.inf if float(negative.sum()) else torch.inf)",
+        "valid = negative != -torch.inf  # NaN is valid",
+        "valid = negative != (-torch.inf if float(negative.sum()) else torch.inf)",
     ),
 ]
