@@ -2,7 +2,7 @@
 
 import device_ops
 import pytest
-import slab_checks
+import row_panel_checks
 import torch
 from dense_cases import INF, NAN, assert_same, normal, value_and_gradients
 from interpreted import DEVICE, every_dtype
@@ -216,14 +216,14 @@ def test_the_same_inputs_give_the_same_bits():
 
 
 @slabs
-@slab_checks.slabbed
+@row_panel_checks.slabbed
 @pytest.mark.parametrize("learnable", [True, False], ids=["learned", "a number"])
-@pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES)
+@pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES)
 def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
-    a, b = slab_checks.sides(n, m, d)
+    a, b = row_panel_checks.sides(n, m, d)
     scale = torch.tensor(0.7, device=DEVICE)
     number = (scale, 1.0) if learnable else (None, 0.7)
     x, y, kappa = fp64_leaves(a, b, torch.tensor(0.7))
@@ -232,10 +232,10 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
 
     row_max, row_log, col_max, col_log, pair, kept = device_ops.logsumexp_scores(a, b, *number)
     assert kept.numel() == 0
-    slab_checks.close(row_max, t.detach().amax(1))
-    slab_checks.close(col_max, t.detach().amax(0))
+    row_panel_checks.close(row_max, t.detach().amax(1))
+    row_panel_checks.close(col_max, t.detach().amax(0))
     for found, right in zip((row_max + row_log, col_max + col_log, pair), expected, strict=True):
-        slab_checks.close(found, right.detach())
+        row_panel_checks.close(found, right.detach())
 
     above = [torch.randn(len(line), dtype=torch.float64) for line in expected]
     right = torch.autograd.grad(expected, (x, y, kappa), above)
@@ -243,7 +243,7 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     grads = [g.float().to(DEVICE) for g in above]
     found = device_ops.logsumexp_scores_backward(*grads, a, b, *number, *lines, [True, True, learnable])
     for ours, truth in zip(found[: 2 + learnable], right, strict=False):
-        slab_checks.close(ours, truth)
+        row_panel_checks.close(ours, truth)
     assert [g.dtype for g in found[:2]] == [SLAB_DTYPE] * 2
     assert learnable or found[2].numel() == 0
 
@@ -252,7 +252,7 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["a", "b", "κ alone"])
 def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", 1)
-    a, b = slab_checks.sides(50, 40, 16)
+    a, b = row_panel_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
     *lines, _, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
     drow = torch.randn(50, device=DEVICE)
@@ -266,18 +266,18 @@ def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
 def test_log_sums_by_slabs_of_nothing_to_sum_and_nan(monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
-    a, b = (t.abs() for t in slab_checks.sides(40, 50, 8))
+    a, b = (t.abs() for t in row_panel_checks.sides(40, 50, 8))
     a[3], a[20, 0], b[7] = -INF, NAN, INF  # t of row 3 and column 7: -inf
     expected = a.double().cpu() @ b.double().cpu().T
     row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
-    slab_checks.close(row_max + row_log, expected.logsumexp(1))
-    slab_checks.close(col_max + col_log, expected.logsumexp(0))
+    row_panel_checks.close(row_max + row_log, expected.logsumexp(1))
+    row_panel_checks.close(col_max + col_log, expected.logsumexp(0))
     a[20, 0] = 1
     b[7] = -INF
     a[3] = 1
     row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
     assert float(col_max[7] + col_log[7]) == -INF
-    slab_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
+    row_panel_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
 
 
 # The passes over a chunk of scores, by Triton

@@ -5,7 +5,7 @@ import math
 import device_ops
 import launchers
 import pytest
-import slab_checks
+import row_panel_checks
 import torch
 from dense_cases import INF, NAN, X, Y, normal
 from interpreted import DEVICE, every_dtype
@@ -333,16 +333,16 @@ def test_the_same_inputs_give_the_same_bits():
 
 
 @slabs
-@slab_checks.slabbed
+@row_panel_checks.slabbed
 @pytest.mark.parametrize("ids", [False, True], ids=["no ids", "ids"])
 @pytest.mark.parametrize(("kind", "positives"), [("softplus", "negate"), ("hinge", "exclude"), ("square", "include")])
-@pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES[1:4])
+@pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES[1:4])
 def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
-    a, b = slab_checks.sides(n, m, d)
+    a, b = row_panel_checks.sides(n, m, d)
     labels = [torch.randint(0, 9, (k,), device=DEVICE) for k in (n, m)] if ids else [None, None]
     scale, bias = torch.tensor(0.9, device=DEVICE), torch.tensor(-0.4, device=DEVICE)
-    expected, right = slab_checks.true_sums(fp64_leaves(a, b, scale, bias), labels, kind, positives, 0.25)
+    expected, right = row_panel_checks.true_sums(fp64_leaves(a, b, scale, bias), labels, kind, positives, 0.25)
 
     options = (*labels, kind, positives, False)
     found = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[True, True])
@@ -351,11 +351,11 @@ def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-5, atol=2e-5 * n * m / 100)
     for ours, truth in zip((da, db), right[:2], strict=True):  # κ, the share and grad_out are still to come
-        slab_checks.close(0.25 * 0.9 * ours, truth)
+        row_panel_checks.close(0.25 * 0.9 * ours, truth)
 
     alone = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[False, False])
     assert [g.numel() for g in alone[3:]] == [0, 0]
-    if scores == slab_checks.SLABS[0]:
+    if scores == row_panel_checks.SLABS[0]:
         return
     for ours, whole in zip(alone[:3], found[:3], strict=True):
         torch.testing.assert_close(ours, whole)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from certified_cases import check, unit
 from interpreted import DEVICE, INTERPRETED
-from slab_checks import close, true_sums
+from row_panel_checks import close, true_sums
 from triton_checks import check_hardest, check_relative, fp64_leaves, own_tiles
 
 pytest.importorskip("triton")

@@ -3,7 +3,7 @@
 import device_ops
 import pytest
 import torch
-from slab_checks import sides
+from row_panel_checks import sides
 from triton_checks import SLAB_DTYPE
 from triton_checks import slabs as by_slabs
 
