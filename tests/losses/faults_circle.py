@@ -84,11 +84,4 @@ FAULTS = [
         "negative, positive = (row_max + row_log).unbind()",
         tests="losses/test_multi_similarity",
     ),
-    Fault(
-        "circle: an anchor without a positive has a term",
-        "gssf_kernels/losses/circle.py",
-        "circle_loss",
-        "(positives != -torch.inf) & (negatives != -torch.inf)",
-        "(positives != -torch.inf) | (negatives != -torch.inf)",
-    ),
 ]

@@ -4,7 +4,7 @@ import math
 import subprocess
 import sys
 
-import launchers
+import device_ops
 import pytest
 import torch
 from cases import LABELS, randn
@@ -229,14 +229,14 @@ def check_batch_hard(x, labels, margin, reduction):
     grad = torch.rand(n) + 0.5 if reduction == "none" else torch.tensor(0.75)
     expected.backward(grad.double())
     on = on_device(x, labels)
-    loss, *found = launchers.batch_hard(*on, margin, reduction)
+    loss, *found = device_ops.batch_hard(*on, margin, reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     size = float((leaf.detach() @ leaf.detach().T).nan_to_num(0, 0, 0).abs().max()) * (n if reduction == "sum" else 1)
     torch.testing.assert_close(
         loss.cpu().double(), expected.detach(), rtol=4e-6, atol=4e-6 * (size + margin), equal_nan=True
     )
-    dx = launchers.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
+    dx = device_ops.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
     assert dx.dtype == x.dtype
     if bool(x.isfinite().all()):
         close(dx, leaf.grad, x.dtype)
@@ -257,7 +257,7 @@ def test_batch_hard(n, d, groups, reduction, dtype):
 def test_batch_hard_of_special_values(special):
     x, labels = labelled(40, 8, torch.float32, 5)
     x[17, 0], x[:, 0] = special, x[:, 0].abs()
-    loss, *_ = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    loss, *_ = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
     expected = reference.batch_hard_loss(x.double(), labels, margin=0.25, reduction="none")
     close(loss, expected, torch.float32)
 
@@ -267,7 +267,7 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
     x = torch.randint(-2, 3, (60, 2)).float()
     labels = torch.randint(0, 4, (60,))
     s, same = x @ x.T, labels[:, None] == labels
-    _, _, _, positive_place, negative_place = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+    _, _, _, positive_place, negative_place = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
     positives = s.masked_fill(~same | torch.eye(60, dtype=torch.bool), INF)
     assert torch.equal(positive_place.cpu(), positives.argmin(1))
     assert torch.equal(negative_place.cpu(), s.masked_fill(same, -INF).argmax(1))
@@ -277,19 +277,19 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
 def test_batch_hard_without_partners():
     x, same = torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)
     for labels in (same, torch.arange(20)):
-        loss, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+        loss, *found = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
         assert not loss.any()
         assert set(found[2 if labels is not same else 3].tolist()) == {-1}
         grad = torch.tensor(1.0).to(DEVICE)
-        assert not launchers.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
+        assert not device_ops.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
 
 
 @few
 def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
     x, labels = torch.randn(20, 8), torch.arange(20) // 4
-    _, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    _, *found = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
     dead = torch.full((20, 8), NAN).to(DEVICE)
-    assert not launchers.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
+    assert not device_ops.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
 
 
 @few
@@ -304,15 +304,15 @@ def test_batch_hard_is_never_tf32(monkeypatch):
 def test_what_is_large_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, declined in ((44, False), (45, True)):
-        found = launchers.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
-        assert (found is NotImplemented) == declined
+        inputs = on_device(*labelled(n, 8, torch.float32, 5))
+        assert device_ops.route("batch_hard", *inputs, 0.25, "sum") == ("composite" if declined else "small")
 
 
 @few
 def test_fp64_is_refused():
     x, labels = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)
     with pytest.raises(TypeError, match="float64"):
-        launchers.batch_hard(x, labels, 0.25, "sum")
+        device_ops.launch("batch_hard", x, labels, 0.25, "sum")
     with pytest.raises(TypeError, match="float64"):
         positives_kernels.hardest_positives(x, labels)
 

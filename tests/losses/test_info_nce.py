@@ -1,7 +1,6 @@
 """InfoNCE: against formulas written otherwise, over chunks and at extremes, its Triton kernels and launches."""
 
 import device_ops
-import launchers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -365,9 +364,10 @@ def test_contrast_terms(N, M, reduction, sides):
     grad = torch.randn(truth.shape)
     truth.backward(grad.double())
     on = [t if t is None else t.to(DEVICE) for t in lines]
-    found = launchers.contrast_terms(*on, reduction)
+    found = device_ops.line_terms("contrast", on, [], reduction)
     torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    drow, dtarget, dcol = launchers.contrast_terms_backward(grad.to(DEVICE), on[1], on[4], shared, reduction)
+    log_sums = [None, on[1], None, None, on[4], None if shared else on[1]]
+    drow, dtarget, dcol = device_ops.line_terms_backward(grad.to(DEVICE), "contrast", log_sums, [], reduction)
     wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
     for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
         torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)

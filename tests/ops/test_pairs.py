@@ -1,5 +1,6 @@
 """Scores of listed pairs by the Triton kernels, and their gradients, against fp64 truth."""
 
+import device_ops
 import pytest
 import torch
 from interpreted import DEVICE, every_dtype
@@ -7,7 +8,7 @@ from triton_checks import INF, NAN, assert_as_good, close, many, two_sides
 
 pytest.importorskip("triton")
 
-from launchers import pair_scores, pair_scores_backward
+from device_ops import pair_scores, pair_scores_backward
 
 pytestmark = many
 
@@ -91,9 +92,9 @@ def test_pair_scores_backward_gives_only_what_is_needed():
 def test_fp64_is_refused():
     x, index = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)
     with pytest.raises(TypeError, match="float64"):
-        pair_scores(x, x, index, index)
+        device_ops.launch("pair_scores", x, x, index, index)
     with pytest.raises(TypeError, match="float64"):
-        pair_scores_backward(x[0], index, index, x, x, [True, True])
+        device_ops.launch("pair_scores_backward", x[0], index, index, x, x, [True, True])
 
 
 def test_pairs_of_all_rows():

@@ -2,7 +2,7 @@
 
 import math
 
-import launchers
+import device_ops
 import pytest
 import torch
 from cases import DTYPES, FLOOR, IDS, randn
@@ -277,7 +277,7 @@ def test_kernels_keeps_nan_and_inf(value, beta):
 @many
 def test_kernels_of_an_empty_batch():
     x, level = torch.randn(0, 8).to(DEVICE), torch.tensor(0.0, device=DEVICE)
-    found = launchers.relative_negatives(x, torch.randn(5, 8).to(DEVICE), None, None, level, 1.0)
+    found = device_ops.relative_negatives(x, torch.randn(5, 8).to(DEVICE), None, None, level, 1.0)
     assert [t.tolist() for t in found] == [[], [], [], [-INF] * 5, [-1] * 5, [], [0.0] * 5]
 
 
@@ -285,4 +285,4 @@ def test_kernels_of_an_empty_batch():
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        launchers.relative_negatives(x, x, None, None, x[0, 0], None)
+        device_ops.launch("relative_negatives", x, x, None, None, x[0, 0], None)

@@ -3,7 +3,6 @@
 import math
 
 import device_ops
-import launchers
 import pytest
 import row_panel_checks
 import torch
@@ -164,7 +163,7 @@ class Sum:
         on = [x if x is None else x.to(DEVICE) for x in (self.a, self.b)]
         numbers, constants, *given = self.arguments()
         inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
-        pair = launchers.pair_scores(*on, None, None) if known else None
+        pair = device_ops.pair_scores(*on, None, None) if known else None
         found, own = device_ops.rows(*inputs, positive_score=pair)
         assert found.dtype == torch.float32
         close(found, terms.detach(), torch.float32, subnormal=True)

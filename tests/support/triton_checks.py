@@ -6,7 +6,6 @@ Small tiles make small problems meet every edge.
 from functools import partial
 
 import device_ops
-import launchers
 import pytest
 import torch
 from interpreted import DEVICE, INTERPRETED
@@ -142,7 +141,7 @@ def positives(N, M, a_ids, b_ids):
 
 def run_hardest(a, b, a_ids=None, b_ids=None):
     on = [x.to(DEVICE) if x is not None and not x.is_cuda else x for x in (a, b, a_ids, b_ids)]
-    return [x.cpu() for x in launchers.hardest_negatives(*on)]
+    return [x.cpu() for x in device_ops.hardest_negatives(*on)]
 
 
 def check_hardest(a, b, a_ids=None, b_ids=None, exact=False):
@@ -174,7 +173,7 @@ def check_relative(a, b, threshold, beta, a_ids=None, b_ids=None, exact=False):
     """Compare with loops in fp64; exact: distances of whole numbers, which leave but one rounding."""
     level = torch.tensor(threshold, device=DEVICE)
     on = [x.to(DEVICE) if x is not None else None for x in (a, b, a_ids, b_ids)]
-    *found, rows, cols = (x.cpu() for x in launchers.relative_negatives(*on, level, beta))
+    *found, rows, cols = (x.cpu() for x in device_ops.relative_negatives(*on, level, beta))
     for ours, known in zip(found, run_hardest(a, b, a_ids, b_ids), strict=True):
         torch.testing.assert_close(ours, known, rtol=0, atol=0, equal_nan=True)
     arguments = (a, b, threshold, beta, a_ids, b_ids)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-import launchers
+import device_ops
 import triton
 import triton.language as tl
 from certified_cases import MAKERS, UNIT, check, unit
@@ -24,7 +24,7 @@ def mined(a, b, a_ids=None, b_ids=None):
     twice, one = b is a, b_ids is a_ids
     a, a_ids = (t if t is None else t.to(DEVICE) for t in (a, a_ids))
     b, b_ids = a if twice else b.to(DEVICE), a_ids if one else b_ids.to(DEVICE)
-    *found, made = launchers.certified_negatives(a, b, a_ids, b_ids, True)
+    *found, made = device_ops.on_cuda("hardest_negatives", a, b, a_ids, b_ids, "certified")
     return [t.cpu() for t in found], int(made)
 
 
@@ -96,7 +96,7 @@ def test_what_is_not_finite_is_as_in_a_sweep(special):
     a[3, 4], b[50, 1], b[69, 0] = special, special, -special
     for ids in ((), (torch.arange(40) // 2, torch.arange(70) // 3)):
         found = mined(a, b, *ids)[0]
-        swept = launchers.hardest_negatives(*(t.to(DEVICE) for t in (a, b, *ids)), *(() if ids else (None, None)))
+        swept = device_ops.hardest_negatives(*(t.to(DEVICE) for t in (a, b, *ids)))
         for got, expected in zip(found, swept, strict=True):
             torch.testing.assert_close(got, expected.cpu(), rtol=0, atol=0, equal_nan=True)
 
@@ -195,11 +195,11 @@ def test_who_takes_it(monkeypatch):
     monkeypatch.setattr(certified, "hardest_negatives", lambda *arguments: calls.append(1) or real(*arguments))
     monkeypatch.setattr(plan, "CERTIFIED", 20 * 30)
     a, b = unit(torch.randn(20, 8)).to(DEVICE), unit(torch.randn(30, 8)).to(DEVICE)
-    found = launchers.hardest_negatives(a, b, None, None)
+    found = device_ops.hardest_negatives(a, b, None, None)
     assert len(calls) == 1
     assert same_bits(found, real(a, b, None, None))
-    launchers.hardest_negatives(a[:19], b, None, None)
-    launchers.hardest_negatives(a.half(), b.half(), None, None)
+    device_ops.hardest_negatives(a[:19], b, None, None)
+    device_ops.hardest_negatives(a.half(), b.half(), None, None)
     monkeypatch.setattr(plan, "fp32_products", lambda device: "tf32")
-    launchers.hardest_negatives(a, b, None, None)
+    device_ops.hardest_negatives(a, b, None, None)
     assert len(calls) == 1

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from device_ops import hardest_negatives, relative_negatives
 from interpreted import DEVICE, every_dtype
-from launchers import hardest_negatives, relative_negatives
 from triton_checks import IDS, INF, NAN, assert_same_bits, check_hardest, check_relative, many
 
 from gssf_kernels import plan

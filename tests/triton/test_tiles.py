@@ -15,8 +15,6 @@ from triton_checks import check_hardest, check_relative, fp64_leaves, own_tiles
 
 pytest.importorskip("triton")
 
-import launchers
-
 from gssf_kernels import plan
 from gssf_kernels.triton import certified, logsumexp, sums, sweep, tiles
 
@@ -111,7 +109,7 @@ def test_half_of_the_tiles(line, launches):
     """Of one side twice tiles on and above the diagonal alone have a number."""
     dtype, channels, tile = line
     a = whole(M, channels, dtype).to(DEVICE)
-    found = launchers.hardest_negatives(a, a, None, None)
+    found = device_ops.hardest_negatives(a, a, None, None)
     go_on(launches, tile)
     s = a.double() @ a.double().T
     s.fill_diagonal_(-torch.inf)
@@ -171,7 +169,7 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     monkeypatch.setattr(certified, "hardest_negatives", counted)
 
     def mined(*sides):
-        found = launchers.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
+        found = device_ops.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
         return [t.cpu() for t in found], calls[-1]
 
     check(a, b, *labels, by=mined)
