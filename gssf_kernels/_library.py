@@ -199,14 +199,20 @@ class _Bound(NamedTuple):
 class Function(torch.autograd.Function):
     """``torch.autograd.Function`` whose ``forward`` has its signature with it.
 
-    PyTorch takes the signature apart at every call otherwise, which shows in a small batch's step.
+    PyTorch takes the signature apart at every call otherwise, which shows in a small batch's step. Where ``forward``
+    takes ``*arguments``, ``call`` is the op's bundle, which names them: torch.compile asks how many there are.
     """
+
+    call: Any = None
 
     def __init_subclass__(cls):
         super().__init_subclass__()
         if "forward" in vars(cls):
-            parameters = inspect.signature(cls.forward).parameters.values()
-            vars(cls.forward)["__signature__"] = _Positional(list(parameters))
+            parameters = list(inspect.signature(cls.forward).parameters.values())
+            if cls.call is not None:
+                kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+                parameters = [inspect.Parameter(name, kind) for name in cls.call._fields]
+            vars(cls.forward)["__signature__"] = _Positional(parameters)
 
 
 class _Once(Function):

@@ -373,7 +373,10 @@ def score_sums_backward(call: Any) -> Iterator[Plan]:
 def info_nce(call: Any) -> Iterator[Plan]:
     """Of few scores the merge ends in the loss; else log-sums, then the terms."""
     for option in dense(lambda call: False)(call):
-        yield option if option.route == "small" else Plan("composite", f"{option.why}; log-sums, then the terms")
+        if option.route != "small":
+            why = _FP64 if call.a.dtype == torch.float64 else f"{Scores(call.a, call.b)}: log-sums, then the terms"
+            option = Plan("composite", why)
+        yield option
 
 
 def logsumexp(call: Any) -> Iterator[Plan]:

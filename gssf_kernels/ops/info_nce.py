@@ -85,6 +85,8 @@ def contrast_loss(
 
 
 class _InfoNCE(Function):
+    call = Call
+
     @staticmethod
     def forward(*arguments):
         return torch.ops.gssf.info_nce(*arguments)

@@ -170,6 +170,8 @@ class BackwardCall(NamedTuple):
 
 
 class _LogSumExp(Function):
+    call = Call
+
     @staticmethod
     def forward(*arguments):
         return torch.ops.gssf.logsumexp_scores(*arguments)

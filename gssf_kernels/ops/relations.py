@@ -68,6 +68,8 @@ class PassCall(NamedTuple):
 
 
 class _Relations(Function):
+    call = Call
+
     @staticmethod
     def forward(*arguments):
         return torch.ops.gssf.relation_loss(*arguments)

@@ -169,6 +169,8 @@ class BackwardCall(NamedTuple):
 
 
 class _ScoreSums(Function):
+    call = Call
+
     @staticmethod
     def forward(*arguments):
         return torch.ops.gssf.score_sums(*arguments)
