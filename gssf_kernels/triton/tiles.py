@@ -1,7 +1,7 @@
 """The one table of tile sizes: static, so that every run and every rank does the same arithmetic.
 
 Chosen from ahead-of-time compilation (registers, spills, shared memory) and not yet timed on a GPU.
-`tests/test_lowering.py` compiles every line for its architecture; none spills with Triton 3.6 nor 3.7.
+`tests/triton/test_lowering.py` compiles every line for its architecture; none spills with Triton 3.6 nor 3.7.
 """
 
 from __future__ import annotations

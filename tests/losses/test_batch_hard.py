@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import LABELS, randn
 from interpreted import DEVICE, every_dtype
-from kernel_modules import positives as positives_kernels
 from kernel_modules import sweep, tiles
 from launch_counts import check_count, every_small_batch, ids_of
 from triton_checks import INF, NAN, assert_as_good, best, close, every_reduction, few, many, on_device
@@ -314,7 +313,7 @@ def test_fp64_is_refused():
     with pytest.raises(TypeError, match="float64"):
         device_ops.launch("batch_hard", x, labels, 0.25, "sum")
     with pytest.raises(TypeError, match="float64"):
-        positives_kernels.hardest_positives(x, labels)
+        device_ops.launch("hardest_positives", x, labels)
 
 
 # Its hardest positives, of any number of rows
@@ -322,7 +321,7 @@ def test_fp64_is_refused():
 
 def check_positives(x, labels, exact=True):
     """Compare with fp64; exact: every index too, for data whose scores are exact in fp32."""
-    found = positives_kernels.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
+    found = device_ops.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
     assert found.dtype == torch.int64
     s = x.double() @ x.double().T
     no = (labels[:, None] != labels[None, :]) | torch.eye(len(x), dtype=torch.bool)
@@ -369,7 +368,7 @@ def test_positives_take_any_layout_and_an_empty_batch():
     wide = torch.randint(-9, 9, (60, 70)).float()
     check_positives(wide[::2, 1:18], (torch.arange(90) // 6)[:60:2])
     check_positives(wide.T[:45, :34:2], torch.arange(45) % 4)
-    assert positives_kernels.hardest_positives(
+    assert device_ops.hardest_positives(
         torch.randn(0, 8).to(DEVICE), torch.zeros(0, dtype=torch.int64).to(DEVICE)
     ).shape == (0,)
 

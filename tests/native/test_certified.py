@@ -4,130 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from certified_cases import INF, MAKERS, UNIT, certified, check, unit
 
 import gssf_kernels as gk
-from gssf_kernels import _library
 
-INF = torch.inf
-UNIT = _library.bf16_unit()
 pytestmark = pytest.mark.skipif(UNIT == "none", reason="no bf16 unit on this processor, or no extension")
-
-
-def certified(a, b, a_ids=None, b_ids=None):
-    """(the five of hardest_negatives, how many scores were made in fp64)."""
-    *found, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")
-    return found, rescored
-
-
-def exact(a, b, a_ids=None, b_ids=None):
-    """The same of fp64 scores: products of fp32 numbers are exact, and PyTorch's sum is good to 1e-15."""
-    s = a.double() @ b.double().T
-    pair = s.diagonal().clone()
-    no = torch.eye(*s.shape, dtype=torch.bool)
-    if a_ids is not None:
-        no |= a_ids[:, None] == b_ids
-    s = s.masked_fill(no, -INF)
-    return s, pair
-
-
-def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified):
-    """Winners to the bit; where scores tie in fp64 but for its own rounding, by their scores, and exactly if `ties`."""
-    (pair, row_score, row_index, col_score, col_index), rescored = by(a, b, a_ids, b_ids)
-    s, pairs = exact(a, b, a_ids, b_ids)
-    size = a.double().abs() @ b.double().abs().T  # what fp64's own rounding of a score is relative to
-    noise = 2.0**-50 * max(a.shape[1], 8)
-    beyond = pairs.float().isinf()
-    assert torch.equal(pair[beyond], pairs.float()[beyond])
-    off = (pair.double() - pairs).abs()[~beyond]
-    assert (off <= (2.0**-24 * pairs.abs() + noise * size.diagonal() + 1e-45)[~beyond]).all()
-    for score, index, t, abs_t in ((row_score, row_index, s, size), (col_score, col_index, s.T, size.T)):
-        best, place = t.max(1)
-        none = best == -INF
-        assert torch.equal(index == -1, none)
-        assert (score[none] == -INF).all()
-        t, abs_t, score, index, best, place = (v[~none] for v in (t, abs_t, score, index, best, place))
-        chosen = t.gather(1, index[:, None])[:, 0]
-        slack = noise * abs_t.amax(1)
-        assert (chosen >= best - slack).all()
-        clear = (t >= (best - 2 * slack)[:, None]).sum(1) == 1
-        assert torch.equal(index[clear], place[clear])
-        if ties:
-            assert torch.equal(index, (t == best[:, None]).int().argmax(1))
-        rounded = best.float()
-        near = (best - rounded.double()).abs() < 0.49999 * (torch.nextafter(rounded, rounded.new_tensor(INF)) - rounded)
-        assert torch.equal(score[clear & near], rounded[clear & near])
-    return rescored
-
-
-def unit(x):
-    return torch.nn.functional.normalize(x, dim=1)
-
-
-def near_ties(n, m, d):
-    """Columns that differ by one ulp of one channel."""
-    a, b = unit(torch.randn(n, d)), unit(torch.randn(1, d)).repeat(m, 1)
-    up = torch.nextafter(b, torch.full_like(b, INF))
-    b[torch.arange(m), torch.arange(m) % d] = up[torch.arange(m), torch.arange(m) % d]
-    return a, b
-
-
-def duplicates(n, m, d):
-    pool = torch.randn(7, d)
-    return pool[torch.randint(0, 7, (n,))], pool[torch.randint(0, 7, (m,))]
-
-
-def scaled(low, high):
-    def make(n, m, d):
-        decades = torch.empty(n + m).uniform_(low, high)
-        x = torch.randn(n + m, d) * 10.0 ** decades[:, None]
-        return x[:n].clone(), x[n:].clone()
-
-    return make
-
-
-def hubs(n, m, d):
-    a, b = unit(torch.randn(n, d)), unit(torch.randn(m, d))
-    b[::10] = unit(a.mean(0, keepdim=True)) + 1e-6 * torch.randn(len(b[::10]), d)
-    return a, b
-
-
-def low_rank(n, m, d):
-    basis = torch.randn(2, d)
-    return torch.randn(n, 2) @ basis, torch.randn(m, 2) @ basis
-
-
-def sparse(n, m, d):
-    return torch.randn(n, d) * (torch.rand(n, d) < 0.05), torch.randn(m, d) * (torch.rand(m, d) < 0.05)
-
-
-def mixed_channels(n, m, d):
-    scale = 10.0 ** torch.empty(d).uniform_(-15, 15)
-    return torch.randn(n, d) * scale, torch.randn(m, d) / scale
-
-
-def halfway(n, m, d):
-    """Numbers in the middle of two bf16 numbers, all of one sign: the rounding residue is as large as it can be."""
-    a, b = (((torch.randint(128, 256, (k, d)) * 2 + 1) / 512).float() for k in (n, m))
-    return a, b
-
-
-MAKERS = {
-    "unit": lambda n, m, d: (unit(torch.randn(n, d)), unit(torch.randn(m, d))),
-    "normal": lambda n, m, d: (torch.randn(n, d), torch.randn(m, d)),
-    "near ties": near_ties,
-    "duplicates": duplicates,
-    "halfway": halfway,
-    "hubs": hubs,
-    "low rank": low_rank,
-    "sparse": sparse,
-    "mixed channels": mixed_channels,
-    "mixed norms": scaled(-6, 6),
-    "tiny": scaled(-22, -19),
-    "subnormal": scaled(-42, -36),
-    "huge": scaled(17, 18),
-    "beyond": scaled(19, 37),
-    "zeros": lambda n, m, d: (torch.zeros(n, d), torch.zeros(m, d)),
-}
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -141,12 +22,14 @@ def test_eleven_thousand_small_problems_in_all(name):
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name != "beyond"])
-def test_the_bound_holds(name):
-    """For every score, by rows and by columns."""
+def test_the_bound_holds(internals, name):
+    """For every score of the bf16 unit, by rows and by columns."""
     for seed, (n, m, d) in enumerate([(30, 40, 7), (65, 200, 64), (530, 610, 100), (17, 100, 1500), (5, 9, 40000)]):
         torch.manual_seed(seed)
         a, b = MAKERS[name](n, m, d)
-        score, *bounds = torch.ops.gssf.rounded_scores(a, b)
+        score, *bounds = (
+            torch.from_numpy(x).view(n, m) for x in internals.certified.rounded_scores(a.numpy(), b.numpy())
+        )
         off = (score.double() - a.double() @ b.double().T).abs()
         for bound in bounds:
             assert (off <= bound).all()

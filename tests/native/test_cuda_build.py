@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 REGISTERS, WARPGROUP = 65536, 128  # of a processor of Hopper, threads
