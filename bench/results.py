@@ -58,6 +58,7 @@ def machine() -> dict:
     import torch
 
     import gssf_kernels as gk
+    from gssf_kernels import plan
     from gssf_kernels.__main__ import cpu_description
 
     try:
@@ -72,7 +73,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
         "gssf_kernels": gk.__version__,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": {device: plan.fp32_products(device) for device in ("cpu", "cuda")},
         "backends": gk.backends(),
     }
 

@@ -125,8 +125,8 @@ def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: 
     found: dict[tiles.Sweep, Timed] = {}
     steps: dict[tiles.Sweep, Callable[[], Any]] = {}
     expected: list[torch.Tensor] = []
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_product(kind)[1])
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32" if kind == "tf32" else "ieee"
     try:
         for tile in sane:
             step = partial(launch, tile, launcher, arguments)
@@ -145,7 +145,7 @@ def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: 
                 found[tile].ms.append(timer.time_ms(steps[tile], of=tile)[0])
             turns += 1
     finally:
-        torch.set_float32_matmul_precision(before)
+        products.fp32_precision = before
     return list(found.values())
 
 

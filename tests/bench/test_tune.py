@@ -82,10 +82,10 @@ def test_turns_are_taken_and_wrong_results_are_not_timed(monkeypatch):
 
     monkeypatch.setattr(tune, "_launcher", lambda size: launcher)
     monkeypatch.setattr(tune, "problem", lambda key, device: ())
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     fine = LINE._replace(num_stages=4)
     found = tune.time_line((90, "tf32", "wide"), [LINE, wrong, fails, fine], torch.device("cpu"), 0.0)
-    assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cuda.matmul.fp32_precision == before
     notes = {one.tile: (one.note, len(one.ms)) for one in found}
     assert notes[LINE] == notes[fine] == ("", tune.TURNS[0])
     assert notes[wrong] == ("results differ from the line's by 1.0e+00", 0)

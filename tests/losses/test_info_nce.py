@@ -443,14 +443,14 @@ def test_one_side_twice_by_a_metric(reduction):
 
 @counted
 def test_what_many_bf16_scores_launch(monkeypatch):
-    """A slab takes one sweep, its sums and two products; the rest is once a step, and no score is stored forward."""
+    """A row panel takes one sweep, its sums and two products; the rest is once a step, and no score is stored."""
     sweeps = []
-    for slab in (2**26, 2**21):  # one, and two of 3,072 x 4,096
-        monkeypatch.setattr(tiles, "SLAB_SCORES", slab)
-        monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
+    for scores in (2**26, 2**21):  # one, and two of 3,072 x 4,096
+        monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
+        monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
         assert "merge_logs_kernel" in forward
-        assert not {"logsumexp_kernel", "softmax_kernel", "score_sums_kernel"} & {*forward, *backward}
+        assert not {"chunk_kernel"} & {*forward, *backward}
     assert sweeps[0] == (1, 1)
     assert sweeps[1][1] == 6

@@ -7,7 +7,7 @@ import torch
 from dense_cases import INF, NAN, assert_same, normal, value_and_gradients
 from interpreted import DEVICE, every_dtype
 from kernel_modules import tiles
-from triton_checks import SLAB_DTYPE, both_passes, close, few, fp64_leaves, log_sum_truth, slabs, two_sides
+from triton_checks import ROW_PANEL_DTYPE, both_passes, close, few, fp64_leaves, log_sum_truth, row_panels, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
@@ -212,14 +212,14 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(x, y)
 
 
-# Many scores by slabs of rows, by Triton
+# Many scores by row panels, by Triton
 
 
-@slabs
-@row_panel_checks.slabbed
+@row_panels
+@row_panel_checks.every_panel_size
 @pytest.mark.parametrize("learnable", [True, False], ids=["learned", "a number"])
 @pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES)
-def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
+def test_log_sums_and_gradients_by_row_panels(monkeypatch, n, m, d, learnable, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
@@ -237,20 +237,20 @@ def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
     for found, right in zip((row_max + row_log, col_max + col_log, pair), expected, strict=True):
         row_panel_checks.close(found, right.detach())
 
-    above = [torch.randn(len(line), dtype=torch.float64) for line in expected]
-    right = torch.autograd.grad(expected, (x, y, kappa), above)
+    grad_out = [torch.randn(len(line), dtype=torch.float64) for line in expected]
+    right = torch.autograd.grad(expected, (x, y, kappa), grad_out)
     lines = row_max, row_log, col_max, col_log
-    grads = [g.float().to(DEVICE) for g in above]
+    grads = [g.float().to(DEVICE) for g in grad_out]
     found = device_ops.logsumexp_scores_backward(*grads, a, b, *number, *lines, [True, True, learnable])
     for ours, truth in zip(found[: 2 + learnable], right, strict=False):
         row_panel_checks.close(ours, truth)
-    assert [g.dtype for g in found[:2]] == [SLAB_DTYPE] * 2
+    assert [g.dtype for g in found[:2]] == [ROW_PANEL_DTYPE] * 2
     assert learnable or found[2].numel() == 0
 
 
-@slabs
+@row_panels
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["a", "b", "κ alone"])
-def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
+def test_only_the_gradients_that_are_needed_by_row_panels(monkeypatch, needs):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", 1)
     a, b = row_panel_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
@@ -262,8 +262,8 @@ def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
         assert torch.equal(found, expected) if need else found.numel() == 0
 
 
-@slabs
-def test_log_sums_by_slabs_of_nothing_to_sum_and_nan(monkeypatch):
+@row_panels
+def test_log_sums_of_infinite_rows_and_nan_by_row_panels(monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
     a, b = (t.abs() for t in row_panel_checks.sides(40, 50, 8))

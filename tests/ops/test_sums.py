@@ -10,7 +10,7 @@ from dense_cases import INF, NAN, X, Y, normal
 from interpreted import DEVICE, every_dtype
 from kernel_modules import tiles
 from launch_counts import check_count, every_small_batch
-from triton_checks import both_passes, close, few, fp64_leaves, slabs, two_sides
+from triton_checks import both_passes, close, few, fp64_leaves, row_panels, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
@@ -328,15 +328,15 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(x, y)
 
 
-# Many scores by slabs of rows, by Triton
+# Many scores by row panels, by Triton
 
 
-@slabs
-@row_panel_checks.slabbed
+@row_panels
+@row_panel_checks.every_panel_size
 @pytest.mark.parametrize("ids", [False, True], ids=["no ids", "ids"])
 @pytest.mark.parametrize(("kind", "positives"), [("softplus", "negate"), ("hinge", "exclude"), ("square", "include")])
 @pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES[1:4])
-def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
+def test_sums_and_gradients_by_row_panels(monkeypatch, n, m, d, kind, positives, ids, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     a, b = row_panel_checks.sides(n, m, d)
     labels = [torch.randint(0, 9, (k,), device=DEVICE) for k in (n, m)] if ids else [None, None]
@@ -354,7 +354,7 @@ def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
 
     alone = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[False, False])
     assert [g.numel() for g in alone[3:]] == [0, 0]
-    if scores == row_panel_checks.SLABS[0]:
+    if scores == row_panel_checks.PANEL_SCORES[0]:
         return
     for ours, whole in zip(alone[:3], found[:3], strict=True):
         torch.testing.assert_close(ours, whole)

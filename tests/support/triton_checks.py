@@ -33,11 +33,11 @@ every_reduction = pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 
 few = pytest.mark.triton("few")  # few scores, that go forward and back in few launches
 many = pytest.mark.triton("many")  # no problem is small, slabs are two row blocks, merges of few parts
-slabs = pytest.mark.triton("slabs")  # dL/ds by slabs of rows, in the one dtype that this process has for them
-exact = pytest.mark.triton("exact")  # certified mining, lines and parts a few at a time
+row_panels = pytest.mark.triton("row panels")  # dscores stored a panel at a time, in the one dtype for them here
+exact = pytest.mark.triton("exact")  # certified mining, rows, columns and partials a few at a time
 own_tiles = pytest.mark.triton  # those that the test itself says
 
-SLAB_DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # the interpreter has no bf16, the table only that
+ROW_PANEL_DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # the interpreter has no bf16
 
 
 def small_tiles(which):
@@ -49,8 +49,8 @@ def small_tiles(which):
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "ROUND": tiles.Pass(8, 16, 4), "RESCORE": rescore}
         return settings
     settings |= {"MERGE_PARTS": 4 if which == "many" else 2, "MERGE_LANES": 32}
-    if which == "slabs":
-        return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({SLAB_DTYPE})}
+    if which == "row panels":
+        return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({ROW_PANEL_DTYPE})}
     settings["PROJECT"] = dict.fromkeys(tiles.PROJECT, project)
     if which == "many":
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "SMALL": 0}

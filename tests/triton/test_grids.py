@@ -82,7 +82,7 @@ def sweeps(make, n, m, d):
     device_ops.relative_negatives(a, b, None, None, zeros(), 10.0)
 
 
-def dense_slabs(n, m, d):
+def row_panels(n, m, d):
     a, b, both = half(n, d), half(m, d), [True, True]
     device_ops.logsumexp_scores(a, b, None, 2.0)
     device_ops.logsumexp_scores_backward(*lines(n, m, min(n, m)), a, b, None, 2.0, *lines(n, n, m, m), [True] * 3)
@@ -98,10 +98,10 @@ def small(n, m, d):
     device_ops.info_nce_backward(
         zeros(n), a, b, None, 2.0, None, None, 0.1, True, "none", *lines(n, n, m, m, 0, 0), [True] * 3
     )
-    given = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True)
-    device_ops.total(a, b, *given, share=0.5, needs=both)
-    device_ops.rows(a, b, *given)
-    device_ops.rows_backward(zeros(n), a, b, *given, positive_score=zeros(n), needs=both)
+    term = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True)
+    device_ops.total(a, b, *term, share=0.5, needs=both)
+    device_ops.rows(a, b, *term)
+    device_ops.rows_backward(zeros(n), a, b, *term, positive_score=zeros(n), needs=both)
 
 
 def square(n, d):
@@ -146,8 +146,8 @@ CASES = {
     "mining among many rows": lambda: sweeps(half, 4096, 1 << 30, 64),
     "mining of many rows": lambda: sweeps(half, 200_000, 200_000, 64),
     "certified mining among many rows": lambda: sweeps(zeros, 4096, 1 << 26, 64),
-    "dense losses among many rows": lambda: dense_slabs(256, 1 << 28, 64),
-    "dense losses of many rows": lambda: dense_slabs(100_000, 5 * MILLION, 64),
+    "dense losses among many rows": lambda: row_panels(256, 1 << 28, 64),
+    "dense losses of many rows": lambda: row_panels(100_000, 5 * MILLION, 64),
     "few scores of many channels": lambda: small(64, 64, 9 * MILLION),
     "few scores of one row": lambda: small(1, plan.SMALL, 1024),
     "few scores of one side": lambda: square(512, 9 * MILLION),

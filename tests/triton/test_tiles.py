@@ -179,12 +179,12 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     assert all(steps >= 4 for _, _, steps, _ in launches)
 
 
-# dL/ds of several slabs
+# dscores of several row panels
 
 
-@pytest.fixture(params=[1, 2], ids=["a row block a slab", "two"])
-def slabbed(request, monkeypatch):
-    """How many slabs the gradients of [N, M] scores go by, at the line of the table for them."""
+@pytest.fixture(params=[1, 2], ids=["a row block a panel", "two"])
+def panels(request, monkeypatch):
+    """How many row panels the gradients of [N, M] scores go by, at the line of the table for them."""
     tile = tiles.SWEEP[90, "half", "slabs"]
     blocks = request.param
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", blocks * tile.BN * M)
@@ -199,7 +199,7 @@ def slabbed(request, monkeypatch):
 
 @pytest.fixture
 def swept(monkeypatch):
-    """(first row block, row blocks) of every slab whose dL/ds was stored."""
+    """(first row block, row blocks) of every row panel whose dscores were stored."""
     seen = []
     real = sweep.gradients_by_row_panels
 
@@ -222,7 +222,7 @@ def sides(channels=200):
     return [unit(torch.randn(count, channels)).to(dtype).to(DEVICE) for count in (N, M)]
 
 
-def test_info_nce_s_gradients_over_slabs(slabbed, swept):
+def test_info_nce_s_gradients_over_row_panels(panels, swept):
     a, b = sides()
     scale = torch.tensor(14.3, device=DEVICE)
     x, y, kappa = fp64_leaves(a, b, torch.tensor(14.3))
@@ -241,7 +241,7 @@ def test_info_nce_s_gradients_over_slabs(slabbed, swept):
     found = device_ops.logsumexp_scores_backward(
         share, of_columns, -2 * share, a, b, scale, 1.0, *lines, [True, True, True]
     )
-    assert len(swept) == slabbed > 1
+    assert len(swept) == panels > 1
     assert sum(blocks for _, blocks in swept) == 4
     for ours, right in zip(found, expected, strict=True):
         close(ours, right)
@@ -249,7 +249,7 @@ def test_info_nce_s_gradients_over_slabs(slabbed, swept):
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])
-def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
+def test_siglip_s_gradients_over_row_panels(ids, panels, swept):
     a, b = sides()
     labels = [torch.arange(count, device=DEVICE) // 3 if ids else None for count in (N, M)]
     scale, bias = torch.tensor(10.0, device=DEVICE), torch.tensor(-3.0, device=DEVICE)
@@ -258,7 +258,7 @@ def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
     total, dscale, dbias, da, db = device_ops.total(
         a, b, scale, bias, 1.0, 0.0, *labels, "softplus", "negate", False, share=1 / N, needs=[True, True]
     )
-    assert len(swept) == slabbed > 1
+    assert len(swept) == panels > 1
     for ours, truth in zip((total, dscale, dbias), (expected, *right[2:]), strict=True):
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-5, atol=2e-5)
     gradients = [10.0 / N * g for g in (da, db)]  # κ, the share and what comes from above are still to come
@@ -268,7 +268,7 @@ def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
 
 
 def rows_close(found, expected):
-    """Every row by itself: one that lacks a slab, or has one twice, is off by a good part of itself."""
+    """Every row by itself: one that lacks a panel, or has one twice, is off by a good part of itself."""
     for ours, right in zip(found, expected, strict=True):
         off = (ours.cpu().double() - right).norm(dim=1) / right.norm(dim=1)
         assert float(off.max()) <= (1e-4 if INTERPRETED else 0.02)  # dL/ds is bf16
