@@ -141,9 +141,9 @@ def test_one_giant_label_and_singletons():
     """A label of 3,000 rows beside 500 of one row each, in mixed order."""
     labels = torch.cat((torch.zeros(3000, dtype=torch.long), torch.arange(1, 501)))[torch.randperm(3500)]
     x = torch.randn(3500, 16)
-    found = hardest_positives(x, labels)
-    assert torch.equal(found, plain_positives(x, labels))
-    assert torch.equal(found < 0, labels > 0)
+    results = hardest_positives(x, labels)
+    assert torch.equal(results, plain_positives(x, labels))
+    assert torch.equal(results < 0, labels > 0)
     leaf = x.clone().requires_grad_()
     gk.batch_hard_loss(leaf, labels, margin=5.0).backward()
     twin = x.double().requires_grad_()
@@ -228,14 +228,14 @@ def check_batch_hard(x, labels, margin, reduction):
     grad = torch.rand(n) + 0.5 if reduction == "none" else torch.tensor(0.75)
     expected.backward(grad.double())
     on = on_device(x, labels)
-    loss, *found = device_ops.batch_hard(*on, margin, reduction)
+    loss, *results = device_ops.batch_hard(*on, margin, reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     size = float((leaf.detach() @ leaf.detach().T).nan_to_num(0, 0, 0).abs().max()) * (n if reduction == "sum" else 1)
     torch.testing.assert_close(
         loss.cpu().double(), expected.detach(), rtol=4e-6, atol=4e-6 * (size + margin), equal_nan=True
     )
-    dx = device_ops.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
+    dx = device_ops.batch_hard_backward(grad.to(DEVICE), *results, on[0], margin, reduction)
     assert dx.dtype == x.dtype
     if bool(x.isfinite().all()):
         close(dx, leaf.grad, x.dtype)
@@ -276,19 +276,19 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
 def test_batch_hard_without_partners():
     x, same = torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)
     for labels in (same, torch.arange(20)):
-        loss, *found = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
+        loss, *results = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
         assert not loss.any()
-        assert set(found[2 if labels is not same else 3].tolist()) == {-1}
+        assert set(results[2 if labels is not same else 3].tolist()) == {-1}
         grad = torch.tensor(1.0).to(DEVICE)
-        assert not device_ops.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
+        assert not device_ops.batch_hard_backward(grad, *results, x.to(DEVICE), 0.25, "sum").any()
 
 
 @few
 def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
     x, labels = torch.randn(20, 8), torch.arange(20) // 4
-    _, *found = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
+    _, *results = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
     dead = torch.full((20, 8), NAN).to(DEVICE)
-    assert not device_ops.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
+    assert not device_ops.batch_hard_backward(torch.zeros(20).to(DEVICE), *results, dead, 0.25, "none").any()
 
 
 @few
@@ -321,18 +321,20 @@ def test_fp64_is_refused():
 
 def check_positives(x, labels, exact=True):
     """Compare with fp64; exact: every index too, for data whose scores are exact in fp32."""
-    found = device_ops.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
-    assert found.dtype == torch.int64
+    results = device_ops.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
+    assert results.dtype == torch.int64
     s = x.double() @ x.double().T
     no = (labels[:, None] != labels[None, :]) | torch.eye(len(x), dtype=torch.bool)
     score, lowest = best((-s).masked_fill(no, -INF))
     if exact:
-        assert torch.equal(found, lowest)
-    assert torch.equal(found == -1, lowest == -1)
-    some = lowest >= 0
-    assert not no[some].gather(1, found[some, None]).any()
-    taken = -s[some].gather(1, found[some, None])[:, 0]
-    assert_as_good(taken.float(), (-(x.float() @ x.float().T)).masked_fill(no, -INF).amax(1)[some], score[some])
+        assert torch.equal(results, lowest)
+    assert torch.equal(results == -1, lowest == -1)
+    has_positive = lowest >= 0
+    assert not no[has_positive].gather(1, results[has_positive, None]).any()
+    chosen = -s[has_positive].gather(1, results[has_positive, None])[:, 0]
+    assert_as_good(
+        chosen.float(), (-(x.float() @ x.float().T)).masked_fill(no, -INF).amax(1)[has_positive], score[has_positive]
+    )
 
 
 KERNEL_LABELS = {

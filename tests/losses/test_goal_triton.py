@@ -29,17 +29,17 @@ MODES = [(triplet, pair) for triplet in ("con", "nca", "cir") for pair in ("con"
 NUMBERS = (3.0, 2.0, 10.0, 0.4)  # τ, α, β, λ
 
 
-def goal_truth(lines, triplet, pair, reduction, grad):
+def goal_truth(statistics, triplet, pair, reduction, grad):
     """(loss, gradients) of the definition on a matrix whose statistics are these, in fp64."""
-    p, row, col = (t.double() for t in lines)
+    p, row, col = (t.double() for t in statistics)
     n = len(p)
     options = dict(zip(("tau", "alpha", "beta", "lam"), NUMBERS, strict=True))
     mode = reference.goal._mode(triplet, pair, **options, positive_threshold=0.1, negative_threshold=0.1)
     terms, gradients = torch.zeros(n, dtype=torch.float64), []
     for negative in (row, col[:n]):
-        anchor, found = reference.AnchorStatistics(p, negative), negative != -INF
-        terms += torch.where(found, mode["value"](anchor), 0)
-        gradients.append([torch.where(found, w, 0) for w in mode["weights"](anchor)])
+        anchor, results = reference.AnchorStatistics(p, negative), negative != -INF
+        terms += torch.where(results, mode["value"](anchor), 0)
+        gradients.append([torch.where(results, w, 0) for w in mode["weights"](anchor)])
     g = grad.double() / (n if reduction == "mean" else 1)
     (row_pull, row_push), (col_pull, col_push) = gradients
     drawn = -g * (row_pull + col_pull), g * row_push, torch.cat((g * col_push, torch.zeros(len(col) - n)))
@@ -60,16 +60,16 @@ def test_goal(n, m, triplet, pair, reduction):
     check_goal(goal_lines(n, m), triplet, pair, reduction)
 
 
-def check_goal(lines, triplet, pair, reduction):
-    grad = torch.randn(len(lines[0])) if reduction == "none" else torch.tensor(0.75)
-    loss, gradients = goal_truth(lines, triplet, pair, reduction, grad)
-    arguments = f"goal {triplet} {pair}", on_device(*lines), [*NUMBERS], reduction
+def check_goal(statistics, triplet, pair, reduction):
+    grad = torch.randn(len(statistics[0])) if reduction == "none" else torch.tensor(0.75)
+    loss, gradients = goal_truth(statistics, triplet, pair, reduction, grad)
+    arguments = f"goal {triplet} {pair}", on_device(*statistics), [*NUMBERS], reduction
     got = device_ops.line_terms(*arguments)
     assert got.shape == loss.shape
-    size = torch.cat(lines).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
+    size = torch.cat(statistics).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
     torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
     for got, expected, line in zip(
-        device_ops.line_terms_backward(grad.to(DEVICE), *arguments), gradients, lines, strict=True
+        device_ops.line_terms_backward(grad.to(DEVICE), *arguments), gradients, statistics, strict=True
     ):
         assert got.shape == line.shape
         torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
@@ -80,17 +80,17 @@ def check_goal(lines, triplet, pair, reduction):
 def test_goal_of_special_values(triplet, pair):
     for special in (NAN, 40.0, -40.0):
         for line in range(3):
-            lines = goal_lines(20, 23)
-            lines[line][3] = special
-            check_goal(lines, triplet, pair, "none")
+            statistics = goal_lines(20, 23)
+            statistics[line][3] = special
+            check_goal(statistics, triplet, pair, "none")
 
 
 @few
 def test_goal_takes_expanded_gradients_and_an_empty_batch():
-    lines, formula, numbers = goal_lines(20, 23), "goal nca con", [*NUMBERS]
-    on, grad = on_device(*lines), torch.tensor(0.5).expand(20).to(DEVICE)
+    statistics, formula, numbers = goal_lines(20, 23), "goal nca con", [*NUMBERS]
+    on, grad = on_device(*statistics), torch.tensor(0.5).expand(20).to(DEVICE)
     got = device_ops.line_terms_backward(grad, formula, on, numbers, "none")
-    for one, expected in zip(got, goal_truth(lines, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
+    for one, expected in zip(got, goal_truth(statistics, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
         torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
     nothing = [on[0][:0], on[1][:0], on[2]]
     assert device_ops.line_terms(formula, nothing, numbers, "mean").tolist() == 0
@@ -100,17 +100,17 @@ def test_goal_takes_expanded_gradients_and_an_empty_batch():
 
 def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
     formula, on = f"goal {triplet} {pair}", on_device(a, b, a_ids, b_ids)
-    loss, *found = device_ops.hardest_terms(*on, formula, [*NUMBERS], reduction)[:6]
+    loss, *results = device_ops.hardest_terms(*on, formula, [*NUMBERS], reduction)[:6]
     known = device_ops.hardest_negatives(*on)
-    for got, expected in zip(found, known, strict=True):
+    for got, expected in zip(results, known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     expected = device_ops.line_terms(formula, [known[0], known[1], known[3]], [*NUMBERS], reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
-    lines = [t.cpu() for t in (known[0], known[1], known[3])]
-    exact, _ = goal_truth(lines, triplet, pair, reduction, torch.ones(len(a) if reduction == "none" else ()))
-    size = float(torch.cat(lines).nan_to_num(0, 0, 0).square().sum())
+    statistics = [t.cpu() for t in (known[0], known[1], known[3])]
+    exact, _ = goal_truth(statistics, triplet, pair, reduction, torch.ones(len(a) if reduction == "none" else ()))
+    size = float(torch.cat(statistics).nan_to_num(0, 0, 0).square().sum())
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=4e-6, atol=4e-6 * size, equal_nan=True)
 
 
@@ -184,7 +184,7 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
     expected.backward(grad.double())
 
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found, weights = device_ops.hardest_terms(*on, f"goal {triplet} {pair}", [*numbers, *near], reduction)
+    loss, *results, weights = device_ops.hardest_terms(*on, f"goal {triplet} {pair}", [*numbers, *near], reduction)
     assert loss.dtype == weights.dtype == torch.float32
     assert loss.shape == expected.shape
     close(
@@ -195,10 +195,10 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
         size=2 * len(a) * float((a.double() @ b.double().T).abs().max()),
     )
     hardest = reference.hardest_negatives(a.double(), b.double(), a_ids=a_ids, b_ids=b_ids)
-    for got, known in zip(found, (reference.pair_scores(a.double(), b.double()), *hardest), strict=True):
+    for got, known in zip(results, (reference.pair_scores(a.double(), b.double()), *hardest), strict=True):
         assert torch.equal(got.cpu(), known.to(got.dtype))
-    lines = backward_of_weights(grad.to(DEVICE), weights, len(b), reduction)
-    gradients = device_ops.backward_without_metric(*lines, found[2], found[4], *on[:2], [True, True])
+    statistics = backward_of_weights(grad.to(DEVICE), weights, len(b), reduction)
+    gradients = device_ops.backward_without_metric(*statistics, results[2], results[4], *on[:2], [True, True])
     for got, leaf in zip(gradients, leaves, strict=True):
         assert got.dtype == a.dtype
         close(got, leaf.grad, a.dtype, rtol=1e-5)
@@ -399,9 +399,9 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 
 @counted
 def test_what_a_metric_launches():
-    found = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert found[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    kernels = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert kernels[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted

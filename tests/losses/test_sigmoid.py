@@ -160,9 +160,9 @@ def test_what_it_launches():
 
 @counted
 def test_what_a_metric_launches():
-    found = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
-    assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
+    kernels = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
 @counted

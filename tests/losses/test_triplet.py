@@ -174,8 +174,8 @@ def test_all_negatives_sum_in_fp32_under_autocast(dtype):
 
 def check_hinge(a, b, a_ids, b_ids, margin, reduction):
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found = device_ops.hardest_terms(*on, "hinge", [margin], reduction)[:6]
-    for got, expected in zip(found, device_ops.hardest_negatives(*on), strict=True):
+    loss, *results = device_ops.hardest_terms(*on, "hinge", [margin], reduction)[:6]
+    for got, expected in zip(results, device_ops.hardest_negatives(*on), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     x, y = a.double(), b.double()
     pair, exact = reference.pair_scores(x, y), reference.hardest_negatives(x, y, a_ids=a_ids, b_ids=b_ids)
@@ -255,19 +255,19 @@ def test_hinge_terms(N, M, reduction):
         truth.backward(grad.double())
         on = [t.to(DEVICE) for t in (positive, row, col)]
         arguments = "hinge", on, [0.25], reduction
-        found = device_ops.line_terms(*arguments)
-        torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        results = device_ops.line_terms(*arguments)
+        torch.testing.assert_close(results.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
         for got, leaf in zip(device_ops.line_terms_backward(grad.to(DEVICE), *arguments), exact, strict=True):
             torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 @few
 def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
-    lines = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
+    statistics = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
     grad = torch.tensor(2.0).expand(9).to(DEVICE)
-    dpositive, drow, dcol = device_ops.line_terms_backward(grad, "hinge", lines, [0.25], "none")
+    dpositive, drow, dcol = device_ops.line_terms_backward(grad, "hinge", statistics, [0.25], "none")
     assert (dpositive.tolist(), drow.tolist(), dcol.tolist()) == ([-4.0] * 9, [2.0] * 9, [2.0] * 9 + [0.0] * 3)
-    nothing = [*(t[:0] for t in lines[:2]), lines[2]]
+    nothing = [*(t[:0] for t in statistics[:2]), statistics[2]]
     assert device_ops.line_terms("hinge", nothing, [0.25], "mean").tolist() == 0
     assert device_ops.line_terms("hinge", nothing, [0.25], "none").shape == (0,)
     one = torch.ones(()).to(DEVICE)
@@ -336,9 +336,9 @@ def test_a_metric_takes_as_few(n):
 
 @counted
 def test_what_all_negatives_launch_by_a_metric():
-    found = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
-    assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
+    kernels = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
 @counted

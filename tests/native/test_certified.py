@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(UNIT == "none", reason="no bf16 unit on this pro
 def test_eleven_thousand_small_problems_in_all(name):
     torch.manual_seed(len(name))
     for _ in range(740):
-        n, more, d = (int(k) for k in torch.randint(1, 24, (3,)))
-        a, b = MAKERS[name](n, n + more - 1, 2 * d - 1)
-        ids = torch.randint(0, 6, (len(b),)) if more % 3 == 0 else None
+        n, extra_columns, d = (int(k) for k in torch.randint(1, 24, (3,)))
+        a, b = MAKERS[name](n, n + extra_columns - 1, 2 * d - 1)
+        ids = torch.randint(0, 6, (len(b),)) if extra_columns % 3 == 0 else None
         check(a, b, None if ids is None else ids[:n].clone(), ids)
 
 
@@ -69,16 +69,16 @@ def test_one_side_twice():
 def test_what_is_not_finite_is_as_in_a_sweep(special):
     a, b = torch.randn(60, 20), torch.randn(90, 20)
     a[3, 4], b[50, 1] = special, special
-    found, _ = certified(a, b)
+    results, _ = certified(a, b)
     *swept, _ = torch.ops.gssf.hardest_negatives(a, b, None, None, "sweep")
-    for got, expected in zip(found, swept, strict=True):
+    for got, expected in zip(results, swept, strict=True):
         torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_half_precision_inputs():
     a, b = unit(torch.randn(200, 64)).half(), unit(torch.randn(300, 64)).half()
-    found, _ = certified(a, b)
-    for got, expected in zip(found, certified(a.float(), b.float())[0], strict=True):
+    results, _ = certified(a, b)
+    for got, expected in zip(results, certified(a.float(), b.float())[0], strict=True):
         assert torch.equal(got, expected)
 
 
@@ -87,8 +87,8 @@ def test_the_thread_count_changes_no_bit():
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found, rescored = certified(a, b)
-        results.append((*found, torch.tensor(rescored)))
+        outputs, rescored = certified(a, b)
+        results.append((*outputs, torch.tensor(rescored)))
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(other, results[0], strict=True))
 
@@ -114,9 +114,9 @@ def test_a_score_that_only_exact_arithmetic_tells_apart():
     b[:, 0] = 0.5
     b[7] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     b[30] = torch.tensor([1.0, 1.0, 1.0, 1.0])  # 1 + 3 · 2⁻²⁵, which fp32 sums to 1, before and after index 7
-    found, _ = certified(a, b)
-    assert found[2][0] == 30
-    assert found[1][0] == torch.tensor(float(Fraction(1) + 3 * Fraction(1, 2**25)), dtype=torch.float32)
+    results, _ = certified(a, b)
+    assert results[2][0] == 30
+    assert results[1][0] == torch.tensor(float(Fraction(1) + 3 * Fraction(1, 2**25)), dtype=torch.float32)
 
 
 def test_what_the_user_sees():
@@ -136,10 +136,10 @@ def test_stages_have_names_in_a_profile():
     a, b = unit(torch.randn(600, 64)), unit(torch.randn(700, 64))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         certified(a, b)
-    found = {event.key.rpartition("::")[2]: event for event in profile.key_averages() if "::stage::" in event.key}
-    assert set(found) == {"pack", "product", "epilogue", "fold", "rescore"}
-    assert found["product"].count == found["epilogue"].count == 2 * 4  # tiles of 512 rows and 175 columns
-    assert found["rescore"].count == 1
+    results = {event.key.rpartition("::")[2]: event for event in profile.key_averages() if "::stage::" in event.key}
+    assert set(results) == {"pack", "product", "epilogue", "fold", "rescore"}
+    assert results["product"].count == results["epilogue"].count == 2 * 4  # tiles of 512 rows and 175 columns
+    assert results["rescore"].count == 1
 
 
 def test_errors():

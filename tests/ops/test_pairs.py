@@ -99,5 +99,5 @@ def test_fp64_is_refused():
 
 def test_pairs_of_all_rows():
     a, b = two_sides(40, 50, 24, torch.float32)
-    found = pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
-    close(found, (a.double() * b[:40].double()).sum(1), torch.float32, subnormal=True)
+    results = pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
+    close(results, (a.double() * b[:40].double()).sum(1), torch.float32, subnormal=True)

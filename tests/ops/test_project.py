@@ -123,9 +123,9 @@ def test_project_backward_gives_only_what_is_needed():
     diag, blocks = torch.randn(8).to(DEVICE), torch.randn(2, 4, 4).to(DEVICE)
     everything = device_ops.project_backward_of_x(grad, x, diag, blocks, None, True, [True] * 3)
     for one in range(3):
-        some = device_ops.project_backward_of_x(grad, x, diag, blocks, None, True, [k == one for k in range(3)])
-        assert [t.numel() for t in some] == [everything[k].numel() * (k == one) for k in range(3)]
-        assert torch.equal(some[one], everything[one])
+        gradients = device_ops.project_backward_of_x(grad, x, diag, blocks, None, True, [k == one for k in range(3)])
+        assert [t.numel() for t in gradients] == [everything[k].numel() * (k == one) for k in range(3)]
+        assert torch.equal(gradients[one], everything[one])
 
 
 @many
@@ -151,8 +151,8 @@ def test_pairs_project_backward(permuted, dtype, normalize):
         return [t.grad for t in leaves]
 
     on = [t.to(DEVICE) if t is not None else None for t in (grad, rows, cols, x, y, diag, blocks, permutation)]
-    found = device_ops.project_backward_of_pairs(*on, normalize, [True] * 3)
-    for ours, plain, truth in zip(found, differentiate(dtype), differentiate(torch.float64), strict=True):
+    results = device_ops.project_backward_of_pairs(*on, normalize, [True] * 3)
+    for ours, plain, truth in zip(results, differentiate(dtype), differentiate(torch.float64), strict=True):
         assert ours.dtype == dtype
         assert_as_good(ours, plain, truth)
 
@@ -179,11 +179,11 @@ def test_both_sides(n, m, d, b, weights, dtype):
     diag = torch.randn(d).to(dtype) if "diag" in weights else None
     blocks = torch.randn(d // b, b, b).to(dtype) if "blocks" in weights else None
     permutation = torch.randperm(d) if b > 2 and blocks is not None else None
-    found = device_ops.project(*on_device(x, y, diag, blocks, permutation), True)
+    results = device_ops.project(*on_device(x, y, diag, blocks, permutation), True)
     wide = [t if t is None else t.double() for t in (x, y, diag, blocks)]
     p = reference.project(wide[0], *wide[2:], permutation=permutation, normalize=True)
-    *found, norm, pair = found
-    for got, expected in zip(found, (p, reference.project(wide[1], normalize=True)), strict=True):
+    *results, norm, pair = results
+    for got, expected in zip(results, (p, reference.project(wide[1], normalize=True)), strict=True):
         assert got.dtype == dtype
         assert got.is_contiguous()
         close(got, expected, dtype)
@@ -229,10 +229,10 @@ def check_sides_backward(n, m, d, b, normalize, dtype, twice=False, needs=(True,
     expected = torch.autograd.grad(total, leaves, allow_unused=True)
     on = on_device(x, x if twice else y, diag, blocks, permutation)
     norm = device_ops.project(*on, normalize)[2]
-    given = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
+    inputs = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
     on[1] = None if twice else on[1]
-    found = device_ops.project_backward(*on_device(*given), norm, *on, normalize, [*needs])
-    for got, known, need in zip(found, expected, needs, strict=True):
+    results = device_ops.project_backward(*on_device(*inputs), norm, *on, normalize, [*needs])
+    for got, known, need in zip(results, expected, needs, strict=True):
         if need and known is not None:
             assert got.dtype == dtype
             close(got, known, dtype)
@@ -303,19 +303,21 @@ def test_gradient_of_hardest_negatives_by_a_metric(n, m, d, b, needs, normalize,
     permutation = torch.randperm(d) if d > 4 else None
     rows, cols = torch.randint(-1, m, (n,)), torch.randint(-1, n, (m,))
     cols[::2] = n // 2  # a hub of more edges than one step takes
-    dpair, drow, dcol = torch.randn(n), torch.randn(n), torch.randn(m)
-    dpair[1::3] = dcol[1::5] = 0
+    dpositive, drow, dcol = torch.randn(n), torch.randn(n), torch.randn(m)
+    dpositive[1::3] = dcol[1::5] = 0
     leaves = [t.double().requires_grad_() for t in (x, y, diag, blocks)]
     p = reference.project(leaves[0], *leaves[2:], permutation=permutation, normalize=normalize)
     s = p @ reference.project(leaves[1], normalize=normalize).T
     i, j = torch.arange(n), torch.arange(m)
-    weight = torch.cat((dpair, drow, dcol)).double()
+    weight = torch.cat((dpositive, drow, dcol)).double()
     edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))
     real = (edges[0] >= 0) & (edges[1] >= 0)
     (weight[real] * s[edges[0][real], edges[1][real]]).sum().backward()
-    on = [t if t is None else t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, x, y, diag, blocks, permutation)]
-    found = device_ops.hardest_negatives_backward(*on, normalize, [*needs])
-    for got, leaf, need in zip(found, leaves, needs, strict=True):
+    on = [
+        t if t is None else t.to(DEVICE) for t in (dpositive, drow, dcol, rows, cols, x, y, diag, blocks, permutation)
+    ]
+    results = device_ops.hardest_negatives_backward(*on, normalize, [*needs])
+    for got, leaf, need in zip(results, leaves, needs, strict=True):
         if need:
             assert got.dtype == dtype
             close(got, leaf.grad, dtype, subnormal=True)
@@ -337,8 +339,8 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
 def test_many_rows_of_a_metric_are_declined(monkeypatch):
     monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
-    given = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
-    assert device_ops.route("hardest_negatives_backward", *given) == "triton"
+    inputs = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
+    assert device_ops.route("hardest_negatives_backward", *inputs) == "triton"
 
 
 @many

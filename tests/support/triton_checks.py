@@ -106,8 +106,8 @@ def close(got, expected, dtype, *, rtol=4e-6, size=None, subnormal=False):
     torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
-def assert_same_bits(found, expected):
-    for x, y in zip(found, expected, strict=True):
+def assert_same_bits(results, expected):
+    for x, y in zip(results, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
@@ -161,20 +161,24 @@ def check_hardest(a, b, a_ids=None, b_ids=None, exact=False):
         score, lowest = best(s)
         assert_as_good(ours, best(p)[0], score)
         assert torch.equal(index == -1, lowest == -1)
-        some = lowest >= 0
-        assert not no[some].gather(1, index[some, None]).any()
+        has_negative = lowest >= 0
+        assert not no[has_negative].gather(1, index[has_negative, None]).any()
         if exact:
             assert torch.equal(index, lowest)
         else:
-            assert_as_good(s[some].gather(1, index[some, None])[:, 0].to(ours.dtype), best(p)[0][some], score[some])
+            assert_as_good(
+                s[has_negative].gather(1, index[has_negative, None])[:, 0].to(ours.dtype),
+                best(p)[0][has_negative],
+                score[has_negative],
+            )
 
 
 def check_relative(a, b, threshold, beta, a_ids=None, b_ids=None, exact=False):
     """Compare with loops in fp64; exact: distances of whole numbers, which leave but one rounding."""
     level = torch.tensor(threshold, device=DEVICE)
     on = [x.to(DEVICE) if x is not None else None for x in (a, b, a_ids, b_ids)]
-    *found, rows, cols = (x.cpu() for x in device_ops.relative_negatives(*on, level, beta))
-    for ours, known in zip(found, run_hardest(a, b, a_ids, b_ids), strict=True):
+    *results, rows, cols = (x.cpu() for x in device_ops.relative_negatives(*on, level, beta))
+    for ours, known in zip(results, run_hardest(a, b, a_ids, b_ids), strict=True):
         torch.testing.assert_close(ours, known, rtol=0, atol=0, equal_nan=True)
     arguments = (a, b, threshold, beta, a_ids, b_ids)
     expected = true_relative(*arguments)
@@ -204,10 +208,10 @@ def both_passes(name, arguments, written):
         (getattr(device_ops, name), torch.float32, DEVICE),
         (partial(device_ops.composite, name), torch.float64, "cpu"),
     ):
-        own = [
+        copies = [
             t.to(device, dtype if t.is_floating_point() else None, copy=True) if isinstance(t, torch.Tensor) else t
             for t in arguments
         ]
-        run(*own)
-        results.append([own[k].cpu().double() for k in written])
+        run(*copies)
+        results.append([copies[k].cpu().double() for k in written])
     return zip(*results, strict=True)

@@ -159,9 +159,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def asked():
     """{case: the (kernel, grid) of its launches}"""
-    found: dict[str, list] = {}
+    results: dict[str, list] = {}
     for name, call in CASES.items():
-        launched = found.setdefault(name, [])
+        launched = results.setdefault(name, [])
 
         def note(path, kernel, *arguments, grid, warmup, launched=launched, **options):
             launched.append((kernel.__name__, grid))
@@ -170,7 +170,7 @@ def asked():
             monkeypatch.setattr(DevicePath, "note", note)
             with device_path():
                 call()
-    return found
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -65,9 +65,9 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    found = Launches(sweep.sweep_kernel)
-    monkeypatch.setattr(sweep, "sweep_kernel", found)
-    return found.seen
+    results = Launches(sweep.sweep_kernel)
+    monkeypatch.setattr(sweep, "sweep_kernel", results)
+    return results.seen
 
 
 def whole(count, channels, dtype):
@@ -109,12 +109,12 @@ def test_half_of_the_tiles(line, launches):
     """Of one side twice tiles on and above the diagonal alone have a number."""
     dtype, channels, tile = line
     a = whole(M, channels, dtype).to(DEVICE)
-    found = device_ops.hardest_negatives(a, a, None, None)
+    results = device_ops.hardest_negatives(a, a, None, None)
     go_on(launches, tile)
     s = a.double() @ a.double().T
     s.fill_diagonal_(-torch.inf)
     best = s.amax(1)
-    for score, index in (found[1:3], found[3:5]):
+    for score, index in (results[1:3], results[3:5]):
         assert torch.equal(score.double(), best)
         assert torch.equal(index, (s == best[:, None]).int().argmax(1))
 
@@ -162,15 +162,15 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     real = certified.hardest_negatives
 
     def counted(*arguments):
-        *found, made = real(*arguments, True)
+        *results, made = real(*arguments, True)
         calls.append(int(made))
-        return found
+        return results
 
     monkeypatch.setattr(certified, "hardest_negatives", counted)
 
     def mined(*sides):
-        found = device_ops.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
-        return [t.cpu() for t in found], calls[-1]
+        results = device_ops.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
+        return [t.cpu() for t in results], calls[-1]
 
     check(a, b, *labels, by=mined)
     assert len(calls) == 1
@@ -238,14 +238,14 @@ def test_info_nce_s_gradients_over_row_panels(panels, swept):
     of_columns = torch.zeros(M, device=DEVICE)
     of_columns[:N] = 0.5 / N
     lines = row_max, row_log, col_max, col_log
-    found = device_ops.logsumexp_scores_backward(
+    results = device_ops.logsumexp_scores_backward(
         share, of_columns, -2 * share, a, b, scale, 1.0, *lines, [True, True, True]
     )
     assert len(swept) == panels > 1
     assert sum(blocks for _, blocks in swept) == 4
-    for ours, right in zip(found, expected, strict=True):
+    for ours, right in zip(results, expected, strict=True):
         close(ours, right)
-    rows_close(found[:2], expected[:2])
+    rows_close(results[:2], expected[:2])
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])
@@ -267,8 +267,8 @@ def test_siglip_s_gradients_over_row_panels(ids, panels, swept):
     rows_close(gradients, right[:2])
 
 
-def rows_close(found, expected):
+def rows_close(results, expected):
     """Every row by itself: one that lacks a panel, or has one twice, is off by a good part of itself."""
-    for ours, right in zip(found, expected, strict=True):
+    for ours, right in zip(results, expected, strict=True):
         off = (ours.cpu().double() - right).norm(dim=1) / right.norm(dim=1)
         assert float(off.max()) <= (1e-4 if INTERPRETED else 0.02)  # dL/ds is bf16
