@@ -35,7 +35,7 @@ from gssf_kernels.triton import tiles
 
 SHARED = {80: 99 << 10, 90: 227 << 10}  # bytes of a block
 PROBLEMS = {"small": (1024, 512), "narrow": (8192, 256), "wide": (8192, 1024), "sums": (8192, 512)}
-PROBLEMS["slabs"] = 16384, 768  # N, D: a whole step, with the products that follow
+PROBLEMS["row panels"] = 16384, 768  # N, D: a whole step, with the products that follow
 PRODUCT = {"half": "bf16", "tf32": "tf32", "ieee": "ieee"}
 CLOSE = {"half": 1e-4, "tf32": 4e-3, "ieee": 1e-4}  # of the largest score: another order of summation
 GAIN = 0.97  # of the line's time, in the median, that a candidate must not pass
@@ -82,7 +82,7 @@ def problem(key: Key, device: str) -> tuple:
 
 def _options(size: str, device: str) -> tuple:
     """What the launcher takes besides a and b."""
-    if size == "slabs":
+    if size == "row panels":
         return None, None, 10.0, -10.0, None, None, "softplus", "negate", False, "sum", 1.0, [True, True]
     return None, None, *((torch.tensor(0.1, device=device), 10.0) if size == "sums" else ())
 
@@ -92,7 +92,7 @@ def _product(kind: str) -> tuple[torch.dtype, str]:
 
 
 def _launcher(size: str) -> Any:
-    return OPS[{"sums": "relative_negatives", "slabs": "score_sums"}.get(size, "hardest_negatives")].on_cuda
+    return OPS[{"sums": "relative_negatives", "row panels": "score_sums"}.get(size, "hardest_negatives")].on_cuda
 
 
 def why_not(key: Key, tile: tiles.Sweep) -> str:

@@ -337,7 +337,7 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
         two_bf16 = a.dtype in ROW_PANEL_DTYPES and not scores.symmetric
         if two_bf16 and scores.count > SMALL and row_panels(call):
             why = f"{scores} of bf16, of two sides: dscores of one panel of rows are stored at a time"
-            yield Plan("row panels", why, scores.tile(epilogue or "slabs"))
+            yield Plan("row panels", why, scores.tile(epilogue or "row panels"))
         if scores.count == 0:
             why = _NONE
         elif scores.count <= SMALL:

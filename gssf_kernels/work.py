@@ -138,7 +138,7 @@ def kernel_flops(kernel: Any, arguments: tuple, options: Mapping[str, Any]) -> i
 
 def _swept(v: Mapping[str, Any]) -> int:
     rows = min(v["blocks"] * v["BN"], v["N"] - v["first"] * v["BN"])  # of this slab
-    return rows * v["M"] * v["D"] * (1 if v["HALF"] else 2)
+    return rows * v["M"] * v["D"] * (1 if v["UPPER"] else 2)
 
 
 def _gradients(v: Mapping[str, Any]) -> int:

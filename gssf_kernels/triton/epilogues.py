@@ -1,4 +1,4 @@
-"""What epilogues of the sweep share: which scores of a tile are negatives, and where a tile's partial results go.
+"""What epilogues of the sweep share: which scores of a tile are negatives, and where its partials go.
 
 See :mod:`gssf_kernels.triton.sweep` for what an epilogue is.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def only_negatives(s, i0, j0, N, M, a_ids, b_ids, positive_score, BN: tl.constexpr, BM: tl.constexpr):
-    """s [BN, BM] with -inf at all that is no negative; each mask costs only the tiles that hold such scores."""
+    """s [BN, BM] with -inf wherever a score is no negative; a tile without such scores skips the masks."""
     i = i0 + tl.arange(0, BN)
     j = j0 + tl.arange(0, BM)
     if (i0 < j0 + BM) & (j0 < i0 + BN):
@@ -31,8 +31,8 @@ def only_negatives(s, i0, j0, N, M, a_ids, b_ids, positive_score, BN: tl.constex
 
 
 @triton.jit
-def tile_lines(tile_i, tile_j, blocks, M, BN: tl.constexpr, BM: tl.constexpr):
-    """Where the partial results of a tile's rows [BN] and columns [BM] belong, and which columns there are."""
+def partial_offsets(tile_i, tile_j, blocks, M, BN: tl.constexpr, BM: tl.constexpr):
+    """Offsets of a tile's row partials [BN] and column partials [BM] in a slab's, and which of its columns exist."""
     row_at = tile_j.to(tl.int64) * blocks * BN + tile_i * BN + tl.arange(0, BN)  # [column block, row of the slab]
     j = tile_j * BM + tl.arange(0, BM)
     col_at = tile_i.to(tl.int64) * M + j  # [row block, column]

@@ -1,10 +1,11 @@
 """da = κ dscores b and db = κ dscoresᵀ a of stored dscores [N, M], and sums, in one launch.
 
-Each gradient is summed in fp32 over the other side in tiles, in order, multiplied by κ and rounded once. One program
-more adds up what the sweep before left of every tile: the loss, or the gradient of κ, Σ_ij ds_ij s_ij. No atomics.
+Each gradient is summed in fp32 over the columns (of db: the rows) of dscores tile by tile, in order, multiplied by κ
+and rounded once. One further program adds up the partials of the sweep: the loss, or the gradient of κ,
+Σ_ij ds_ij s_ij. No atomics.
 
-fp16 stores dscores in fp32 and multiplies in tf32, which holds all of fp16 and the small numbers that it does not: so
-dscores need no scaling there.
+For fp16 inputs dscores are stored in fp32 and multiplied in TF32, which holds every fp16 number and far smaller ones:
+dscores need no loss scaling.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import triton.language as tl
 from gssf_kernels import plan as planning
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.reductions import merge_sums
-from gssf_kernels.triton.score_functions import number
+from gssf_kernels.triton.score_functions import load_scalar
 
 
 @triton.jit
 def logarithm_slope(tensor, constant):
-    """d number / d tensor: the number itself if the tensor stores its logarithm, else 1."""
+    """d scale / d tensor: scale if the tensor stores log-scale, else 1."""
     if constant is None:
         return tl.exp(tl.load(tensor))
     else:
@@ -31,12 +32,12 @@ def logarithm_slope(tensor, constant):
 @triton.jit
 def products(
     total, dscores, x, r, c, stride, x_stride, R, K, D,
-    ACROSS: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total [BR, BC] and Σ_k dscores[r, k] x[k, c], k below K; with ACROSS Σ_k dscores[k, r] x[k, c]."""
+    """total [BR, BC] + Σ_k<K dscores[r, k] x[k, c]; with TRANSPOSED + Σ_k<K dscores[k, r] x[k, c]."""
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        if ACROSS:
+        if TRANSPOSED:
             at = k.to(tl.int64)[:, None] * stride + r[None, :]
             g = tl.load(dscores + at, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0).T  # [BR, BK]
         else:
@@ -50,14 +51,14 @@ def products(
 
 @triton.jit
 def dpositive(slopes, r, N, M, rows, across, down, BP: tl.constexpr):
-    """Gradients of the pairs' scores r [BR] from terms s_ij - s_ii and s_ij - s_jj: minus the slopes of both."""
-    of_rows, of_cols = slopes  # [across, rows], [down, M]
-    return -(merge_sums(of_rows, r, rows, N, across, BP) + merge_sums(of_cols, r, M, N, down, BP))
+    """Gradients of positive_score at r [BR] from terms s_ij - s_ii and s_ij - s_jj: minus the sums of their slopes."""
+    row_slopes, col_slopes = slopes  # [across, rows], [down, M]
+    return -(merge_sums(row_slopes, r, rows, N, across, BP) + merge_sums(col_slopes, r, M, N, down, BP))
 
 
 @triton.jit
 def add_pairs(total, weights, x, r, c, stride, N, D):
-    """total [BR, BC] and weights [BR] times rows r of x; a zero weight adds nothing, even to an infinite row."""
+    """total [BR, BC] + weights [BR] times rows r of x; a zero weight adds nothing, even if the row is infinite."""
     inside = ((r < N) & (weights != 0))[:, None] & (c < D)[None, :]
     y = tl.load(x + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0)
     return total + weights[:, None] * y.to(tl.float32)
@@ -69,12 +70,12 @@ def gradients_kernel(
     count, rows, across, down, SAME: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     PRECISION: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """A program for every tile of da, then of db, then one for the sums; None for what is not wanted."""
+    """Programs for the tiles of da, then of db, then one for the sums; what is None is not computed."""
     p = tl.program_id(0)
     columns = tl.cdiv(D, BC)
     da_programs = tl.cdiv(N, BR) * columns if da is not None else 0
     db_programs = tl.cdiv(M, BR) * columns if db is not None else 0
-    kappa = number(scale, constant)
+    kappa = load_scalar(scale, constant)
     if da is not None and p < da_programs:
         r, c = p // columns * BR + tl.arange(0, BR), p % columns * BC + tl.arange(0, BC)
         total = tl.zeros([BR, BC], tl.float32)
@@ -97,11 +98,11 @@ def gradients_kernel(
         tl.store(db + at, (total * kappa).to(db.dtype.element_ty), mask=(r < M)[:, None] & (c < D)[None, :])
     if sums is not None and p == da_programs + db_programs:
         for q in tl.static_range(len(sums)):
-            whole = tl.zeros([BT], tl.float64)
+            lanes = tl.zeros([BT], tl.float64)
             for t0 in range(0, count, BT):
                 t = t0 + tl.arange(0, BT)
-                whole += tl.load(partial + q * count + t, mask=t < count, other=0.0).to(tl.float64)
-            total = tl.sum(whole, 0).to(tl.float32) * share
+                lanes += tl.load(partial + q * count + t, mask=t < count, other=0.0).to(tl.float64)
+            total = tl.sum(lanes, 0).to(tl.float32) * share
             if q == len(sums) - 1:  # the gradient of κ comes last
                 total *= logarithm_slope(scale, constant)
             tl.store(sums[q], total)
@@ -120,13 +121,15 @@ def gradients(
     slopes: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(κ dscores b [N, D], κ dsᵀ a [M, D], share Σ partial [P times a scalar]), gradients empty where needs says no.
+    """(κ dscores b [N, D], κ dscoresᵀ a [M, D], P sums: share Σ partial[p]); gradients not in `needs` are empty.
 
-    dscores: [N, M] of `empty_dscores`, or None where no gradient is wanted; a, b: [N, D], [M, D]
-    b: None for a, whose gradient is then that of both sides; partial: [P, any] fp32
-    scale: κ, or None: constant is; without constant log κ, and the last of the sums becomes its gradient
+    dscores: [N, M] of `empty_dscores`, or None if no gradient is needed; a, b: [N, D], [M, D]
+    b: None means b is a, and da is the sum of both gradients
+    partial: [P, any] fp32, or None
+    scale: tensor of κ, or of log κ if constant is None, or None if κ is constant; the last sum becomes its gradient
     dtype: of the gradients, a's if None
-    slopes: partial slopes of rows [K, at least N] and of columns [K, M], minus which are the pairs', or None
+    slopes: None, or partials of Σ dscores of rows [K, at least N] and of columns [K, M]: terms are relative to
+    positive_score, whose gradients are minus these sums
     """
     N, M, D, same = len(a), len(a if b is None else b), a.shape[1], b is None
     b, dtype = a if b is None else b, dtype or a.dtype
@@ -144,7 +147,7 @@ def gradients(
             dscores.stride(0) if dscores is not None else 0, a.stride(0), b.stride(0), N, M, D,
             partial[0].numel() if partial is not None else 0, rows, across, down,
             SAME=same, BR=tile.BR, BC=tile.BC, BK=tile.BK, PRECISION="ieee" if kind == "ieee" else "tf32",
-            BP=tiles.MERGE_PARTS, BT=tiles.TERMS,
+            BP=tiles.MERGE_PARTIALS, BT=tiles.TERMS,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     empty = a.new_empty(0, dtype=dtype)

@@ -1,10 +1,10 @@
 """row_score[i] = max_j s_ij, col_score[j] = max_i s_ij over negatives: j ≠ i and a_ids[i] ≠ b_ids[j]; s = a bᵀ.
 
-With the indices where they lie, and positive_score[i] = s_ii, in one sweep. Ties go to the lowest index, NaN wins over
-all scores and stays, and a row or column whose negatives all score -inf (or has none) gives -inf and -1.
+Stored are these maxima, their indices and positive_score[i] = s_ii, in one sweep. Ties go to the lowest index, NaN wins
+over every score, and a row or column without a negative above -inf gives -inf and -1.
 
-Extra memory: one slab's partial results, 6 bytes for each of `tiles.SLAB_ENTRIES`, or at most 300 bytes per row of b
-where that is more (16 row blocks); and a copy of a and b where their rows are not aligned.
+Extra memory: the partials of one slab, 6 bytes for each of `tiles.SLAB_ENTRIES`, or at most 300 bytes per row of b if
+that is larger (16 row blocks); and a copy of a and b where their rows are not aligned.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.triton import certified, hopper, operands, tiles
-from gssf_kernels.triton.epilogues import only_negatives, tile_lines
+from gssf_kernels.triton.epilogues import only_negatives, partial_offsets
 from gssf_kernels.triton.reductions import argmax, merge_kernel
 from gssf_kernels.triton.sweep import Sweep
 from gssf_kernels.triton.terms import formula_of
@@ -24,11 +24,11 @@ from gssf_kernels.triton.terms import formula_of
 
 @triton.jit
 def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's hardest negative of each row and column, by its position in the tile."""
+    """The tile's hardest negative of each row and column: its score, and its position in the tile."""
     a_ids, b_ids, positive_score, row_score, row_place, col_score, col_place = state
     s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
 
-    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+    row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
 
     score, place = argmax(s, tl.arange(0, BM)[None, :], 1)  # [BN]
     tl.store(row_score + row_at, score)
@@ -40,7 +40,7 @@ def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
 
 
 def empty_results(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """positive_score, row_score, row_index, col_score, col_index to be filled; the columns' as they are where N = 0."""
+    """Empty positive_score, row_score, row_index, col_score, col_index; the columns' are filled if N = 0."""
     N, M = len(a), len(b)
     positive_score, row_score = (a.new_empty(N, dtype=torch.float32) for _ in range(2))  # no two share memory
     col_score, col_index = a.new_empty(M, dtype=torch.float32), a.new_empty(M, dtype=torch.int64)
@@ -54,7 +54,8 @@ def empty_results(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     """Return (positive_score [N], row_score [N], row_index [N], col_score [M], col_index [M], rescored).
 
-    Scores are fp32, indices int64. rescored: int64, a number where the call asks for the route "certified", else empty.
+    Scores are fp32, indices int64. rescored: int64, how many scores were computed in fp64 if the call names the route
+    "certified", else empty.
     Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
     a, b, a_ids, b_ids, route = call
@@ -67,12 +68,12 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         return certified.hardest_negatives(call, plan)
     positive_score, *results = empty_results(a, b)
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, b, plan.tile, half=plan.upper_triangle)
-        rows, cols = sweep.partial_results(torch.float32, torch.int16)
+        sweep = Sweep(a, b, plan.tile, upper_triangle=plan.upper_triangle)
+        rows, cols = sweep.empty_partials(torch.float32, torch.int16)
         state = (*operands.contiguous(a_ids, b_ids), positive_score, *rows, *cols)
         for first, blocks in sweep.slabs():
             for score in (rows[0], cols[0]):
-                if plan.upper_triangle and score is not None:  # tiles that are left out have nothing
+                if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
             sweep.merge(merge_kernel, first, blocks, (*rows, *cols), tuple(results), None)
@@ -84,7 +85,7 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 def symmetric_results(
     row_score: torch.Tensor, row_index: torch.Tensor, col_score: torch.Tensor, col_index: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Results of all of a symmetric s, from those of the tiles on and above its diagonal."""
+    """Results for a symmetric s, merged from those of the rows and columns of its upper triangle."""
     tie = (row_score == col_score) | (row_score.isnan() & col_score.isnan())
     better = (col_score > row_score) | (col_score.isnan() & ~row_score.isnan())
     take = torch.where(tie, col_index < row_index, better)
@@ -95,7 +96,7 @@ def symmetric_results(
 def merge_terms(
     sweep: Sweep, partial: tuple, results: tuple, loss: tuple, formula: str, reduction: str, by_label: bool = False
 ) -> None:
-    """Launch the merge of the one slab that few scores are, which ends in a loss.
+    """Launch a merge that ends in a loss, of few scores: all tiles are one slab.
 
     loss: (positive_score or None, out, constants)
     """
@@ -103,6 +104,6 @@ def merge_terms(
     summed, BL = reduction != "none", tiles.TERM_LANES
     merge_kernel[(1 if summed else triton.cdiv(sweep.M, BL),)](
         partial, results, loss, sweep.N, sweep.M, 0, sweep.row_blocks, BN=sweep.tile.BN, BM=sweep.tile.BM,
-        BP=tiles.MERGE_PARTS, BL=BL, FUNCTION=functions.function, **modes, BY_LABEL=by_label,
+        BP=tiles.MERGE_PARTIALS, BL=BL, FUNCTION=functions.function, **modes, BY_LABEL=by_label,
         SUM=summed, MEAN=reduction == "mean", num_warps=8, num_stages=2,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""The loss of hardest negatives of few scores in two launches: a sweep, and a merge that makes the terms.
+"""The loss of hardest negatives of few scores in two launches: a sweep, and a merge that computes the terms.
 
-With GOAL's relative terms the sweep stores the scores of negatives [N, M], at most `plan.SMALL`, beside every tile's
-hardest; then a program for some rows, or columns, merges their hardest, reads their scores and all positives again and
-makes the weights, and another merges the hardest alone, of which the value Σ (n - p) is made.
+With GOAL's relative terms the sweep stores the scores of negatives [N, M], at most `plan.SMALL`, besides the hardest of
+every tile. Then each program merges the hardest of BL rows, or of BL columns, reads their scores and all positive
+scores again and computes the weights; further programs merge the hardest for the value Σ (n - p).
 
 Formulas: `score_functions.py`, `gssf_kernels/losses/goal.py`, `gssf_kernels/ops/relative.py`. Relative terms are
-fp32, their sums over chunks of a row or column fp64, in order.
+fp32, their sums over pieces of a row or column fp64, in order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gssf_kernels.triton.terms import add_or_store, formula_of, store_sum
 
 @triton.jit
 def stored_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """`hardest_tile`, and the tile's scores as they are searched: -inf at all that is no negative."""
+    """`hardest_tile`, which also stores the tile's scores: -inf wherever a score is no negative."""
     a_ids, b_ids, positive_score, scores, stride, masked = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     s = only_negatives(s, i0, j0, N, M, a_ids, b_ids, positive_score, BN, BM)
@@ -38,18 +38,18 @@ def stored_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr,
 
 
 @triton.jit
-def merged(scores, places, lane, length, parts, WIDTH: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
-    """The best score [BL] among the tiles' [parts, length] at the lanes."""
+def merged_score(scores, places, lane, length, partials, WIDTH: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
+    """The maximum [BL] of the partials scores [partials, length] at the lanes."""
     score, _ = fold_argmax(
-        tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32), scores, places, lane, length, parts, 0,
-        WIDTH, BP,
+        tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32), scores, places, lane, length, partials,
+        0, WIDTH, BP,
     )  # fmt: skip
     return score
 
 
 @triton.jit
 def least_close(positive_score, N, threshold, BP: tl.constexpr):
-    """The smallest score that counts: the least positive less threshold. Above -inf; under NaN all negatives count."""
+    """min positive_score - threshold, above -inf: the smallest negative score that counts. If NaN, all of them do."""
     lowest = tl.full([BP], float("inf"), tl.float32)
     for k0 in range(0, N, BP):
         k = k0 + tl.arange(0, BP)
@@ -63,7 +63,7 @@ def close_negatives(
     scores, stride, lane, lanes, length, top, index, least, beta,
     ACROSS: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """r⁻ [BL] of rows of scores, with ACROSS of columns, at lane; their maxima top stand at index."""
+    """r⁻ [BL] of the rows of scores at lane, with ACROSS of the columns; their maxima top are at index."""
     total = tl.zeros([BL], tl.float64)
     count, ties = tl.zeros([BL], tl.int32), tl.zeros([BL], tl.int32)
     for k0 in range(0, length, BP):
@@ -74,8 +74,8 @@ def close_negatives(
         else:
             at = lane.to(tl.int64)[:, None] * stride + k[None, :]
         s = tl.load(scores + at, mask=inside, other=float("-inf"))
-        part, counts = close_terms(s, top, index, k[None, :], least, beta, 1)
-        total += part.to(tl.float64)
+        terms, counts = close_terms(s, top, index, k[None, :], least, beta, 1)
+        total += terms.to(tl.float64)
         count += counts & 0xFFFF
         ties += counts >> 16
     return mean(total, count, ties, beta).to(tl.float32)
@@ -85,15 +85,17 @@ def close_negatives(
 def close_positives(
     positive_score, N, lane, p, bound, alpha, LINEAR: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr
 ):  # fmt: skip
-    """r⁺ [BL] of the anchors at lane, whose positives score p: of all other positives that are not above bound."""
+    """r⁺ [BL] of the anchors at lane with positive scores p, over all other positive scores that do not exceed
+    bound.
+    """
     total, count = tl.zeros([BL], tl.float64), tl.zeros([BL], tl.int32)
     for k0 in range(0, N, BP):
         k = k0 + tl.arange(0, BP)
         other = tl.load(positive_score + k, mask=k < N, other=float("inf"))[None, :]
-        close = ((other > bound[:, None]) == 0) & (k < N)[None, :] & (lane[:, None] != k[None, :])  # NaN is
+        close = ((other > bound[:, None]) == 0) & (k < N)[None, :] & (lane[:, None] != k[None, :])  # NaN counts
         gap = p[:, None] - other
         if LINEAR:
-            close = close & ((gap == 0) == 0)  # the distance of two infinities is NaN, and counts
+            close = close & ((gap == 0) == 0)  # inf - inf is NaN, and counts
         else:
             gap = tl.exp(gap * alpha)
         total += tl.sum(tl.where(close, gap, 0.0), 1).to(tl.float64)
@@ -103,7 +105,7 @@ def close_positives(
 
 @triton.jit
 def relative_weights(
-    of_positives, of_negatives, positive_score, top, index, scores, stride, lane, length, constants, N,
+    positive_weights, negative_weights, positive_score, top, index, scores, stride, lane, length, constants, N,
     TRIPLET: tl.constexpr, PAIR: tl.constexpr, ACROSS: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """w⁺ and w⁻ of the anchors at lane, 0 where they have no negative."""
@@ -122,8 +124,8 @@ def relative_weights(
         of_positive = 1.0 / (tl.exp(alpha * (p - lam)) + close_p)
         of_negative = 1.0 / (tl.exp(-beta * (top - lam)) + close_n)
     valid = top != float("-inf")
-    tl.store(of_positives + lane, tl.where(valid, weight * of_positive, 0.0), mask=inside)
-    tl.store(of_negatives + lane, tl.where(valid, weight * of_negative, 0.0), mask=inside)
+    tl.store(positive_weights + lane, tl.where(valid, weight * of_positive, 0.0), mask=inside)
+    tl.store(negative_weights + lane, tl.where(valid, weight * of_negative, 0.0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
@@ -132,7 +134,7 @@ def relative_goal_kernel(
     TRIPLET: tl.constexpr, PAIR: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Programs for BL rows each, then for BL columns, then for BT terms; a sum is one's.
+    """Programs of BL rows each, then of BL columns each, then of BT terms each; one program computes a sum of terms.
 
     weights: [4, N], w⁺ and w⁻ of rows, then of columns
     """
@@ -153,7 +155,7 @@ def relative_goal_kernel(
     elif p < row_programs + col_programs:
         i = (p - row_programs) * BL + tl.arange(0, BL)
         top, index = merge_columns(col_scores, col_places, col_score, col_index, i, M, 0, blocks, BN, BP)
-        if (p - row_programs) * BL < N:  # the others are no anchors
+        if (p - row_programs) * BL < N:  # columns from N on are no anchors
             relative_weights(
                 weights + 2 * N, weights + 3 * N, positive_score, top, index, scores, stride, i, N, constants, N,
                 TRIPLET, PAIR, True, BL, BS,
@@ -164,9 +166,9 @@ def relative_goal_kernel(
         for t0 in range(first * BT, N, step * BT):
             t = t0 + tl.arange(0, BT)
             positive = tl.load(positive_score + t, mask=t < N, other=0.0)
-            row = merged(row_scores, row_places, t, rows, across, BM, BP, BT)
+            row = merged_score(row_scores, row_places, t, rows, across, BM, BP, BT)
             terms = goal(positive, row, constants, TRIPLET, PAIR)
-            col = merged(col_scores, col_places, t, M, blocks, BN, BP, BT)
+            col = merged_score(col_scores, col_places, t, M, blocks, BN, BP, BT)
             terms += goal(positive, col, constants, TRIPLET, PAIR)
             total = add_or_store(total, out, terms, t, N, SUM)
         if SUM:
@@ -174,9 +176,9 @@ def relative_goal_kernel(
 
 
 def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
-    """Return (the terms [N] or their sum or mean, what `hardest_negatives` gives first, weights).
+    """Return (terms [N] or their sum or mean, positive_score, row_score, row_index, col_score, col_index, weights).
 
-    weights: [4, N] with relative terms, w⁺ and w⁻ of rows and of columns, else empty; all but indices are fp32
+    weights: with relative terms [4, N], w⁺ and w⁻ of rows and of columns, else empty; all but indices are fp32
 
     Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
@@ -186,7 +188,7 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     out = positive_score.new_empty(() if summed else N)
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile)
-        rows, cols = sweep.partial_results(torch.float32, torch.int16)
+        rows, cols = sweep.empty_partials(torch.float32, torch.int16)
         partial, ids = (*rows, *cols), operands.contiguous(a_ids, b_ids)
         if not formula.endswith("_ms"):
             weights = positive_score.new_empty(0)
@@ -196,7 +198,7 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         else:
             weights, tile = positive_score.new_empty(4, N), tiles.CLOSE
             scores = positive_score.new_empty(N, M + -M % 4)  # rows on 16 bytes
-            masked = (None, None, None, *partial)  # nothing is left to mask, nor a positive's score to store
+            masked = (None, None, None, *partial)  # scores are masked and positive_score is stored already
             state = (*ids, positive_score, scores, scores.stride(0), masked)
             sweep.run(stored_tile, state, 0, sweep.row_blocks)
             BL, BT = tile.BR, tiles.TERM_LANES
@@ -204,7 +206,7 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
             relative_goal_kernel[(programs,)](
                 partial, scores, positive_score, out, weights, tuple(results), tuple(constants), scores.stride(0),
                 N, M, sweep.row_blocks, **formula_of(formula)[1], SUM=summed, MEAN=reduction == "mean",
-                BN=sweep.tile.BN, BM=sweep.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, BS=tile.BM, BT=BT,
+                BN=sweep.tile.BN, BM=sweep.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, BS=tile.BM, BT=BT,
                 num_warps=tile.num_warps, num_stages=2,
             )  # fmt: skip
     return out, positive_score, *results, weights

@@ -1,8 +1,8 @@
-"""InfoNCE of few scores in two launches each way: `gssf_kernels/ops/info_nce.py` has the formulas.
+"""InfoNCE of few scores, in two launches forward and two backward; formulas: `gssf_kernels/ops/info_nce.py`.
 
-forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile, and with ids or label
-           smoothing what targets are sums of; one kernel merges them and makes the terms, a sum in one program
-backward   a sweep stores dL/dt [N, M]; one kernel makes da, db and dκ of it
+forward    a sweep stores (max, Σ e^(t - max)) of the rows and columns of every tile and, with ids or label
+           smoothing, the sums that targets need; one kernel merges them and computes the terms, or their sum
+backward   a sweep stores dL/dt [N, M]; one kernel computes da, db and dκ from it
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import triton.language as tl
 
 from gssf_kernels.plan import Plan
 from gssf_kernels.triton import operands, tiles
-from gssf_kernels.triton.epilogues import tile_lines
+from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
 from gssf_kernels.triton.logsumexp import log_tile
 from gssf_kernels.triton.reductions import merge_logs, merge_sums
-from gssf_kernels.triton.score_functions import number, pairs_and_ids, softmax
+from gssf_kernels.triton.score_functions import load_scalar, softmax, valid_and_positive
 from gssf_kernels.triton.sweep import Sweep, empty_dscores
 from gssf_kernels.triton.terms import store_sum, upstream
 
 
 @triton.jit
 def info_nce_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """`log_tile`, and Σ t and the number of positives, and Σ t of all, of each row and column."""
-    log_state, of_ids, of_all = state
+    """`log_tile`, then of each row and column Σ t of its positives, their number, and Σ t of all its scores."""
+    log_state, id_sums, all_sums = state
     log_tile(s, tile_i, tile_j, first, blocks, N, M, log_state, BN, BM)
     i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
-    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
-    t = s * number(log_state[0], log_state[1])
-    if of_ids is not None:
-        a_ids, b_ids, row_sum, row_count, col_sum, col_count = of_ids
-        inside_both, positive = pairs_and_ids(i, j, 0, a_ids, b_ids, N, M)
-        positive = inside_both & positive
+    row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
+    t = s * load_scalar(log_state[0], log_state[1])
+    if id_sums is not None:
+        a_ids, b_ids, row_sum, row_count, col_sum, col_count = id_sums
+        valid, positive = valid_and_positive(i, j, 0, a_ids, b_ids, N, M)
+        positive = valid & positive
         positive_t = tl.where(positive, t, 0.0)
         tl.store(row_sum + row_at, tl.sum(positive_t, 1))
         tl.store(col_sum + col_at, tl.sum(positive_t, 0), mask=inside)
         tl.store(row_count + row_at, tl.sum(positive.to(tl.float32), 1))
         tl.store(col_count + col_at, tl.sum(positive.to(tl.float32), 0), mask=inside)
-    if of_all is not None:
-        row_sum, col_sum = of_all
+    if all_sums is not None:
+        row_sum, col_sum = all_sums
         t = tl.where((i < N)[:, None] & (j < M)[None, :], t, 0.0)
         tl.store(row_sum + row_at, tl.sum(t, 1))
         tl.store(col_sum + col_at, tl.sum(t, 0), mask=inside)
@@ -51,44 +51,48 @@ def info_nce_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexp
 @triton.jit
 def log_ratio(
     tops, totals, positive_sums, counts, all_sums, positive_logit, out_max, out_log, out_count, lane, length,
-    parts, count, N, others, epsilon, BP: tl.constexpr, BL: tl.constexpr,
+    partials, count, N, others, epsilon, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """(max - target) + log of the anchors at the lanes, count in all; what the backward takes is written.
+    """(max - target) + log of the anchors at the lanes; stores max, log and the number of positives for the backward.
 
-    positive_sums, counts, all_sums: partial [parts, length], or None; others: how many scores all_sums is of
+    count: number of anchors; positive_sums, counts, all_sums: [partials, length], or None
+    others: number of scores that all_sums adds up
     """
     top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
-    top, total = merge_logs(top, total, tops, totals, lane, length, parts, BP)
+    top, total = merge_logs(top, total, tops, totals, lane, length, partials, BP)
     log = tl.log(total)
     tl.store(out_max + lane, top, mask=lane < count)
     tl.store(out_log + lane, log, mask=lane < count)
     if positive_sums is not None:
-        positives = merge_sums(counts, lane, length, N, parts, BP)
+        positives = merge_sums(counts, lane, length, N, partials, BP)
         tl.store(out_count + lane, positives, mask=lane < N)
-        target = merge_sums(positive_sums, lane, length, N, parts, BP) / tl.where(lane < N, positives, 1.0)
+        target = merge_sums(positive_sums, lane, length, N, partials, BP) / tl.where(lane < N, positives, 1.0)
     else:
         target = tl.load(positive_logit + lane, mask=lane < N, other=0.0)
     if all_sums is not None:
-        target += epsilon * (merge_sums(all_sums, lane, length, N, parts, BP) / others - target)
+        target += epsilon * (merge_sums(all_sums, lane, length, N, partials, BP) / others - target)
     return (top - target) + log
 
 
 @triton.jit(do_not_specialize=["N", "M", "rows", "down", "across"])
 def merge_info_nce_kernel(
-    partial, of_ids, of_all, positive_logit, out, statistics, counts, epsilon, N, M, rows, down, across,
+    partial, id_sums, all_sums, positive_logit, out, statistics, counts, epsilon, N, M, rows, down, across,
     BOTH: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """BL rows and columns at a time, and their terms; a sum is one program's. rows: a part's length, across: parts."""
+    """Merge BL rows and columns at a time and compute their terms; one program computes a sum of terms.
+
+    rows, across: row partials are [across, rows]; down: column partials are [down, M]
+    """
     rows_partial, cols_partial = partial
     row_maxima, row_sums = rows_partial[0]
     col_maxima, col_sums = cols_partial[0]
     row_max, row_log, col_max, col_log = statistics
     row_positive, row_counts, col_positive, col_counts, row_all, col_all, row_count, col_count = (None,) * 8
-    if of_ids is not None:
-        row_positive, row_counts, col_positive, col_counts = of_ids
+    if id_sums is not None:
+        row_positive, row_counts, col_positive, col_counts = id_sums
         row_count, col_count = counts
-    if of_all is not None:
-        row_all, col_all = of_all
+    if all_sums is not None:
+        row_all, col_all = all_sums
     total = tl.zeros([BL], tl.float32)
     for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
         i = i0 + tl.arange(0, BL)
@@ -96,12 +100,12 @@ def merge_info_nce_kernel(
             row_maxima, row_sums, row_positive, row_counts, row_all, positive_logit, row_max, row_log, row_count,
             i, rows, across, N, N, M, epsilon, BP, BL,
         )  # fmt: skip
-        of_cols = log_ratio(
+        col_terms = log_ratio(
             col_maxima, col_sums, col_positive, col_counts, col_all, positive_logit, col_max, col_log, col_count,
             i, M, down, M, N, N, epsilon, BP, BL,
         )  # fmt: skip
         if BOTH:
-            terms = 0.5 * (terms + of_cols)
+            terms = 0.5 * (terms + col_terms)
         if SUM:
             total += tl.where(i < N, terms, 0.0)
         else:
@@ -112,33 +116,33 @@ def merge_info_nce_kernel(
 
 @triton.jit
 def info_nce_slope_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's dL/dt, stored, and Σ of it times s."""
+    """Store the tile's dL/dt, and Σ dL/dt s."""
     BOTH: tl.constexpr = state[0][0]
     SUM: tl.constexpr = state[0][1]
     MEAN: tl.constexpr = state[0][2]
     SMOOTH: tl.constexpr = state[0][3]
-    grad_out, grad_stride, scale, constant, epsilon, statistics, of_ids, dscores, stride, dscores_dot_s = state[1]
+    grad_out, grad_stride, scale, constant, epsilon, statistics, id_sums, dscores, stride, dscores_dot_s = state[1]
     row_max, row_log, col_max, col_log = statistics
     i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
-    t = s * number(scale, constant)
+    t = s * load_scalar(scale, constant)
     a_ids, b_ids = None, None
-    if of_ids is not None:
-        a_ids, b_ids, row_count, col_count = of_ids
-    inside, positive = pairs_and_ids(i, j, 0, a_ids, b_ids, N, M)
-    kept = 1.0 - epsilon
+    if id_sums is not None:
+        a_ids, b_ids, row_count, col_count = id_sums
+    inside, positive = valid_and_positive(i, j, 0, a_ids, b_ids, N, M)
+    unsmoothed = 1.0 - epsilon
     g_anchor = tl.where(i < N, upstream(grad_out, grad_stride, i, N, SUM, MEAN), 0.0)
     if BOTH:
         g_anchor = g_anchor * 0.5
-    g_positive = g_anchor * kept
-    if of_ids is not None:
+    g_positive = g_anchor * unsmoothed
+    if id_sums is not None:
         g_positive = g_positive / tl.load(row_count + i, mask=i < N, other=1.0)
     g = g_anchor[:, None] * softmax(t, row_max, row_log, i, i < N, 1) - tl.where(positive, g_positive[:, None], 0.0)
     if SMOOTH:
         g -= (g_anchor * (epsilon / M))[:, None]
     if BOTH:
         g_anchor = 0.5 * tl.where(j < N, upstream(grad_out, grad_stride, j, N, SUM, MEAN), 0.0)
-        g_positive = g_anchor * kept
-        if of_ids is not None:
+        g_positive = g_anchor * unsmoothed
+        if id_sums is not None:
             g_positive = g_positive / tl.load(col_count + j, mask=j < N, other=1.0)
         g += g_anchor[None, :] * softmax(t, col_max, col_log, j, j < M, 0)
         g -= tl.where(positive, g_positive[None, :], 0.0)
@@ -151,10 +155,10 @@ def info_nce_slope_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.co
 
 
 def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return (loss, row_max, row_log [N], col_max, col_log [M], row_count, col_count [N], and [0] for nothing kept).
+    """Return (loss, row_max, row_log [N], col_max, col_log [M], row_count, col_count [N], an empty tensor), all fp32.
 
-    All fp32: the terms [N] or their sum or mean, log-sums in two parts, and numbers of positives, empty without ids.
-
+    loss: the terms [N] or their sum or mean; a log-sum is max + log; counts are numbers of positives, empty without
+    ids; the last would be the scores, which this route does not store
     """
     a, b, ids = call.a, call.a if call.b is None else call.b, call.a_ids is not None
     N, M, reduced = len(a), len(b), call.reduction != "none"
@@ -168,41 +172,41 @@ def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         down, across, rows = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
 
         def partials(each: int) -> tuple[tuple[torch.Tensor, ...], ...]:
-            """Of rows, and of columns: each of them."""
+            """`each` empty row partials, and as many column partials."""
             sizes = (across, rows), (down, M)
             return tuple(tuple(positive_logit.new_empty(*size) for _ in range(each)) for size in sizes)
 
         row_partial, col_partial = partials(2)
-        of_ids = tuple(t for side in partials(2) for t in side) if ids else None
-        of_all = tuple(t for side in partials(1) for t in side) if call.epsilon else None
-        id_state = (*operands.contiguous(call.a_ids, call.b_ids), *of_ids) if of_ids is not None else None
+        id_sums = tuple(t for direction in partials(2) for t in direction) if ids else None
+        all_sums = tuple(t for direction in partials(1) for t in direction) if call.epsilon else None
+        id_state = (*operands.contiguous(call.a_ids, call.b_ids), *id_sums) if id_sums is not None else None
         log_state = (call.scale, call.constant, None, positive_logit, (row_partial,), (col_partial,))
-        sweep.run(info_nce_tile, (log_state, id_state, of_all), 0, down)
+        sweep.run(info_nce_tile, (log_state, id_state, all_sums), 0, down)
         BL = tiles.TERM_LANES
         merge_info_nce_kernel[(1 if reduced else triton.cdiv(M, BL),)](
-            ((row_partial,), (col_partial,)), of_ids, of_all, positive_logit, out, statistics, counts, call.epsilon,
+            ((row_partial,), (col_partial,)), id_sums, all_sums, positive_logit, out, statistics, counts, call.epsilon,
             N, M, rows, down, across, BOTH=call.symmetric, SUM=reduced, MEAN=call.reduction == "mean",
-            BP=tiles.MERGE_PARTS, BL=BL, num_warps=8, num_stages=2,
+            BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=8, num_stages=2,
         )  # fmt: skip
     return out, *statistics, *counts, positive_logit.new_empty(0)
 
 
 def info_nce_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'."""
+    """Return the gradients of a [N, D], b [M, D] and κ, each empty if `needs` is False; b=None: b is a."""
     a, b, needs = call.a, call.a if call.b is None else call.b, call.needs
     reduced = call.reduction != "none"
-    of_ids = None
+    id_sums = None
     if call.a_ids is not None:
-        of_ids = (*operands.contiguous(call.a_ids, call.b_ids), call.row_count, call.col_count)
+        id_sums = (*operands.contiguous(call.a_ids, call.b_ids), call.row_count, call.col_count)
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         sweep, dscores = Sweep(a, b, plan.tile), empty_dscores(a, len(b))
         dscores_dot_s = a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
         flags = (call.symmetric, reduced, call.reduction == "mean", call.epsilon > 0)
         statistics = (call.row_max, call.row_log, call.col_max, call.col_log)
-        upstreams = (call.grad_out, 0 if reduced else call.grad_out.stride(0), call.scale, call.constant, call.epsilon)
+        inputs = (call.grad_out, 0 if reduced else call.grad_out.stride(0), call.scale, call.constant, call.epsilon)
         outputs = (dscores, dscores.stride(0), dscores_dot_s)
-        state = (tuple(tl.constexpr(flag) for flag in flags), (*upstreams, statistics, of_ids, *outputs))
+        state = (tuple(tl.constexpr(flag) for flag in flags), (*inputs, statistics, id_sums, *outputs))
         sweep.run(info_nce_slope_tile, state, 0, sweep.row_blocks)
         logit_scale = {"scale": call.scale, "constant": call.constant}
         da, db, ends = gradients(dscores, a, call.b, needs, dscores_dot_s if needs[2] else None, **logit_scale)

@@ -1,10 +1,10 @@
-"""Log-sums and their gradients: `gssf_kernels/ops/logsumexp.py` has the formulas.
+"""row log Σ_j e^(t_ij), column log Σ_i e^(t_ij), and their gradients; formulas: `gssf_kernels/ops/logsumexp.py`.
 
-    forward    a sweep leaves (max, Σ e^(t - max)) of the rows and columns of every tile; one kernel merges them
-    backward   a sweep stores dscores, [N, M] of few scores or a panel of rows; one kernel, or the library's products,
-               make da and db of it
+    forward    a sweep stores (max, Σ e^(t - max)) of the rows and columns of every tile; one kernel merges them
+    backward   a sweep stores dscores: all of them [N, M] if they are few, else a row panel at a time; one kernel, or
+               PyTorch's matrix products, compute da and db from them
 
-A chunk of scores that the library made takes the same two epilogues.
+The same two epilogues run on a chunk of scores that PyTorch's matrix product has stored.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import triton.language as tl
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.plan import Plan
 from gssf_kernels.triton import hopper, operands, tiles
-from gssf_kernels.triton.epilogues import tile_lines
+from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
 from gssf_kernels.triton.reductions import log_sums, merge_logs
-from gssf_kernels.triton.score_functions import logits, logsumexp_slope, number
+from gssf_kernels.triton.score_functions import load_scalar, logits, logsumexp_slope
 from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
 
 
 @triton.jit
 def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's log-sums of each row and column, by class, and the pairs' t where it meets the diagonal."""
+    """The tile's log-sums of each row and column, by class; and t of the pairs (i, i) where the diagonal crosses it."""
     scale, constant, by_label, positive_logit, rows, cols = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
-    t, _, positive, row, col = logits(s, i, j, N, M, number(scale, constant), by_label)
+    t, _, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), by_label)
     if positive_logit is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
-        of_pairs = tl.sum(tl.where(i[:, None] == j[None, :], t, 0.0), 1)
-        tl.store(positive_logit + i, of_pairs, mask=(i >= j0) & (i < j0 + BM) & (i < N) & (i < M))
-    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+        diagonal = tl.sum(tl.where(i[:, None] == j[None, :], t, 0.0), 1)
+        tl.store(positive_logit + i, diagonal, mask=(i >= j0) & (i < j0 + BM) & (i < N) & (i < M))
+    row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
     for c in tl.static_range(len(rows)):
         if len(rows) == 2:
             member = positive if c == 0 else positive == 0
@@ -60,10 +60,10 @@ def merge_logs_kernel(
     partial, rows, cols, N, M, first, blocks, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
     LOG: tl.constexpr,
 ):  # fmt: skip
-    """Finish the slab's rows, and merge its columns into those of the slabs before.
+    """Merge the slab's rows, and its columns into the results of earlier slabs.
 
-    rows, cols: (max, sum) of each class. LOG: rows, and columns with the last slab, get the sums' logarithms; else the
-    columns of the first slab, too, are merged with what is there.
+    rows, cols: (max, sum) of each class. With LOG the sums' logarithms are stored: of rows at once, of columns with
+    the last slab. Without LOG columns are merged with what cols holds, even for the first slab.
     """
     row_partial, col_partial = partial
     slab_rows = blocks * BN
@@ -83,7 +83,7 @@ def merge_logs_kernel(
             j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
             before = (j < M) & (first > 0) if LOG else j < M
             top = tl.load(cols[c][0] + j, mask=before, other=float("-inf"))
-            total = tl.load(cols[c][1] + j, mask=before, other=0.0)  # of the slabs before not a logarithm yet
+            total = tl.load(cols[c][1] + j, mask=before, other=0.0)  # of earlier slabs: not a logarithm yet
             top, total = merge_logs(top, total, col_partial[c][0], col_partial[c][1], j, M, blocks, BP)
             if LOG:
                 total = tl.where((first + blocks) * BN >= N, tl.log(total), total)
@@ -93,13 +93,13 @@ def merge_logs_kernel(
 
 @triton.jit
 def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's dL/dt, by label dL/ds, stored; and Σ of it times s, of the tile or with BY_ROW of each row."""
+    """Store the tile's dL/dt, or by label dL/ds; and Σ of it times s, of the tile or with BY_ROW of each row."""
     BY_ROW: tl.constexpr = state[0][0]
     _, scale, constant, by_label, rows, cols, dpositive, dscores, stride, dscores_dot_s = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
     inside = (i < N)[:, None] & (j < M)[None, :]
-    t, slope, positive, row, col = logits(s, i, j, N, M, number(scale, constant), by_label)
+    t, slope, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), by_label)
     g = tl.zeros([BN, BM], tl.float32)
     if rows is not None:
         g += logsumexp_slope(t, positive, row, rows, i, i < N, 1)
@@ -108,10 +108,10 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
     if by_label is not None:
         g *= slope
     if dpositive is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
-        of_pairs = tl.load(dpositive + i, mask=(i < N) & (i < M), other=0.0)
-        g += tl.where(i[:, None] == j[None, :], of_pairs[:, None], 0.0)
+        diagonal = tl.load(dpositive + i, mask=(i < N) & (i < M), other=0.0)
+        g += tl.where(i[:, None] == j[None, :], diagonal[:, None], 0.0)
     if dscores is not None:
-        rows_at = dscores - (first * BN).to(tl.int64) * stride  # dscores is of the slab's alone
+        rows_at = dscores - (first * BN).to(tl.int64) * stride  # dscores holds this slab's rows only
         at = rows_at + i.to(tl.int64)[:, None] * stride + j[None, :]
         tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
     sums = tl.sum(tl.where((j < M)[None, :], g * s, 0.0), 1)
@@ -122,19 +122,19 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
 
 
 def classes(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-    """Statistics [N] or [2, N] as kernels take them: a tuple for each class; None where the last of them is None."""
+    """Statistics [N] or [2, N] as the kernels take them: one tuple per class; None if the last statistic is None."""
     if statistics[-1] is None:
         return None
     return tuple(zip(*([t] if t.dim() == 1 else [*t] for t in statistics if t is not None), strict=True))
 
 
 def by_label(call: Any, row_labels, col_labels, row_bounds, col_bounds, first: int) -> tuple | None:
-    """What `logits` takes of a call."""
+    """The argument `by_label` of `logits`."""
     if call.score == "scaled":
         return None
     constants = (*map(float, call.constants), 0.0, 0.0)[:3]
     options = tl.constexpr(call.score), tl.constexpr(call.leave_out)
-    bounds = (part for t in (row_bounds, col_bounds) for part in (t, t.stride(0) if t is not None else 0))
+    bounds = (x for t in (row_bounds, col_bounds) for x in (t, t.stride(0) if t is not None else 0))
     return options, constants, row_labels, col_labels, *bounds, first
 
 
@@ -146,9 +146,10 @@ def _by_label(call: Any) -> tuple | None:
 
 
 def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return (row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)]) fp32, and nothing kept: [0].
+    """Return (row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)], an empty tensor), all fp32.
 
-    By label rows' statistics are [2, N] and the others empty.
+    By label the rows' statistics are [2, N] and the others are empty. The last would be the scores, which this route
+    does not store.
     """
     a, b = call.a, call.a if call.b is None else call.b
     if plan.route == "hopper":
@@ -162,7 +163,7 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile)
-        partials = [sweep.partial_results(torch.float32, torch.float32) for _ in range(count)]
+        partials = [sweep.empty_partials(torch.float32, torch.float32) for _ in range(count)]
         row_partial = tuple(rows for rows, _ in partials)
         col_partial = None if labelled else tuple(columns for _, columns in partials)
         rows, cols = classes(row_max, row_log), None if labelled else classes(col_max, col_log)
@@ -175,10 +176,9 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
 
 
 def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a [N, D], b [M, D] and κ, each empty where needs says no; b None: a has both sides'."""
+    """Return the gradients of a [N, D], b [M, D] and κ, each empty if `needs` is False; b=None: b is a."""
     a, b, needs = call.a, call.a if call.b is None else call.b, call.needs
-    grads = (call.drow, call.dcol, call.dpositive)
-    drow, dcol, dpositive = (t.contiguous() if t is not None else None for t in grads)
+    drow, dcol, dpositive = operands.contiguous(call.drow, call.dcol, call.dpositive)
     if call.score != "scaled":
         dcol = dpositive = None
     rows = classes(call.row_max, call.row_log, drow)
@@ -208,7 +208,7 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
 
 
 def logsumexp_pass(call: Any, plan: Plan) -> None:
-    """Write (max, Σ e^(t - max)) of the rows of s [R, M] fp32, and merge those of its columns into what is there."""
+    """Write (max, Σ e^(t - max)) of the rows of s [R, M] fp32, and merge its columns' into col_max, col_sum."""
     if call.s.numel() == 0:
         call.row_max.fill_(float("-inf"))
         call.row_sum.zero_()
@@ -224,12 +224,12 @@ def logsumexp_pass(call: Any, plan: Plan) -> None:
         programs = triton.cdiv(chunk.row_blocks * BN, BL) + (triton.cdiv(chunk.M, BL) if cols is not None else 0)
         merge_logs_kernel[(programs,)](
             (row_partial, col_partial), rows, cols, chunk.N, chunk.M, 0, chunk.row_blocks,
-            BN=BN, BM=chunk.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, LOG=False, num_warps=4, num_stages=2,
+            BN=BN, BM=chunk.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, LOG=False, num_warps=4, num_stages=2,
         )  # fmt: skip
 
 
 def softmax_pass(call: Any, plan: Plan) -> None:
-    """Turn s [R, M] fp32 into dL/dt, by label dL/ds, and write Σ_j of it times s [R]."""
+    """Overwrite s [R, M] fp32 with dL/dt, or by label dL/ds; and write Σ_j of it times s [R]."""
     if call.s.numel() == 0:
         call.dscores_dot_s.zero_()
         return

@@ -1,7 +1,8 @@
-"""score[e] = a[rows[e]] · b[cols[e]], and its gradient: da[i] = Σ_{e: rows[e] = i} grad[e] b[cols[e]], db alike.
+"""score[e] = a[rows[e]] · b[cols[e]], and its gradient: da[i] = Σ_{e: rows[e] = i} dscores[e] b[cols[e]], db alike.
 
-An edge with -1 at either end scores -inf and gives no gradient. The gradient is a segment sum over edges sorted by
-destination, in a fixed order and without atomics: the same inputs give the same bits.
+An edge e is a pair (rows[e], cols[e]); one with -1 at either end scores -inf and has no gradient. Stored are the scores
+[E], da and db. The gradient is a segment sum over edges sorted by destination, in a fixed order and without atomics:
+the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gssf_kernels.triton import operands, tiles
 def pair_scores_kernel(
     a, b, rows, cols, scores, a_stride, b_stride, E, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """BE edges to a program, BD channels at a time."""
+    """A program computes BE edges, BD channels at a time."""
     e = tl.program_id(0).to(tl.int64) * BE + tl.arange(0, BE)
     i = tl.load(rows + e, mask=e < E, other=-1) if rows is not None else tl.where(e < E, e, -1)
     j = tl.load(cols + e, mask=e < E, other=-1) if cols is not None else i
@@ -36,10 +37,10 @@ def pair_scores_kernel(
 
 @triton.jit
 def segment_sum_kernel(
-    grad, order, offsets, ends, source, out, stride, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
+    dscores, order, offsets, ends, source, out, stride, D: tl.int32, BE: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """out[i] = Σ grad[e] source[ends[e]] over e in order[offsets[i] : offsets[i + 1]], BE edges abreast."""
-    pieces = tl.cdiv(D, BD)  # of a row, each a program's
+    """out[i] = Σ dscores[e] source[ends[e]] over e in order[offsets[i] : offsets[i + 1]], BE edges at a time."""
+    pieces = tl.cdiv(D, BD)  # programs per row
     i = (tl.program_id(0) // pieces).to(tl.int64)
     d = tl.program_id(0) % pieces * BD + tl.arange(0, BD)
     stop = tl.load(offsets + i + 1)
@@ -48,8 +49,8 @@ def segment_sum_kernel(
         p = p0 + tl.arange(0, BE)
         e = tl.load(order + p, mask=p < stop, other=0)
         end = tl.load(ends + e, mask=p < stop, other=-1)
-        weight = tl.load(grad + e, mask=end >= 0, other=0.0)
-        inside = (weight != 0)[:, None] & (d < D)[None, :]  # a zero gradient adds nothing, even to an infinite row
+        weight = tl.load(dscores + e, mask=end >= 0, other=0.0)
+        inside = (weight != 0)[:, None] & (d < D)[None, :]  # a zero gradient adds nothing, even if the row is infinite
         x = tl.load(source + end[:, None] * stride + d[None, :], mask=inside, other=0.0)
         total += weight[:, None] * x.to(tl.float32)
     tl.store(out + i * D + d, tl.sum(total, 0).to(out.dtype.element_ty), mask=d < D)
@@ -57,7 +58,7 @@ def segment_sum_kernel(
 
 @triton.jit
 def lengths(source, at, inside, D, BD: tl.constexpr):
-    """The lengths of the rows of source that start at at [K], at least 1e-12."""
+    """max(‖row‖, 1e-12) of the rows of source that start at offsets at [K]."""
     squares = tl.zeros([at.shape[0], BD], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
@@ -69,7 +70,7 @@ def lengths(source, at, inside, D, BD: tl.constexpr):
 
 @triton.jit
 def add_row(total, source, stride, row, weight, d, D, NORMALIZE: tl.constexpr):
-    """total [BD] and weight times a row of source, or its unit; none at -1, and a zero weight adds nothing."""
+    """total [BD] + weight · row of source, with NORMALIZE the unit row; row -1 and a zero weight add nothing."""
     weight = tl.where(row >= 0, weight, 0.0)
     if NORMALIZE:
         at = tl.zeros([1], tl.int64) + row * stride
@@ -82,19 +83,19 @@ def add_row(total, source, stride, row, weight, d, D, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def scan_row(
-    i, positives, dpositive, dself, dother, index, other_index, source, stride, out, K, D,
+    i, positives, dpositive, dscore, other_dscore, index, other_index, source, stride, out, K, D,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Row i of one side's gradient: from its positive, its hardest negative, and all whose hardest negative it is."""
+    """Row i of da (or db): from its positive, its hardest negative, and all anchors whose hardest negative it is."""
     d = tl.program_id(0) % tl.cdiv(D, BD) * BD + tl.arange(0, BD)
     weight = tl.load(dpositive + i, mask=i < positives, other=0.0)
     total = add_row(tl.zeros([BD], tl.float32), source, stride, i, weight, d, D, NORMALIZE)
-    total = add_row(total, source, stride, tl.load(index + i), tl.load(dself + i), d, D, NORMALIZE)
+    total = add_row(total, source, stride, tl.load(index + i), tl.load(dscore + i), d, D, NORMALIZE)
     for e0 in range(0, K, BE):
         e = e0 + tl.arange(0, BE)
         hit = tl.load(other_index + e, mask=e < K, other=-1) == i
         if tl.max(hit.to(tl.int32), 0) > 0:
-            weights = tl.load(dother + e, mask=hit, other=0.0)
+            weights = tl.load(other_dscore + e, mask=hit, other=0.0)
             hit = hit & (weights != 0)
             if NORMALIZE:
                 weights = tl.where(hit, weights / lengths(source, e.to(tl.int64) * stride, hit, D, BD), 0.0)
@@ -109,15 +110,15 @@ def scan_kernel(
     dpositive, drow, dcol, row_index, col_index, a, b, da, db, norm, a_stride, b_stride, N, M, D: tl.int32,
     NORMALIZE: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A program for every row of da, then for every row of db; of one alone where the other is None.
+    """Programs for the rows of da, then for the rows of db; either may be None.
 
-    norm, or None: is set to the lengths of a's rows, BE of them by each program after those.
+    norm: None, or [N], is set to max(‖row‖, 1e-12) of a's rows, by further programs of BE rows each
     """
     p = (tl.program_id(0) // tl.cdiv(D, BD)).to(tl.int64)
-    of_rows = (N if da is not None else 0) + (M if db is not None else 0)
-    if norm is not None and p >= of_rows:
+    row_programs = (N if da is not None else 0) + (M if db is not None else 0)
+    if norm is not None and p >= row_programs:
         if tl.program_id(0) % tl.cdiv(D, BD) == 0:
-            i = (p - of_rows) * BE + tl.arange(0, BE)
+            i = (p - row_programs) * BE + tl.arange(0, BE)
             tl.store(norm + i, lengths(a, i * a_stride, i < N, D, BD), mask=i < N)
     elif da is None:
         scan_row(p, N, dpositive, dcol, drow, col_index, row_index, a, a_stride, db, N, D, NORMALIZE, BE, BD)
@@ -128,7 +129,7 @@ def scan_kernel(
 
 
 def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, cols: torch.Tensor | None) -> torch.Tensor:
-    """Return scores [E] fp32 of the pairs of a and b; rows, cols: both None for the pairs (i, i) of all rows of a.
+    """Return scores [E] fp32 of the pairs (rows[e], cols[e]); with rows and cols None, of the pairs (i, i).
 
     Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
@@ -145,36 +146,36 @@ def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, col
 
 
 def launch_pair_scores(call: Any, plan: Any) -> torch.Tensor:
-    """The op of `pair_scores`."""
+    """The launcher of the op: `pair_scores` of the call's arguments."""
     return pair_scores(*call)
 
 
 def segment_sum(
-    grad: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, source: torch.Tensor, like: torch.Tensor
+    dscores: torch.Tensor, starts: torch.Tensor, ends: torch.Tensor, source: torch.Tensor, like: torch.Tensor
 ) -> torch.Tensor:
-    """out[i] = Σ_{e: starts[e] = i} grad[e] source[ends[e]], shaped and typed as like; edges with -1 are skipped."""
+    """out[i] = Σ_{e: starts[e] = i} dscores[e] source[ends[e]], shaped and typed as `like`; -1 adds nothing."""
     starts, order = torch.sort(starts, stable=True)  # edges with -1 come first, before offsets[0]
     count, D = like.shape
     offsets = torch.searchsorted(starts, torch.arange(count + 1, device=starts.device))
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     BE, BD = tiles.SEGMENT_EDGES, tiles.EDGE_CHANNELS
     segment_sum_kernel[(count * triton.cdiv(D, BD),)](
-        grad, order, offsets, ends, source, out, source.stride(0), D,
+        dscores, order, offsets, ends, source, out, source.stride(0), D,
         BE=BE, BD=BD, num_warps=4, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
 def pair_scores_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (da [N, D], db [M, D]) in the dtypes of a and b, summed in fp32, each empty where needs says no.
+    """Return (da [N, D], db [M, D]) in the dtypes of a and b, summed in fp32; each empty if `needs` is False.
 
-    Raises TypeError unless grad, a and b are fp32, bf16 or fp16.
+    Raises TypeError unless grad_out, a and b are fp32, bf16 or fp16.
     """
-    grad, rows, cols, a, b, needs = call
-    grad, rows, cols = grad.contiguous(), rows.contiguous(), cols.contiguous()
+    grad_out, rows, cols, a, b, needs = call
+    dscores, rows, cols = grad_out.contiguous(), rows.contiguous(), cols.contiguous()
     with torch.cuda.device_of(a):
-        da = segment_sum(grad, rows, cols, operands.rows(b), like=a) if needs[0] else a.new_empty(0)
-        db = segment_sum(grad, cols, rows, operands.rows(a), like=b) if needs[1] else b.new_empty(0)
+        da = segment_sum(dscores, rows, cols, operands.rows(b), like=a) if needs[0] else a.new_empty(0)
+        db = segment_sum(dscores, cols, rows, operands.rows(a), like=b) if needs[1] else b.new_empty(0)
     return da, db
 
 
@@ -184,8 +185,8 @@ def scan(
 ) -> None:  # fmt: skip
     """Write the gradients of `hardest_negatives_backward` into da [N, D] and db [M, D], contiguous or None.
 
-    They are those of the rows of x and y that the scores are made of: with normalize of their units.
-    norm: [N] fp32, is set to the lengths of x's rows, at least 1e-12
+    With call.normalize they are the gradients of the unit rows x̂ and ŷ, else those of x and y.
+    norm: None, or [N] fp32, is set to max(‖row‖, 1e-12) of x's rows
     """
     (N, D), M = x.shape, len(y)
     programs = sum(len(t) for t in (da, db) if t is not None)
@@ -197,5 +198,5 @@ def scan(
             scan_kernel[(programs * triton.cdiv(D, BD),)](
                 *statistics, x, y, da, db, norm, x.stride(0), y.stride(0), N, M, D,
                 NORMALIZE=call.normalize, BE=BE, BD=BD, num_warps=4, num_stages=2, enable_fp_fusion=True,
-                maxnreg=255 if D == 1 else None,  # there ptxas would spill a value to fit in one block more
+                maxnreg=255 if D == 1 else None,  # else ptxas spills a register for higher occupancy
             )  # fmt: skip

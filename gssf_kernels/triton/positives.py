@@ -1,9 +1,9 @@
 """place[i] = argmin_{j ≠ i, label_j = label_i} x_i · y_j, over rows sorted by label: only blocks on the diagonal.
 
-A program compares BN of the sorted rows with the columns from the first of its first row's label to the last of its
-last row's. It reads those bounds itself, so nothing waits for them; ragged labels cost what they hold. The sort is
-stable: within a label the lowest position is the lowest index. fp32 products are never TF32, whatever
-PyTorch's setting says: the winner must not depend on it.
+Only place is stored. A program compares BN of the sorted rows with all sorted rows of their labels: from the first row
+of its first label to the last row of its last. It reads those bounds itself, so the host never synchronises, and
+labels of uneven size cost no padding. The sort is stable: within a label the lowest position is the lowest index. fp32
+products are never TF32, whatever PyTorch's setting says: the winner must not depend on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def positives_kernel(
     row = tl.load(order + p, mask=p < N, other=0)
     first = tl.load(firsts + p, mask=p < N, other=N).to(tl.int32)
     end = tl.load(ends + p, mask=p < N, other=0).to(tl.int32)
-    score = tl.full([BN], float("-inf"), tl.float32)  # the least is looked for as the greatest of -s
+    score = tl.full([BN], float("-inf"), tl.float32)  # the smallest s is found as the largest -s
     position = tl.full([BN], -1, tl.int32)
     for q0 in range(tl.min(first, 0), tl.max(end, 0), BM):
         q = q0 + tl.arange(0, BM)
@@ -47,7 +47,7 @@ def positives_kernel(
 
 
 def hardest_positives(call: Any, plan: Any) -> torch.Tensor:
-    """Return the indices [N] int64: the lowest on ties, of the first NaN if there is one, -1 for none below +inf.
+    """Return the indices [N] int64: the lowest on ties, the first NaN's if there is one, -1 without a score below +inf.
 
     Raises TypeError unless x is fp32, bf16 or fp16.
     """

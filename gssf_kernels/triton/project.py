@@ -2,11 +2,11 @@
 
 With q = x̂[:, permutation], channel c of block g gets t[c] = Σ_k q[k] blocks[g, k, c] and p[:, permutation] += t.
 Backward, by the same kernel with blocks transposed and h = dL/dx̂:
-    dx = (h − x̂ ⟨x̂, h⟩) / ‖x‖,  ddiag = Σ_n x̂ ∘ grad,  dblocks[g] = Σ_n q_gᵀ grad_g
+    dx = (h − x̂ ⟨x̂, h⟩) / ‖x‖,  ddiag = Σ_n x̂ ∘ grad_out,  dblocks[g] = Σ_n q_gᵀ grad_out_g
 
-Seen along the permutation, blocks is a band of the [D, D] matrix W with W[u, v] = blocks[u // b, u % b, v % b] where
-u // b = v // b, else 0. Tiles of W are put together as they are loaded, so any block size takes the same path. Indices
-into blocks are 32-bit: fewer than 2³¹ numbers.
+Stored are p, and with y its unit rows ŷ, neither x̂ nor W. In the order of the permutation, blocks is a band of the
+[D, D] matrix W with W[u, v] = blocks[u // b, u % b, v % b] where u // b = v // b, else 0. Tiles of W are assembled as
+they are loaded, so every block size takes the same path. Indices into blocks are 32-bit: fewer than 2³¹ entries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EPS = 1e-12
 
 @triton.jit
 def channels(permutation, c, D):
-    """Where channel c of the block order lies in x."""
+    """The channel of x that is channel c in the order of the blocks."""
     if permutation is not None:
         return tl.load(permutation + c, mask=c < D, other=0).to(tl.int32)
     else:
@@ -72,19 +72,19 @@ def load_addend(addend, i, at, inside, D):
 
 @triton.jit
 def project_rows(
-    x, grad, addend, out, diag, blocks, permutation, lengths, x_stride, grad_stride, N, D, eps, which, piece, pieces,
-    B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
+    x, grad_out, addend, out, diag, blocks, permutation, lengths, x_stride, grad_stride, N, D, eps, which, piece,
+    pieces, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
     BACKWARD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """BN rows of p of x, or with BACKWARD of dx of grad: one of several pieces of their channels. TRANSPOSED: by Wᵀ.
+    """BN rows of p, or with BACKWARD of dx from grad_out: one of several pieces of their channels. TRANSPOSED: by Wᵀ.
 
-    lengths [N] is set to what rows are divided by, and addend [N, D] is added to the gradient of x̂, where not None.
+    lengths: None, or [N], is set to the rows' divisors; addend: None, or [N, D], is added to the gradient of x̂
     """
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
     x_row = i * x_stride
     if BACKWARD:
-        source = grad
+        source = grad_out
         row = i * grad_stride
     else:
         source = x
@@ -127,23 +127,23 @@ def project_rows(
 
 @triton.jit(do_not_specialize=["N"])
 def project_kernel(
-    x, grad, out, diag, blocks, permutation, x_stride, grad_stride, N, D: tl.int32, eps, B: tl.constexpr,
+    x, grad_out, out, diag, blocks, permutation, x_stride, grad_stride, N, D: tl.int32, eps, B: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """`project_rows` of all rows and pieces."""
+    """`project_rows` for all rows and pieces."""
     project_rows(
-        x, grad, None, out, diag, blocks, permutation, None, x_stride, grad_stride, N, D, eps,
+        x, grad_out, None, out, diag, blocks, permutation, None, x_stride, grad_stride, N, D, eps,
         tl.program_id(0), tl.program_id(1), tl.num_programs(1), B, BN, BC, PRECISION, NORMALIZE, BACKWARD, TRANSPOSED,
     )  # fmt: skip
 
 
 @triton.jit
 def sum_parameters(
-    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, column, piece, split, share,
+    x, grad_out, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D, column, piece, split, share,
     B: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums over a share of the rows of BC entries of ddiag, and of BC by BC of dblocks."""
+    """BC entries of ddiag and BC x BC of dblocks, summed over a share of the rows."""
     k = column * BC + tl.arange(0, BC)
     c = column * BC // B * B + piece * BC + tl.arange(0, BC)
     k_at = channels(permutation, k, D)
@@ -157,13 +157,13 @@ def sum_parameters(
         if norm is not None:
             length = tl.load(norm + n, mask=inside.reshape([BR]), other=1.0)[:, None]
         if ddiag is not None:
-            g = tl.load(grad + n[:, None] * grad_stride + k_at[None, :], mask=inside & (k < D)[None, :], other=0.0)
+            g = tl.load(grad_out + n[:, None] * grad_stride + k_at[None, :], mask=inside & (k < D)[None, :], other=0.0)
             g = g.to(tl.float32)
             if norm is not None:
                 g = g / length
             diag_sum += tl.sum(q.to(tl.float32) * g, 0)
         if dblocks is not None:
-            g = tl.load(grad + n[:, None] * grad_stride + c_at[None, :], mask=inside & (c < D)[None, :], other=0.0)
+            g = tl.load(grad_out + n[:, None] * grad_stride + c_at[None, :], mask=inside & (c < D)[None, :], other=0.0)
             if norm is not None:
                 g = g.to(tl.float32) / length
             if g.dtype != q.dtype:
@@ -180,12 +180,12 @@ def sum_parameters(
 
 @triton.jit(do_not_specialize=["N", "share", "pieces"])
 def parameter_kernel(
-    x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D: tl.int32, share, pieces, B: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+    x, grad_out, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D: tl.int32, share, pieces,
+    B: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`sum_parameters` of every share, whose number is the second index: ddiag, dblocks [splits, …] fp32."""
+    """`sum_parameters` for every share, numbered by the second grid index: ddiag, dblocks [splits, …] fp32."""
     sum_parameters(
-        x, grad, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D,
+        x, grad_out, norm, permutation, ddiag, dblocks, x_stride, grad_stride, N, D,
         tl.program_id(0) // pieces, tl.program_id(0) % pieces, tl.program_id(1).to(tl.int64), share,
         B, BR, BC, PRECISION,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def parameter_kernel(
 
 @triton.jit
 def row_divisors(x, row, inside, D, eps, BN: tl.constexpr, BC: tl.constexpr):
-    """What BN rows are divided by: their lengths, at least eps."""
+    """The divisors of BN rows: max(‖row‖, eps)."""
     squares = tl.zeros([BN], tl.float32)
     for c0 in range(0, D, BC):
         c = c0 + tl.arange(0, BC)
@@ -208,7 +208,7 @@ def positive_rows(
     x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, which, B: tl.constexpr,
     BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr, NORMALIZE: tl.constexpr,
 ):  # fmt: skip
-    """The scores of BN pairs (i, i), of factors rounded as they are stored."""
+    """The scores of BN pairs (i, i), of p and ŷ rounded to their dtypes."""
     i = which.to(tl.int64) * BN + tl.arange(0, BN)
     inside = i < N
     x_row, y_row = i * x_stride, i * y_stride
@@ -235,40 +235,41 @@ def sides_kernel(
     N, M, D: tl.int32, eps, B: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
     NORMALIZE: tl.constexpr, BACKWARD: tl.constexpr, WEIGHTED: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
-    """x̂ W and ŷ; or with BACKWARD dx, dy and the parameters' gradients, of dp and dunit. None for what is not wanted.
+    """x̂ W and ŷ; or with BACKWARD dx, dy and the parameters' gradients from dp and dunit. What is None is not computed.
 
-    Programs for the rows of x, then of y, by the second index in pieces; then for the parameters, each for all rows, or
-    for the positives' scores. norm [N]: the lengths of x, written forward and read backward. WEIGHTED: dunit is the
-    gradient of ŷ Wᵀ, not of ŷ. Backward without y: x is both, and dx is that of dp and dunit.
+    Programs for the rows of x, then of y, whose channels the second grid index divides in pieces; then for the
+    parameters, each over all rows, or for positive_score. norm [N]: the divisors of x's rows, written forward and read
+    backward. WEIGHTED: dunit is the gradient of ŷ Wᵀ, not of ŷ. Backward with y None, y is x, and dx is the sum of the
+    gradients through dp and dunit.
     """
     p, piece, pieces = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    of_x = tl.cdiv(N, BN) if x_out is not None else 0
-    of_y = tl.cdiv(M, BN) if y_out is not None else 0
-    if x_out is not None and p < of_x:
+    x_programs = tl.cdiv(N, BN) if x_out is not None else 0
+    y_programs = tl.cdiv(M, BN) if y_out is not None else 0
+    if x_out is not None and p < x_programs:
         project_rows(
             x, dp, dunit if y is None else None, x_out, diag, blocks, permutation, None if BACKWARD else norm,
             x_stride, D, N, D, eps, p, piece, pieces, B, BN, BC, PRECISION, NORMALIZE, BACKWARD, BACKWARD,
         )  # fmt: skip
-    if y_out is not None and (p >= of_x) & (p < of_x + of_y):
-        if WEIGHTED:  # y's rows go through W where x's go through its transpose
+    if y_out is not None and (p >= x_programs) & (p < x_programs + y_programs):
+        if WEIGHTED:  # W for y's rows, where x's rows have its transpose
             project_rows(
-                y, dunit, None, y_out, diag, blocks, permutation, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
-                B, BN, BC, PRECISION, NORMALIZE, True, False,
+                y, dunit, None, y_out, diag, blocks, permutation, None, y_stride, D, M, D, eps, p - x_programs, piece,
+                pieces, B, BN, BC, PRECISION, NORMALIZE, True, False,
             )  # fmt: skip
         else:
             project_rows(
-                y, dunit, None, y_out, None, None, None, None, y_stride, D, M, D, eps, p - of_x, piece, pieces,
+                y, dunit, None, y_out, None, None, None, None, y_stride, D, M, D, eps, p - x_programs, piece, pieces,
                 B, BN, BC, PRECISION, NORMALIZE, BACKWARD, False,
             )  # fmt: skip
-    if positive_score is not None and p >= of_x + of_y:
-        q = (p - of_x - of_y) * pieces + piece
+    if positive_score is not None and p >= x_programs + y_programs:
+        q = (p - x_programs - y_programs) * pieces + piece
         if q < tl.cdiv(N, BN):
             positive_rows(
                 x, y, positive_score, diag, blocks, permutation, x_stride, y_stride, N, D, eps, q,
                 B, BN, BC, PRECISION, NORMALIZE,
             )  # fmt: skip
-    if (ddiag is not None or dblocks is not None) and p >= of_x + of_y:
-        q, split = (p - of_x - of_y) * pieces + piece, tl.full([], 0, tl.int64)
+    if (ddiag is not None or dblocks is not None) and p >= x_programs + y_programs:
+        q, split = (p - x_programs - y_programs) * pieces + piece, tl.full([], 0, tl.int64)
         if q < tl.cdiv(D, BC) * SPANS:
             sum_parameters(
                 x, dp, norm, permutation, ddiag, dblocks, x_stride, D, N, D, q // SPANS, q % SPANS, split, N,
@@ -277,7 +278,7 @@ def sides_kernel(
 
 
 class Weights(NamedTuple):
-    """What a side is multiplied by, and whether its rows are divided by their lengths first."""
+    """What an input is multiplied by, and whether its rows are normalised first."""
 
     diag: torch.Tensor | None
     blocks: torch.Tensor | None
@@ -297,43 +298,44 @@ class Weights(NamedTuple):
         return self._replace(blocks=self.blocks.mT.contiguous() if self.blocks is not None else None)
 
 
-NORMALIZED = Weights(None, None, None, True)  # x̂ alone
+NORMALIZED = Weights(None, None, None, True)  # p = x̂
 
 
 def precision(x: torch.Tensor) -> str:
     return "ieee" if planning.kind(x.dtype) == "ieee" else "tf32"
 
 
-def launch_project(x: torch.Tensor, grad: torch.Tensor | None, weights: Weights) -> torch.Tensor:
-    """p of x, or with grad dx of grad; all contiguous along channels."""
+def launch_project(x: torch.Tensor, grad_out: torch.Tensor | None, weights: Weights) -> torch.Tensor:
+    """p of x, or with grad_out dx; channels are adjacent in all tensors."""
     N, D = x.shape
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tile = planning.project_tile(x.dtype)
     programs, pieces = triton.cdiv(N, tile.BN), min(triton.cdiv(D, tile.BC), tiles.GRID_SECOND)
-    if weights.normalize:  # every program reads whole rows for their norms: no more of them than fill a card
+    if weights.normalize:  # every program reads whole rows for their norms: only as many programs as fill a card
         pieces = min(pieces, triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)))
     project_kernel[(programs, pieces)](
-        x, grad, out, weights.diag, weights.blocks, weights.permutation, x.stride(0),
-        grad.stride(0) if grad is not None else 0, N, D, EPS, B=weights.block_size, BN=tile.BN, BC=tile.BC,
-        PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=grad is not None, TRANSPOSED=grad is not None,
-        **planning.most_registers(D, mixed=grad is not None and grad.dtype != x.dtype),
+        x, grad_out, out, weights.diag, weights.blocks, weights.permutation, x.stride(0),
+        grad_out.stride(0) if grad_out is not None else 0, N, D, EPS, B=weights.block_size, BN=tile.BN, BC=tile.BC,
+        PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=grad_out is not None,
+        TRANSPOSED=grad_out is not None,
+        **planning.most_registers(D, mixed=grad_out is not None and grad_out.dtype != x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
 def spans(D: int, block_size: int, BC: int) -> int:
-    """How many steps of BC channels the widest band of BC rows of W takes."""
+    """The most steps of BC channels that the band of BC rows of W takes."""
     first = range(0, D, BC)
     ends = (min(D, ((k0 + BC - 1) // block_size + 1) * block_size) for k0 in first)
     return triton.cdiv(max(end - k0 // block_size * block_size for end, k0 in zip(ends, first, strict=True)), BC)
 
 
 def launch_parameters(
-    x: torch.Tensor, grad: torch.Tensor, weights: Weights, of_diag: bool, of_blocks: bool
+    x: torch.Tensor, grad_out: torch.Tensor, weights: Weights, need_diag: bool, need_blocks: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ddiag, dblocks), each empty where it is not wanted; sums over fixed shares of the rows, then over the shares."""
-    diag, blocks = weights.diag if of_diag else None, weights.blocks if of_blocks else None
+    """(ddiag, dblocks), each empty if not needed; summed over fixed shares of the rows, then over the shares."""
+    diag, blocks = weights.diag if need_diag else None, weights.blocks if need_blocks else None
     if diag is None and blocks is None:
         return x.new_empty(0), x.new_empty(0)
     N, D = x.shape
@@ -347,7 +349,7 @@ def launch_parameters(
     ddiag = x.new_empty(splits, D, dtype=torch.float32) if diag is not None else None
     dblocks = x.new_empty(splits, *blocks.shape, dtype=torch.float32) if blocks is not None else None
     parameter_kernel[(columns * pieces, splits)](
-        x, grad, norm, weights.permutation, ddiag, dblocks, x.stride(0), grad.stride(0), N, D, share, pieces,
+        x, grad_out, norm, weights.permutation, ddiag, dblocks, x.stride(0), grad_out.stride(0), N, D, share, pieces,
         B=block_size, BR=tile.BN, BC=BC, PRECISION=precision(x), **planning.most_registers(D),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
@@ -358,7 +360,7 @@ def launch_parameters(
 
 
 def row_lengths(x: torch.Tensor) -> torch.Tensor:
-    """What the rows of x are divided by, fp32."""
+    """The divisors of the rows of x, max(‖row‖, EPS), fp32."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min_(EPS)
 
 
@@ -372,21 +374,22 @@ def launch_sides(
     positive_score: torch.Tensor | None = None,
     weighted: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(p of x, ŷ), or with gradients (dp, dunit) (dx, dy, ddiag, dblocks), empty where wanted says no; one launch.
+    """(p of x, ŷ, empty, empty), or with gradients (dp, dunit) (dx, dy, ddiag, dblocks), in one launch.
 
-    norm: the lengths of x [N], written, or read where parameters are wanted and normalize is
+    wanted: which of the four to compute; the others are empty
+    norm: [N], the divisors of x's rows, written forward; read backward for ddiag and dblocks, with normalize
     positive_score: [N] fp32, is set to the scores of the pairs (i, i); weighted: dunit is the gradient of ŷ Wᵀ
-    y: None backward where x is both
+    y: None in a backward in which y is x
     """
     (N, D), M = x.shape, len(y) if y is not None else 0
-    out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else None
-           for t, want in zip((x, y, weights.diag, weights.blocks), wanted, strict=True)]  # fmt: skip
+    out = [torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and is_wanted else None
+           for t, is_wanted in zip((x, y, weights.diag, weights.blocks), wanted, strict=True)]  # fmt: skip
     dp, dunit = operands.contiguous(*gradients) if gradients else (None, None)
     tile = planning.project_tile(x.dtype)
     programs = sum(triton.cdiv(len(t), tile.BN) for t in out[:2] if t is not None)
     columns = triton.cdiv(D, tile.BC)
-    most = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if weights.normalize else tiles.GRID_SECOND
-    pieces = min(columns, most)
+    most_pieces = triton.cdiv(tiles.TARGET_PROGRAMS, max(programs, 1)) if weights.normalize else tiles.GRID_SECOND
+    pieces = min(columns, most_pieces)
     across = spans(D, weights.block_size, tile.BC)
     programs += triton.cdiv(columns * across, pieces) if any(t is not None for t in out[2:]) else 0
     programs += triton.cdiv(triton.cdiv(N, tile.BN), pieces) if positive_score is not None else 0
@@ -396,7 +399,7 @@ def launch_sides(
             *out[2:], x.stride(0), y.stride(0) if y is not None else 0, N, M, D, EPS, B=weights.block_size, BN=tile.BN,
             BC=tile.BC, PRECISION=precision(x), NORMALIZE=weights.normalize, BACKWARD=gradients is not None,
             WEIGHTED=weighted, SPANS=across,
-            maxnreg=255,  # which keeps ptxas from spilling a value to fit in one block more
+            maxnreg=255,  # else ptxas spills a register for higher occupancy
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     first, second, ddiag, dblocks = (x.new_empty(0) if t is None else t for t in out)
@@ -404,10 +407,11 @@ def launch_sides(
 
 
 def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (p [N, D], ŷ [M, D], the lengths of x [N], the scores of the pairs (i, i) [N]).
+    """Return (p [N, D], ŷ [M, D], norm [N], positive_score [N]).
 
-    p and ŷ are summed in fp32 and rounded once, to the dtypes of x and y; the others are fp32. ŷ and the lengths are
-    empty without normalize or y, the scores without pairs. Raises TypeError unless x and y are fp32, bf16 or fp16.
+    p and ŷ are summed in fp32 and rounded once, to the dtypes of x and y; the others are fp32. norm: divisors of x's
+    rows; like ŷ, empty without normalize or y. positive_score: of the pairs (i, i), empty without `pairs`. Raises
+    TypeError unless x and y are fp32, bf16 or fp16.
     """
     weights, x = Weights.of(call), operands.rows(call.x)
     if call.y is None:
@@ -417,7 +421,7 @@ def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     y, N = operands.rows(call.y), len(x)
     together = call.pairs and plan.route == "small"
     norm, positive_score = (
-        x.new_empty(N if kept else 0, dtype=torch.float32) for kept in (weights.normalize, together)
+        x.new_empty(N if needed else 0, dtype=torch.float32) for needed in (weights.normalize, together)
     )
     with torch.cuda.device_of(x):
         p, unit, *_ = launch_sides(
@@ -430,16 +434,16 @@ def project(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def project_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return (dx, dy, ddiag, dblocks), in their tensors' dtypes, of the gradients dp of p and dunit of ŷ.
+    """Return (dx, dy, ddiag, dblocks) in their tensors' dtypes, from dp and dunit, the gradients of p and ŷ.
 
-    Empty where needs says no, and where there is nothing to make it of. Raises TypeError for fp64.
+    Each is empty if `needs` is False, or if it depends on neither dp nor dunit. Raises TypeError for fp64.
     """
     weights, needs, dp = Weights.of(call), call.needs, call.dp
     x, y = operands.rows(call.x), operands.rows(call.y) if call.y is not None else None
     dunit = call.dunit if weights.normalize else None
     if plan.route == "small":
-        of_x = dp is not None
-        wanted = of_x and needs[0], dunit is not None and needs[1], of_x and needs[2], of_x and needs[3]
+        has_dp = dp is not None
+        wanted = has_dp and needs[0], dunit is not None and needs[1], has_dp and needs[2], has_dp and needs[3]
         with torch.cuda.device_of(x):
             return launch_sides(x, y, weights, wanted, (dp, dunit), norm=call.norm if weights.normalize else None)
     dx, dy, ddiag, dblocks = (x.new_empty(0) for _ in range(4))
@@ -447,43 +451,45 @@ def project_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, 
         if dp is not None:
             dx, ddiag, dblocks = side_backward(x, dp, weights, (needs[0], needs[2], needs[3]))
         if dunit is not None and needs[0 if y is None else 1]:
-            of_unit = launch_project(x if y is None else y, operands.rows(dunit), NORMALIZED)
+            unit_grad = launch_project(x if y is None else y, operands.rows(dunit), NORMALIZED)
             if y is not None:
-                dy = of_unit
+                dy = unit_grad
             else:
-                dx = of_unit if dp is None else dx + of_unit
+                dx = unit_grad if dp is None else dx + unit_grad
     return dx, dy, ddiag, dblocks
 
 
 def side_backward(
-    x: torch.Tensor, grad: torch.Tensor, weights: Weights, needs: tuple[bool, bool, bool]
+    x: torch.Tensor, grad_out: torch.Tensor, weights: Weights, needs: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dx, ddiag, dblocks) of the gradient of x̂ W, each empty where needs says no."""
-    grad = operands.rows(grad)
-    dx = launch_project(x, grad, weights) if needs[0] else x.new_empty(0)
-    return dx, *launch_parameters(x, grad, weights, needs[1], needs[2])
+    """(dx, ddiag, dblocks) from grad_out, the gradient of x̂ W; each empty if `needs` is False."""
+    grad_out = operands.rows(grad_out)
+    dx = launch_project(x, grad_out, weights) if needs[0] else x.new_empty(0)
+    return dx, *launch_parameters(x, grad_out, weights, needs[1], needs[2])
 
 
 def pairs_backward(
     edges: tuple[torch.Tensor, torch.Tensor, torch.Tensor], x: torch.Tensor, y: torch.Tensor, weights: Weights,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`side_backward` of the gradient Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]] of row i, gathered in fp32.
+    """`side_backward` of grad_out[i] = Σ_{e: rows[e] = i} dscores[e] ŷ[cols[e]], gathered in fp32.
 
-    edges: (grad [E] fp32, rows [E], cols [E]), -1 for none
+    edges: (dscores [E] fp32, rows [E], cols [E]); -1 for no edge
     """
-    grad, rows, cols = edges
+    dscores, rows, cols = edges
     if weights.normalize and len(y):
-        grad = torch.where(grad == 0, 0.0, grad / row_lengths(y)[cols.clamp_min(0)])  # a zero edge stays one
-    gathered = segment_sum(grad.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
+        # A zero gradient stays zero, even if the row is infinite or zero.
+        dscores = torch.where(dscores == 0, 0.0, dscores / row_lengths(y)[cols.clamp_min(0)])
+    gathered = segment_sum(dscores.contiguous(), rows, cols, y, x.new_empty(x.shape, dtype=torch.float32))
     return side_backward(x, gathered, weights, needs)
 
 
 def hardest_negatives_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (dx, dy, ddiag, dblocks) of the scores x̂ W ŷᵀ at (i, i), (i, row_index[i]) and (col_index[j], j).
 
-    Without weights and normalize of x yᵀ. Empty where needs says no. Few rows look for their pairs themselves; of more
-    the pairs are sorted. Raises TypeError unless gradients and sides are fp32, bf16 or fp16.
+    Without weights and normalize the scores are x yᵀ. Each is empty if `needs` is False. With few rows every row scans
+    all indices for its own; with many the edges are sorted. Raises TypeError unless gradients, x and y are fp32, bf16
+    or fp16.
     """
     weights, needs = Weights.of(call), call.needs
     x, y = operands.rows(call.x), operands.rows(call.y)
@@ -503,15 +509,15 @@ def hardest_negatives_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torc
             return launch_sides(x, y, weights, tuple(needs), (dp, dunit), norm=norm, weighted=True)
     i, j = torch.arange(len(x), device=x.device), torch.arange(len(y), device=x.device)
     rows, cols = torch.cat((i, i, call.col_index)), torch.cat((i, call.row_index, j))
-    grad = torch.cat((call.dpositive, call.drow, call.dcol))
+    dscores = torch.cat((call.dpositive, call.drow, call.dcol))
     dx, dy = x.new_empty(0), y.new_empty(0)
     with torch.cuda.device_of(x):
         if plain:
-            dx = segment_sum(grad, rows, cols, y, like=x) if needs[0] else dx
-            dy = segment_sum(grad, cols, rows, x, like=y) if needs[1] else dy
+            dx = segment_sum(dscores, rows, cols, y, like=x) if needs[0] else dx
+            dy = segment_sum(dscores, cols, rows, x, like=y) if needs[1] else dy
             return dx, dy, ddiag, dblocks
         if needs[0] or needs[2] or needs[3]:
-            dx, ddiag, dblocks = pairs_backward((grad, rows, cols), x, y, weights, (needs[0], needs[2], needs[3]))
-        if needs[1]:  # y's rows go through W where x's go through its transpose
-            dy, _, _ = pairs_backward((grad, cols, rows), y, x, weights.transposed(), (True, False, False))
+            dx, ddiag, dblocks = pairs_backward((dscores, rows, cols), x, y, weights, (needs[0], needs[2], needs[3]))
+        if needs[1]:  # W for y's rows, where x's rows have its transpose
+            dy, _, _ = pairs_backward((dscores, cols, rows), y, x, weights.transposed(), (True, False, False))
     return dx, dy, ddiag, dblocks

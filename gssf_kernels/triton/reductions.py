@@ -1,11 +1,11 @@
-"""Reductions of scores and of tiles' partial results, each in one place; the kernel that merges, and may end in a loss.
+"""Reductions of a tile's scores and merges of the partials, each in one place; `merge_kernel` may end in a loss.
 
-argmax        the largest score and the lowest index that holds it; NaN wins, of several the first; nothing: -inf and -1
-log-sum-exp   kept as (max, Σ e^(t - max)); NaN alone leaves +inf for the maximum
-sum           fp32
+argmax        max and the lowest index that attains it; NaN wins, the first of several; of nothing: -inf and -1
+log-sum-exp   stored as (max, Σ e^(t - max)); if there is nothing but NaN the maximum is +inf
+sum           Σ in fp32
 
-Merging is associative, and partial results are merged in the order of their tiles: an equal score never replaces one
-merged before it, whose indices are all lower.
+Merging is associative, and partials are merged in the order of their tiles: all indices merged so far are lower, so an
+equal score never replaces one of them.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from gssf_kernels.triton.terms import add_or_store, store_sum
 
 @triton.jit
 def larger(x, y):
-    """max(x, y), NaN above all."""
+    """max(x, y), or NaN if either is NaN."""
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def smaller(x, y):
-    """min(x, y), NaN below all."""
+    """min(x, y), or NaN if either is NaN."""
     return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def argmax(s, position, axis: tl.constexpr):
-    """The largest score along axis and the lowest position that holds it."""
+    """The maximum of s over axis, and the lowest position that attains it; NaN wins."""
     score = tl.reduce(s, axis, larger)
     top = tl.expand_dims(score, axis)
-    hit = tl.where(top != top, s != s, s == top)  # in this form nothing is kept for the other axis: no spills
+    hit = tl.where(top != top, s != s, s == top)  # written like this it spills no registers
     return score, tl.min(tl.where(hit, position, 0x7FFFFFFF), axis)
 
 
 @triton.jit
 def take_larger(score, index, new_score, new_index):
-    """(score, index) merged with new ones, all of whose indices are higher."""
+    """(score, index) merged with (new_score, new_index), all of whose indices are higher."""
     better = (new_score > score) | ((new_score != new_score) & (score == score))
     return tl.where(better, new_score, score), tl.where(better, new_index, index)
 
 
 @triton.jit
-def fold_argmax(score, index, scores, places, lane, length, parts, start, WIDTH: tl.constexpr, BP: tl.constexpr):
-    """(score, index) [BL] merged with the partial results scores, places [parts, length] at the given lanes.
+def fold_argmax(score, index, scores, places, lane, length, partials, start, WIDTH: tl.constexpr, BP: tl.constexpr):
+    """(score, index) [BL] at the lanes, merged with the partials scores, places [partials, length].
 
-    Part p covers positions start + p WIDTH onwards, all past those merged before it.
+    Partial p covers WIDTH positions from start + p WIDTH on, all higher than those merged before it.
     """
-    for p0 in range(0, parts, BP):
+    for p0 in range(0, partials, BP):
         p = p0 + tl.arange(0, BP)
         at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
-        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        inside = (p < partials)[:, None] & (lane < length)[None, :]
         s = tl.load(scores + at, mask=inside, other=float("-inf"))
         position = start + p[:, None] * WIDTH + tl.load(places + at, mask=inside, other=0)
         new_score, new_index = argmax(s, position, 0)  # [BL]
@@ -66,7 +66,7 @@ def merge_rows(
     scores, places, row_score, row_index, lane, N, M, first, blocks,
     NEGATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Store and return (score, index) [BL] of the slab's rows at the lanes. NEGATED: the tiles' scores are -s."""
+    """Merge, store and return (score, index) [BL] of the slab's rows at the lanes. NEGATED: partials are of -s."""
     score = tl.full([BL], float("-inf"), tl.float32)
     index = tl.full([BL], -1, tl.int32)
     rows = blocks * BN
@@ -84,7 +84,7 @@ def merge_rows(
 def merge_columns(
     scores, places, col_score, col_index, j, M, first, blocks, BN: tl.constexpr, BP: tl.constexpr
 ):  # fmt: skip
-    """Merge the slab's columns j [BL] into those of the slabs before; store and return (score, index)."""
+    """Merge the slab's columns j [BL] into the results of earlier slabs; store and return (score, index)."""
     before = (j < M) & (first > 0)
     score = tl.load(col_score + j, mask=before, other=float("-inf"))
     index = tl.load(col_index + j, mask=before, other=-1).to(tl.int32)
@@ -101,11 +101,12 @@ def merge_kernel(
     FUNCTION: tl.constexpr = None, TRIPLET: tl.constexpr = "", PAIR: tl.constexpr = "", BY_LABEL: tl.constexpr = False,
     SUM: tl.constexpr = False, MEAN: tl.constexpr = False,
 ):  # fmt: skip
-    """Finish the slab's rows, and merge its columns into those of the slabs before.
+    """Merge the slab's rows, and its columns into the results of earlier slabs.
 
-    With FUNCTION, of `score_functions.py`, of the one slab there is, and the terms of a loss: a sum is one program's.
+    With FUNCTION, from `score_functions.py`, there is one slab, and the merge ends in the terms of a loss; one program
+    computes a sum of them.
     loss: (positive_score [N], out, the formula's constants)
-    BY_LABEL: columns of a symmetric s are not reduced; in their place are the rows' least positives, as -s
+    BY_LABEL: s is symmetric, and in the columns' place are the rows' smallest positive scores, as the largest -s
     """
     row_scores, row_places, col_scores, col_places = partial
     row_score, row_index, col_score, col_index = results
@@ -144,20 +145,20 @@ def merge_kernel(
 
 @triton.jit
 def log_sums(t, axis: tl.constexpr):
-    """Of axis the largest of t and Σ e^(t - largest); an infinite one is not taken off, NaN alone leaves +inf."""
-    top = tl.max(t, axis)  # NaN is passed over
+    """(max, Σ e^(t - max)) over axis; an infinite max is not subtracted, and if all t are NaN or -inf max is +inf."""
+    top = tl.max(t, axis)  # ignores NaN
     shift = tl.where((top == float("inf")) | (top == float("-inf")), 0.0, top)
     total = tl.sum(tl.exp(t - tl.expand_dims(shift, axis)), axis)
     return tl.where((total != total) & (top == float("-inf")), float("inf"), top), total
 
 
 @triton.jit
-def merge_logs(top, total, tops, totals, lane, length, parts, BP: tl.constexpr):
-    """(max, Σ e^(· - max)) [BL] merged with the partial ones tops, totals [parts, length] at the given lanes."""
-    for p0 in range(0, parts, BP):
+def merge_logs(top, total, tops, totals, lane, length, partials, BP: tl.constexpr):
+    """(max, Σ e^(t - max)) [BL] at the lanes, merged with the partials tops, totals [partials, length]."""
+    for p0 in range(0, partials, BP):
         p = p0 + tl.arange(0, BP)
         at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
-        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        inside = (p < partials)[:, None] & (lane < length)[None, :]
         t = tl.load(tops + at, mask=inside, other=float("-inf"))
         sums = tl.load(totals + at, mask=inside, other=0.0)
         new = tl.maximum(top, tl.max(t, 0))
@@ -169,11 +170,11 @@ def merge_logs(top, total, tops, totals, lane, length, parts, BP: tl.constexpr):
 
 
 @triton.jit
-def merge_sums(source, lane, length, count, parts, BP: tl.constexpr):
-    """Σ of source [parts, length] over the parts at the lanes, 0 from count on."""
+def merge_sums(source, lane, length, count, partials, BP: tl.constexpr):
+    """Σ of source [partials, length] over the partials, at the lanes; 0 at lanes from count on."""
     total = tl.zeros(lane.shape, tl.float32)
-    for p0 in range(0, parts, BP):
+    for p0 in range(0, partials, BP):
         p = p0 + tl.arange(0, BP)
-        inside = (p < parts)[:, None] & (lane < count)[None, :]
+        inside = (p < partials)[:, None] & (lane < count)[None, :]
         total += tl.sum(tl.load(source + p.to(tl.int64)[:, None] * length + lane[None, :], mask=inside, other=0.0), 0)
     return total

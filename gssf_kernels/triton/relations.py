@@ -1,10 +1,10 @@
-"""Relational distillation of a small problem in two launches: `gssf_kernels/ops/relations.py` has the formulas.
+"""Relational distillation, Σ_ij φ(e_ij), of a small problem in two launches; formulas: `gssf_kernels/ops/relations.py`.
 
-    one kernel makes the three products of each tile on and above the diagonal, leaves the tile's Σ φ(e), Σ φ(w - u)
-    and Σ φ'(e) (w - u), tiles off the diagonal counted twice, and stores φ'(e) [N, N] where a gradient is needed;
-    another makes Σ_j φ'(e_ij) h_j of it and, in fp64, the loss, dλ and dτ
+    one kernel computes the three products of each tile of the upper triangle, stores the tile's Σ φ(e), Σ φ(w - u)
+    and Σ φ'(e) (w - u), where tiles off the diagonal have weight 2, and φ'(e) [N, N] if a gradient is needed;
+    the second computes Σ_j φ'(e_ij) h_j from it and, in fp64, the loss, dλ and dτ
 
-A sum is a tile's in fp32, then over the tiles in fp64, in order. Chunks of larger problems take the same terms.
+A tile is summed in fp32, the tiles' sums in fp64, in order. Larger problems go in chunks, with the same terms.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from gssf_kernels import plan as planning
 from gssf_kernels.plan import Plan
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.gradients import products
-from gssf_kernels.triton.score_functions import number, pointwise, relation_terms
+from gssf_kernels.triton.score_functions import load_scalar, pointwise, relation_terms
 from gssf_kernels.triton.sweep import empty_dscores, load_tile
 
 
 @triton.jit
 def upper_tile(t, blocks):
-    """(row block, column block) of number t of the blocks (blocks + 1) / 2 tiles on and above the diagonal.
+    """(row block, column block) of tile number t of the blocks (blocks + 1) / 2 tiles of the upper triangle.
 
-    Row blocks r and blocks - 1 - r share the numbers from r (blocks + 1) on; the middle one of an odd number has half.
+    Row blocks r and blocks - 1 - r share the blocks + 1 numbers from r (blocks + 1) on; if blocks is odd, the middle
+    row block has (blocks + 1) / 2 numbers to itself.
     """
     r, c = t // (blocks + 1), t % (blocks + 1)
     first = c < blocks - r
@@ -36,7 +37,7 @@ def upper_tile(t, blocks):
 
 @triton.jit
 def relations_of(x, stride, i0, j0, N, D, B: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-    """x[i] · x[j], [B, B]; of rows past N arbitrary."""
+    """x[i] · x[j], [B, B], for B rows from i0 and from j0 on; arbitrary for rows past N."""
     s = tl.zeros([B, B], tl.float32)
     for k in range(0, D, BK):
         rows = load_tile(x, stride, i0, k, N, D, B, BK, False)
@@ -55,7 +56,7 @@ def relation_tile_kernel(
     student, image, text, lam, lam_number, partial, dscores, strides, channels, stride, N, blocks,
     KIND: tl.constexpr, PRECISION: tl.constexpr, B: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """partial [3, tiles]: the tile's sums; dscores [N, N], or None: φ'(e), 0 on the diagonal."""
+    """Write the tile's sums to partial [3, tiles]; and φ'(e), 0 on the diagonal, to dscores [N, N] if not None."""
     t = tl.program_id(0)
     tile_i, tile_j = upper_tile(t, blocks)
     i, j = tile_i * B + tl.arange(0, B), tile_j * B + tl.arange(0, B)
@@ -63,8 +64,8 @@ def relation_tile_kernel(
     u = relations_of(image, strides[1], tile_i * B, tile_j * B, N, channels[1], B, BK, PRECISION)
     w = relations_of(text, strides[2], tile_i * B, tile_j * B, N, channels[2], B, BK, PRECISION)
     counted = (i < N)[:, None] & (j < N)[None, :] & (i[:, None] != j[None, :])
-    phi, between, gap, slope = relation_terms(f, u, w, number(lam, lam_number), KIND)
-    times = tl.where(tile_i == tile_j, 1.0, 2.0)  # a tile off the diagonal stands for its mirror too
+    phi, between, gap, slope = relation_terms(f, u, w, load_scalar(lam, lam_number), KIND)
+    times = tl.where(tile_i == tile_j, 1.0, 2.0)  # a tile off the diagonal counts for its transpose too
     to, count = partial + t, tl.num_programs(0)
     tl.store(to, times * tile_sum(phi, counted))
     tl.store(to + count, times * tile_sum(between, counted))
@@ -90,7 +91,7 @@ def whole_sum(partial, count, BT: tl.constexpr):
 @triton.jit
 def wide(tensor, constant):
     """A scalar tensor or a number, in fp64."""
-    return tl.zeros([], tl.float64) + number(tensor, constant)
+    return tl.zeros([], tl.float64) + load_scalar(tensor, constant)
 
 
 @triton.jit(do_not_specialize=["N", "count", "lam_number", "tau_number", "to_student", "to_image", "to_text"])
@@ -99,7 +100,7 @@ def relation_loss_kernel(
     slope, stride, student_stride, N, D: tl.int32, count, KIND: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """A program for every tile of dh = dscores h, if it is needed, then one for the loss, dλ, dτ and slope."""
+    """Programs for the tiles of dh = dscores h, if it is not None, then one for the loss, dλ, dτ and slope."""
     p = tl.program_id(0)
     columns = tl.cdiv(D, BC)
     last = tl.cdiv(N, BR) * columns if dh is not None else 0
@@ -126,7 +127,7 @@ def relation_loss_kernel(
 
 
 def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return the loss, dλ, dτ, and dh in two factors: a scalar and Σ_j φ'(e_ij) h_j [N, D], [0] if not needed."""
+    """Return the loss, dλ, dτ, and two factors of dh: a scalar, and Σ_j φ'(e_ij) h_j [N, D], empty if not needed."""
     student, image, text = call.student, call.image, call.text
     N, D = student.shape
     product = planning.kind(student.dtype)
@@ -134,27 +135,27 @@ def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     tile, ending = tiles.RELATIONS[product], planning.gradients_tile(student.dtype)
     blocks = triton.cdiv(N, tile.BN)
     count = blocks * (blocks + 1) // 2
-    sides = [operands.rows(x) for x in (student, image, text)]
+    inputs = [operands.rows(x) for x in (student, image, text)]
     partial = student.new_empty(3, count, dtype=torch.float32)
     dscores = empty_dscores(student, N) if call.need else None
     dh = partial.new_empty(N, D) if call.need else None
-    numbers = tuple(partial.new_empty(()) for _ in range(4))
+    scalars = tuple(partial.new_empty(()) for _ in range(4))
     stride = dscores.stride(0) if dscores is not None else 0
     with torch.cuda.device_of(student):
-        strides, channels = tuple(x.stride(0) for x in sides), tuple(x.shape[1] for x in sides)
+        strides, channels = tuple(x.stride(0) for x in inputs), tuple(x.shape[1] for x in inputs)
         relation_tile_kernel[(count,)](
-            *sides, call.lam, call.lam_number, partial, dscores, strides, channels, stride, N, blocks,
+            *inputs, call.lam, call.lam_number, partial, dscores, strides, channels, stride, N, blocks,
             KIND=call.kind, PRECISION=precision, B=tile.BN, BK=tile.BK,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         programs = triton.cdiv(N, ending.BR) * triton.cdiv(D, ending.BC) if call.need else 0
         relation_loss_kernel[(programs + 1,)](
-            dscores, sides[0], dh, partial, call.lam, call.tau, call.lam_number, call.tau_number, *call.weights,
-            *numbers, stride, sides[0].stride(0), N, D, count, KIND=call.kind, BR=ending.BR, BC=ending.BC,
+            dscores, inputs[0], dh, partial, call.lam, call.tau, call.lam_number, call.tau_number, *call.weights,
+            *scalars, stride, inputs[0].stride(0), N, D, count, KIND=call.kind, BR=ending.BR, BC=ending.BC,
             BK=ending.BK, PRECISION=precision, BT=tiles.TERMS,
             num_warps=ending.num_warps, num_stages=ending.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return *numbers, dh if dh is not None else partial.new_empty(0)
+    return *scalars, dh if dh is not None else partial.new_empty(0)
 
 
 @triton.jit(do_not_specialize=["R", "M"])
@@ -170,7 +171,7 @@ def relation_pass_kernel(
     image, text = tl.load(u + at, mask=inside, other=0.0), tl.load(w + at, mask=inside, other=0.0)
     phi, between, gap, slope = relation_terms(scores, image, text, tl.load(lam), KIND)
     counted = inside & (i[:, None] != j[None, :])
-    times = tl.where(j < R, 1.0, 2.0)[None, :]  # what lies right of the chunk's own square stands for its mirror too
+    times = tl.where(j < R, 1.0, 2.0)[None, :]  # columns from R on count for their transpose too
     to = rows + tile_j.to(tl.int64) * 3 * R + i  # [column block, 3, R]
     tl.store(to, tl.sum(tl.where(counted, times * phi, 0.0), 1), mask=i < R)
     tl.store(to + R, tl.sum(tl.where(counted, times * between, 0.0), 1), mask=i < R)
@@ -180,7 +181,7 @@ def relation_pass_kernel(
 
 
 def relation_pass(call: Any, plan: Plan) -> None:
-    """Write sums [3, R] over the rows of three chunks of scores [R, M] fp32; with gradient s becomes φ'(e)."""
+    """Write sums [3, R] over the rows of three chunks of scores [R, M] fp32; with gradient overwrite s with φ'(e)."""
     f, tile = call.s, tiles.PASS
     (R, M), across = f.shape, triton.cdiv(f.shape[1], tile.BM)
     partial = f.new_empty(across, 3, R)

@@ -1,12 +1,11 @@
-"""Relative negatives in the sweep for the hardest ones: per row i, with n = s[i, a] its hardest negative,
+"""r⁻[i] = mean over j ≠ a with not (s_ij < threshold) of e^{−β (n − s_ij)}, where n = s[i, a] is the hardest negative.
 
-    mean over negatives j ≠ a with not (s_ij < threshold) of e^{−β (n − s_ij)}, or of n − s_ij but for exact ties with n
+Without β the mean is of n − s_ij, without exact ties with n. The same per column, all in the sweep for hardest
+negatives; stored are those and r⁻. The sums of a tile are relative to the tile's maxima. Once the slab's maxima have
+been merged, the sums are rescaled to those, by factors of at most 1, and the maximum of each tile is added as one term,
+except that of the tile that holds the merged maximum. So no maximum's term is ever subtracted, and any β is stable.
 
-and the same per column. A tile's sums are relative to the tile's own maxima. When the slab's maxima are known, the
-sums are carried over to those, by factors of at most 1, and each tile's maximum joins as one more term, but for the
-winning tile's. So no maximum's own term is ever subtracted, and any β is stable.
-
-Extra memory: that of `hardest`, with 12 bytes (14 without β) where it says 6.
+Extra memory: that of `hardest`, with 12 bytes (14 without β) per partial instead of 6.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.triton import operands
-from gssf_kernels.triton.epilogues import only_negatives, tile_lines
+from gssf_kernels.triton.epilogues import only_negatives, partial_offsets
 from gssf_kernels.triton.hardest import empty_results
 from gssf_kernels.triton.reductions import argmax, merge_kernel
 from gssf_kernels.triton.sweep import Sweep
@@ -26,19 +25,19 @@ from gssf_kernels.triton.sweep import Sweep
 
 @triton.jit
 def smallest(threshold):
-    """The smallest score that counts: above -inf, which marks what is no negative. Under NaN all negatives count."""
+    """The smallest score that counts: above -inf, which marks scores of no negative. If NaN, all negatives count."""
     least = tl.load(threshold)
     return tl.where(least > float("-inf"), least, -3.4028234663852886e38)
 
 
 @triton.jit
 def close_terms(s, score, place, position, least, beta, axis: tl.constexpr):
-    """(sum, count + 2¹⁶ ties) along axis of the terms of s but those at place, where its maxima, score, are."""
+    """(sum, count + 2¹⁶ ties) over axis of the terms of s, without those at place, where the maxima score are."""
     top = tl.expand_dims(score, axis)
     s = tl.where(position == tl.expand_dims(place, axis), float("-inf"), s)
-    far = s < least  # NaN is not
+    far = s < least  # False for NaN
     if beta is None:
-        tie = s == top  # of infinities it would be no distance
+        tie = s == top  # inf - inf is no distance
         total = tl.sum(tl.where(far | tie, 0.0, top - s), axis)
         return total, tl.sum(tl.where(far, 0, tl.where(tie, 65537, 1)), axis)
     else:
@@ -48,7 +47,7 @@ def close_terms(s, score, place, position, least, beta, axis: tl.constexpr):
 
 @triton.jit
 def store_partial(partial, at, score, place, total, counts, mask):
-    """The partial result of a tile's rows, or of its columns."""
+    """Store the partials of a tile's rows, or of its columns."""
     scores, places, totals, all_counts = partial
     tl.store(scores + at, score, mask=mask)
     tl.store(places + at, place.to(tl.int16), mask=mask)
@@ -58,10 +57,10 @@ def store_partial(partial, at, score, place, total, counts, mask):
 
 @triton.jit
 def relative_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's hardest negative of each row and column, and the terms of the others relative to it."""
+    """The tile's hardest negative of each row and column, and the terms of the other negatives relative to it."""
     a_ids, b_ids, threshold, beta, positive_score, rows, cols = state
     s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
-    row_at, col_at, inside = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
+    row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
     least = smallest(threshold)
 
     position = tl.arange(0, BM)[None, :]
@@ -76,8 +75,8 @@ def relative_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexp
 
 
 @triton.jit
-def carried(total, count, ties, score, winner, top, least, beta):
-    """(total, count, ties) of parts with maxima score, relative to the greater top; winner: the part that top is of."""
+def rescaled(total, count, ties, score, winner, top, least, beta):
+    """(total, count, ties) relative to score, made relative to top >= score; winner: the partial that holds top."""
     joins = ((score >= least) | (score != score)) & (winner == 0)
     tie = score == top
     if beta is None:
@@ -90,26 +89,26 @@ def carried(total, count, ties, score, winner, top, least, beta):
 
 @triton.jit
 def collect(
-    total, count, ties, top, index, partial, lane, length, parts, start, least, beta,
+    total, count, ties, top, index, partial, lane, length, partials, start, least, beta,
     WIDTH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """(total, count, ties) [BL], relative to top at index, with those of the parts [parts, length] added."""
+    """(total, count, ties) [BL], relative to top at index, plus those of the partials [partials, length]."""
     scores, _, sums, counts = partial
-    for p0 in range(0, parts, BP):
+    for p0 in range(0, partials, BP):
         p = p0 + tl.arange(0, BP)
         at = p.to(tl.int64)[:, None] * length + lane[None, :]  # [BP, BL]
-        inside = (p < parts)[:, None] & (lane < length)[None, :]
+        inside = (p < partials)[:, None] & (lane < length)[None, :]
         score = tl.load(scores + at, mask=inside, other=float("-inf"))
-        part_sum = tl.load(sums + at, mask=inside, other=0.0)
-        part_counts = tl.load(counts + at, mask=inside, other=0)
+        partial_sum = tl.load(sums + at, mask=inside, other=0.0)
+        packed_counts = tl.load(counts + at, mask=inside, other=0)
         begin = start + p[:, None] * WIDTH
         winner = (index[None, :] >= begin) & (index[None, :] < begin + WIDTH)
-        part_sum, part_count, part_ties = carried(
-            part_sum, part_counts & 0xFFFF, part_counts >> 16, score, winner, top[None, :], least, beta
+        partial_sum, partial_count, partial_ties = rescaled(
+            partial_sum, packed_counts & 0xFFFF, packed_counts >> 16, score, winner, top[None, :], least, beta
         )
-        total += tl.sum(part_sum, 0)
-        count += tl.sum(part_count, 0)
-        ties += tl.sum(part_ties, 0)
+        total += tl.sum(partial_sum, 0)
+        count += tl.sum(partial_count, 0)
+        ties += tl.sum(partial_ties, 0)
     return total, count, ties
 
 
@@ -123,12 +122,12 @@ def mean(total, count, ties, beta):
 
 @triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
 def relative_terms_kernel(
-    rows, cols, threshold, beta, row_score, row_index, col_score, col_index, row_relative, col_relative, so_far,
+    rows, cols, threshold, beta, row_score, row_index, col_score, col_index, row_relative, col_relative, column_sums,
     N, M, first, blocks, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Finish the slab's rows, and add to the columns' sums of the slabs before; after `merge_kernel`.
+    """r⁻ of the slab's rows; and of its columns, by adding to the sums of earlier slabs. Runs after `merge_kernel`.
 
-    so_far: the columns' (maximum, total, count, ties) after the slabs before
+    column_sums: the columns' (maximum, total, count, ties) of earlier slabs
     """
     least = smallest(threshold)
     slab_rows = blocks * BN
@@ -151,13 +150,13 @@ def relative_terms_kernel(
         inside = j < M
         top = tl.load(col_score + j, mask=inside, other=float("-inf"))
         index = tl.load(col_index + j, mask=inside, other=-1)
-        tops, sums, counts, all_ties = so_far
+        tops, sums, counts, all_ties = column_sums
         before = inside & (first > 0)
         score = tl.load(tops + j, mask=before, other=float("-inf"))
         total = tl.load(sums + j, mask=before, other=0.0)
         count = tl.load(counts + j, mask=before, other=0)
         ties = tl.load(all_ties + j, mask=before, other=0)
-        total, count, ties = carried(total, count, ties, score, index < first * BN, top, least, beta)
+        total, count, ties = rescaled(total, count, ties, score, index < first * BN, top, least, beta)
         total, count, ties = collect(
             total, count, ties, top, index, cols, j, M, blocks, first * BN, least, beta, BN, BP
         )
@@ -171,7 +170,8 @@ def relative_terms_kernel(
 def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     """Return (positive_score, row_score, row_index, col_score, col_index), r⁻ of the rows [N] and of the columns [M].
 
-    Scores and r⁻ are fp32. The threshold is read on the device. Raises TypeError unless a and b are fp32, bf16 or fp16.
+    Scores and r⁻ are fp32. The threshold is read on the device, so the host never synchronises. Raises TypeError unless
+    a and b are fp32, bf16 or fp16.
     """
     a, b, a_ids, b_ids, threshold, beta = call
     positive_score, *results = empty_results(a, b)
@@ -180,12 +180,12 @@ def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         threshold = threshold.to(torch.float32)
         with torch.cuda.device_of(a):
             sweep = Sweep(a, b, plan.tile)
-            rows, cols = sweep.partial_results(torch.float32, torch.int16, torch.float32, torch.int32)
-            so_far = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
+            rows, cols = sweep.empty_partials(torch.float32, torch.int16, torch.float32, torch.int32)
+            column_sums = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
             state = (*operands.contiguous(a_ids, b_ids), threshold, beta, positive_score, rows, cols)
             for first, blocks in sweep.slabs():
                 sweep.run(relative_tile, state, first, blocks)
                 sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), tuple(results), None)
-                relative = (row_relative, col_relative, so_far)
+                relative = (row_relative, col_relative, column_sums)
                 sweep.merge(relative_terms_kernel, first, blocks, rows, cols, threshold, beta, *results, *relative)
     return positive_score, *results, row_relative, col_relative

@@ -1,9 +1,9 @@
-"""What losses make of scores, once; in plain PyTorch: `ops/score_functions.py`, `ops/goal.py`.
+"""Value and slope of each loss as a function of scores. In PyTorch: `ops/score_functions.py`, `ops/goal.py`.
 
-pointwise   f(t) and f'(t) of losses that sum over scores
-logit       t(s) and dt/ds of losses over log-sums
+pointwise   f(t) and f'(t), for losses that sum over scores
+logit       t(s) and dt/ds, for losses over log-sums
 
-Of an anchor's positive score p and hardest negative n, for the merge that ends in a loss:
+Functions of an anchor's positive score p and hardest negative n, for the merge that ends in a loss:
 
     function(p, n, constants, TRIPLET, PAIR)                → the term of one direction
     gradients(p, n, g, constants, TRIPLET, PAIR)            → (g times p's weight, g times n's weight)
@@ -11,7 +11,7 @@ Of an anchor's positive score p and hardest negative n, for the merge that ends 
 hinge       [m + n − p]₊                                    constants (m)
 goal        gssf_kernels/losses/goal.py                     constants (τ, α, β, λ)
 
-Of statistics, for `terms.py`; g is the gradient of the terms:
+Functions of statistics, for `terms.py`; g is dL with respect to the terms:
 
     terms(statistics, constants, i, N, TRIPLET, PAIR)       → [BT] at i
     gradients(statistics, constants, g, i, N, TRIPLET, PAIR) → one for each of three statistics
@@ -24,8 +24,8 @@ import triton.language as tl
 
 
 @triton.jit
-def number(tensor, constant):
-    """What an argument that is a tensor or a number stands for; a tensor without a number is its logarithm."""
+def load_scalar(tensor, constant):
+    """A number or a tensor's value: constant if tensor is None, exp(tensor) if constant is None, else tensor."""
     if tensor is None:
         return constant
     elif constant is None:
@@ -36,7 +36,7 @@ def number(tensor, constant):
 
 @triton.jit
 def log1p_of(e):
-    """log(1 + e) for e in [0, 1]: 2 artanh(e / (2 + e)) by its series, which keeps a small e."""
+    """log(1 + e) for e in [0, 1]: 2 artanh(e / (2 + e)) by its series, accurate for small e."""
     z = e / (e + 2.0)
     q = z * z
     p = 1 / 17 + tl.zeros_like(q)
@@ -68,7 +68,7 @@ def pointwise(t, KIND: tl.constexpr):
 
 @triton.jit
 def term(t, positive, counted, KIND: tl.constexpr, POSITIVES: tl.constexpr):
-    """f and its slope of every score that counts, 0 elsewhere."""
+    """(f, f') of every score that counts, 0 elsewhere."""
     if POSITIVES == "negate":
         f, slope = pointwise(tl.where(positive, -t, t), KIND)
         slope = tl.where(positive, -slope, slope)
@@ -89,8 +89,8 @@ def relation_terms(f, u, w, lam, KIND: tl.constexpr):
 
 
 @triton.jit
-def pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M):
-    """(which scores there are, which are of positives: column i + diagonal of row i, and equal ids)."""
+def valid_and_positive(i, j, diagonal, a_ids, b_ids, N, M):
+    """(which scores exist, which are positives: column i + diagonal of row i, and those of equal ids)."""
     inside = (i < N)[:, None] & (j < M)[None, :]
     positive = (i + diagonal)[:, None] == j[None, :]
     if a_ids is not None:
@@ -101,7 +101,7 @@ def pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M):
 
 @triton.jit
 def circle(s, positive, margin, scale):
-    """Of circle loss: the weight is the distance from the optimum."""
+    """(t, dt/ds) of circle loss; the weight is scale times the distance from the optimum, constant to autograd."""
     weight = scale * tl.maximum(tl.where(positive, 1.0 + margin - s, s + margin), 0.0, tl.PropagateNan.ALL)
     slope = tl.where(positive, -weight, weight)
     return slope * (s - tl.where(positive, 1.0 - margin, margin)), slope
@@ -109,14 +109,14 @@ def circle(s, positive, margin, scale):
 
 @triton.jit
 def multi_similarity(s, positive, alpha, beta, base):
-    """Of multi-similarity loss."""
+    """(t, dt/ds) of multi-similarity loss."""
     slope = tl.where(positive, -alpha, beta)
     return slope * (s - base), slope
 
 
 @triton.jit
 def logit(s, positive, constants, SCORE: tl.constexpr):
-    """(t, dt/ds) of scores by label, as its loss has them; a loss's own weights are constants to autograd."""
+    """(t, dt/ds) of scores by label; weights that depend on s are constant to autograd."""
     if SCORE == "circle":
         return circle(s, positive, constants[0], constants[1])
     elif SCORE == "multi_similarity":
@@ -127,18 +127,18 @@ def logit(s, positive, constants, SCORE: tl.constexpr):
 
 @triton.jit
 def counted(s, positive, inside, bounds, stride, at, mask, AXIS: tl.constexpr):
-    """Which scores count for the anchors at ``at``: positives below a bound, negatives above another. A NaN does."""
-    below = tl.expand_dims(tl.load(bounds + at, mask=mask, other=0.0), AXIS)
-    above = tl.expand_dims(tl.load(bounds + stride + at, mask=mask, other=0.0), AXIS)
-    return inside & (tl.where(positive, s >= below, s <= above) == 0)
+    """Which scores count for the anchors at ``at``: positives below bounds[0], negatives above bounds[1], and NaN."""
+    positive_below = tl.expand_dims(tl.load(bounds + at, mask=mask, other=0.0), AXIS)
+    negative_above = tl.expand_dims(tl.load(bounds + stride + at, mask=mask, other=0.0), AXIS)
+    return inside & (tl.where(positive, s >= positive_below, s <= negative_above) == 0)
 
 
 @triton.jit
 def logits(s, i, j, N, M, kappa, by_label):
-    """(t, dt/ds, positive, row, col): which scores count for their row, and for their column.
+    """(t, dt/ds, positive, row, col); row, col: which scores count for their row, and for their column.
 
     by_label: None for t = κ s; else ((SCORE, LEAVE_OUT), constants, row_labels, col_labels, row_bounds, row_stride,
-    col_bounds, col_stride, first), as `ByLabel` of the PyTorch module has them
+    col_bounds, col_stride, first), the fields of `ByLabel` in the PyTorch module
     """
     inside = (i < N)[:, None] & (j < M)[None, :]
     if by_label is None:
@@ -162,17 +162,17 @@ def logits(s, i, j, N, M, kappa, by_label):
 
 @triton.jit
 def softmax(t, top, log, at, mask, AXIS: tl.constexpr):
-    """e^(t - top - log), the slope of a log-sum kept in two parts; where all that it sums is -inf, that is 0."""
+    """e^(t - top - log), the slope of the log-sum top + log; 0 if every t of the log-sum is -inf."""
     least: tl.constexpr = -3.4028234663852886e38
     x = tl.load(top + at, mask=mask, other=0.0)
     y = tl.load(log + at, mask=mask, other=0.0)
-    x, y = tl.where(x < least, least, x), tl.where(y < least, least, y)  # in this form NaN stays
+    x, y = tl.where(x < least, least, x), tl.where(y < least, least, y)  # written like this NaN stays
     return tl.exp((t - tl.expand_dims(x, AXIS)) - tl.expand_dims(y, AXIS))
 
 
 @triton.jit
 def logsumexp_slope(t, positive, counts, classes, at, mask, AXIS: tl.constexpr):
-    """Σ grad · softmax of the log-sums of one direction: classes holds (top, log, grad) of each class."""
+    """dL/dt of one direction, grad · softmax of the score's class; classes: (top, log, grad = dL/d log-sum) of each."""
     top, log, grad = classes[0]
     g = tl.expand_dims(tl.load(grad + at, mask=mask, other=0.0), AXIS) * softmax(t, top, log, at, mask, AXIS)
     if len(classes) == 2:
@@ -185,7 +185,7 @@ def logsumexp_slope(t, positive, counts, classes, at, mask, AXIS: tl.constexpr):
 @triton.jit
 def hinge(p, n, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
     t = (n + constants[0]) - p
-    return tl.where((t < 0) == 0, t, 0.0)  # NaN passes
+    return tl.where((t < 0) == 0, t, 0.0)  # NaN stays
 
 
 @triton.jit
@@ -196,33 +196,33 @@ def hinge_weighted(p, n, g, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr
 
 @triton.jit
 def goal_weights(p, n, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
-    """(w⁺, w⁻); a sigmoid is softplus' slope. PAIR without relative terms."""
+    """(w⁺, w⁻), without relative terms; a sigmoid is the slope of softplus."""
     tau, alpha, beta, lam = constants[0], constants[1], constants[2], constants[3]
     one = tl.zeros_like(p) + 1
-    weight, of_positive, of_negative = one, one, one
+    weight, positive_part, negative_part = one, one, one
     if TRIPLET == "nca":
         _, weight = pointwise(-tau * (p - n), "softplus")
     elif TRIPLET == "cir":
         _, weight = pointwise(-tau * (p * (2 - p) - n * n - 0.5), "softplus")
     if PAIR == "lin":
-        of_positive, of_negative = 1 - p, n
+        positive_part, negative_part = 1 - p, n
     elif PAIR == "sig":
-        _, of_positive = pointwise(-alpha * (p - lam), "softplus")
-        _, of_negative = pointwise(beta * (n - lam), "softplus")
-    return weight * of_positive, weight * of_negative
+        _, positive_part = pointwise(-alpha * (p - lam), "softplus")
+        _, negative_part = pointwise(beta * (n - lam), "softplus")
+    return weight * positive_part, weight * negative_part
 
 
 @triton.jit
 def goal(p, n, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
-    """The loss that has this derivative, or n - p; 0 where there is no negative."""
+    """The loss with these weights where it has a closed form, else n - p; 0 where there is no negative."""
     tau, alpha, beta, lam = constants[0], constants[1], constants[2], constants[3]
     MODE: tl.constexpr = TRIPLET + " " + PAIR
     if MODE == "con lin":
         term = ((1 - p) * (1 - p) + n * n) * 0.5
     elif MODE == "con sig":
-        of_positive, _ = pointwise(-alpha * (p - lam), "softplus")
-        of_negative, _ = pointwise(beta * (n - lam), "softplus")
-        term = of_positive / alpha + of_negative / beta
+        positive_part, _ = pointwise(-alpha * (p - lam), "softplus")
+        negative_part, _ = pointwise(beta * (n - lam), "softplus")
+        term = positive_part / alpha + negative_part / beta
     elif MODE == "nca con":
         term, _ = pointwise(-tau * (p - n), "softplus")
         term = term / tau
@@ -236,14 +236,14 @@ def goal(p, n, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
 
 @triton.jit
 def goal_weighted(p, n, g, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
-    of_positive, of_negative = goal_weights(p, n, constants, TRIPLET, PAIR)
+    positive_part, negative_part = goal_weights(p, n, constants, TRIPLET, PAIR)
     valid = n != float("-inf")
-    return g * tl.where(valid, of_positive, 0.0), g * tl.where(valid, of_negative, 0.0)
+    return g * tl.where(valid, positive_part, 0.0), g * tl.where(valid, negative_part, 0.0)
 
 
 @triton.jit
 def anchors(statistics, i, N):
-    """(positive_score, row_score, col_score) at i, as without a negative past N."""
+    """(positive_score, row_score, col_score) at i; past N as of an anchor without a negative."""
     positive_score, row_score, col_score = statistics
     p = tl.load(positive_score + i, mask=i < N, other=0.0)
     row = tl.load(row_score + i, mask=i < N, other=float("-inf"))
@@ -291,7 +291,7 @@ def goal_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: 
 
 @triton.jit
 def log_ratio(top, log, target, i, inside):
-    """log Σ e^s less the target: maximum and target are subtracted first, which is exact where the loss is small."""
+    """log Σ e^t - target, as (max - target) + log: the difference is exact where the loss is small."""
     t = tl.load(top + i, mask=inside, other=0.0) - tl.load(target + i, mask=inside, other=0.0)
     return t + tl.load(log + i, mask=inside, other=0.0)
 
@@ -311,7 +311,7 @@ def contrast_terms(statistics, constants, i, N, TRIPLET: tl.constexpr, PAIR: tl.
 
 @triton.jit
 def contrast_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
-    """Of row_log, of either target, and of col_log."""
+    """Gradients of row_log, of either target, and of col_log."""
     _, _, _, _, col_log, col_target = statistics
     g = tl.where(i < N, g, 0.0)
     dtarget = -g
@@ -325,10 +325,10 @@ def contrast_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PA
 
 @triton.jit
 def weights_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
-    """By weights [4, N] that are known: of the positives and negatives of rows, then of columns."""
-    at, line = statistics[0] + i, N.to(tl.int64)
+    """Gradients by weights [4, N] from the forward: of the rows' positives and negatives, then of the columns'."""
+    at, stride = statistics[0] + i, N.to(tl.int64)
     row_positive = tl.load(at, mask=i < N, other=0.0)
-    row_negative = tl.load(at + line, mask=i < N, other=0.0)
-    col_positive = tl.load(at + 2 * line, mask=i < N, other=0.0)
-    col_negative = tl.load(at + 3 * line, mask=i < N, other=0.0)
+    row_negative = tl.load(at + stride, mask=i < N, other=0.0)
+    col_positive = tl.load(at + 2 * stride, mask=i < N, other=0.0)
+    col_negative = tl.load(at + 3 * stride, mask=i < N, other=0.0)
     return -(g * row_positive + g * col_positive), g * row_negative, g * col_negative

@@ -1,11 +1,11 @@
-"""Sums of a function of every score, and their gradients: `gssf_kernels/ops/sums.py` has the formulas.
+"""Σ_ij f(t_ij), or its sum per row, and the gradients; formulas: `gssf_kernels/ops/sums.py`.
 
-    a sum        a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores dscores, [N, M] of few scores or a
-                 panel of rows; one kernel, or the library's products, makes the sums, da and db of them
-    rows' sums   forward a sweep leaves Σ f of every tile's rows and columns, which one kernel adds up; backward the
-                 first sweep with their gradients as weights
+    "sum"        a sweep leaves Σ f, Σ f' and Σ f' s of every tile and stores dscores: all of them [N, M] if they are
+                 few, else a row panel at a time; one kernel, or PyTorch's matrix products, compute the sums, da and db
+    "none"       forward, a sweep leaves Σ f of every tile's rows and columns, which one kernel adds up; backward, the
+                 sweep of "sum" with grad_out as weights
 
-A chunk of scores that the library made takes the same epilogue.
+The same epilogue runs on a chunk of scores that PyTorch's matrix product has stored.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import triton.language as tl
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.plan import Plan
 from gssf_kernels.triton import operands, tiles
-from gssf_kernels.triton.epilogues import tile_lines
+from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients, logarithm_slope
 from gssf_kernels.triton.pairs import pair_scores
 from gssf_kernels.triton.reductions import merge_sums
-from gssf_kernels.triton.score_functions import number, pairs_and_ids, term
+from gssf_kernels.triton.score_functions import load_scalar, term, valid_and_positive
 from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
 
 
 @triton.jit
 def relative_bias(beta, positive_score, at, mask, AXIS: tl.constexpr):
-    """β, or less the positives' scores at the anchors."""
+    """β, or β - positive_score of the anchors at ``at``."""
     if positive_score is None:
         return beta
     else:
@@ -38,7 +38,7 @@ def relative_bias(beta, positive_score, at, mask, AXIS: tl.constexpr):
 
 @triton.jit
 def weighted(slope, weight, stride, at, mask, AXIS: tl.constexpr):
-    """slope times the anchors' weights, if there are any."""
+    """slope times the weights of the anchors at ``at``, if there are any."""
     if weight is not None:
         slope *= tl.expand_dims(tl.load(weight + at.to(tl.int64) * stride, mask=mask, other=0.0), AXIS)
     return slope
@@ -46,16 +46,16 @@ def weighted(slope, weight, stride, at, mask, AXIS: tl.constexpr):
 
 @triton.jit
 def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's sums of f, of f' and of f' s, and its dscores where they are stored.
+    """The tile's sums of f, of f' and of f' s; and its dscores, if they are stored.
 
     state: ((KIND, POSITIVES, OUTPUT), logit, pairs, anchors, outputs) with
     logit: scale, constant, bias, offset
-    pairs: a_ids, b_ids, diagonal: column i + diagonal is row i's own
+    pairs: a_ids, b_ids, diagonal: row i's positive is column i + diagonal
     anchors: row_positive, col_positive, columns, row_weight, col_weight, weight stride; where col_positive is not None,
-    the first ``columns`` columns have terms of their own, relative to it
-    outputs, of OUTPUT "tile": sums [3, tiles]; where columns have terms, of the rows' slopes and the columns' slopes;
-    "row": sums [3, column blocks, rows] and of columns [2, row blocks, columns]; "value": the first of each alone.
-    Then dscores or None, and its stride
+    the first ``columns`` columns are anchors too, with terms relative to col_positive
+    outputs: sums, row_slopes, col_slopes, dscores or None, stride of dscores. With OUTPUT "tile": sums [3, tiles] of f,
+    f' and f' s, and, if columns are anchors, Σ f' of the tile's rows and columns. With "row": sums [3, column blocks,
+    rows], and in col_slopes the columns' Σ f and Σ f' [2, row blocks, columns]. With "value": only Σ f of each.
     """
     KIND: tl.constexpr = state[0][0]
     POSITIVES: tl.constexpr = state[0][1]
@@ -65,9 +65,9 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
     row_positive, col_positive, columns, row_weight, col_weight, weight_stride = state[3]
     sums, row_slopes, col_slopes, dscores, stride = state[4]
     i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
-    inside, positive = pairs_and_ids(i, j, diagonal, a_ids, b_ids, N, M)
-    row_at, _, _ = tile_lines(tile_i, tile_j, blocks, M, BN, BM)
-    t, beta = s * number(scale, constant), number(bias, offset)
+    inside, positive = valid_and_positive(i, j, diagonal, a_ids, b_ids, N, M)
+    row_at, _, _ = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
+    t, beta = s * load_scalar(scale, constant), load_scalar(bias, offset)
 
     f, g = term(t + relative_bias(beta, row_positive, i, i < N, 1), positive, inside, KIND, POSITIVES)
     row_f = tl.sum(f, 1)
@@ -107,14 +107,14 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
             tl.store(at + count, tl.sum(tl.sum(g, 1), 0))
             tl.store(at + 2 * count, tl.sum(tl.where(i < N, dot, 0.0), 0))
         if dscores is not None:
-            rows = dscores - (first * BN).to(tl.int64) * stride  # dscores is of the slab's alone
+            rows = dscores - (first * BN).to(tl.int64) * stride  # dscores holds this slab's rows only
             at = rows + i.to(tl.int64)[:, None] * stride + j[None, :]
             tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "M", "length", "across", "down"])
 def merge_sums_kernel(rows, cols, out, N, M, length, across, down, BP: tl.constexpr, BL: tl.constexpr):
-    """out [N]: the sums of the partial rows [across, length], and of cols [down, M] where there are any."""
+    """out [N]: Σ of the row partials rows [across, length], plus Σ of the column partials cols [down, M] or None."""
     i = tl.program_id(0) * BL + tl.arange(0, BL)
     total = merge_sums(rows, i, length, N, across, BP)
     if cols is not None:
@@ -127,7 +127,7 @@ def _options(call: Any, output: str) -> tuple:
 
 
 def _state(call: Any, output: str, positive_score: torch.Tensor | None, weight: torch.Tensor | None = None) -> tuple:
-    """What `sums_tile` takes of a call on whole sides, before its outputs."""
+    """The state of `sums_tile` for a call on a and b, without its outputs."""
     ids = operands.contiguous(call.a_ids, call.a_ids if call.b_ids is None else call.b_ids)
     relative = (positive_score, positive_score, len(call.a)) if call.relative else (None, None, 0)
     weights = (weight, weight if call.relative else None, weight.stride(0) if weight is not None else 0)
@@ -136,17 +136,17 @@ def _state(call: Any, output: str, positive_score: torch.Tensor | None, weight: 
 
 
 def _positive_score(call: Any) -> torch.Tensor | None:
-    """The pairs' scores [N], if terms are relative to them."""
+    """positive_score [N] if terms are relative to it, else None."""
     if not call.relative or call.positive_score is not None:
         return call.positive_score
     return pair_scores(call.a, call.other, None, None)
 
 
 def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return the value, what κ and what β get of it, Σ_j f'_ij b_j [N, D] and Σ_i f'_ij a_i [M, D], and s_ii [N], fp32.
+    """Return (value, dκ, dβ, Σ_j f'_ij b_j [N, D], Σ_i f'_ij a_i [M, D], positive_score [N]), fp32.
 
-    Of "sum" all but the last; of "none" the rows' sums [N] and, with relative and no positive_score, the last.
-
+    With reduction "sum" the last is empty. With "none" value is [N], and all others are empty but positive_score, if
+    terms are relative to it and the call does not bring it.
     """
     a, b, empty = call.a, call.other, call.a.new_empty(0, dtype=torch.float32)
     assert plan.tile is not None
@@ -185,7 +185,7 @@ def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> tor
     sweep.run(sums_tile, (*_state(call, "value", positive_score), (rows, None, cols, None, 0)), 0, down)
     BL = tiles.MERGE_LANES
     merge_sums_kernel[(triton.cdiv(N, BL),)](
-        rows, cols, out, N, N, length, across, down, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2
+        rows, cols, out, N, N, length, across, down, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2
     )
     return out
 
@@ -193,7 +193,7 @@ def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> tor
 def _sweep(
     call: Any, plan: Plan, positive_score: torch.Tensor | None, weight: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-    """(dscores [N, M] or None, sums [3, tiles], slopes of the pairs' terms or None); weight: [N] at any stride."""
+    """(dscores [N, M] or None, sums [3, tiles], partials of Σ f' per row and per column or None); weight: [N]."""
     a, b = call.a, call.other
     assert plan.tile is not None
     sweep = Sweep(a, b, plan.tile)
@@ -210,7 +210,7 @@ def _sweep(
 
 @triton.jit
 def scaled(x, out, factor, lane, count):
-    """out = factor x, rounded, at the lanes."""
+    """out = factor x, rounded to out's dtype, at the lanes."""
     value = tl.load(x + lane, mask=lane < count, other=0.0)
     tl.store(out + lane, (value * factor).to(out.dtype.element_ty), mask=lane < count)
 
@@ -220,21 +220,21 @@ def scaled_kernel(
     grad_out, da, db, dscale, dbias, scale, constant, share, a_out, b_out, scale_out, bias_out, a_count, b_count,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """grad_out share κ times da and db, BT numbers a program, and grad_out times the gradients of κ and β."""
+    """grad_out share κ times da and db, BT entries per program; and grad_out times the gradients of κ and β."""
     lane = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    upstream = tl.load(grad_out)
-    factor = upstream * share * number(scale, constant)
+    g = tl.load(grad_out)
+    factor = g * share * load_scalar(scale, constant)
     if a_out is not None:
         scaled(da, a_out, factor, lane, a_count)
     if b_out is not None:
         scaled(db, b_out, factor, lane, b_count)
     if tl.program_id(0) == 0:
-        tl.store(scale_out, upstream * tl.load(dscale) * logarithm_slope(scale, constant))
-        tl.store(bias_out, upstream * tl.load(dbias))
+        tl.store(scale_out, g * tl.load(dscale) * logarithm_slope(scale, constant))
+        tl.store(bias_out, g * tl.load(dbias))
 
 
 def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a, b, κ and β; b None: a has both sides'."""
+    """Return the gradients of a, b, κ and β; b=None: b is a."""
     a = call.a
     with torch.cuda.device_of(a):
         if call.reduction == "none":
@@ -258,7 +258,7 @@ def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tens
 
 
 def score_sums_pass(call: Any, plan: Plan) -> None:
-    """Write rows [3, R] and add to cols [2, K]; with gradient s [R, M] becomes dscores."""
+    """Write call.rows [3, R], add to call.cols [2, K]; with call.gradient overwrite s [R, M] with dscores."""
     s, K = call.s, call.cols.shape[1]
     if s.numel() == 0:
         call.rows.zero_()

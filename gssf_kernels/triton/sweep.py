@@ -2,22 +2,23 @@
 
     for each tile [BN, BM]:  s = Σ_k a[rows, k] b[columns, k];  epilogue(s, …)
 
-An epilogue is a `@triton.jit` function that reduces a tile to partial results:
+Nothing of s is stored; each tile leaves its partials. An epilogue is a `@triton.jit` function that computes them:
 
     epilogue(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
 
     s: [BN, BM] fp32, the tile's scores; those past N or M are arbitrary
     tile_i, tile_j: its row block within the slab and its column block
-    first, blocks: the slab's first row block and how many it has
-    state: the tuple of pointers given to `Sweep.run`
+    first, blocks: the slab's first row block and number of row blocks
+    state: the tuple of pointers passed to `Sweep.run`
 
-Partial results belong to one tile each, so they need no initialisation and no atomics; a second small kernel
-merges them, in the order of the tiles. Row blocks go through in slabs, which bounds their memory.
+A partial belongs to one tile, so it needs no initialisation and no atomics; a second small kernel merges the partials,
+in the order of the tiles. A slab is the range of row blocks whose partials are held at once; the slabs are swept one
+after another, which bounds memory.
 
-Sizes are arguments of every kernel here as `do_not_specialize` or, where a multiple of 16 helps its loads, as
-`tl.int32`: a plain argument that is 1 is compiled in as a number, which has none of a tensor's methods.
+Every kernel here takes sizes as `do_not_specialize` or, where a multiple of 16 helps its loads, as `tl.int32`: a plain
+argument that equals 1 would be compiled in as a Python number, which has none of a tensor's methods.
 
-A program makes one tile, or, where the tile table says `persistent`, goes on from tile to tile.
+A program computes one tile or, where the tile table says `persistent`, one tile after another.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from gssf_kernels.triton import tiles
 
 @triton.jit
 def load_tile(x, stride, row, k, R, D, B: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """x[row : row + B, k : k + BK]; channels past D are 0, rows past R arbitrary."""
+    """x[row : row + B, k : k + BK], [B, BK]; channels past D are 0, rows past R arbitrary."""
     if TMA:
         return x.load([row, k])
     else:
@@ -48,20 +49,20 @@ def load_tile(x, stride, row, k, R, D, B: tl.constexpr, BK: tl.constexpr, TMA: t
 
 @triton.jit
 def tile_of(
-    t, first, rows, columns, column_blocks, GROUP: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
+    t, first, rows, columns, column_blocks, GROUP: tl.constexpr, UPPER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
 ):
-    """(tile_i, tile_j) of number t < rows · columns, which `Sweep.numbering` gives.
+    """(tile_i, tile_j) of tile number t < rows · columns, sizes that `Sweep.numbering` returns.
 
-    GROUP rows at a time walk along the columns together, so that both operands stay in L2. With HALF only tiles on and
-    above the diagonal have a number: row block i shares its row with row block 2 rows − 1 − i, the longest with the
-    shortest and so on inwards. The one goes from the last column block back to the diagonal, the other from its own
-    diagonal on to the last, so that rows side by side are at the same column block.
+    GROUP rows are visited together, column by column, so that both operands stay in L2. With UPPER only the tiles of
+    the upper triangle have a number: row block i shares its row with row block 2 rows − 1 − i, the longest with the
+    shortest and so on inwards. The first is visited from the last column block back to the diagonal, the second from
+    the diagonal to the last column block, so that adjacent rows are at the same column block.
     """
     group = t // (GROUP * columns)
     within = t % (GROUP * columns)
     height = tl.minimum(rows - group * GROUP, GROUP)
     row, column = group * GROUP + within % height, within // height
-    if HALF:
+    if UPPER:
         length = column_blocks - (first + row) * BN // BM  # tiles of row block `row`
         tile_i = tl.where(column < length, row, 2 * rows - 1 - row)
         tile_j = tl.where(column < length, column_blocks - 1 - column, column_blocks - columns + column)
@@ -72,10 +73,11 @@ def tile_of(
 
 @triton.jit
 def complete(s):
-    """s, read by an operation that does nothing, before which the wait for its products goes.
+    """s unchanged, through an operation that makes Triton wait for its products here.
 
-    In a flattened loop Triton 3.6 and 3.7 wait before the first use in each block of the epilogue, and nowhere where a
-    branch hands s on as it is. ptxas sees sums read too early, and lets products of the whole loop wait one by one.
+    In a flattened loop Triton 3.6 and 3.7 put the wait before the first use of s in each block of the epilogue, and
+    leave it out where a branch passes s on unchanged. ptxas then sees sums that are read too early, and makes every
+    product of the loop wait for the one before.
     """
     return s.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
 
@@ -84,9 +86,9 @@ def complete(s):
 def reduce_tile(
     t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPPER: tl.constexpr,
 ):  # fmt: skip
-    tile_i, tile_j = tile_of(t, first, rows, columns, column_blocks, GROUP, HALF, BN, BM)
+    tile_i, tile_j = tile_of(t, first, rows, columns, column_blocks, GROUP, UPPER, BN, BM)
     s = tl.zeros([BN, BM], tl.float32)
     for k in range(0, D, BK):
         x = load_tile(a, a_stride, (first + tile_i) * BN, k, N, D, BN, BK, TMA)  # [BN, BK]
@@ -101,21 +103,21 @@ def reduce_tile(
 def sweep_kernel(
     a, b, a_stride, b_stride, N, M, D: tl.int32, first, blocks, rows, columns, column_blocks, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPPER: tl.constexpr,
 ):  # fmt: skip
     if PERSISTENT:
-        # Tiles and channels become one loop, so the next tile's operands are on their way while this one is reduced.
+        # Tiles and channels become one loop, so the next tile's operands are loaded while this one is reduced.
         # Nothing is carried from tile to tile: s starts at zero.
-        tl.assume(D > 0)  # else the loop would be there twice, for no channels too
+        tl.assume(D > 0)  # else Triton would compile the loop twice, once for D = 0
         for t in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
             reduce_tile(
                 t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
-                EPILOGUE, PRECISION, TMA, True, BN, BM, BK, GROUP, HALF,
+                EPILOGUE, PRECISION, TMA, True, BN, BM, BK, GROUP, UPPER,
             )  # fmt: skip
     else:
         reduce_tile(
             tl.program_id(0), a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
-            EPILOGUE, PRECISION, TMA, False, BN, BM, BK, GROUP, HALF,
+            EPILOGUE, PRECISION, TMA, False, BN, BM, BK, GROUP, UPPER,
         )  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def sweep_kernel(
 def chunk_kernel(
     scores, stride, N, M, first, blocks, state, EPILOGUE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """The same of scores [N, M] that are there: `Chunk`. The grid has one dimension, of which a second is too short."""
+    """An epilogue on stored scores [N, M]: `Chunk`. The grid has one dimension: the second would be too short."""
     tile_i, tile_j = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     i, j = tile_i * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
     inside = (i < N)[:, None] & (j < M)[None, :]
@@ -132,35 +134,36 @@ def chunk_kernel(
 
 
 class Sweep:
-    """One pass over the scores of a [N, D] and b [M, D]: their tile, their slabs, their launches.
+    """One pass over the scores of a [N, D] and b [M, D]: tile size, slabs and launches.
 
-    N and M stay below 2³¹; addresses are 64-bit. With ``half``, for a symmetric s, tiles below the diagonal are left
-    out, and their partial results as they were; one may lie past N or M altogether. With ``exact`` fp32 products are
-    never TF32.
+    N and M stay below 2³¹; addresses are 64-bit. With ``upper_triangle``, for a symmetric s, tiles below the diagonal
+    are not computed and their partials not written; a whole tile may lie past N or M. With ``exact`` fp32 products
+    never use TF32.
     """
 
     def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, half: bool = False, exact: bool = False
+        self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, upper_triangle: bool = False, exact: bool = False
     ) -> None:
-        self.N, self.M, self.half, self.tile = len(a), len(b), half, tile
+        self.N, self.M, self.upper_triangle, self.tile = len(a), len(b), upper_triangle, tile
         self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = aligned_rows(a, multiple), aligned_rows(b, multiple)
-        # Of a symmetric s row blocks and column blocks end together, so that pairs of row blocks have as many tiles.
-        unit = max(tile.BN, tile.BM) if half else 1
+        # For the upper triangle row blocks and column blocks end together, so that every pair of row blocks has the
+        # same number of tiles.
+        unit = max(tile.BN, tile.BM) if upper_triangle else 1
         self.row_blocks = triton.cdiv(triton.cdiv(self.N, unit) * unit, tile.BN)
         self.column_blocks = triton.cdiv(triton.cdiv(self.M, unit) * unit, tile.BM)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
-        """Yield (first row block, row blocks) so that one slab's partial results stay O(N + M)."""
+        """Yield (first row block, number of row blocks) of each slab, whose partials are O(N + M)."""
         for first in range(0, self.row_blocks, self.slab_blocks):
             yield first, min(self.slab_blocks, self.row_blocks - first)
 
     @property
     def slab_blocks(self) -> int:
-        """Row blocks in a slab, for one partial result per row and column block, and per column and row block."""
+        """Row blocks in a slab, for one partial per row and column block, and one per column and row block."""
         entries = self.M + self.tile.BN * self.column_blocks
-        multiple = max(self.tile.BM // self.tile.BN, 2) if self.half else 1  # of which pairs are made
+        multiple = max(self.tile.BM // self.tile.BN, 2) if self.upper_triangle else 1  # row blocks go in pairs
         blocks = max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries)
         return min(self.row_blocks, triton.cdiv(blocks, multiple) * multiple)
 
@@ -177,22 +180,22 @@ class Sweep:
             a.stride(0), b.stride(0), self.N, self.M, a.shape[1],
             first, blocks, rows, columns, self.column_blocks, state,
             EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, PERSISTENT=tile.persistent > 0,
-            BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, HALF=self.half,
+            BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, UPPER=self.upper_triangle,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     def numbering(self, first: int, blocks: int) -> tuple[int, int]:
-        """The (rows, columns) that a slab's tiles are numbered by: with ``half`` two row blocks share a row."""
-        if not self.half:
+        """(rows, columns) of the grid of a slab's tiles; for the upper triangle two row blocks share a row."""
+        if not self.upper_triangle:
             return blocks, self.column_blocks
         rows = triton.cdiv(blocks, 2)
         longest, shortest = (i * self.tile.BN // self.tile.BM for i in (first, first + 2 * rows - 1))
         return rows, 2 * self.column_blocks - longest - shortest
 
-    def partial_results(self, *dtypes: torch.dtype | None) -> list[tuple[torch.Tensor | None, ...]]:
-        """Room for one value of each dtype (None: for none) per row of every tile of a slab, and per column.
+    def empty_partials(self, *dtypes: torch.dtype | None) -> list[tuple[torch.Tensor | None, ...]]:
+        """Empty partials of a slab: of each dtype one value per row of every tile, and one per column; None for None.
 
-        Rows lie as [column block, row of the slab], columns as [row block of the slab, column].
+        Those of rows are [column block, row of the slab], those of columns [row block of the slab, column].
         """
         rows, columns = self.slab_blocks * self.tile.BN * self.column_blocks, self.slab_blocks * self.M
         return [
@@ -201,16 +204,16 @@ class Sweep:
         ]
 
     def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel that folds a slab's partial results: BL rows a program, then BL columns a program."""
+        """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each."""
         BN, BL = self.tile.BN, tiles.MERGE_LANES
         kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL),)](
             *arguments, self.N, self.M, first, blocks,
-            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTS, BL=BL, num_warps=4, num_stages=2, **constants,
+            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2, **constants,
         )  # fmt: skip
 
 
 class Chunk:
-    """A pass over scores s [N, M] that a library's product left, with adjacent columns."""
+    """A pass over scores s [N, M] that PyTorch's matrix product has stored, with adjacent columns."""
 
     def __init__(self, s: torch.Tensor) -> None:
         self.s, (self.N, self.M), self.tile = s, s.shape, tiles.PASS
@@ -218,7 +221,7 @@ class Chunk:
         self.column_blocks = triton.cdiv(self.M, self.tile.BM)
 
     def run(self, epilogue: Any, state: tuple) -> None:
-        """Launch it; the epilogue's slab is the whole chunk."""
+        """Launch the epilogue, for which the whole chunk is one slab."""
         tile = self.tile
         chunk_kernel[(self.row_blocks * self.column_blocks,)](
             self.s, self.s.stride(0), self.N, self.M, 0, self.row_blocks, state, EPILOGUE=epilogue,
@@ -235,9 +238,9 @@ class Chunk:
 
 
 def aligned_rows(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """x [N, D] with rows that start on 16 bytes and hold a multiple of `multiple` channels.
+    """x [N, D] if its rows start on 16 bytes and hold a multiple of `multiple` channels.
 
-    Where they do not, a copy with zero channels added: they leave every score as it is.
+    Otherwise a copy with zero channels added, which change no score.
     """
     N, D = x.shape
     padding = -D % multiple
@@ -249,7 +252,7 @@ def aligned_rows(x: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def empty_dscores(a: torch.Tensor, M: int) -> torch.Tensor:
-    """Empty [N, M] for the scores' gradient, of a [N, D]: rows on 16 bytes unless they are short."""
+    """Empty dscores [N, M], fp32 for fp16 inputs, else in a's dtype; rows start on 16 bytes unless they are short."""
     dtype = a.dtype if a.dtype != torch.float16 else torch.float32
     return a.new_empty(len(a), M + (-M % 16 if M > 64 else 0), dtype=dtype)[:, :M]
 
@@ -262,17 +265,17 @@ def gradients_by_row_panels(
     count: int,
     launch: Callable[[Sweep, int, int, torch.Tensor | None, torch.Tensor], None],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of many bf16 scores: what is stored of s is the gradient of one panel of rows, in bf16.
+    """Gradients of many bf16 scores, of which only the dscores of one row panel are stored at a time, in bf16.
 
-        for each panel R of row blocks:   a sweep leaves its sums and stores dscores [R, M];
-                                          da[R] = dscores b,   db += dscoresᵀ a[R]
+        for each row panel R:   a sweep leaves the sums of its tiles and stores dscores [R, M];
+                                da[R] = dscores b,   db += dscoresᵀ a[R]
 
-    The two products are the library's, summed in fp32. A chunk that the library multiplies, a pass turns into dscores
-    and a cast rounds (`gssf_kernels/dense.py`) moves 22 bytes of memory a score; this moves 6. Returned are
-    (Σ_j ds_ij b_j [N, D], Σ_i ds_ij a_i [M, D], sums [count] fp64), gradients fp32, empty if not needed.
+    Both products are PyTorch's, summed in fp32. In chunks (`gssf_kernels/dense.py`) PyTorch's product stores s, a pass
+    turns it into dscores, and a cast rounds those: 22 bytes of memory traffic per score; row panels need 6. Returns
+    (Σ_j ds_ij b_j [N, D], Σ_i ds_ij a_i [M, D], sums [count] fp64); gradients are fp32, empty if not needed.
 
     launch(sweep, first, blocks, dscores, partial) sweeps row blocks [first, first + blocks), stores their
-    dscores [·, M] if it is not None, and leaves partial [count, blocks times sweep.column_blocks] fp32, of every tile.
+    dscores [·, M] if it is not None, and fills partial [count, blocks times sweep.column_blocks] fp32, by tile.
     """
     sweep, N, M = Sweep(a, b, tile), len(a), len(b)
     BN, step = tile.BN, max(min(sweep.row_blocks, tiles.ROW_PANEL_SCORES // (M * tile.BN)), 1)
@@ -287,9 +290,9 @@ def gradients_by_row_panels(
         torch.sum(partial, 1, dtype=torch.float64, out=sums[first // step])
         if dscores is None:
             continue
-        of_rows = dscores[: rows.stop - rows.start]
+        panel = dscores[: rows.stop - rows.start]
         if needs[0]:
-            _library.product(of_rows, b, da[rows])
+            _library.product(panel, b, da[rows])
         if needs[1]:
-            _library.product(of_rows.mT, a[rows], db, add=first > 0)
+            _library.product(panel.mT, a[rows], db, add=first > 0)
     return da, db, sums.sum(0)

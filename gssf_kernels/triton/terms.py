@@ -1,7 +1,7 @@
-"""The terms of a loss made of statistics in one launch, and the statistics' gradients in another.
+"""terms[i] = function(statistics at i), or their sum or mean, in one launch; the statistics' gradients in another.
 
-Formulas stand in `score_functions.py`. A sum is one program's: BT terms at a time are added to a vector, then that
-vector is summed. The same inputs give the same bits.
+The formulas are in `score_functions.py`. One program computes a sum: it adds BT terms at a time to a vector, then sums
+that vector, so the same inputs give the same bits. Nothing else is stored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gssf_kernels.triton import score_functions, tiles
 
 @triton.jit
 def store_sum(out, total, N, MEAN: tl.constexpr):
-    """out = Σ total [BT], or that over N."""
+    """out = Σ total [BT], divided by N for a mean."""
     whole = tl.sum(total, 0)
     if MEAN:
         whole = whole / N
@@ -26,7 +26,7 @@ def store_sum(out, total, N, MEAN: tl.constexpr):
 
 @triton.jit
 def add_or_store(total, out, terms, i, N, SUM: tl.constexpr):
-    """total with the terms at i added, or the terms stored; `store_sum` ends the sum."""
+    """total plus the terms at i, to be finished by `store_sum`; or, without SUM, store the terms in out."""
     if SUM:
         total += tl.where(i < N, terms, 0.0)
     else:
@@ -35,14 +35,14 @@ def add_or_store(total, out, terms, i, N, SUM: tl.constexpr):
 
 
 @triton.jit
-def upstream(grad, stride, i, N, SUM: tl.constexpr, MEAN: tl.constexpr):
-    """The gradient of the terms at i: where they are summed or averaged, one number for all."""
+def upstream(grad_out, stride, i, N, SUM: tl.constexpr, MEAN: tl.constexpr):
+    """dL with respect to the terms at i: the same number for all where they are summed or averaged."""
     if SUM:
-        g = tl.load(grad)
+        g = tl.load(grad_out)
         if MEAN:
             g = g / N
     else:
-        g = tl.load(grad + i.to(tl.int64) * stride, mask=i < N, other=0.0)
+        g = tl.load(grad_out + i.to(tl.int64) * stride, mask=i < N, other=0.0)
     return g
 
 
@@ -63,23 +63,23 @@ def line_terms_kernel(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def line_terms_backward_kernel(
-    grad, statistics, gradients, constants, grad_stride, N, M,
+    grad_out, statistics, gradients, constants, grad_out_stride, N, M,
     GRADIENTS: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """gradients: two of N entries, and of M entries, 0 past N, or None."""
-    first, second, of_columns = gradients
+    """gradients: two of N entries, and the columns' of M entries, 0 from N on, or None."""
+    first, second, columns_grad = gradients
     i = tl.program_id(0) * BT + tl.arange(0, BT)
-    g = upstream(grad, grad_stride, i, N, SUM, MEAN)
+    g = upstream(grad_out, grad_out_stride, i, N, SUM, MEAN)
     one, two, three = GRADIENTS(statistics, constants, g, i, N, TRIPLET, PAIR)
     tl.store(first + i, one, mask=i < N)
     tl.store(second + i, two, mask=i < N)
-    if of_columns is not None:
-        tl.store(of_columns + i, tl.where(i < N, three, 0.0), mask=i < M)
+    if columns_grad is not None:
+        tl.store(columns_grad + i, tl.where(i < N, three, 0.0), mask=i < M)
 
 
 class Formula(NamedTuple):
-    """Functions of `score_functions.py`; the first for hardest negatives, in the place where they are merged."""
+    """Functions of `score_functions.py`; `function` is for the merge of hardest negatives."""
 
     function: Any
     terms: Any
@@ -95,7 +95,7 @@ FORMULAS = {
 
 
 def formula_of(name: str) -> tuple[Formula, dict[str, str]]:
-    """("goal nca con") → its functions, and TRIPLET and PAIR."""
+    """The functions of a formula such as "goal nca con", and its modes: {"TRIPLET": "nca", "PAIR": "con"}."""
     kind, *modes = name.split()
     triplet, pair = modes or ("", "")
     return FORMULAS[kind], {"TRIPLET": triplet, "PAIR": pair}
@@ -106,7 +106,7 @@ def _contiguous(statistics: list[torch.Tensor | None]) -> tuple[torch.Tensor | N
 
 
 def line_terms(call: Any, plan: Any) -> torch.Tensor:
-    """Return the terms [N] fp32, or for "sum" and "mean" a scalar. Statistics: fp32."""
+    """Return the terms [N] fp32, or with reduction "sum" or "mean" a scalar; statistics are fp32."""
     statistics = _contiguous(call.statistics)
     formula, modes = formula_of(call.formula)
     like = call.statistics[1]
@@ -123,7 +123,7 @@ def line_terms(call: Any, plan: Any) -> torch.Tensor:
 
 
 def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the three gradients, fp32, the last empty where there are no columns."""
+    """Return the gradients of three statistics, fp32; that of columns is empty where there are none."""
     statistics, summed, BT = call.statistics, call.reduction != "none", tiles.TERMS
     formula, modes = formula_of(call.formula)
     if call.formula == "weights":
@@ -135,12 +135,12 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
     statistics = _contiguous(statistics)
     M = len(columns) if columns is not None else 0
     first, second = like.new_empty(N), like.new_empty(N)
-    of_columns = like.new_empty(M) if columns is not None else None
+    columns_grad = like.new_empty(M) if columns is not None else None
     if max(N, M) > 0:
         with torch.cuda.device_of(like):
             line_terms_backward_kernel[(triton.cdiv(max(N, M), BT),)](
-                call.grad, statistics, (first, second, of_columns), tuple(call.constants),
+                call.grad, statistics, (first, second, columns_grad), tuple(call.constants),
                 0 if summed else call.grad.stride(0), N, M, GRADIENTS=formula.gradients, **modes,
                 SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,
             )  # fmt: skip
-    return first, second, of_columns if of_columns is not None else like.new_empty(0)
+    return first, second, columns_grad if columns_grad is not None else like.new_empty(0)

@@ -1,7 +1,8 @@
 """The one table of tile sizes: static, so that every run and every rank does the same arithmetic.
 
 Chosen from ahead-of-time compilation (registers, spills, shared memory) and not yet timed on a GPU.
-`tests/triton/test_lowering.py` compiles every line for its architecture; none spills with Triton 3.6 nor 3.7.
+`tests/triton/test_lowering.py` compiles every line of the table for its architecture; none spills, with Triton 3.6 or
+3.7.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Project(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """A tile of the products that end a gradient: BR rows of BC channels, from BK rows of the other side at a time."""
+    """A tile of a gradient da or db: BR rows of BC channels, summed over BK columns of dscores at a time."""
 
     BR: int
     BC: int
@@ -49,7 +50,7 @@ class Pass(NamedTuple):
 
 
 class Rescore(NamedTuple):
-    """A tile of what makes scores again: BL lines, BP parts looked at and BC scores of each made at a time."""
+    """A tile of certified mining's fp64 scores: BL anchors, BP partials read and BC scores computed at a time."""
 
     BL: int
     BP: int
@@ -58,19 +59,20 @@ class Rescore(NamedTuple):
     num_warps: int
 
 
-# kind of product: "half" (bf16, fp16), "tf32" and "ieee" (fp32, by PyTorch's setting).
-# size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
-# for epilogues that sum terms of every score (`relative`), "slabs" for those that store its gradient too (`slabs`, of
-# bf16 alone): with more scores in registers they would spill.
-# Persistent are the lines of 90 that do not spill so: half wide does with Triton 3.6, sums with both
-# (docs/gpu-kernels.md).
-# The lines of 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+# Key: (architecture, kind of product, size).
+# Kind: "half" (bf16, fp16), "tf32" and "ieee" (fp32, by PyTorch's setting).
+# Size: "small" has too few scores to fill a card with large tiles, "narrow" few channels, "wide" the rest. "sums" is
+# for epilogues that sum terms of every score (`relative`), "row panels" for those that store dscores too (bf16 only):
+# larger tiles would spill registers there.
+# Of sm_90's tiles those are persistent that do not spill when they are: "half", "wide" spills with Triton 3.6, "sums"
+# with 3.6 and 3.7 (docs/gpu-kernels.md).
+# The lines for 80 serve all other cards, so they stay below the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 SWEEP = {
     (80, "half", "small"): Sweep(64, 64, 64, 4, 3),
     (80, "half", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "half", "wide"): Sweep(128, 128, 64, 8, 3),
     (80, "half", "sums"): Sweep(128, 128, 64, 8, 3),
-    (80, "half", "slabs"): Sweep(128, 64, 64, 8, 3),
+    (80, "half", "row panels"): Sweep(128, 64, 64, 8, 3),
     (80, "tf32", "small"): Sweep(64, 64, 32, 4, 3),
     (80, "tf32", "narrow"): Sweep(128, 128, 32, 8, 3),
     (80, "tf32", "wide"): Sweep(128, 128, 32, 8, 3),
@@ -80,10 +82,10 @@ SWEEP = {
     (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
     (80, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
     (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
-    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one sums, one reduces
+    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one multiplies while one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
     (90, "half", "sums"): Sweep(128, 128, 64, 8, 4, tma=True),
-    (90, "half", "slabs"): Sweep(128, 64, 64, 8, 4, tma=True),
+    (90, "half", "row panels"): Sweep(128, 64, 64, 8, 4, tma=True),
     (90, "tf32", "small"): Sweep(64, 64, 32, 4, 4, tma=True),
     (90, "tf32", "narrow"): Sweep(128, 128, 32, 4, 3, tma=True, persistent=2),
     (90, "tf32", "wide"): Sweep(128, 128, 32, 8, 4, tma=True, persistent=1),
@@ -94,13 +96,13 @@ SWEEP = {
     (90, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
 }
 
-# What csrc/cuda takes over on sm_90, as (launcher, kind, size) with launcher "hardest_negatives" or "logsumexp_scores".
-# Empty: the CUDA kernels have been compiled and emulated, but not run on a card. A line comes in once a card has shown
-# its results to be right (tests/native/test_hopper.py) and its time to be the shorter (bench: hardest_negatives and
-# info_nce, variant "hopper").
+# What csrc/cuda computes on sm_90 in place of Triton, as (launcher, kind, size); launcher is "hardest_negatives" or
+# "logsumexp_scores". Empty: the CUDA kernels have been compiled and emulated, but not run on a card. An entry is added
+# once a card has shown its results to be right (tests/native/test_hopper.py) and its time to be shorter (bench:
+# hardest_negatives and info_nce, variant "hopper").
 HOPPER_CUDA: frozenset[tuple[str, str, str]] = frozenset()
 
-POSITIVES = {  # fp32 is always "ieee" there
+POSITIVES = {  # fp32 is always "ieee" here
     "half": Sweep(64, 64, 64, 4, 3),
     "ieee": Sweep(64, 64, 32, 4, 3),
 }
@@ -124,20 +126,22 @@ RELATIONS = {  # three sums of a tile at once; BN = BM
 }
 
 PASS = Pass(16, 64, 8)
-CLOSE = Pass(16, 128, 4)  # lines, and scores of each, that relative terms of a small problem are made of at a time
+CLOSE = Pass(16, 128, 4)  # relative terms of a small problem: anchors of a program, and scores of each at a time
 ROUND = Pass(4, 256, 4)
-RESCORE = {"best": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}  # in this order
+# One score of a tile again in fp64, or all of its scores for that anchor; in this order.
+RESCORE = {"one": Rescore(4, 32, 1, 4, 4), "all": Rescore(1, 64, 32, 1, 4)}
 
-GROUP = 8  # row blocks that walk along the columns together, so that both operands stay in L2
-MERGE_PARTS, MERGE_LANES = 16, 64  # partial results, and rows or columns, that a merge takes at a time
-TERM_LANES = 128  # rows and columns that a merge which ends in a loss takes at a time
-TERMS = 1024  # terms of a loss that a program takes at a time
-PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges abreast, and channels of each
+GROUP = 8  # row blocks whose tiles are visited column by column, so that both operands stay in L2
+MERGE_PARTIALS, MERGE_LANES = 16, 64  # partials, and rows or columns, that a merge reads at a time
+TERM_LANES = 128  # rows and columns at a time, in a merge that ends in a loss
+TERMS = 1024  # terms of a loss that a program computes at a time
+PAIR_EDGES, SEGMENT_EDGES, EDGE_CHANNELS = 8, 16, 128  # edges computed side by side, and channels of each
 
-SCAN_EDGES = 32  # edges abreast there
+SCAN_EDGES = 32  # edges that a scan for an index compares at a time
 
-SLAB_ENTRIES = 1 << 24  # partial results held at once (6 bytes each), unless MIN_SLAB_BLOCKS asks for more
+# A slab is the range of row blocks whose partials are held at once.
+SLAB_ENTRIES = 1 << 24  # partials of a slab (6 bytes each), unless MIN_SLAB_BLOCKS makes it larger
 ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of bf16
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
-GRID_SECOND = 65_535  # the most programs that CUDA allows along a grid's second dimension; the first has 2³¹ - 1
+GRID_SECOND = 65_535  # CUDA's limit on the second dimension of a grid; that on the first is 2³¹ - 1
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor

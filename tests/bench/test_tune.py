@@ -38,7 +38,7 @@ def test_every_line_has_a_problem_of_its_size():
             product = "ieee" if precision == "highest" else "tf32"
             patch.setattr(plan, "fp32_products", lambda device, product=product: product)
             for rows in (n, tune._small_problem((arch, kind, size))[0].shape[0]):
-                epilogue = size if size in ("sums", "slabs") else ""
+                epilogue = size if size in ("sums", "row panels") else ""
                 x = torch.zeros(rows, d, dtype=dtype)
                 assert plan.Scores(x, x).tile(epilogue) == expected
 

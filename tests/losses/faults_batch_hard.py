@@ -12,7 +12,7 @@ FAULTS = [
         "few: a row's positive does not hear of it",
         "gssf_kernels/triton/batch_hard.py",
         "batch_scan_kernel",
-        "tl.where(far == i, -weight, 0.0)",
+        "tl.where(p_of_e == i, -weight, 0.0)",
         "0.0",
     ),
     Fault(

@@ -29,8 +29,8 @@ FAULTS = [
         "few: weights' gradients take the lengths of other rows",
         "gssf_kernels/triton/pairs.py",
         "scan_kernel",
-        "i = (p - of_rows) * BE + tl.arange(0, BE)",
-        "i = (p - of_rows) + tl.arange(0, BE)",
+        "i = (p - row_programs) * BE + tl.arange(0, BE)",
+        "i = (p - row_programs) + tl.arange(0, BE)",
     ),
     Fault(
         "sums and contrast: a pair's x is not normalised",

@@ -14,8 +14,8 @@ FAULTS = [
         "sums: the backward forgets the mean's share",
         SUMS_KERNELS,
         "scaled_kernel",
-        "factor = upstream * share * number",
-        "factor = upstream * number",
+        "factor = g * share * load_scalar",
+        "factor = g * load_scalar",
     ),
     Fault(
         "sums: a row's columns are not added",

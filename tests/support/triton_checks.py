@@ -45,10 +45,10 @@ def small_tiles(which):
     sweep, project = tiles.Sweep(16, 32, 16, 4, 2), tiles.Project(16, 16, 4, 2)
     settings = {"sweep_tile": lambda *_: sweep}
     if which == "exact":
-        rescore = {"best": tiles.Rescore(32, 2, 1, 1, 4), "all": tiles.Rescore(16, 2, 16, 1, 4)}
+        rescore = {"one": tiles.Rescore(32, 2, 1, 1, 4), "all": tiles.Rescore(16, 2, 16, 1, 4)}
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "ROUND": tiles.Pass(8, 16, 4), "RESCORE": rescore}
         return settings
-    settings |= {"MERGE_PARTS": 4 if which == "many" else 2, "MERGE_LANES": 32}
+    settings |= {"MERGE_PARTIALS": 4 if which == "many" else 2, "MERGE_LANES": 32}
     if which == "row panels":
         return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({ROW_PANEL_DTYPE})}
     settings["PROJECT"] = dict.fromkeys(tiles.PROJECT, project)

@@ -120,7 +120,7 @@ def test_no_tile_and_no_slab_changes_a_bit(tile, blocks, monkeypatch):
     expected = mined(a, b)[0]
     monkeypatch.setattr(plan, "sweep_tile", lambda *_: tile)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
-    lines = {"best": tiles.Rescore(8, 8, 1, 4, 4), "all": tiles.Rescore(4, 4, 4, 2, 4)}
+    lines = {"one": tiles.Rescore(8, 8, 1, 4, 4), "all": tiles.Rescore(4, 4, 4, 2, 4)}
     monkeypatch.setattr(tiles, "RESCORE", lines)
     assert same_bits(mined(a, b)[0], expected)
 

@@ -160,7 +160,7 @@ def test_every_kernel_line_and_dtype_is_compiled():
     assert kernels == {name for name in defined if name.endswith("_kernel")}
     kinds = {"ieee": ["ieee"], "tf32": ["tf32"], "half": ["bf16", "fp16"]}
     expected = {(("SWEEP", *key), key[0], product) for key in tiles.SWEEP for product in kinds[key[1]]}
-    expected -= {(("SWEEP", arch, "half", "slabs"), arch, "fp16") for arch in lowering.ARCHITECTURES}  # bf16 alone
+    expected -= {(("SWEEP", arch, "half", "row panels"), arch, "fp16") for arch in lowering.ARCHITECTURES}  # bf16 alone
     expected |= {
         (("PROJECT", key), arch, product)
         for key in tiles.PROJECT
@@ -189,7 +189,7 @@ def test_every_cell_of_the_table_is_there():
     sizes, kinds = ("small", "narrow", "wide", "sums"), ("half", "tf32", "ieee")
     assert set(tiles.SWEEP) == {
         (arch, kind, size) for arch in lowering.ARCHITECTURES for kind in kinds for size in sizes
-    } | {(arch, "half", "slabs") for arch in lowering.ARCHITECTURES}
+    } | {(arch, "half", "row panels") for arch in lowering.ARCHITECTURES}
     assert set(tiles.PROJECT) == set(tiles.RELATIONS) == set(kinds)
     assert set(tiles.POSITIVES) == {"half", "ieee"}
 

@@ -101,7 +101,7 @@ def total_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, 
 def test_any_epilogue_meets_every_tile_once(persistent, half, monkeypatch):
     use(monkeypatch, LINE._replace(persistent=persistent), 5)
     a = torch.randint(-3, 4, (75, 20), device=DEVICE).float()
-    walk = Sweep(a, a, Scores(a, a).tile(), half=half)
+    walk = Sweep(a, a, Scores(a, a).tile(), upper_triangle=half)
     totals, made = (
         torch.zeros(walk.row_blocks, walk.column_blocks, dtype=t, device=DEVICE) for t in (a.dtype, torch.int32)
     )
@@ -119,10 +119,10 @@ def test_any_epilogue_meets_every_tile_once(persistent, half, monkeypatch):
 @triton.jit
 def numbers_kernel(
     tile_i, tile_j, first, rows, columns, column_blocks,
-    GROUP: tl.constexpr, HALF: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr,
+    GROUP: tl.constexpr, UPPER: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     t = tl.minimum(tl.arange(0, COUNT), rows * columns - 1)
-    i, j = tile_of(t, first, rows, columns, column_blocks, GROUP, HALF, BN, BM)
+    i, j = tile_of(t, first, rows, columns, column_blocks, GROUP, UPPER, BN, BM)
     tl.store(tile_i + t, i)
     tl.store(tile_j + t, j)
 
@@ -136,7 +136,7 @@ def test_every_tile_has_one_number(BN, BM, half, monkeypatch):
         for slab in (1, 2, 3, 5, 12, 1000):
             monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", slab)
             x = torch.zeros(N, 16, device=DEVICE)
-            walk = Sweep(x, x, Scores(x, x).tile(), half=half)
+            walk = Sweep(x, x, Scores(x, x).tile(), upper_triangle=half)
             assert walk.row_blocks * BN >= N
             assert walk.column_blocks * BM >= N
             seen = 0
@@ -147,7 +147,7 @@ def test_every_tile_has_one_number(BN, BM, half, monkeypatch):
                 results = torch.full((2, grid[0] * grid[1]), -1, dtype=torch.int32, device=DEVICE)
                 numbers_kernel[(1,)](
                     *results, first, *grid, walk.column_blocks,
-                    GROUP=tiles.GROUP, HALF=half, BN=BN, BM=BM, COUNT=triton.next_power_of_2(results.shape[1]),
+                    GROUP=tiles.GROUP, UPPER=half, BN=BN, BM=BM, COUNT=triton.next_power_of_2(results.shape[1]),
                 )  # fmt: skip
                 wanted = [
                     (i, j)
@@ -175,7 +175,7 @@ def test_no_more_programs_than_the_card_holds_nor_than_there_are_tiles(monkeypat
     x = torch.zeros(64, 16, device=DEVICE)  # 4 x 2 tiles, 6 of them on or above the diagonal
     for persistent, processors, half in [(0, 1, False), (0, 1, True), (1, 3, False), (2, 3, True), (2, 100, True)]:
         use(monkeypatch, LINE._replace(persistent=persistent), processors)
-        walk = Sweep(x, x, Scores(x, x).tile(), half=half)
+        walk = Sweep(x, x, Scores(x, x).tile(), upper_triangle=half)
         walk.run(total_tile, (), 0, 4)
     assert launches.grids == [(8, False), (6, False), (3, True), (6, True), (6, True)]
 

@@ -149,7 +149,7 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     n, m = (300, 420) if INTERPRETED else (2048, 2049)
     if INTERPRETED:
         monkeypatch.setattr(plan, "CERTIFIED", n * m)
-        lines = {"best": tiles.Rescore(256, 4, 1, 1, 4), "all": tiles.Rescore(64, 4, 64, 1, 4)}
+        lines = {"one": tiles.Rescore(256, 4, 1, 1, 4), "all": tiles.Rescore(64, 4, 64, 1, 4)}
         monkeypatch.setattr(tiles, "RESCORE", lines)  # a program of four lines takes the interpreter as long
         monkeypatch.setitem(tiles.SWEEP, (90, "ieee", "sums"), tiles.SWEEP[90, "half", "sums"])
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
@@ -185,14 +185,14 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
 @pytest.fixture(params=[1, 2], ids=["a row block a panel", "two"])
 def panels(request, monkeypatch):
     """How many row panels the gradients of [N, M] scores go by, at the line of the table for them."""
-    tile = tiles.SWEEP[90, "half", "slabs"]
+    tile = tiles.SWEEP[90, "half", "row panels"]
     blocks = request.param
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", blocks * tile.BN * M)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 0)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", blocks)
     if INTERPRETED:
         monkeypatch.setattr(plan, "ROW_PANEL_DTYPES", frozenset({torch.float32}))
-        for size in ("slabs", "sums"):
+        for size in ("row panels", "sums"):
             monkeypatch.setitem(tiles.SWEEP, (90, "ieee", size), tiles.SWEEP[90, "half", size])
     return -(-N // (tile.BN * blocks))
 
