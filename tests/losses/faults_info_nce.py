@@ -57,8 +57,8 @@ FAULTS = [
         "InfoNCE: columns' terms are subtracted",
         INFO_NCE_KERNELS,
         "merge_info_nce_kernel",
-        "0.5 * (terms + of_cols)",
-        "0.5 * (terms - of_cols)",
+        "0.5 * (terms + col_terms)",
+        "0.5 * (terms - col_terms)",
     ),
     Fault(
         "InfoNCE: negatives count as positives of columns",

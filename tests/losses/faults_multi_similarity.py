@@ -42,8 +42,8 @@ FAULTS = [
         "mining: positives count at and over their bound, in Triton",
         TRITON,
         "counted",
-        "tl.where(positive, s >= below, s <= above) == 0",
-        "tl.where(positive, s < below, s <= above) == 0",
+        "tl.where(positive, s >= positive_below, s <= negative_above) == 0",
+        "tl.where(positive, s < positive_below, s <= negative_above) == 0",
         tests=BY_LABEL,
     ),
     Fault(

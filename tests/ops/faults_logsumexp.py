@@ -41,8 +41,8 @@ FAULTS = [
         "small: a positive's score has the gradient of its row's terms alone",
         GRADIENTS_KERNELS,
         "dpositive",
-        "merge_sums(of_cols, r, M, N, down, BP)",
-        "merge_sums(of_cols, r, M, N, 0 * down, BP)",
+        "merge_sums(col_slopes, r, M, N, down, BP)",
+        "merge_sums(col_slopes, r, M, N, 0 * down, BP)",
         tests=CAUGHT_BY,
     ),
     Fault(
@@ -86,8 +86,8 @@ FAULTS = [
         "row panels: the last panel has rows past the end",
         SWEEP,
         "gradients_by_row_panels",
-        "of_rows = dscores[: rows.stop - rows.start]",
-        "of_rows = dscores",
+        "panel = dscores[: rows.stop - rows.start]",
+        "panel = dscores",
         tests=CAUGHT_BY_2,
     ),
     Fault(
