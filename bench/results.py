@@ -124,10 +124,10 @@ def case_of(row: dict) -> tuple:
 
 def cases(book: dict) -> dict[tuple, dict[str, dict]]:
     """``{case: {variant: row}}``, in the order of the file."""
-    found: dict[tuple, dict[str, dict]] = {}
+    of_case: dict[tuple, dict[str, dict]] = {}
     for row in book["rows"]:
-        found.setdefault(case_of(row), {})[row["variant"]] = row
-    return found
+        of_case.setdefault(case_of(row), {})[row["variant"]] = row
+    return of_case
 
 
 class Spread(NamedTuple):

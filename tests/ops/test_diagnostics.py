@@ -117,10 +117,13 @@ def test_none_at_all(name, m):
         assert not any(t.isnan() for t in results)
 
 
+SWEEPS = ("hardest_negatives", "hardest_terms", "relative_negatives")
+
+
 def test_they_carry_no_gradient_and_cost_no_sweep():
     x, y = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     swept = []
-    sweeps = {getattr(torch.ops.gssf, name).default for name in ("hardest_negatives", "relative_goal")}
+    sweeps = {getattr(torch.ops.gssf, name).default for name in SWEEPS}
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
