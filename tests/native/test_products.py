@@ -177,13 +177,12 @@ def test_bf16_gradients_are_summed_in_fp32_over_chunks(symmetric, monkeypatch):
     """The slopes of hinges are 0 and 1, exact in bf16; what is left is the rounding of fp32 sums."""
     monkeypatch.setitem(plan.CHUNK_SCORES, "cpu", 5000)
     a, b = torch.randn(500, 40).to(BF16), torch.randn(300, 40).to(BF16)
-    one, bias = torch.ones(()), torch.full((500,), 0.5)
-    arguments = (one, bias, None, None, None, None, None, "hinge", "include")
-    rows, _, _, _, _, da, db = torch.ops.gssf.score_sums(a, None if symmetric else b, *arguments, [True, True])
+    arguments = (None, None, 1.0, 0.5, None, None, "hinge", "include", False, "sum", 1.0, [True, not symmetric])
+    total, _, _, da, db, _ = torch.ops.gssf.score_sums(a, None if symmetric else b, *arguments)
     x, y = a.double(), (a if symmetric else b).double()
     t = x @ y.mT + 0.5
     ds = (t > 0).double()
-    assert (rows.sum() - t.clamp_min(0).sum()).abs() < 1e-5 * rows.sum()
+    assert (total - t.clamp_min(0).sum()).abs() < 1e-5 * total
     for got, truth in [(da, ds @ y * (1 + symmetric)), (db, ds.mT @ x)][: 2 - symmetric]:
         assert got.dtype == torch.float32
         assert (got - truth).norm() < 2e-6 * truth.norm()
