@@ -58,14 +58,14 @@ def plan_of(parser: Parser, arguments: argparse.Namespace) -> list[Entry]:
     op = OPS[chosen(parser, "--op", arguments.op, OPS)]
     device = chosen(parser, "--device", arguments.device, devices())
     serving = peers.serving(op.name)
-    ways = [name for name in op.variants if name != "ours"] + serving + sorted(arguments.own)
+    ways = [name for name in op.variants if name != "ours"] + serving + sorted(arguments.user_variants)
     wanted = ways if arguments.against == "all" else [name for name in arguments.against.split(",") if name]
     for name in wanted:
         chosen(parser, "--against", name, [*ways, "all"])
-    for name in arguments.own:
+    for name in arguments.user_variants:
         if name in op.variants or name in peers.PEERS:
             parser.error(f"--variant: expected a name of its own, got {name!r}")
-    wanted += [name for name in arguments.own if name not in wanted]
+    wanted += [name for name in arguments.user_variants if name not in wanted]
     entries = []
     for dtype in arguments.dtype.split(","):
         chosen(parser, "--dtype", dtype, DTYPES)
@@ -97,7 +97,7 @@ def command_line() -> str:
 
 def measured(arguments: argparse.Namespace, entries: list[Entry], out: Path) -> int:
     signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # ends a run as gently
-    book = Run(Plan(entries, command_line(), dict(getattr(arguments, "own", {}))), out)()
+    book = Run(Plan(entries, command_line(), dict(getattr(arguments, "user_variants", {}))), out)()
     print(report.summary(book))
     print()
     print(report.details(book))
@@ -106,7 +106,7 @@ def measured(arguments: argparse.Namespace, entries: list[Entry], out: Path) -> 
 
 
 def run(parser: Parser, arguments: argparse.Namespace) -> int:
-    arguments.own = dict(arguments.variant)
+    arguments.user_variants = dict(arguments.variant)
     return measured(arguments, plan_of(parser, arguments), arguments.out or results.FOLDER / "run.json")
 
 
@@ -129,8 +129,8 @@ def list_all(parser: Parser, arguments: argparse.Namespace) -> int:
         print(f"{op.name:18} {op.summary}\n{'':18} {', '.join([*ways, *peers.serving(op.name)])}")
     print("\npeers")
     for name in peers.PEERS:
-        found = peers.adapter(name)
-        print(f"  {name:22} {found.PACKAGE} {peers.version(name) or 'not installed'} ({', '.join(found.DEVICES)})")
+        adapter = peers.adapter(name)
+        print(f"  {name:22} {adapter.PACKAGE} {peers.version(name) or 'not installed'} ({', '.join(adapter.DEVICES)})")
     print(f"\nsuites   {', '.join(suites.SUITES)}\ndtypes   {', '.join(DTYPES)}\ndevices  {', '.join(devices())}")
     return 0
 
@@ -162,7 +162,7 @@ def make_comparison(parser: Parser, arguments: argparse.Namespace) -> int:
 def make_versus(parser: Parser, arguments: argparse.Namespace) -> int:
     device = chosen(parser, "--device", arguments.device, devices())
     chosen(parser, "--dtype", arguments.dtype, DTYPES)
-    n, d = (whole_numbers(parser, *given)[0] for given in (("--size", arguments.size), ("--dim", arguments.dim)))
+    n, d = (whole_numbers(parser, *option)[0] for option in (("--size", arguments.size), ("--dim", arguments.dim)))
     names = arguments.ops.split(",")
     for name in names:
         chosen(parser, "--ops", name, OPS)

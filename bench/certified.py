@@ -47,17 +47,17 @@ STAGES = {
 def stages(n: int, d: int, turns: int) -> tuple[float, list[float]]:
     """(milliseconds of a step, the share of each of STAGES and of the rest), by the median step."""
     x, y = (F.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
-    loss, found = gk.TripletLoss(), []
+    loss, steps = gk.TripletLoss(), []
     for turn in range(turns + 1):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             start = time.perf_counter()
             loss(x, y).backward()
-            took = 1e6 * (time.perf_counter() - start)
+            step_us = 1e6 * (time.perf_counter() - start)
         times = {event.key: event.cpu_time_total for event in profile.key_averages()}
-        shares = [times.get(key, 0.0) / took for key in STAGES.values()]
+        shares = [times.get(key, 0.0) / step_us for key in STAGES.values()]
         if turn:  # the first one reserves memory
-            found.append((took / 1e3, [*shares, 1 - sum(shares)]))
-    return sorted(found)[len(found) // 2]
+            steps.append((step_us / 1e3, [*shares, 1 - sum(shares)]))
+    return sorted(steps)[len(steps) // 2]
 
 
 def print_stages(sizes: list[tuple[int, int]], turns: int) -> None:
@@ -91,13 +91,13 @@ def main() -> None:
         print(f"| N | D | threads | {' | '.join(table)} |\n|{'---|' * (3 + len(table))}")
         for count in dict.fromkeys((1, threads)):
             torch.set_num_threads(count)
-            found: dict[str, list[float]] = {name: [] for name in table}
+            times_ms: dict[str, list[float]] = {name: [] for name in table}
             for _ in range(options.turns):
                 for name, way in table.items():
                     start = time.perf_counter()
                     way()
-                    found[name].append(1e3 * (time.perf_counter() - start))
-            cells = " | ".join(f"{statistics.median(times):.1f}" for times in found.values())
+                    times_ms[name].append(1e3 * (time.perf_counter() - start))
+            cells = " | ".join(f"{statistics.median(times):.1f}" for times in times_ms.values())
             print(f"| {n:,} | {d:,} | {count} | {cells} |", flush=True)
 
 

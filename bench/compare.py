@@ -23,7 +23,7 @@ class Difference(NamedTuple):
 
 def differences(before: dict, after: dict) -> list[Difference]:
     """Of everything that both files timed against the same variant."""
-    found = []
+    compared = []
     old, new = results.cases(before), results.cases(after)
     for case in old.keys() & new.keys():
         against = results.base(old[case])
@@ -32,21 +32,21 @@ def differences(before: dict, after: dict) -> list[Difference]:
         for variant in old[case].keys() & new[case].keys() - {against}:
             ratios = [results.ratio(book[case][variant], book[case][against]) for book in (old, new)]
             if ratios[0] and ratios[1]:
-                found.append(Difference(case, variant, ratios[0], ratios[1]))
+                compared.append(Difference(case, variant, ratios[0], ratios[1]))
     order = {case: k for k, case in enumerate(old)}
-    return sorted(found, key=lambda d: (order[d.case], d.variant))
+    return sorted(compared, key=lambda d: (order[d.case], d.variant))
 
 
 def page(before: dict, after: dict) -> tuple[str, bool]:
     """(Markdown, whether all agree)."""
-    found = differences(before, after)
-    lines = []
-    for d in found:
+    compared = differences(before, after)
+    table_rows = []
+    for d in compared:
         op, n, dim, _, dtype, device = d.case
         verdict = "agree" if d.agrees else f"differ: {d.after.median / d.before.median:.2f} of before"
         spreads = [report.between(d.before, "×"), report.between(d.after, "×")]
-        lines.append([f"`{op}`", f"{n:,}", f"{dim:,}", dtype, device, d.variant, *spreads, verdict])
+        table_rows.append([f"`{op}`", f"{n:,}", f"{dim:,}", dtype, device, d.variant, *spreads, verdict])
     head = ["op", "N", "D", "dtype", "device", "variant", "ratio before", "ratio after", ""]
-    agreeing = sum(d.agrees for d in found)
-    closing = f"{agreeing} of {len(found)} ratios agree within the spreads of both runs."
-    return f"{report.table(head, lines)}\n\n{closing}\n", agreeing == len(found)
+    agreeing = sum(d.agrees for d in compared)
+    closing = f"{agreeing} of {len(compared)} ratios agree within the spreads of both runs."
+    return f"{report.table(head, table_rows)}\n\n{closing}\n", agreeing == len(compared)

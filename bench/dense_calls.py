@@ -235,10 +235,10 @@ class _InfoNCE(NamedTuple):
         return a, b, *scale, *ids, self.epsilon, self.symmetric, self.reduction
 
     def backward(self, dtype: torch.dtype) -> tuple:
-        given, m = self.forward(dtype), self.n + (not self.twice)
-        lines = zeros(self.n, self.n, m, m, *(self.n if self.ids else 0,) * 2)
+        arguments, m = self.forward(dtype), self.n + (not self.twice)
+        statistics = zeros(self.n, self.n, m, m, *(self.n if self.ids else 0,) * 2)
         grad = torch.zeros(self.n if self.reduction == "none" else ())
-        return grad, *given, *lines, [True, not self.twice, self.scaled]
+        return grad, *arguments, *statistics, [True, not self.twice, self.scaled]
 
 
 def _info_nces(product: str) -> Iterator[Case]:

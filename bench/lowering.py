@@ -60,13 +60,13 @@ def no_product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
 
 def lower(case: Case, arch: int) -> list[Lowered]:
     """What the case's launches compile to."""
-    found: list[Lowered] = []
+    lowered_kernels: list[Lowered] = []
     line: tuple = ()
     run, sweep_tile, project_tile = JITFunction.run, plan.sweep_tile, plan.project_tile
 
     def compile_only(self, *arguments, grid, warmup, **options):
         compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        found.append(Lowered(self.__name__, compiled, line if self.__name__ in ON_A_LINE else ()))
+        lowered_kernels.append(Lowered(self.__name__, compiled, line if self.__name__ in ON_A_LINE else ()))
 
     def seen(tile, which):
         nonlocal line
@@ -87,7 +87,7 @@ def lower(case: Case, arch: int) -> list[Lowered]:
         ):
             stack.enter_context(mock.patch.object(place, name, instead))
         case.launcher(*case.arguments())
-    return found
+    return lowered_kernels
 
 
 def fill_cache(claims: str) -> None:
@@ -133,8 +133,13 @@ class Resources(NamedTuple):
 def resources(lowered: Lowered) -> Resources:
     """From the binary, and shared memory from the launch."""
     usage = tool("cuobjdump", lowered.kernel.asm["cubin"], "-res-usage")
-    found = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], lowered.kernel.metadata.shared)
+    registers_and_stack = {name: int(count) for name, count in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Resources(
+        registers_and_stack["REG"],
+        registers_and_stack["STACK"],
+        registers_and_stack["LOCAL"],
+        lowered.kernel.metadata.shared,
+    )
 
 
 # Kinds of machine instructions: the matrix units (HGMMA is wgmma), copies that pass by the registers (LDGSTS is

@@ -1,7 +1,7 @@
 """Is it right, then how long: the checks and the timed turns of one case.
 
 A case is an op at one shape, dtype and device, computed by several variants. Each is first held to fp64 truth: to the
-op's definition on a problem of the same channels (:data:`CHECK_ROWS` rows at most), and then, row by row, at the very
+op's definition on a problem of the same channels (:data:`CHECK_ROWS` rows at most), and then, row by row, at the
 shape that is timed (:mod:`bench.whole`). Then they take turns on fresh inputs in one process, so that a noisy neighbour
 hits all alike, and are compared turn by turn.
 """
@@ -20,7 +20,7 @@ from bench.problem import Op, Problem, Shape, Variant
 
 CHECK_ROWS = 1000  # odd to every tile size
 # A variant may be ten times as far from the truth as plain PyTorch is in the same dtype, and these few roundings
-# more; plain PyTorch itself may be no further than the ceiling, or the op's own definition here is at fault.
+# besides; plain PyTorch itself may be no further than the ceiling, or the op's own definition here is at fault.
 ALLOWED_TIMES_NAIVE = 10
 ROUNDINGS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 CEILING = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -63,8 +63,8 @@ def forward(op: Op, variant: Variant, problem: Problem):
 
 def backward(problem: Problem, output: Tensor) -> None:
     """Gradients into the problem's leaves."""
-    upstream = problem.upstream
-    output.backward(None if upstream is None else upstream.to(output.dtype))
+    grad_out = problem.upstream
+    output.backward(None if grad_out is None else grad_out.to(output.dtype))
 
 
 def results(op: Op, variant: Variant, problem: Problem, exact: Problem) -> list[Tensor]:
@@ -81,11 +81,11 @@ def results(op: Op, variant: Variant, problem: Problem, exact: Problem) -> list[
     return [output.detach().double(), *(leaf.grad.double() for leaf in problem.leaves())]  # type: ignore[union-attr]
 
 
-def errors(found: list[Tensor], truth: list[Tensor]) -> list[float]:
+def errors(outputs: list[Tensor], truth: list[Tensor]) -> list[float]:
     """Relative error of each result, in norm; infinite where shapes differ or NaN appears."""
-    if [t.shape for t in found] != [t.shape for t in truth]:
+    if [t.shape for t in outputs] != [t.shape for t in truth]:
         return [float("inf")]
-    distance = [float((f - t).norm() / t.norm().clamp_min(1e-300)) for f, t in zip(found, truth, strict=True)]
+    distance = [float((f - t).norm() / t.norm().clamp_min(1e-300)) for f, t in zip(outputs, truth, strict=True)]
     return [d if d == d else float("inf") for d in distance]
 
 
@@ -113,13 +113,15 @@ class Checker:
         self.timed = TimedShape(op, case)
 
     def __call__(self, variant: Variant) -> Verdict:
-        found = errors(results(self.op, variant, self.problem, self.exact), self.truth)
-        if len(found) != len(self.allowed):
-            return Verdict(found, "outputs of other shapes than the truth's", len(self.problem.x))
-        bad = [(e, a) for e, a in zip(found, self.allowed, strict=True) if not e <= a]
+        relative_errors = errors(results(self.op, variant, self.problem, self.exact), self.truth)
+        if len(relative_errors) != len(self.allowed):
+            return Verdict(relative_errors, "outputs of other shapes than the truth's", len(self.problem.x))
+        bad = [(e, a) for e, a in zip(relative_errors, self.allowed, strict=True) if not e <= a]
         if bad:
-            return Verdict(found, f"relative error {bad[0][0]:.1e}, allowed {bad[0][1]:.1e}", len(self.problem.x))
-        return Verdict(found, self.timed.why_wrong(variant), len(self.timed.problem.x))
+            return Verdict(
+                relative_errors, f"relative error {bad[0][0]:.1e}, allowed {bad[0][1]:.1e}", len(self.problem.x)
+            )
+        return Verdict(relative_errors, self.timed.why_wrong(variant), len(self.timed.problem.x))
 
 
 class TimedShape:
@@ -132,10 +134,10 @@ class TimedShape:
         while fits > CHECK_ROWS and not naive_fits(fits, case.device):
             fits //= 2  # its errors hardly depend on N
         problem, exact, truth = (self.problem, self.exact, self.truth) if fits == case.n else self.made(case, fits)
-        found = self.errors(results(op, plain(op), problem, exact), truth)
+        naive_errors = self.errors(results(op, plain(op), problem, exact), truth)
         ceilings = [ROW_CEILING if isinstance(t, whole.Rows) else CEILING[case.torch_dtype] for t in truth]
         roundings = TIMED_ROUNDINGS[case.torch_dtype]
-        self.allowed = [min(TIMED_TIMES_NAIVE * e, c) + roundings for e, c in zip(found, ceilings, strict=True)]
+        self.allowed = [min(TIMED_TIMES_NAIVE * e, c) + roundings for e, c in zip(naive_errors, ceilings, strict=True)]
 
     def made(self, case: Case, n: int) -> tuple[Problem, Problem, whole.Expected]:
         """(a problem of n rows, the same in fp64, what must come out)."""
@@ -147,14 +149,14 @@ class TimedShape:
         return problem, exact, [whole.Rows(t) if t.dim() and len(t) == n else t for t in truth]
 
     @staticmethod
-    def errors(found: list[Tensor], truth: whole.Expected) -> list[float]:
-        return [whole.error(f, t) for f, t in zip(found, truth, strict=True)]
+    def errors(outputs: list[Tensor], truth: whole.Expected) -> list[float]:
+        return [whole.error(f, t) for f, t in zip(outputs, truth, strict=True)]
 
     def why_wrong(self, variant: Variant) -> str | None:
-        found = results(self.op, variant, self.problem, self.exact)
-        if len(found) != len(self.truth):
-            return f"at N = {self.n}: {len(found)} results, expected {len(self.truth)}"
-        for k, (e, allowed) in enumerate(zip(self.errors(found, self.truth), self.allowed, strict=True)):
+        outputs = results(self.op, variant, self.problem, self.exact)
+        if len(outputs) != len(self.truth):
+            return f"at N = {self.n}: {len(outputs)} results, expected {len(self.truth)}"
+        for k, (e, allowed) in enumerate(zip(self.errors(outputs, self.truth), self.allowed, strict=True)):
             if not e <= allowed:
                 of = "the worst row of " if isinstance(self.truth[k], whole.Rows) else ""
                 return f"at N = {self.n}: {of}result {k} is off by {e:.1e}, allowed {allowed:.1e}"
@@ -182,12 +184,12 @@ def turn(op: Op, case: Case, variant: Variant, problem: Problem) -> tuple[float,
     """(forward ms, backward ms) of one step."""
     for leaf in problem.leaves():
         leaf.grad = None
-    held = []
-    stages = [lambda: held.append(forward(op, variant, problem))]
+    outputs = []
+    stages = [lambda: outputs.append(forward(op, variant, problem))]
     if op.differentiable:
-        stages.append(lambda: backward(problem, held[0]))
-    took = clock_of(case).time_ms(*stages, of=(case, variant))
-    return took[0], took[1] if op.differentiable else 0.0
+        stages.append(lambda: backward(problem, outputs[0]))
+    stage_ms = clock_of(case).time_ms(*stages, of=(case, variant))
+    return stage_ms[0], stage_ms[1] if op.differentiable else 0.0
 
 
 _clocks: dict[str, object] = {}

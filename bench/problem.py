@@ -92,10 +92,10 @@ class Op(NamedTuple):
 def normal(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, count: int, unit: bool = False):
     """``count`` random [N, D] tensors, rows of unit length if asked; random, because zeros multiply faster."""
     g = torch.Generator(device=device).manual_seed(seed)
-    found = [torch.randn(shape.n, shape.d, generator=g, device=device) for _ in range(count)]
+    sides = [torch.randn(shape.n, shape.d, generator=g, device=device) for _ in range(count)]
     if unit:
-        found = [torch.nn.functional.normalize(t, dim=1) for t in found]
-    return [t.to(dtype) for t in found]
+        sides = [torch.nn.functional.normalize(t, dim=1) for t in sides]
+    return [t.to(dtype) for t in sides]
 
 
 def product_flop(shape: Shape) -> float:

@@ -25,11 +25,11 @@ def work_of(row: dict) -> Work | None:
 
 
 def floor_ms(book: dict, row: dict) -> tuple[float, float] | None:
-    """(forward, backward) floor of the row's case under the ceilings of its own run; None where none was taken."""
+    """(forward, backward) floor of the row's case under the ceilings of its own run; None where none was measured."""
     work = work_of(row)
-    for found in book["ceilings"]:
-        if (found["device"], found["dtype"]) == (row["device"], row["dtype"]) and work:
-            return Ceilings(found["tflop_per_s"], found["gb_per_s"]).floor_ms(work)
+    for ceiling in book["ceilings"]:
+        if (ceiling["device"], ceiling["dtype"]) == (row["device"], row["dtype"]) and work:
+            return Ceilings(ceiling["tflop_per_s"], ceiling["gb_per_s"]).floor_ms(work)
     return None
 
 
@@ -57,11 +57,11 @@ def number(value: float | None) -> str:
     return f"{value:.{max(2 - exponent, 0)}f}"
 
 
-def between(found: results.Spread | None, unit: str = "") -> str:
+def between(spread: results.Spread | None, unit: str = "") -> str:
     """median (10th–90th percentile)."""
-    if found is None:
+    if spread is None:
         return "–"
-    return f"{number(found.median)}{unit} ({number(found.low)}–{number(found.high)})"
+    return f"{number(spread.median)}{unit} ({number(spread.low)}–{number(spread.high)})"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -72,35 +72,37 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def summary(book: dict) -> str:
     """One line a case: our time, how many times as long every other way took, turn by turn."""
-    found = [rows for rows in results.cases(book).values() if results.base(rows) == "ours"]
-    timed = (name for rows in found for name, row in rows.items() if row["forward_ms"] and name != "ours")
+    cases = [rows for rows in results.cases(book).values() if results.base(rows) == "ours"]
+    timed = (name for rows in cases for name, row in rows.items() if row["forward_ms"] and name != "ours")
     names = list(dict.fromkeys(timed))
     head = ["op", "N", "D", "dtype", "ours, ms", "of the floor"]
     head += [f"{TITLES.get(name, name)} / ours" for name in names]
-    lines = []
-    for rows in found:
+    table_rows = []
+    for rows in cases:
         ours = rows["ours"]
         share = achieved(book, ours)
-        line = [f"`{ours['op']}`", f"{ours['n']:,}", f"{ours['d']:,}", ours["dtype"]]
-        line += [between(results.spread(results.both_ms(ours))), f"{share:.0%}" if share else "–"]
+        cells = [f"`{ours['op']}`", f"{ours['n']:,}", f"{ours['d']:,}", ours["dtype"]]
+        cells += [between(results.spread(results.both_ms(ours))), f"{share:.0%}" if share else "–"]
         for name in names:
             measured = name in rows and rows[name]["forward_ms"]
-            line.append(between(results.ratio(rows[name], ours), "×") if measured else "")
-        lines.append(line)
-    return table(head, lines)
+            cells.append(between(results.ratio(rows[name], ours), "×") if measured else "")
+        table_rows.append(cells)
+    return table(head, table_rows)
 
 
 def memory(book: dict) -> str:
-    """Peak extra memory, where it was taken."""
-    lines = []
+    """Peak extra memory, where it was measured."""
+    table_rows = []
     for rows in results.cases(book).values():
-        taken = {name: row["peak_mib"] for name, row in rows.items() if row["peak_mib"] is not None}
-        for name, peak in taken.items():
-            row, ours = rows[name], taken.get("ours")
+        peaks = {name: row["peak_mib"] for name, row in rows.items() if row["peak_mib"] is not None}
+        for name, peak in peaks.items():
+            row, ours = rows[name], peaks.get("ours")
             times = f"{peak / ours:.1f}×" if ours and name != "ours" else ""
             title = TITLES.get(name, name)
-            lines.append([f"`{row['op']}`", f"{row['n']:,}", f"{row['d']:,}", row["dtype"], title, number(peak), times])
-    return table(["op", "N", "D", "dtype", "variant", "peak MiB", "/ ours"], lines) if lines else ""
+            table_rows.append(
+                [f"`{row['op']}`", f"{row['n']:,}", f"{row['d']:,}", row["dtype"], title, number(peak), times]
+            )
+    return table(["op", "N", "D", "dtype", "variant", "peak MiB", "/ ours"], table_rows) if table_rows else ""
 
 
 def details(book: dict) -> str:
@@ -161,7 +163,7 @@ def provenance(book: dict) -> str:
         f"{number(c['gb_per_s'])} GB/s (copy)"
         for c in book["ceilings"]
     )
-    return f"{origin(book)} Ceilings of the same run: {ceilings or 'not taken'}."
+    return f"{origin(book)} Ceilings of the same run: {ceilings or 'not measured'}."
 
 
 READING = (
@@ -176,8 +178,8 @@ def whole(book: dict, plot: str | None, roofline: str | None = None) -> str:
     parts = [f"# Measured on {book['machine']['gpu'] or book['machine']['cpu']}", provenance(book), READING]
     parts += [f"![Time over N]({plot})"] if plot else []
     parts += [summary(book)]
-    found = memory(book)
-    parts += ["## Peak extra memory of one step", found] if found else []
+    table_of_memory = memory(book)
+    parts += ["## Peak extra memory of one step", table_of_memory] if table_of_memory else []
     parts += ["## Roofline", f"![TFLOP/s over arithmetic intensity]({roofline})"] if roofline else []
     parts += ["## Every row", details(book)]
     return "\n\n".join(parts) + "\n"

@@ -58,6 +58,7 @@ def machine() -> dict:
     import torch
 
     import gssf_kernels as gk
+    from gssf_kernels import plan
     from gssf_kernels.__main__ import cpu_description
 
     try:
@@ -72,7 +73,7 @@ def machine() -> dict:
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
         "gssf_kernels": gk.__version__,
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": {device: plan.fp32_products(device) for device in ("cpu", "cuda")},
         "backends": gk.backends(),
     }
 
@@ -123,10 +124,10 @@ def case_of(row: dict) -> tuple:
 
 def cases(book: dict) -> dict[tuple, dict[str, dict]]:
     """``{case: {variant: row}}``, in the order of the file."""
-    found: dict[tuple, dict[str, dict]] = {}
+    of_case: dict[tuple, dict[str, dict]] = {}
     for row in book["rows"]:
-        found.setdefault(case_of(row), {})[row["variant"]] = row
-    return found
+        of_case.setdefault(case_of(row), {})[row["variant"]] = row
+    return of_case
 
 
 class Spread(NamedTuple):

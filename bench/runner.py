@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 class Plan(NamedTuple):
     entries: list[Entry]
     command: str
-    own: Mapping[str, str] = MappingProxyType({})  # a user's variants: name, "module:function"
+    user_variants: Mapping[str, str] = MappingProxyType({})  # name, "module:function"
     silence_s: float = 300.0  # without a word from the worker, after which it is stopped
 
 
@@ -70,7 +70,7 @@ class Run:
             cases = [(k, {**self._json(self.plan.entries[k]), "variants": names}) for k, names in left]
             self.suspect = None
             try:
-                for event in self._worker({"cases": cases, "own": dict(self.plan.own)}):
+                for event in self._worker({"cases": cases, "user_variants": dict(self.plan.user_variants)}):
                     if self._note(event):
                         left.pop(0)
                 return
@@ -115,14 +115,14 @@ class Run:
             return True
         return False
 
-    def _raise_ceiling(self, found: dict) -> None:
+    def _raise_ceiling(self, ceiling: dict) -> None:
         """Keep the best figure of each kind that this run has seen."""
-        kind = {name: found[name] for name in ("device", "dtype")}
+        kind = {name: ceiling[name] for name in ("device", "dtype")}
         for known in self.book["ceilings"]:
             if kind.items() <= known.items():
-                known.update({name: max(value, found[name]) for name, value in known.items() if name not in kind})
+                known.update({name: max(value, ceiling[name]) for name, value in known.items() if name not in kind})
                 return
-        self.book["ceilings"].append(found)
+        self.book["ceilings"].append(ceiling)
 
     def _memory(self) -> None:
         """Peak memory, each in a fresh process; plain PyTorch is left out where it would not fit."""
@@ -132,15 +132,17 @@ class Run:
                 if row is None or row["status"] != "ok":
                     continue
                 if name != "ours" and entry.case.device == "cpu" and not naive_fits(entry.case.n, "cpu"):
-                    row["note"] = f"memory not taken: {NAIVE_MATRICES} matrices of {entry.case.n}² fp32 would not fit"
+                    row["note"] = (
+                        f"memory not measured: {NAIVE_MATRICES} matrices of {entry.case.n}² fp32 would not fit"
+                    )
                     continue
-                plan = {"peak": {"case": entry.case, "variant": name}, "own": dict(self.plan.own)}
+                plan = {"peak": {"case": entry.case, "variant": name}, "user_variants": dict(self.plan.user_variants)}
                 try:
                     for event in self._worker(plan):
                         row["peak_mib"] = round(event["mib"], 1)
                         self._say(f"    {entry.case} {name}: peak {row['peak_mib']:.0f} MiB")
                 except _Lost as lost:
-                    row["note"] = f"memory not taken: its process {lost.args[1]}"
+                    row["note"] = f"memory not measured: its process {lost.args[1]}"
                 self._save()
 
     @staticmethod

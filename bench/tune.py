@@ -54,7 +54,7 @@ class Timed(NamedTuple):
 
 def candidates(line: tiles.Sweep, arch: int) -> list[tiles.Sweep]:
     """The line, and those that differ from it in one number."""
-    found = [line]
+    tried = [line]
     numbers: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("BN", (line.BN // 2, line.BN * 2)),
         ("BM", (line.BM // 2, line.BM * 2)),
@@ -65,8 +65,8 @@ def candidates(line: tiles.Sweep, arch: int) -> list[tiles.Sweep]:
         ("persistent", tuple({0, 1, 2} - {line.persistent}) if arch == 90 and line.tma else ()),
     )
     for name, values in numbers:
-        found += [line._replace(**{name: value}) for value in values]
-    sane = [t for t in found if 16 <= t.BK <= 128 and min(t.BN, t.BM) >= 32 and max(t.BN, t.BM) <= 256]
+        tried += [line._replace(**{name: value}) for value in values]
+    sane = [t for t in tried if 16 <= t.BK <= 128 and min(t.BN, t.BM) >= 32 and max(t.BN, t.BM) <= 256]
     return [t for t in sane if 2 <= t.num_stages <= 6 and 2 <= t.num_warps <= 8]
 
 
@@ -101,7 +101,7 @@ def why_not(key: Key, tile: tiles.Sweep) -> str:
     case = Case("", _launcher(size), lambda: _small_problem(key), (), PRODUCT[kind])
     try:
         with mock.patch.dict(tiles.SWEEP, {key: tile}):
-            sweep = next(found for found in lowering.lower(case, arch) if found.name == "sweep_kernel")
+            sweep = next(kernel for kernel in lowering.lower(case, arch) if kernel.name == "sweep_kernel")
     except Exception as error:
         return f"does not compile: {type(error).__name__}"
     used = lowering.resources(sweep)
@@ -118,35 +118,35 @@ def _small_problem(key: Key) -> tuple:
     return (x, x, *_options(size, "cpu"))
 
 
-def time_line(key: Key, sane: list[tiles.Sweep], device: torch.device, seconds: float) -> list[Timed]:
+def time_line(key: Key, compiling: list[tiles.Sweep], device: torch.device, seconds: float) -> list[Timed]:
     """Turns of all candidates, the line itself the first of them."""
     _, kind, size = key
     arguments, launcher, timer = problem(key, str(device)), _launcher(size), clock.clock(device)
-    found: dict[tiles.Sweep, Timed] = {}
+    timed: dict[tiles.Sweep, Timed] = {}
     steps: dict[tiles.Sweep, Callable[[], Any]] = {}
     expected: list[torch.Tensor] = []
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(_product(kind)[1])
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32" if kind == "tf32" else "ieee"
     try:
-        for tile in sane:
+        for tile in compiling:
             step = partial(launch, tile, launcher, arguments)
             try:
-                given = [t for t in step() if t.is_floating_point()]
-                expected = expected or given
-                found[tile] = Timed(tile, _difference(given, expected, CLOSE[kind]), [])
+                outputs = [t for t in step() if t.is_floating_point()]
+                expected = expected or outputs
+                timed[tile] = Timed(tile, _difference(outputs, expected, CLOSE[kind]), [])
                 steps[tile] = replayed(step, device)
             except Exception as error:  # a tile that the card refuses is a row
-                found[tile] = Timed(tile, f"does not run: {type(error).__name__}", [])
+                timed[tile] = Timed(tile, f"does not run: {type(error).__name__}", [])
         start, turns = time.perf_counter(), 0
         while turns < TURNS[0] or (turns < TURNS[1] and time.perf_counter() - start < seconds):
-            order = [tile for tile in sane if not found[tile].note]
+            order = [tile for tile in compiling if not timed[tile].note]
             shift = turns % max(len(order), 1)
             for tile in order[shift:] + order[:shift]:
-                found[tile].ms.append(timer.time_ms(steps[tile], of=tile)[0])
+                timed[tile].ms.append(timer.time_ms(steps[tile], of=tile)[0])
             turns += 1
     finally:
-        torch.set_float32_matmul_precision(before)
-    return list(found.values())
+        products.fp32_precision = before
+    return list(timed.values())
 
 
 def launch(tile: tiles.Sweep, launcher: Callable, arguments: tuple) -> tuple[torch.Tensor, ...]:
@@ -173,8 +173,8 @@ def replayed(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return graph.replay
 
 
-def _difference(given: list[torch.Tensor], expected: list[torch.Tensor], close: float) -> str:
-    for got, wanted in zip(given, expected, strict=True):
+def _difference(outputs: list[torch.Tensor], expected: list[torch.Tensor], close: float) -> str:
+    for got, wanted in zip(outputs, expected, strict=True):
         off = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
         if not off <= close:
             return f"results differ from the line's by {off:.1e}"
@@ -191,17 +191,17 @@ def chosen(timed: list[Timed]) -> tiles.Sweep:
     return best
 
 
-def page(found: dict[Key, list[Timed]], card: str, finished: bool) -> str:
+def page(timed_of: dict[Key, list[Timed]], card: str, finished: bool) -> str:
     """What was seen, and the lines that follow from it."""
     lines, table = [], []
-    for key, timed in found.items():
+    for key, timed in timed_of.items():
         winner = chosen(timed)
         for one in sorted(timed, key=lambda t: sorted(t.ms)[len(t.ms) // 2] if t.ms else float("inf")):
-            took, first = results.spread(one.ms), timed[0]
+            spread_ms, first = results.spread(one.ms), timed[0]
             ratio = results.spread([o / m for o, m in zip(one.ms, first.ms, strict=False)])
             mark = "proposed" if one.tile == winner else ""
             mark += " the table's" if one is first else ""
-            shown = (report.between(took), report.between(ratio, "×") if ratio else one.note)
+            shown = (report.between(spread_ms), report.between(ratio, "×") if ratio else one.note)
             lines.append([" ".join(map(str, key)), source(one.tile), *shown, mark.strip()])
         table.append(f"    {key}: {source(winner)},".replace("'", '"'))
     n_d = "; ".join(f"{size}: N = M = {n:,}, D = {d}" for size, (n, d) in PROBLEMS.items())
@@ -241,9 +241,9 @@ def line_names(parser: argparse.ArgumentParser, text: str) -> list[str]:
     return names
 
 
-def answer(asked: concurrent.futures.Future) -> str:
+def answer(compilation: concurrent.futures.Future) -> str:
     try:
-        return asked.result()
+        return compilation.result()
     except concurrent.futures.BrokenExecutor:
         return "not compiled: a compiler of its line crashed"
 
@@ -263,35 +263,38 @@ def main() -> int:
     keys = sorted(
         (key for key in tiles.SWEEP if key[0] == arch and name_of(key) in names), key=lambda k: names.index(name_of(k))
     )
-    wanted = {key: candidates(tiles.SWEEP[key], arch) for key in keys}
-    found: dict[Key, list[Timed]] = {}
+    tiles_of = {key: candidates(tiles.SWEEP[key], arch) for key in keys}
+    timed_of: dict[Key, list[Timed]] = {}
     finished = False
     # A compiler that crashes takes its pool down: one for every line.
     workers = max(len(os.sched_getaffinity(0)) // len(keys), 1)
     spawn = multiprocessing.get_context("spawn")
     pools = {key: concurrent.futures.ProcessPoolExecutor(workers, spawn) for key in keys}
     try:
-        asked = {(key, tile): pools[key].submit(why_not, key, tile) for key in keys for tile in wanted[key]}
+        submitted = {(key, tile): pools[key].submit(why_not, key, tile) for key in keys for tile in tiles_of[key]}
         for count, key in enumerate(keys):
-            notes = {tile: answer(asked[key, tile]) for tile in wanted[key]}
-            sane = [tile for tile in wanted[key] if not notes[tile]]
+            notes = {tile: answer(submitted[key, tile]) for tile in tiles_of[key]}
+            compiling = [tile for tile in tiles_of[key] if not notes[tile]]
             left = arguments.seconds - (time.perf_counter() - start)
-            if notes[wanted[key][0]]:  # the line itself is needed to compare with
-                print(f"{key}: the table's own {source(wanted[key][0])}: {notes[wanted[key][0]]}", flush=True)
+            if notes[tiles_of[key][0]]:  # the line itself is needed to compare with
+                print(
+                    f"{key}: the table's own {source(tiles_of[key][0])}: {notes[tiles_of[key][0]]}",
+                    flush=True,
+                )
                 continue
-            found[key] = time_line(key, sane, device, left / (len(keys) - count))
-            found[key] += [Timed(tile, note, []) for tile, note in notes.items() if note]
-            print(f"{key}: {len(sane)} of {len(notes)} timed; {source(chosen(found[key]))}", flush=True)
+            timed_of[key] = time_line(key, compiling, device, left / (len(keys) - count))
+            timed_of[key] += [Timed(tile, note, []) for tile, note in notes.items() if note]
+            print(f"{key}: {len(compiling)} of {len(notes)} timed; {source(chosen(timed_of[key]))}", flush=True)
         finished = True
     except KeyboardInterrupt:
         print("interrupted: what was timed is kept", flush=True)
     finally:
         for pool in pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
-        if found:
-            arguments.out.write_text(page(found, card, finished) + "\n")
-    changed = sum(chosen(timed) != tiles.SWEEP[key] for key, timed in found.items())
-    print(f"{len(found)} of {len(keys)} lines timed, {changed} to be replaced; written to {arguments.out}")
+        if timed_of:
+            arguments.out.write_text(page(timed_of, card, finished) + "\n")
+    changed = sum(chosen(timed) != tiles.SWEEP[key] for key, timed in timed_of.items())
+    print(f"{len(timed_of)} of {len(keys)} lines timed, {changed} to be replaced; written to {arguments.out}")
     return 0 if finished else 130
 
 

@@ -44,7 +44,7 @@ def table(cases: list[Case], way: str, seconds: float, command: str) -> str:
         forward, backward = ([turn[k] for turn in times[case][1:]] for k in (0, 1))
         both = [sum(turn) for turn in times[case][1:]]
         ratios = results.spread([t / f for t, f in zip(both, first, strict=True)])
-        spreads = [report.between(results.spread(found)) for found in (forward, backward, both)]
+        spreads = [report.between(results.spread(times_ms)) for times_ms in (forward, backward, both)]
         lines.append([f"`{case.op}`", *spreads, report.between(ratios, "×")])
     c = cases[0]
     title = f"N = {c.n}, D = {c.d}, {c.dtype}, {c.device}, {way}, {turns - 1} turns: median (10th–90th percentile)"

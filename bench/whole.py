@@ -1,4 +1,4 @@
-"""The fp64 truth of a whole problem, in chunks of rows: what a variant is held to at the very shape that is timed.
+"""The fp64 truth of a whole problem, in chunks of rows: what a variant is held to at the shape that is timed.
 
 No matrix is stored, so that it fits wherever the problem does. Losses in which every score carries gradient would need
 two more N x N x D products in fp64 for their gradients; of those only `DIRECTIONS` random combinations of the channels
@@ -33,15 +33,15 @@ class Rows(NamedTuple):
     directions: Tensor | None = None  # [D, K]
     sure: Tensor | None = None  # [N] bool: rows that hang on no near-tie; None: all
 
-    def error(self, found: Tensor) -> float:
+    def error(self, result: Tensor) -> float:
         """The largest error of a row, in norms of a typical one; infinite for another shape, NaN, or a wild row."""
-        found = found.double()
-        if self.directions is not None and found.dim() == 2 and found.shape[1] == len(self.directions):
-            found = found @ self.directions
-        if found.shape != self.truth.shape:
+        result = result.double()
+        if self.directions is not None and result.dim() == 2 and result.shape[1] == len(self.directions):
+            result = result @ self.directions
+        if result.shape != self.truth.shape:
             return float("inf")
         off, size = (
-            (t if t.dim() > 1 else t[:, None]).flatten(1).norm(dim=1) for t in (found - self.truth, self.truth)
+            (t if t.dim() > 1 else t[:, None]).flatten(1).norm(dim=1) for t in (result - self.truth, self.truth)
         )
         off = off.nan_to_num(nan=float("inf")) / size.square().mean().sqrt().clamp_min(1e-300)
         if self.sure is not None:
@@ -54,13 +54,13 @@ class Rows(NamedTuple):
 Expected = list[Tensor | Rows]  # outputs, then the gradient of every leaf
 
 
-def error(found: Tensor, expected: Tensor | Rows) -> float:
+def error(result: Tensor, expected: Tensor | Rows) -> float:
     """Of rows the largest, of other results the relative error in norm."""
     if isinstance(expected, Rows):
-        return expected.error(found)
-    if found.shape != expected.shape:
+        return expected.error(result)
+    if result.shape != expected.shape:
         return float("inf")
-    off = float((found.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+    off = float((result.double() - expected).norm() / expected.norm().clamp_min(1e-300))
     return off if off == off else float("inf")
 
 
@@ -119,22 +119,22 @@ Window = Callable[[Tensor], Tensor]  # of hardest scores, how far below them a s
 
 
 def hardest(a: Tensor, b: Tensor, window: Window) -> tuple[Anchors, Anchors]:
-    """Of every row of a, among the rows of b but its own; and of every row of b, among those of a."""
+    """Of every row of a, among the rows of b but its pair; and of every row of b, among those of a."""
     rows_best, rows_second, rows_place = a.new_empty(len(a)), a.new_empty(len(a)), _places(a)
     best, second, place = b.new_full((len(b),), -torch.inf), b.new_full((len(b),), -torch.inf), _places(b)
     for rows, s in chunks(a, b):
         pairs_out(s, rows)
         rows_best[rows], rows_place[rows] = s.max(1)
-        found, at = s.max(0)
-        to = rows_place[rows, None]
-        rows_second[rows] = s.scatter_(1, to, -torch.inf).amax(1)
-        s.scatter_(1, to, rows_best[rows, None])
-        next_best = s.scatter_(0, at[None], -torch.inf).amax(0)
-        second = torch.maximum(torch.minimum(best, found), torch.maximum(second, next_best))
-        place = torch.where(found > best, at + rows.start, place)
-        best = torch.maximum(best, found)
-    lines = (rows_best, rows_second, rows_place), (best, second, place)
-    of_a, of_b = (Anchors(top, at, top - other <= window(top)) for top, other, at in lines)
+        col_score, col_place = s.max(0)
+        row_place = rows_place[rows, None]
+        rows_second[rows] = s.scatter_(1, row_place, -torch.inf).amax(1)
+        s.scatter_(1, row_place, rows_best[rows, None])
+        next_best = s.scatter_(0, col_place[None], -torch.inf).amax(0)
+        second = torch.maximum(torch.minimum(best, col_score), torch.maximum(second, next_best))
+        place = torch.where(col_score > best, col_place + rows.start, place)
+        best = torch.maximum(best, col_score)
+    statistics = (rows_best, rows_second, rows_place), (best, second, place)
+    of_a, of_b = (Anchors(score, at, score - second <= window(score)) for score, second, at in statistics)
     return of_a, of_b
 
 
@@ -164,9 +164,9 @@ def by_choice(leaves: list[Tensor], a: Tensor, b: Tensor, window: Window, terms:
     """
     q, k = a.detach(), b.detach()
     of_a, of_b = hardest(q, k, window)
-    pair = (a * b).sum(1)
-    row_terms, row_kink = terms(pair, (a * b[of_a.place]).sum(1), q, k, of_a)
-    col_terms, col_kink = terms(pair, (b * a[of_b.place]).sum(1), k, q, of_b)
+    positive_score = (a * b).sum(1)
+    row_terms, row_kink = terms(positive_score, (a * b[of_a.place]).sum(1), q, k, of_a)
+    col_terms, col_kink = terms(positive_score, (b * a[of_b.place]).sum(1), k, q, of_b)
     total = row_terms.sum() + col_terms.sum()
     gradients = torch.autograd.grad(total, leaves)
     if row_kink is not None and col_kink is not None:
@@ -175,8 +175,8 @@ def by_choice(leaves: list[Tensor], a: Tensor, b: Tensor, window: Window, terms:
     else:
         of_pair = torch.zeros_like(of_a.close)
     by_b, by_a = touched(q, k, of_a, of_b, window)
-    lines = [
+    of_sides = [
         Rows(g, sure=~(of.close | of_pair | by))
         for g, of, by in zip(gradients, (of_a, of_b), (by_b, by_a), strict=False)
     ]
-    return [total.detach(), *lines, *gradients[2:]]
+    return [total.detach(), *of_sides, *gradients[2:]]

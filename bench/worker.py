@@ -45,12 +45,12 @@ def own(target: str) -> Variant:
     return getattr(importlib.import_module(module), function)
 
 
-def build(case: Case, name: str, own_variants: dict[str, str]) -> tuple[Variant | None, str, str]:
+def build(case: Case, name: str, user_variants: dict[str, str]) -> tuple[Variant | None, str, str]:
     """(variant or None, status, note)."""
     import gssf_kernels as gk
 
-    if name in own_variants:
-        return own(own_variants[name]), "ok", ""
+    if name in user_variants:
+        return own(user_variants[name]), "ok", ""
     op = OPS[case.op]
     if name in op.variants:
         variant = op.variants[name]()
@@ -77,14 +77,14 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-def candidates(case: Case, names: list[str], own_variants: dict[str, str]) -> dict[str, Variant]:
+def candidates(case: Case, names: list[str], user_variants: dict[str, str]) -> dict[str, Variant]:
     """The variants that are there and right; a verdict is told for each of the others, and for these."""
-    op, checker, found = OPS[case.op], None, {}
+    op, checker, right = OPS[case.op], None, {}
     for name in names:
         tell("begin", variant=name, what="check")
         verdict: dict[str, Any] = {"variant": name, "version": version(name)}
         try:
-            variant, status, note = build(case, name, own_variants)
+            variant, status, note = build(case, name, user_variants)
             verdict.update(status=status, note=note)
             if variant is not None:
                 checker = checker or measure.Checker(op, case)
@@ -93,32 +93,32 @@ def candidates(case: Case, names: list[str], own_variants: dict[str, str]) -> di
                 if checked.why_wrong:
                     verdict.update(status="wrong", note=checked.why_wrong)
                 else:
-                    found[name] = variant
+                    right[name] = variant
         except Exception as error:  # a peer may raise anything: it is a row, and the run goes on
             verdict.update(status="failed", note=reason(error))
         tell("verdict", **verdict)
-    return found
+    return right
 
 
 def time_case(case: Case, names: list[str], plan: dict) -> None:
     """Turns, until the case's seconds are spent: at least min_turns, at most max_turns, after one to warm up."""
     op = OPS[case.op]
     torch._dynamo.reset()
-    found = candidates(case, names, plan["own"])
+    right = candidates(case, names, plan["user_variants"])
     start, turns = time.perf_counter(), -1
-    while found and turns < plan["max_turns"]:
+    while right and turns < plan["max_turns"]:
         if turns >= plan["min_turns"] and time.perf_counter() - start > plan["seconds"]:
             break
         problem = op.inputs(case.shape, case.torch_dtype, torch.device(case.device), turns + 1)
-        order = list(found)
+        order = list(right)
         shift = turns % len(order)
         for name in order[shift:] + order[:shift]:
             tell("begin", variant=name, what="turn")
             try:
-                forward_ms, backward_ms = measure.turn(op, case, found[name], problem)
+                forward_ms, backward_ms = measure.turn(op, case, right[name], problem)
             except Exception as error:  # out of memory at this size, say
                 tell("verdict", variant=name, version=version(name), status="failed", note=reason(error))
-                del found[name]
+                del right[name]
                 continue
             if turns >= 0:
                 tell("turn", variant=name, forward_ms=forward_ms, backward_ms=backward_ms)
@@ -127,9 +127,9 @@ def time_case(case: Case, names: list[str], plan: dict) -> None:
             start = time.perf_counter()  # what warmed up does not count
 
 
-def peak_case(case: Case, name: str, own_variants: dict[str, str]) -> None:
+def peak_case(case: Case, name: str, user_variants: dict[str, str]) -> None:
     """Peak memory of one step, in this fresh process."""
-    variant, _, _ = build(case, name, own_variants)
+    variant, _, _ = build(case, name, user_variants)
     if variant is not None:
         tell("peak", variant=name, mib=measure.peak_mib(OPS[case.op], case, variant))
 
@@ -142,7 +142,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     plan = json.load(sys.stdin)
     if "peak" in plan:
-        peak_case(Case(*plan["peak"]["case"]), plan["peak"]["variant"], plan["own"])
+        peak_case(Case(*plan["peak"]["case"]), plan["peak"]["variant"], plan["user_variants"])
         return
     for index, entry in plan["cases"]:
         case = Case(*entry["case"])

@@ -172,28 +172,4 @@ class Candidates {
   std::atomic<bool> given_up_;
 };
 
-// For tests of certified mining: ŝ [N, M], and the bounds of |s - ŝ| for rows and for columns as anchors.
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> rounded_scores(const at::Tensor& a, const at::Tensor& b) {
-  const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  const Bf16Panels factors(a, b);
-  const ErrorBound row_error(factors.a(), factors.b(), cols, factors.depth());
-  const ErrorBound col_error(factors.b(), factors.a(), rows, factors.depth());
-  at::Tensor tile = at::empty({kTileMost, kTileMost}, at::kFloat),
-             score = at::empty({rows.total, cols.total}, at::kFloat);
-  at::Tensor row_bound = at::empty(score.sizes(), at::kDouble), col_bound = at::empty_like(row_bound);
-  for (int64_t i0 = 0; i0 < rows.total; i0 += rows.size)
-    for (int64_t j0 = 0; j0 < cols.total; j0 += cols.size) {
-      const Tile at{i0, std::min(rows.size, rows.total - i0), j0, std::min(cols.size, cols.total - j0)};
-      factors.tile(at, tile.mutable_data_ptr<float>());
-      score.narrow(0, i0, at.n).narrow(1, j0, at.m).copy_(tile.narrow(0, 0, at.n).narrow(1, 0, at.m));
-      for (int64_t i = i0; i < i0 + at.n; ++i)
-        for (int64_t j = j0; j < j0 + at.m; ++j) {
-          row_bound.mutable_data_ptr<double>()[i * cols.total + j] = row_error.of(i, j0 / cols.size);
-          col_bound.mutable_data_ptr<double>()[i * cols.total + j] = col_error.of(j, i0 / rows.size);
-        }
-    }
-  factors.leave_thread();
-  return {score, row_bound, col_bound};
-}
-
 }  // namespace gssf

@@ -250,12 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(gssf, library) {
-  library.def("rounded_scores(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)");  // for tests of certified mining
-}
-
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("rounded_scores", rounded_scores);
   library.impl("hardest_negatives", hardest_negatives);
   library.impl("relative_negatives", relative_negatives);
 }

@@ -16,7 +16,7 @@ from gssf_kernels import plan
 
 # Their asserts too say what they compared.
 pytest.register_assert_rewrite(
-    "accuracy", "certified_cases", "dense_cases", "launch_counts", "slab_checks", "triton_checks"
+    "accuracy", "certified_cases", "dense_cases", "launch_counts", "row_panel_checks", "triton_checks"
 )
 
 

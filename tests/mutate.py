@@ -49,8 +49,8 @@ def caught(fault: Fault, folder: Path) -> tuple[bool, str]:
         done = run([sys.executable, "-m", "pytest", "-x", "-q", *tests], folder)
         failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         # 1: tests failed; negative: the process crashed. Anything else (nothing collected, say) catches nothing.
-        found = done.returncode < 0 or (done.returncode == 1 and bool(failed))
-        return found, failed[0][7:110] if failed else f"pytest exited with {done.returncode}"
+        failing = done.returncode < 0 or (done.returncode == 1 and bool(failed))
+        return failing, failed[0][7:110] if failed else f"pytest exited with {done.returncode}"
     finally:
         path.write_text(original)
 
@@ -66,9 +66,9 @@ def main(words: list[str]) -> int:
         if clean.returncode:
             raise SystemExit(f"the unchanged copy fails its tests:\n{clean.stdout[-3000:]}")
         for fault in faults:
-            found, how = caught(fault, folder)
-            survivors += not found
-            print(f"{'caught  ' if found else 'SURVIVED'}  {fault.name}: {how}", flush=True)
+            failing, how = caught(fault, folder)
+            survivors += not failing
+            print(f"{'caught  ' if failing else 'SURVIVED'}  {fault.name}: {how}", flush=True)
     print(f"{len(faults) - survivors} of {len(faults)} faults caught")
     return 1 if survivors else 0
 

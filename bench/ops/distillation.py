@@ -44,19 +44,19 @@ def whole(exact: Problem, dtype: torch.dtype):
 
     def slope(s, rows):
         f, u, w = (t / tau for t in (s, image[rows] @ image.mT, text[rows] @ text.mT))
-        gap = w - u
+        teacher_term = w - u
         e = f - lam * w - (1 - lam) * u
-        for t in (e, gap):
+        for t in (e, teacher_term):
             t.diagonal(rows.start).fill_(0)
         sign = e.sign()
-        return sign, [e.abs().sum(), gap.abs().sum(), (sign * gap).sum()]
+        return sign, [e.abs().sum(), teacher_term.abs().sum(), (sign * teacher_term).sum()]
 
     seen = sweep(student, student, slope)
-    own, gap, signed = (total / pairs for total in seen.sums)
-    loss = WEIGHTS[0] * own + (WEIGHTS[1] * lam.abs() + WEIGHTS[2] * (1 - lam).abs()) * gap
-    by_lam = (WEIGHTS[1] * lam.sign() - WEIGHTS[2] * (1 - lam).sign()) * gap - WEIGHTS[0] * signed
+    student_term, teacher_term, signed = (total / pairs for total in seen.sums)
+    loss = WEIGHTS[0] * student_term + (WEIGHTS[1] * lam.abs() + WEIGHTS[2] * (1 - lam).abs()) * teacher_term
+    dlam = (WEIGHTS[1] * lam.sign() - WEIGHTS[2] * (1 - lam).sign()) * teacher_term - WEIGHTS[0] * signed
     of_student = WEIGHTS[0] / (tau * pairs) * (seen.da + seen.db)
-    return [loss, Rows(of_student, seen.directions), by_lam, -loss / tau]
+    return [loss, Rows(of_student, seen.directions), dlam, -loss / tau]
 
 
 def inputs(shape, dtype, device, seed):

@@ -24,7 +24,7 @@ def triplet_weight(mode: str, p, n):
 
 
 def relative(mode: str, s, p, n, place, rows):
-    """(r⁺, r⁻) of the rows of s, all [N, N] or some of it, whose diagonal is masked; p of all pairs."""
+    """(r⁺, r⁻) of the rows of s, all [N, N] or a chunk of rows, whose diagonal is masked; p of all pairs."""
     n, place = n[rows], place[rows]
     positive, negative = p[rows, None] - p[None, :], n[:, None] - s  # [·, N]
     if mode == "sig_ms":
@@ -37,8 +37,8 @@ def relative(mode: str, s, p, n, place, rows):
     return positive.sum(1) / count_positive.clamp_min(1), negative.sum(1) / count_negative.clamp_min(1)
 
 
-def pair_weights(mode: str, p, n, more):
-    """(what pulls, what pushes); more: the relative terms, where the mode has them."""
+def pair_weights(mode: str, p, n, terms):
+    """(weights of positives, of negatives); terms: the relative ones, where the mode has them."""
     if mode == "con":
         return torch.ones_like(p), torch.ones_like(n)
     if mode == "lin":
@@ -46,8 +46,8 @@ def pair_weights(mode: str, p, n, more):
     if mode == "sig":
         return torch.sigmoid(-ALPHA * (p - LAMBDA)), torch.sigmoid(BETA * (n - LAMBDA))
     if mode == "lin_ms":
-        return (1 - more[0]) * (1 - p), (1 + more[1]) * n
-    return 1 / (torch.exp(ALPHA * (p - LAMBDA)) + more[0]), 1 / (torch.exp(-BETA * (n - LAMBDA)) + more[1])
+        return (1 - terms[0]) * (1 - p), (1 + terms[1]) * n
+    return 1 / (torch.exp(ALPHA * (p - LAMBDA)) + terms[0]), 1 / (torch.exp(-BETA * (n - LAMBDA)) + terms[1])
 
 
 def value(triplet_mode: str, pair_mode: str, p, n):
@@ -77,8 +77,8 @@ def naive(triplet_mode: str, pair_mode: str):
             for scores, x, y, dx, dy in ((s, a, b, da, db), (s.t(), b, a, db, da)):
                 n, place = scores.max(1)
                 weight = triplet_weight(triplet_mode, p, n)
-                more = relative(pair_mode, scores, p, n, place, slice(None)) if pair_mode in RELATIVE else None
-                positive, negative = pair_weights(pair_mode, p, n, more)
+                terms = relative(pair_mode, scores, p, n, place, slice(None)) if pair_mode in RELATIVE else None
+                positive, negative = pair_weights(pair_mode, p, n, terms)
                 positive, negative = (weight * positive)[:, None], (weight * negative)[:, None]
                 dx += negative * y[place] - positive * y
                 dy -= positive * x
@@ -107,18 +107,18 @@ def op(triplet_mode: str, pair_mode: str) -> Op:
 
     def whole(problem: Problem, dtype: torch.dtype):
         def terms(p, n, q, k, anchors):
-            pair, hardest = p.detach(), n.detach()
-            more = None
+            positive_score, hardest = p.detach(), n.detach()
+            relative_terms = None
             if pair_mode in RELATIVE:
                 of_chunks = [
-                    relative(pair_mode, pairs_out(s, rows), pair, hardest, anchors.place, rows)
+                    relative(pair_mode, pairs_out(s, rows), positive_score, hardest, anchors.place, rows)
                     for rows, s in chunks(q, k)
                 ]
-                more = [torch.cat(parts) for parts in zip(*of_chunks, strict=True)]
-            weight = triplet_weight(triplet_mode, pair, hardest)
-            pull, push = pair_weights(pair_mode, pair, hardest, more)
-            drawn = weight * (push * n - pull * p)  # for its gradient
-            return value(triplet_mode, pair_mode, pair, hardest) + drawn - drawn.detach(), None
+                relative_terms = [torch.cat(parts) for parts in zip(*of_chunks, strict=True)]
+            weight = triplet_weight(triplet_mode, positive_score, hardest)
+            positive_weight, negative_weight = pair_weights(pair_mode, positive_score, hardest, relative_terms)
+            surrogate = weight * (negative_weight * n - positive_weight * p)  # for its gradient
+            return value(triplet_mode, pair_mode, positive_score, hardest) + surrogate - surrogate.detach(), None
 
         def window(score):
             return TIES[dtype] * 2 * score.abs()  # rounded, and made of projected rows that are

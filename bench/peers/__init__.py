@@ -31,8 +31,8 @@ def adapter(name: str) -> ModuleType:
 
 def serving(op: str, device: str | None = None) -> list[str]:
     """The peers that compute op (on device, if one is given)."""
-    found = [(name, adapter(name)) for name in PEERS]
-    return [name for name, a in found if op in a.VARIANTS and (device is None or device in a.DEVICES)]
+    adapters = [(name, adapter(name)) for name in PEERS]
+    return [name for name, a in adapters if op in a.VARIANTS and (device is None or device in a.DEVICES)]
 
 
 def version(name: str) -> str | None:

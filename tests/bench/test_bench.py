@@ -86,8 +86,8 @@ def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted):
     names = ("ours", "naive", "wrong_value", "wrong_gradient", "wrong_past_1000_rows", "too_large", "aborts")
     case = CASE._replace(n=1200)
     book = Run(Plan([Entry(case, names, seconds=0, min_turns=3)], "test", planted), None, Progress())()
-    found = rows(book)
-    assert {name: row["status"] for name, row in found.items()} == {
+    outputs = rows(book)
+    assert {name: row["status"] for name, row in outputs.items()} == {
         "ours": "ok",
         "naive": "ok",
         "wrong_value": "wrong",
@@ -96,24 +96,24 @@ def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted):
         "too_large": "failed",
         "aborts": "crashed",
     }
-    for name, row in found.items():
+    for name, row in outputs.items():
         assert len(row["forward_ms"]) == len(row["backward_ms"]) == (3 if row["status"] == "ok" else 0), name
-    assert "signal 6" in found["aborts"]["note"]
-    assert "relative error 1.0e-04" in found["wrong_value"]["note"]
-    assert max(found["wrong_gradient"]["errors"][1:]) > 1e-5 > found["wrong_gradient"]["errors"][0]
-    assert "at N = 1200: the worst row of result 1 is off by" in found["wrong_past_1000_rows"]["note"]
-    assert "no room for that" in found["too_large"]["note"]
-    assert found["ours"]["checked_rows"] == 1200
-    assert all(0 < ms < 60_000 for ms in found["ours"]["forward_ms"])
+    assert "signal 6" in outputs["aborts"]["note"]
+    assert "relative error 1.0e-04" in outputs["wrong_value"]["note"]
+    assert max(outputs["wrong_gradient"]["errors"][1:]) > 1e-5 > outputs["wrong_gradient"]["errors"][0]
+    assert "at N = 1200: the worst row of result 1 is off by" in outputs["wrong_past_1000_rows"]["note"]
+    assert "no room for that" in outputs["too_large"]["note"]
+    assert outputs["ours"]["checked_rows"] == 1200
+    assert all(0 < ms < 60_000 for ms in outputs["ours"]["forward_ms"])
     assert len(book["ceilings"]) == 1
 
 
 def test_a_silent_variant_is_stopped(planted):
     plan = Plan([Entry(CASE, ("hangs", "naive"), seconds=0, min_turns=1)], "test", planted, silence_s=20)
-    found = rows(Run(plan, None, Progress())())
-    assert found["hangs"]["status"] == "timed out"
-    assert found["naive"]["status"] == "ok"
-    assert len(found["naive"]["forward_ms"]) == 1
+    outputs = rows(Run(plan, None, Progress())())
+    assert outputs["hangs"]["status"] == "timed out"
+    assert outputs["naive"]["status"] == "ok"
+    assert len(outputs["naive"]["forward_ms"]) == 1
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
@@ -128,10 +128,10 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
 
 def test_peak_memory_is_what_was_held(planted):
     entry = Entry(CASE, ("naive", "holds_64_mib"), ("naive", "holds_64_mib"), 0.0, 1)
-    found = rows(Run(Plan([entry], "test", planted), None, Progress())())
-    more = found["holds_64_mib"]["peak_mib"] - found["naive"]["peak_mib"]
-    assert 60 < more < 72  # 64 MiB and some allocator's slack
-    assert 0 < found["naive"]["peak_mib"] < 16
+    outputs = rows(Run(Plan([entry], "test", planted), None, Progress())())
+    extra_mib = outputs["holds_64_mib"]["peak_mib"] - outputs["naive"]["peak_mib"]
+    assert 60 < extra_mib < 72  # 64 MiB and some allocator's slack
+    assert 0 < outputs["naive"]["peak_mib"] < 16
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
@@ -214,10 +214,10 @@ def test_floors_are_those_of_minimal_work():
     assert ceilings.Ceilings(2.0, 0.1).floor_ms(info_nce)[0] == pytest.approx(2 * n * d * 2 / 0.1e9 * 1e3)
 
 
-def row(variant, forward, backward, **more):
+def row(variant, forward, backward, **extra_mib):
     case = {"op": "triplet", "n": 1024, "d": 512, "block": 32, "dtype": "float32", "device": "cpu"}
     rest = {"version": "1", "status": "ok", "note": "", "errors": [1e-7], "checked_rows": 9, "peak_mib": None}
-    return {**case, "variant": variant, **rest, "forward_ms": forward, "backward_ms": backward, **more}
+    return {**case, "variant": variant, **rest, "forward_ms": forward, "backward_ms": backward, **extra_mib}
 
 
 def book(*of_rows):
@@ -307,8 +307,8 @@ def test_report_writes_every_page_that_it_is_asked_to(tmp_path, monkeypatch):
 
 def test_comparison_says_where_ratios_differ():
     slower = row("naive", [11.0, 14.0, 24.0], [1.0, 1.0, 1.0])  # 12, 15, 25: 6, 5, 5 times ours
-    found = compare.differences(book(OURS, NAIVE), book(OURS, slower))
-    assert [(d.variant, d.agrees) for d in found] == [("naive", False)]
+    outputs = compare.differences(book(OURS, NAIVE), book(OURS, slower))
+    assert [(d.variant, d.agrees) for d in outputs] == [("naive", False)]
     assert compare.differences(book(OURS, NAIVE), book(OURS, NAIVE))[0].agrees
     overlapping = row("naive", [5.0, 8.0, 10.0], [1.0, 3.0, 5.0])  # 3, 11/3, 3
     assert compare.differences(book(OURS, NAIVE), book(OURS, overlapping))[0].agrees

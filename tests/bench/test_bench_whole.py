@@ -42,12 +42,12 @@ def test_truth_in_chunks_is_the_definition(name, scores, monkeypatch):
     op = OPS[name]
     exact = op.inputs(Shape(150, D, 16), torch.float64, CPU, 3)
     expected = measure.results(op, op.truth, exact, exact)
-    found = op.whole(exact, torch.float64)
-    assert len(found) == len(expected)
-    for ours, right in zip(found, expected, strict=True):
+    results = op.whole(exact, torch.float64)
+    assert len(results) == len(expected)
+    for ours, right in zip(results, expected, strict=True):
         assert whole.error(right, ours) < 1e-12
     if op.differentiable:
-        lines = [t for t in found if isinstance(t, Rows)]
+        lines = [t for t in results if isinstance(t, Rows)]
         assert len(lines) == sum(leaf.shape == exact.x.shape for leaf in exact.leaves())
 
 
@@ -185,9 +185,9 @@ def test_another_choice_is_right_where_it_is_nearly_the_best(timed):
 
 def test_a_place_that_is_not_the_score_s_own(timed):
     def wrong(problem):
-        found = naive("hardest_negatives")(problem)
-        found[3][1500] = (found[3][1500] + 1) % N
-        return found
+        results = naive("hardest_negatives")(problem)
+        results[3][1500] = (results[3][1500] + 1) % N
+        return results
 
     assert timed("hardest_negatives").why_wrong(wrong).startswith("at N = 2048: the worst row of result 3 is off by")
 
@@ -209,10 +209,10 @@ def test_equal_rows_may_be_chosen_for_one_another(name):
     judge = TimedShape(op._replace(inputs=inputs), Case(name, n, D, 16, "float32", "cpu"))
     for variant in (naive(name), flipped):
         assert judge.why_wrong(variant) is None
-    found = measure.results(op, flipped, judge.problem, judge.exact)
+    results = measure.results(op, flipped, judge.problem, judge.exact)
     of_y = judge.truth[2]
-    assert of_y._replace(sure=None).error(found[2]) > 0.1
-    assert of_y.error(found[2]) < 1e-5
+    assert of_y._replace(sure=None).error(results[2]) > 0.1
+    assert of_y.error(results[2]) < 1e-5
 
 
 def test_rows_that_hang_on_a_hinge():
@@ -249,14 +249,14 @@ def test_hardest_are_those_of_the_matrix(monkeypatch):
 
 def test_error_is_the_worst_row_s_in_norms_of_a_typical_one():
     truth = torch.full((10, 4), 1.0, dtype=torch.float64)
-    found = truth.clone()
-    found[9] = 0
-    assert Rows(truth).error(found) == 1
+    results = truth.clone()
+    results[9] = 0
+    assert Rows(truth).error(results) == 1
     assert Rows(truth).error(truth) == 0
-    assert Rows(truth, sure=torch.arange(10) < 9).error(found) == 0
-    assert Rows(truth, sure=torch.arange(10) > 8).error(found) == 1
-    found[9] = 20
-    assert Rows(truth, sure=torch.arange(10) < 9).error(found) == float("inf")  # no near-tie is as wild
+    assert Rows(truth, sure=torch.arange(10) < 9).error(results) == 0
+    assert Rows(truth, sure=torch.arange(10) > 8).error(results) == 1
+    results[9] = 20
+    assert Rows(truth, sure=torch.arange(10) < 9).error(results) == float("inf")  # no near-tie is as wild
     assert Rows(truth).error(truth[:, :3]) == float("inf")
     assert Rows(truth).error(truth.log() / 0) == float("inf")
     assert whole.error(torch.tensor(float("nan")), torch.tensor(1.0)) == float("inf")

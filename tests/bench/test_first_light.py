@@ -376,11 +376,11 @@ def test_a_result_that_reads_unwritten_memory_is_seen(monkeypatch, tmp_path):
     inputs, results, runs = Item.inputs, compare.results, []
 
     def unwritten(item, module, tensors, options):
-        found = results(item, module, tensors, options)
+        outputs = results(item, module, tensors, options)
         if module is gk:
             runs.append(item)
-            found["d x"] = found["d x"] + len(runs)
-        return found
+            outputs["d x"] = outputs["d x"] + len(runs)
+        return outputs
 
     monkeypatch.setattr(worker, "poison", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)

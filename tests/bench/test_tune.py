@@ -38,9 +38,9 @@ def test_every_line_has_a_problem_of_its_size():
             product = "ieee" if precision == "highest" else "tf32"
             patch.setattr(plan, "fp32_products", lambda device, product=product: product)
             for rows in (n, tune._small_problem((arch, kind, size))[0].shape[0]):
-                own = size if size in ("sums", "row panels") else ""
+                epilogue = size if size in ("sums", "row panels") else ""
                 x = torch.zeros(rows, d, dtype=dtype)
-                assert plan.Scores(x, x).tile(own) == expected
+                assert plan.Scores(x, x).tile(epilogue) == expected
 
 
 @compiles
@@ -82,11 +82,11 @@ def test_turns_are_taken_and_wrong_results_are_not_timed(monkeypatch):
 
     monkeypatch.setattr(tune, "_launcher", lambda size: launcher)
     monkeypatch.setattr(tune, "problem", lambda key, device: ())
-    before = torch.get_float32_matmul_precision()
+    before = torch.backends.cuda.matmul.fp32_precision
     fine = LINE._replace(num_stages=4)
-    found = tune.time_line((90, "tf32", "wide"), [LINE, wrong, fails, fine], torch.device("cpu"), 0.0)
-    assert torch.get_float32_matmul_precision() == before
-    notes = {one.tile: (one.note, len(one.ms)) for one in found}
+    results = tune.time_line((90, "tf32", "wide"), [LINE, wrong, fails, fine], torch.device("cpu"), 0.0)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    notes = {one.tile: (one.note, len(one.ms)) for one in results}
     assert notes[LINE] == notes[fine] == ("", tune.TURNS[0])
     assert notes[wrong] == ("results differ from the line's by 1.0e+00", 0)
     assert notes[fails] == ("does not run: RuntimeError", 0)

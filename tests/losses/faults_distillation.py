@@ -1,6 +1,7 @@
 from planting import Fault
 
 RELATIONS_KERNELS = "gssf_kernels/triton/relations.py"
+SCORE_FUNCTIONS = "gssf_kernels/triton/score_functions.py"
 
 FAULTS = [
     Fault(
@@ -33,34 +34,34 @@ FAULTS = [
     ),
     Fault(
         "relations: e is of the other sign",
-        RELATIONS_KERNELS,
-        "relation_tile_kernel",
-        "pointwise((f - u) - load_scalar(lam, lam_number) * gap, KIND)",
-        "pointwise(load_scalar(lam, lam_number) * gap - (f - u), KIND)",
+        SCORE_FUNCTIONS,
+        "relation_terms",
+        "pointwise((f - u) - lam * gap, KIND)",
+        "pointwise(lam * gap - (f - u), KIND)",
     ),
     Fault(
         "relations: λ mixes the other way round",
-        RELATIONS_KERNELS,
-        "relation_tile_kernel",
+        SCORE_FUNCTIONS,
+        "relation_terms",
         "gap = w - u",
         "gap = u - w",
     ),
     Fault(
-        "relations: what λ gets by the student has the other sign",
+        "relations: λ's gradient by way of the student has the other sign",
         RELATIONS_KERNELS,
         "relation_loss_kernel",
-        "* between - along) / pairs",
-        "* between + along) / pairs",
+        "* between - toward_text) / pairs",
+        "* between + toward_text) / pairs",
     ),
     Fault(
-        "relations: what λ gets by the teachers has the other sign",
+        "relations: λ's gradient by way of the teachers has the other sign",
         RELATIONS_KERNELS,
         "relation_loss_kernel",
         "to_image * at_size - to_text * at_rest",
         "to_image * at_size + to_text * at_rest",
     ),
     Fault(
-        "relations: what τ gets has the other sign",
+        "relations: τ's gradient has the other sign",
         RELATIONS_KERNELS,
         "relation_loss_kernel",
         "by_tau = -total",
@@ -70,8 +71,8 @@ FAULTS = [
         "relations: a pair's two places count once in the student's gradient",
         RELATIONS_KERNELS,
         "relation_loss_kernel",
-        "(2.0 * own * share / pairs)",
-        "(own * share / pairs)",
+        "(2.0 * to_student * share / pairs)",
+        "(to_student * share / pairs)",
     ),
     Fault(
         "relations: the teachers' weights are exchanged",

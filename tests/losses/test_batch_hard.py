@@ -4,12 +4,11 @@ import math
 import subprocess
 import sys
 
-import launchers
+import device_ops
 import pytest
 import torch
 from cases import LABELS, randn
 from interpreted import DEVICE, every_dtype
-from kernel_modules import positives as positives_kernels
 from kernel_modules import sweep, tiles
 from launch_counts import check_count, every_small_batch, ids_of
 from triton_checks import INF, NAN, assert_as_good, best, close, every_reduction, few, many, on_device
@@ -142,9 +141,9 @@ def test_one_giant_label_and_singletons():
     """A label of 3,000 rows beside 500 of one row each, in mixed order."""
     labels = torch.cat((torch.zeros(3000, dtype=torch.long), torch.arange(1, 501)))[torch.randperm(3500)]
     x = torch.randn(3500, 16)
-    found = hardest_positives(x, labels)
-    assert torch.equal(found, plain_positives(x, labels))
-    assert torch.equal(found < 0, labels > 0)
+    results = hardest_positives(x, labels)
+    assert torch.equal(results, plain_positives(x, labels))
+    assert torch.equal(results < 0, labels > 0)
     leaf = x.clone().requires_grad_()
     gk.batch_hard_loss(leaf, labels, margin=5.0).backward()
     twin = x.double().requires_grad_()
@@ -229,14 +228,14 @@ def check_batch_hard(x, labels, margin, reduction):
     grad = torch.rand(n) + 0.5 if reduction == "none" else torch.tensor(0.75)
     expected.backward(grad.double())
     on = on_device(x, labels)
-    loss, *found = launchers.batch_hard(*on, margin, reduction)
+    loss, *results = device_ops.batch_hard(*on, margin, reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     size = float((leaf.detach() @ leaf.detach().T).nan_to_num(0, 0, 0).abs().max()) * (n if reduction == "sum" else 1)
     torch.testing.assert_close(
         loss.cpu().double(), expected.detach(), rtol=4e-6, atol=4e-6 * (size + margin), equal_nan=True
     )
-    dx = launchers.batch_hard_backward(grad.to(DEVICE), *found, on[0], margin, reduction)
+    dx = device_ops.batch_hard_backward(grad.to(DEVICE), *results, on[0], margin, reduction)
     assert dx.dtype == x.dtype
     if bool(x.isfinite().all()):
         close(dx, leaf.grad, x.dtype)
@@ -257,7 +256,7 @@ def test_batch_hard(n, d, groups, reduction, dtype):
 def test_batch_hard_of_special_values(special):
     x, labels = labelled(40, 8, torch.float32, 5)
     x[17, 0], x[:, 0] = special, x[:, 0].abs()
-    loss, *_ = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    loss, *_ = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
     expected = reference.batch_hard_loss(x.double(), labels, margin=0.25, reduction="none")
     close(loss, expected, torch.float32)
 
@@ -267,7 +266,7 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
     x = torch.randint(-2, 3, (60, 2)).float()
     labels = torch.randint(0, 4, (60,))
     s, same = x @ x.T, labels[:, None] == labels
-    _, _, _, positive_place, negative_place = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+    _, _, _, positive_place, negative_place = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
     positives = s.masked_fill(~same | torch.eye(60, dtype=torch.bool), INF)
     assert torch.equal(positive_place.cpu(), positives.argmin(1))
     assert torch.equal(negative_place.cpu(), s.masked_fill(same, -INF).argmax(1))
@@ -277,19 +276,19 @@ def test_ties_of_batch_hard_go_to_the_lowest_index():
 def test_batch_hard_without_partners():
     x, same = torch.randn(20, 8), torch.zeros(20, dtype=torch.int64)
     for labels in (same, torch.arange(20)):
-        loss, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "sum")
+        loss, *results = device_ops.batch_hard(*on_device(x, labels), 0.25, "sum")
         assert not loss.any()
-        assert set(found[2 if labels is not same else 3].tolist()) == {-1}
+        assert set(results[2 if labels is not same else 3].tolist()) == {-1}
         grad = torch.tensor(1.0).to(DEVICE)
-        assert not launchers.batch_hard_backward(grad, *found, x.to(DEVICE), 0.25, "sum").any()
+        assert not device_ops.batch_hard_backward(grad, *results, x.to(DEVICE), 0.25, "sum").any()
 
 
 @few
 def test_a_zero_gradient_of_batch_hard_adds_nothing_even_from_nan_rows():
     x, labels = torch.randn(20, 8), torch.arange(20) // 4
-    _, *found = launchers.batch_hard(*on_device(x, labels), 0.25, "none")
+    _, *results = device_ops.batch_hard(*on_device(x, labels), 0.25, "none")
     dead = torch.full((20, 8), NAN).to(DEVICE)
-    assert not launchers.batch_hard_backward(torch.zeros(20).to(DEVICE), *found, dead, 0.25, "none").any()
+    assert not device_ops.batch_hard_backward(torch.zeros(20).to(DEVICE), *results, dead, 0.25, "none").any()
 
 
 @few
@@ -304,17 +303,17 @@ def test_batch_hard_is_never_tf32(monkeypatch):
 def test_what_is_large_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, declined in ((44, False), (45, True)):
-        found = launchers.batch_hard(*on_device(*labelled(n, 8, torch.float32, 5)), 0.25, "sum")
-        assert (found is NotImplemented) == declined
+        inputs = on_device(*labelled(n, 8, torch.float32, 5))
+        assert device_ops.route("batch_hard", *inputs, 0.25, "sum") == ("composite" if declined else "small")
 
 
 @few
 def test_fp64_is_refused():
     x, labels = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)
     with pytest.raises(TypeError, match="float64"):
-        launchers.batch_hard(x, labels, 0.25, "sum")
+        device_ops.launch("batch_hard", x, labels, 0.25, "sum")
     with pytest.raises(TypeError, match="float64"):
-        positives_kernels.hardest_positives(x, labels)
+        device_ops.launch("hardest_positives", x, labels)
 
 
 # Its hardest positives, of any number of rows
@@ -322,18 +321,20 @@ def test_fp64_is_refused():
 
 def check_positives(x, labels, exact=True):
     """Compare with fp64; exact: every index too, for data whose scores are exact in fp32."""
-    found = positives_kernels.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
-    assert found.dtype == torch.int64
+    results = device_ops.hardest_positives(x.to(DEVICE), labels.to(DEVICE)).cpu()
+    assert results.dtype == torch.int64
     s = x.double() @ x.double().T
     no = (labels[:, None] != labels[None, :]) | torch.eye(len(x), dtype=torch.bool)
     score, lowest = best((-s).masked_fill(no, -INF))
     if exact:
-        assert torch.equal(found, lowest)
-    assert torch.equal(found == -1, lowest == -1)
-    some = lowest >= 0
-    assert not no[some].gather(1, found[some, None]).any()
-    taken = -s[some].gather(1, found[some, None])[:, 0]
-    assert_as_good(taken.float(), (-(x.float() @ x.float().T)).masked_fill(no, -INF).amax(1)[some], score[some])
+        assert torch.equal(results, lowest)
+    assert torch.equal(results == -1, lowest == -1)
+    has_positive = lowest >= 0
+    assert not no[has_positive].gather(1, results[has_positive, None]).any()
+    chosen = -s[has_positive].gather(1, results[has_positive, None])[:, 0]
+    assert_as_good(
+        chosen.float(), (-(x.float() @ x.float().T)).masked_fill(no, -INF).amax(1)[has_positive], score[has_positive]
+    )
 
 
 KERNEL_LABELS = {
@@ -369,7 +370,7 @@ def test_positives_take_any_layout_and_an_empty_batch():
     wide = torch.randint(-9, 9, (60, 70)).float()
     check_positives(wide[::2, 1:18], (torch.arange(90) // 6)[:60:2])
     check_positives(wide.T[:45, :34:2], torch.arange(45) % 4)
-    assert positives_kernels.hardest_positives(
+    assert device_ops.hardest_positives(
         torch.randn(0, 8).to(DEVICE), torch.zeros(0, dtype=torch.int64).to(DEVICE)
     ).shape == (0,)
 

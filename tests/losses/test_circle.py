@@ -7,7 +7,7 @@ import label_losses
 import pytest
 import torch
 from interpreted import DEVICE, every_dtype
-from triton_checks import few
+from triton_checks import both_passes, close, few
 
 import gssf_kernels as gk
 from gssf_kernels import plan
@@ -41,7 +41,7 @@ def test_number_by_number(chunked, settings, reduction, between):
     inputs = label_losses.sides(23, 31, 6, between)
     settings = {**settings, "reduction": reduction}
     got = label_losses.value_and_gradients(ours(**settings), *inputs)
-    expected = label_losses.value_and_gradients(lambda **given: by_number(**given, **settings), *inputs)
+    expected = label_losses.value_and_gradients(lambda **arguments: by_number(**arguments, **settings), *inputs)
     label_losses.assert_equal(got, expected, 1e-11)
 
 
@@ -49,9 +49,9 @@ def test_number_by_number(chunked, settings, reduction, between):
 def test_fp32_is_as_good_as_plain(chunked, between):
     tensors, options = label_losses.sides(300, 170, 40, between, torch.float32)
     truth = label_losses.value_and_gradients(
-        lambda **given: gk.reference.circle_loss(**given), {k: t.double() for k, t in tensors.items()}, options
+        lambda **inputs: gk.reference.circle_loss(**inputs), {k: t.double() for k, t in tensors.items()}, options
     )
-    plain = label_losses.value_and_gradients(lambda **given: gk.reference.circle_loss(**given), tensors, options)
+    plain = label_losses.value_and_gradients(lambda **inputs: gk.reference.circle_loss(**inputs), tensors, options)
     got = label_losses.value_and_gradients(ours(), tensors, options)
     for g, p, t in zip(got, plain, truth, strict=True):
         assert (g.double() - t).norm() <= 2 * (p.double() - t).norm() + 1.2e-7 * t.norm()
@@ -166,3 +166,27 @@ def test_log_sums_by_label(route, between, score, bounded, dtype):
         torch.testing.assert_close(
             got.cpu().double(), leaf.grad, rtol=4 * eps, atol=16 * eps * float(leaf.grad.abs().max())
         )
+
+
+@few
+@pytest.mark.parametrize("leave_out", [False, True], ids=["", "leave out"])
+@pytest.mark.parametrize("bounded", [False, True], ids=["all", "mined"])
+@pytest.mark.parametrize(("score", "constants"), [("circle", [0.25, 3.0]), ("multi_similarity", [2.0, 5.0, 0.5])])
+def test_passes_by_label(score, constants, bounded, leave_out):
+    """Triton's passes over a chunk of scores in fp32 against plain PyTorch's in fp64."""
+    n, m = 17, 70
+    s = torch.rand(n, m) * 2 - 1
+    labels = torch.arange(n) % 5 - 2**40, torch.arange(m) % 5 - 2**40
+    bounds = (torch.randn(2, n) / 3, torch.randn(2, m) / 3) if bounded else (None, None)
+    by_label = (s, torch.ones(()), score, constants, *labels, *bounds, 25, leave_out)
+    before = torch.randn(2, m), torch.rand(2, m) + 1
+    arguments = (*by_label, torch.empty(2, n), torch.empty(2, n), *before)
+    results = list(both_passes("logsumexp_pass", arguments, (10, 11, 12, 13)))
+    for (top, exact_top), (total, exact_total) in (results[:2], results[2:]):
+        close(top + total.log(), exact_top + exact_total.log(), torch.float32, rtol=2e-6)
+
+    row_max, row_sum, col_max, col_sum = (exact.float() for _, exact in results)
+    row = row_max, row_sum.log(), torch.where(row_sum == 0, 0, torch.randn(2, n))
+    col = col_max, col_sum.log(), torch.randn(2, m)
+    for got, expected in both_passes("softmax_pass", (*by_label, *row, *col, torch.empty(n)), (0, 16)):
+        close(got, expected, torch.float32, rtol=1e-5)

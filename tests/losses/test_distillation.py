@@ -88,9 +88,9 @@ def test_distillation_module_learns_lam_and_tau():
     ],
 )
 def test_bad_distillation(change, kind, message):
-    given = {"student": X, "image_teacher": X, "text_teacher": X, "lam": 0.5, "tau": 0.1, **change}
+    inputs = {"student": X, "image_teacher": X, "text_teacher": X, "lam": 0.5, "tau": 0.1, **change}
     with pytest.raises(kind, match=f"^{message}"):
-        gk.relational_distillation_loss(**given)
+        gk.relational_distillation_loss(**inputs)
 
 
 # Small problems by Triton
@@ -109,8 +109,8 @@ def run(sides, lam, tau, kind, learnable=True, need=True, upstream=1.5):
     """(the loss, the gradients of student, λ and τ)"""
     on = [x.to(DEVICE) for x in sides]
     numbers = [torch.tensor(v).to(DEVICE) for v in (lam, tau)] if learnable else [None, None]
-    found = device_ops.relation_loss(*on, *numbers, lam, tau, list(WEIGHTS), kind, need)
-    loss, dlam, dtau, slope, dh = found
+    results = device_ops.relation_loss(*on, *numbers, lam, tau, list(WEIGHTS), kind, need)
+    loss, dlam, dtau, slope, dh = results
     grad, none = torch.tensor(upstream).to(DEVICE), dh.new_empty(0)
     dh, _, dlam, dtau = device_ops.total_backward(grad, dlam, dtau, dh, none, on[0], None, slope, None, 1.0, 1.0)
     return loss, (dh, dlam, dtau)

@@ -1,6 +1,6 @@
 """GOAL's Triton kernels against fp64, without relative terms and with them, and how many of them a step launches."""
 
-import launchers
+import device_ops
 import pytest
 import torch
 from interpreted import DEVICE, both_halves, every_dtype
@@ -29,17 +29,17 @@ MODES = [(triplet, pair) for triplet in ("con", "nca", "cir") for pair in ("con"
 NUMBERS = (3.0, 2.0, 10.0, 0.4)  # τ, α, β, λ
 
 
-def goal_truth(lines, triplet, pair, reduction, grad):
+def goal_truth(statistics, triplet, pair, reduction, grad):
     """(loss, gradients) of the definition on a matrix whose statistics are these, in fp64."""
-    p, row, col = (t.double() for t in lines)
+    p, row, col = (t.double() for t in statistics)
     n = len(p)
     options = dict(zip(("tau", "alpha", "beta", "lam"), NUMBERS, strict=True))
     mode = reference.goal._mode(triplet, pair, **options, positive_threshold=0.1, negative_threshold=0.1)
     terms, gradients = torch.zeros(n, dtype=torch.float64), []
     for negative in (row, col[:n]):
-        anchor, found = reference.AnchorStatistics(p, negative), negative != -INF
-        terms += torch.where(found, mode["value"](anchor), 0)
-        gradients.append([torch.where(found, w, 0) for w in mode["weights"](anchor)])
+        anchor, results = reference.AnchorStatistics(p, negative), negative != -INF
+        terms += torch.where(results, mode["value"](anchor), 0)
+        gradients.append([torch.where(results, w, 0) for w in mode["weights"](anchor)])
     g = grad.double() / (n if reduction == "mean" else 1)
     (row_pull, row_push), (col_pull, col_push) = gradients
     drawn = -g * (row_pull + col_pull), g * row_push, torch.cat((g * col_push, torch.zeros(len(col) - n)))
@@ -60,16 +60,16 @@ def test_goal(n, m, triplet, pair, reduction):
     check_goal(goal_lines(n, m), triplet, pair, reduction)
 
 
-def check_goal(lines, triplet, pair, reduction):
-    grad = torch.randn(len(lines[0])) if reduction == "none" else torch.tensor(0.75)
-    loss, gradients = goal_truth(lines, triplet, pair, reduction, grad)
-    on, options = on_device(*lines), (triplet, pair, *NUMBERS, reduction)
-    got = launchers.goal_terms(*on, *options)
+def check_goal(statistics, triplet, pair, reduction):
+    grad = torch.randn(len(statistics[0])) if reduction == "none" else torch.tensor(0.75)
+    loss, gradients = goal_truth(statistics, triplet, pair, reduction, grad)
+    arguments = f"goal {triplet} {pair}", on_device(*statistics), [*NUMBERS], reduction
+    got = device_ops.line_terms(*arguments)
     assert got.shape == loss.shape
-    size = torch.cat(lines).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
+    size = torch.cat(statistics).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
     torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
     for got, expected, line in zip(
-        launchers.goal_terms_backward(grad.to(DEVICE), *on, *options), gradients, lines, strict=True
+        device_ops.line_terms_backward(grad.to(DEVICE), *arguments), gradients, statistics, strict=True
     ):
         assert got.shape == line.shape
         torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
@@ -80,38 +80,37 @@ def check_goal(lines, triplet, pair, reduction):
 def test_goal_of_special_values(triplet, pair):
     for special in (NAN, 40.0, -40.0):
         for line in range(3):
-            lines = goal_lines(20, 23)
-            lines[line][3] = special
-            check_goal(lines, triplet, pair, "none")
+            statistics = goal_lines(20, 23)
+            statistics[line][3] = special
+            check_goal(statistics, triplet, pair, "none")
 
 
 @few
 def test_goal_takes_expanded_gradients_and_an_empty_batch():
-    lines, options = goal_lines(20, 23), ("nca", "con", *NUMBERS)
-    on = on_device(*lines)
-    got = launchers.goal_terms_backward(torch.tensor(0.5).expand(20).to(DEVICE), *on, *options, "none")
-    for one, expected in zip(got, goal_truth(lines, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
+    statistics, formula, numbers = goal_lines(20, 23), "goal nca con", [*NUMBERS]
+    on, grad = on_device(*statistics), torch.tensor(0.5).expand(20).to(DEVICE)
+    got = device_ops.line_terms_backward(grad, formula, on, numbers, "none")
+    for one, expected in zip(got, goal_truth(statistics, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
         torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
     nothing = [on[0][:0], on[1][:0], on[2]]
-    assert launchers.goal_terms(*nothing, *options, "mean").tolist() == 0
-    assert launchers.goal_terms(*nothing, *options, "none").shape == (0,)
-    assert not launchers.goal_terms_backward(on[0][0], *nothing, *options, "mean")[2].any()
+    assert device_ops.line_terms(formula, nothing, numbers, "mean").tolist() == 0
+    assert device_ops.line_terms(formula, nothing, numbers, "none").shape == (0,)
+    assert not device_ops.line_terms_backward(on[0][0], formula, nothing, numbers, "mean")[2].any()
 
 
 def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
-    options = (triplet, pair, *NUMBERS, reduction)
-    on = on_device(a, b, a_ids, b_ids)
-    loss, *found = launchers.hardest_goal(*on, *options)
-    known = launchers.hardest_negatives(*on)
-    for got, expected in zip(found, known, strict=True):
+    formula, on = f"goal {triplet} {pair}", on_device(a, b, a_ids, b_ids)
+    loss, *results = device_ops.hardest_terms(*on, formula, [*NUMBERS], reduction)[:6]
+    known = device_ops.hardest_negatives(*on)
+    for got, expected in zip(results, known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    expected = launchers.goal_terms(known[0], known[1], known[3], *options)
+    expected = device_ops.line_terms(formula, [known[0], known[1], known[3]], [*NUMBERS], reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
-    lines = [t.cpu() for t in (known[0], known[1], known[3])]
-    exact, _ = goal_truth(lines, triplet, pair, reduction, torch.ones(len(a) if reduction == "none" else ()))
-    size = float(torch.cat(lines).nan_to_num(0, 0, 0).square().sum())
+    statistics = [t.cpu() for t in (known[0], known[1], known[3])]
+    exact, _ = goal_truth(statistics, triplet, pair, reduction, torch.ones(len(a) if reduction == "none" else ()))
+    size = float(torch.cat(statistics).nan_to_num(0, 0, 0).square().sum())
     torch.testing.assert_close(loss.cpu().double(), exact, rtol=4e-6, atol=4e-6 * size, equal_nan=True)
 
 
@@ -132,7 +131,7 @@ def test_goal_terms_of_a_sweep_of_special_values(reduction):
         check_hardest_goal(a, b, *ids, "nca", "sig", reduction)
     a, b, *_ = sides_with_ids(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    assert not launchers.hardest_goal(*on_device(a, b, same, same), "nca", "sig", *NUMBERS, reduction)[0].any()
+    assert not device_ops.hardest_terms(*on_device(a, b, same, same), "goal nca sig", [*NUMBERS], reduction)[0].any()
 
 
 @few
@@ -140,14 +139,15 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
         sides = on_device(*sides_with_ids(n, m, 8, torch.float32))
-        assert (launchers.hardest_goal(*sides, "con", "con", *NUMBERS, "sum") is NotImplemented) == declined
+        route = device_ops.route("hardest_terms", *sides, "goal con con", [*NUMBERS], "sum")
+        assert route == ("composite" if declined else "small")
 
 
 @few
 def test_fp64_is_refused():
     x = torch.randn(4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        launchers.goal_terms(x, x, x, "con", "con", *NUMBERS, "sum")
+        device_ops.launch("line_terms", "goal con con", [x, x, x], [*NUMBERS], "sum")
 
 
 # With relative terms
@@ -168,6 +168,11 @@ def eighths(n, m, d, dtype=torch.float32, ids=False):
     return a, b, *labels
 
 
+def backward_of_weights(grad, weights, columns, reduction):
+    """Gradients of the pairs' scores and of the hardest, whose weights [4, N] are known."""
+    return device_ops.line_terms_backward(grad, "weights", [weights, weights.new_empty(columns)], [], reduction)
+
+
 def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RELATIVE_NUMBERS, near=NEAR):
     """Loss and gradients against the definition, what is found against the reference."""
     grad = torch.randn(len(a)) if reduction == "none" else torch.tensor(0.75)
@@ -179,7 +184,7 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
     expected.backward(grad.double())
 
     on = on_device(a, b, a_ids, b_ids)
-    loss, *found, weights = launchers.relative_goal(*on, triplet, pair, *numbers, *near, reduction)
+    loss, *results, weights = device_ops.hardest_terms(*on, f"goal {triplet} {pair}", [*numbers, *near], reduction)
     assert loss.dtype == weights.dtype == torch.float32
     assert loss.shape == expected.shape
     close(
@@ -190,10 +195,10 @@ def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RE
         size=2 * len(a) * float((a.double() @ b.double().T).abs().max()),
     )
     hardest = reference.hardest_negatives(a.double(), b.double(), a_ids=a_ids, b_ids=b_ids)
-    for got, known in zip(found, (reference.pair_scores(a.double(), b.double()), *hardest), strict=True):
+    for got, known in zip(results, (reference.pair_scores(a.double(), b.double()), *hardest), strict=True):
         assert torch.equal(got.cpu(), known.to(got.dtype))
-    lines = launchers.relative_goal_backward(grad.to(DEVICE), weights, len(b), reduction)
-    gradients = launchers.hardest_negatives_backward(*lines, found[2], found[4], *on[:2], [True, True])
+    statistics = backward_of_weights(grad.to(DEVICE), weights, len(b), reduction)
+    gradients = device_ops.backward_without_metric(*statistics, results[2], results[4], *on[:2], [True, True])
     for got, leaf in zip(gradients, leaves, strict=True):
         assert got.dtype == a.dtype
         close(got, leaf.grad, a.dtype, rtol=1e-5)
@@ -234,7 +239,8 @@ def test_every_threshold(near, pair):
 
 def weights_of(a, b, a_ids, b_ids, pair, near=NEAR):
     """(ours, those of the definition in fp64), [4, N]"""
-    *_, ours = launchers.relative_goal(*on_device(a, b, a_ids, b_ids), "nca", pair, *RELATIVE_NUMBERS, *near, "none")
+    on, numbers = on_device(a, b, a_ids, b_ids), [*RELATIVE_NUMBERS, *near]
+    *_, ours = device_ops.hardest_terms(*on, f"goal nca {pair}", numbers, "none")
     s = a.double() @ b.double().T
     relative = reference.RelativeTerms(RELATIVE[pair], *RELATIVE_NUMBERS[1:3], *near)
     masked, known = s.masked_fill(reference.positives(a, b, a_ids, b_ids), -INF), []
@@ -323,7 +329,7 @@ def test_all_alike(pair):
 @few
 def test_backward_takes_expanded_gradients():
     weights = torch.randn(4, 20).to(DEVICE)
-    got = launchers.relative_goal_backward(torch.tensor(0.5).expand(20).to(DEVICE), weights, 23, "none")
+    got = backward_of_weights(torch.tensor(0.5).expand(20).to(DEVICE), weights, 23, "none")
     for one, known in zip(
         got,
         torch.ops.gssf.line_terms_backward(torch.tensor(0.5), "weights", [weights.cpu(), torch.empty(23)], [], "sum"),
@@ -335,18 +341,18 @@ def test_backward_takes_expanded_gradients():
 @few
 def test_the_same_inputs_give_the_same_bits():
     a, b = torch.randn(50, 24), torch.randn(97, 24)
-    options = (None, None, "cir", "sig_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
-    runs = [launchers.relative_goal(*on_device(a, b), *options) for _ in range(2)]
+    options = (None, None, "goal cir sig_ms", [*RELATIVE_NUMBERS, *NEAR], "sum")
+    runs = [device_ops.hardest_terms(*on_device(a, b), *options) for _ in range(2)]
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
 
 
 @few
 def test_relative_goal_of_what_is_large_or_empty_is_declined(monkeypatch):
-    options = ("nca", "lin_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
+    options = ("goal nca lin_ms", [*RELATIVE_NUMBERS, *NEAR], "sum")
 
     def declined(n, m):
-        return launchers.relative_goal(*on_device(*eighths(n, m, 8)), *options) is NotImplemented
+        return device_ops.route("hardest_terms", *on_device(*eighths(n, m, 8)), *options) == "composite"
 
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     assert [declined(40, 50), declined(40, 51), declined(0, 5)] == [False, True, True]
@@ -358,7 +364,7 @@ def test_relative_goal_of_what_is_large_or_empty_is_declined(monkeypatch):
 def test_relative_goal_refuses_fp64():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        launchers.relative_goal(x, x, None, None, "nca", "lin_ms", *RELATIVE_NUMBERS, *NEAR, "sum")
+        device_ops.launch("hardest_terms", x, x, None, None, "goal nca lin_ms", [*RELATIVE_NUMBERS, *NEAR], "sum")
 
 
 # How many kernels a step launches: (forward, backward)
@@ -393,9 +399,9 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 
 @counted
 def test_what_a_metric_launches():
-    found = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert found[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    kernels = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert kernels[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted

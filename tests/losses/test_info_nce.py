@@ -1,7 +1,6 @@
 """InfoNCE: against formulas written otherwise, over chunks and at extremes, its Triton kernels and launches."""
 
 import device_ops
-import launchers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,10 +203,10 @@ class Contrast:
             target = torch.where(same > 0, t * same / same.sum(1, keepdim=True), 0).sum(1) * (1 - epsilon)
             return torch.stack((log_sums, target + epsilon * t.mean(1) if epsilon else target))
 
-        found = direction(t, same, rows)
+        results = direction(t, same, rows)
         if symmetric:
-            found = (found + direction(t[:, :n].T, same[:, :n].T, cols[:n])) / 2
-        return leaves, t, *(reference.reduce(part, reduction) for part in found)
+            results = (results + direction(t[:, :n].T, same[:, :n].T, cols[:n])) / 2
+        return leaves, t, *(reference.reduce(part, reduction) for part in results)
 
     def run(self, grad=None, needs=(True, True, True), logarithm=False):
         """(what is found, the gradients)"""
@@ -216,11 +215,11 @@ class Contrast:
         ids = [t if t is None else t.to(DEVICE) for t in self.ids]
         constant = None if logarithm else 1.0 if self.learnable else float(self.scale)
         inputs = (*on, constant, *ids, *self.options)
-        found = device_ops.info_nce(*inputs)
+        results = device_ops.info_nce(*inputs)
         if grad is None:
-            return found, None
+            return results, None
         needs = [needs[0], needs[1] and self.b is not None, needs[2] and self.learnable]
-        return found, device_ops.info_nce_backward(grad.to(DEVICE), *inputs, *found[1:-1], needs)
+        return results, device_ops.info_nce_backward(grad.to(DEVICE), *inputs, *results[1:-1], needs)
 
     def check(self, needs=(True, True, True), size=1.0, expanded=False, logarithm=False):
         leaves, t, *parts = self.truth()
@@ -345,7 +344,7 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
 def test_the_same_inputs_give_the_same_bits():
     call = Contrast(50, 97, 24, torch.float32, ids=True, epsilon=0.1)
     grad = torch.ones(())
-    for x, y in zip(*((*found, *gradients) for found, gradients in (call.run(grad), call.run(grad))), strict=True):
+    for x, y in zip(*((*results, *gradients) for results, gradients in (call.run(grad), call.run(grad))), strict=True):
         assert torch.equal(x, y)
 
 
@@ -354,20 +353,21 @@ def test_the_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize(("N", "M"), [(1, 1), (7, 9), (70, 100)])
 def test_contrast_terms(N, M, reduction, sides):
-    lines = [torch.randn(n) for n in (N, N, N, M, M, N)]
+    statistics = [torch.randn(n) for n in (N, N, N, M, M, N)]
     both, shared = sides != "rows", sides == "both of one target"
-    lines = [*lines[:5], None] if shared else lines if both else [*lines[:3], None, None, None]
-    exact = [t if t is None else t.double().requires_grad_() for t in lines]
+    statistics = [*statistics[:5], None] if shared else statistics if both else [*statistics[:3], None, None, None]
+    exact = [t if t is None else t.double().requires_grad_() for t in statistics]
     term = (exact[0] - exact[2]) + exact[1]
     if both:
         term = (term + (exact[3][:N] - exact[2 if shared else 5]) + exact[4][:N]) / 2
     truth = term if reduction == "none" else term.sum() / (N if reduction == "mean" else 1)
     grad = torch.randn(truth.shape)
     truth.backward(grad.double())
-    on = [t if t is None else t.to(DEVICE) for t in lines]
-    found = launchers.contrast_terms(*on, reduction)
-    torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
-    drow, dtarget, dcol = launchers.contrast_terms_backward(grad.to(DEVICE), on[1], on[4], shared, reduction)
+    on = [t if t is None else t.to(DEVICE) for t in statistics]
+    results = device_ops.line_terms("contrast", on, [], reduction)
+    torch.testing.assert_close(results.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    log_sums = [None, on[1], None, None, on[4], None if shared else on[1]]
+    drow, dtarget, dcol = device_ops.line_terms_backward(grad.to(DEVICE), "contrast", log_sums, [], reduction)
     wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
     for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
         torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
@@ -424,9 +424,9 @@ def test_what_info_nce_launches():
 
 @counted
 def test_what_a_metric_launches():
-    found = launches(BY_A_METRIC["a number"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_info_nce_kernel"]
-    assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
+    kernels = launches(BY_A_METRIC["a number"][0], 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_info_nce_kernel"]
+    assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
 @counted
@@ -443,14 +443,14 @@ def test_one_side_twice_by_a_metric(reduction):
 
 @counted
 def test_what_many_bf16_scores_launch(monkeypatch):
-    """A slab takes one sweep, its sums and two products; the rest is once a step, and no score is stored forward."""
+    """A row panel takes one sweep, its sums and two products; the rest is once a step, and no score is stored."""
     sweeps = []
-    for slab in (2**26, 2**21):  # one, and two of 3,072 x 4,096
-        monkeypatch.setattr(tiles, "SLAB_SCORES", slab)
-        monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
+    for scores in (2**26, 2**21):  # one, and two of 3,072 x 4,096
+        monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
+        monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
         assert "merge_logs_kernel" in forward
-        assert not {"logsumexp_kernel", "softmax_kernel", "score_sums_kernel"} & {*forward, *backward}
+        assert not {"chunk_kernel"} & {*forward, *backward}
     assert sweeps[0] == (1, 1)
     assert sweeps[1][1] == 6

@@ -45,7 +45,7 @@ def test_number_by_number(chunked, settings, reduction, between):
     inputs = label_losses.sides(23, 31, 6, between)
     settings = {**settings, "reduction": reduction}
     got = label_losses.value_and_gradients(ours(**settings), *inputs)
-    expected = label_losses.value_and_gradients(lambda **given: by_number(**given, **settings), *inputs)
+    expected = label_losses.value_and_gradients(lambda **arguments: by_number(**arguments, **settings), *inputs)
     label_losses.assert_equal(got, expected, 1e-11)
 
 
@@ -70,14 +70,14 @@ def test_fp32_is_as_good_as_plain(chunked, between, epsilon):
     tensors, options = label_losses.sides(300, 170, 40, between, torch.float32)
     options = {**options, "epsilon": epsilon}
     truth = label_losses.value_and_gradients(
-        lambda **given: gk.reference.multi_similarity_loss(**given),
+        lambda **inputs: gk.reference.multi_similarity_loss(**inputs),
         {k: t.double() for k, t in tensors.items()},
         options,
     )
     plain = label_losses.value_and_gradients(
-        lambda **given: gk.reference.multi_similarity_loss(**given), tensors, options
+        lambda **inputs: gk.reference.multi_similarity_loss(**inputs), tensors, options
     )
-    got = label_losses.value_and_gradients(lambda **given: gk.multi_similarity_loss(**given), tensors, options)
+    got = label_losses.value_and_gradients(lambda **inputs: gk.multi_similarity_loss(**inputs), tensors, options)
     for g, p, t in zip(got, plain, truth, strict=True):
         assert (g.double() - t).norm() <= 2 * (p.double() - t).norm() + 1.2e-7 * t.norm()
 

@@ -160,9 +160,9 @@ def test_what_it_launches():
 
 @counted
 def test_what_a_metric_launches():
-    found = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
-    assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
+    kernels = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
 @counted
@@ -179,11 +179,11 @@ def test_one_side_twice_by_a_metric(reduction):
 
 @counted
 def test_what_many_bf16_scores_launch(monkeypatch):
-    """A slab takes one sweep and two products; the backward scales what the forward has made."""
+    """A row panel takes one sweep and two products; the backward scales what the forward has made."""
     sweeps = []
-    for slab in (2**26, 2**21):  # one, and two of 3,072 x 4,096
-        monkeypatch.setattr(tiles, "SLAB_SCORES", slab)
-        monkeypatch.setattr(tiles, "SLAB_ENTRIES", slab // 64)
+    for scores in (2**26, 2**21):  # one, and two of 3,072 x 4,096
+        monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
+        monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
         assert not {"chunk_kernel"} & {*forward, *backward}

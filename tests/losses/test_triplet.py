@@ -3,7 +3,7 @@
 import copy
 import pickle
 
-import launchers
+import device_ops
 import pytest
 import torch
 from dense_cases import INF, NAN, normal
@@ -173,8 +173,9 @@ def test_all_negatives_sum_in_fp32_under_autocast(dtype):
 
 
 def check_hinge(a, b, a_ids, b_ids, margin, reduction):
-    loss, *found = launchers.hardest_hinge(*on_device(a, b, a_ids, b_ids), margin, reduction)
-    for got, expected in zip(found, launchers.hardest_negatives(*on_device(a, b, a_ids, b_ids)), strict=True):
+    on = on_device(a, b, a_ids, b_ids)
+    loss, *results = device_ops.hardest_terms(*on, "hinge", [margin], reduction)[:6]
+    for got, expected in zip(results, device_ops.hardest_negatives(*on), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     x, y = a.double(), b.double()
     pair, exact = reference.pair_scores(x, y), reference.hardest_negatives(x, y, a_ids=a_ids, b_ids=b_ids)
@@ -209,7 +210,8 @@ def test_hinge_terms_of_special_values(special, reduction):
 def test_hinge_terms_without_negatives_are_0(reduction):
     a, b, *_ = sides_with_ids(20, 20, 8, torch.float32)
     same = torch.zeros(20, dtype=torch.int64)
-    loss, _, row_score, row_index, *_ = launchers.hardest_hinge(*on_device(a, b, same, same), 0.25, reduction)
+    results = device_ops.hardest_terms(*on_device(a, b, same, same), "hinge", [0.25], reduction)
+    loss, _, row_score, row_index, *_ = results
     assert not loss.any()
     assert set(row_index.tolist()) == {-1}
     assert set(row_score.tolist()) == {-INF}
@@ -218,19 +220,22 @@ def test_hinge_terms_without_negatives_are_0(reduction):
 @few
 def test_what_is_large_or_empty_or_certified_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
+
+    def route(n, m):
+        sides = on_device(*sides_with_ids(n, m, 8, torch.float32))
+        return device_ops.route("hardest_terms", *sides, "hinge", [0.25], "sum")
+
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
-        found = launchers.hardest_hinge(*on_device(*sides_with_ids(n, m, 8, torch.float32)), 0.25, "sum")
-        assert (found is NotImplemented) == declined
+        assert route(n, m) == ("composite" if declined else "small")
     monkeypatch.setattr(plan, "CERTIFIED", 40 * 50)
-    sides = on_device(*sides_with_ids(40, 50, 8, torch.float32))
-    assert launchers.hardest_hinge(*sides, 0.25, "sum") is NotImplemented
+    assert route(40, 50) == "composite"
 
 
 @few
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        launchers.hardest_hinge(x, x, None, None, 0.25, "sum")
+        device_ops.launch("hardest_terms", x, x, None, None, "hinge", [0.25], "sum")
 
 
 @few
@@ -249,23 +254,24 @@ def test_hinge_terms(N, M, reduction):
         grad = torch.randn(truth.shape)
         truth.backward(grad.double())
         on = [t.to(DEVICE) for t in (positive, row, col)]
-        found = launchers.hinge_terms(*on, 0.25, reduction)
-        torch.testing.assert_close(found.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
-        for got, leaf in zip(launchers.hinge_terms_backward(grad.to(DEVICE), *on, 0.25, reduction), exact, strict=True):
+        arguments = "hinge", on, [0.25], reduction
+        results = device_ops.line_terms(*arguments)
+        torch.testing.assert_close(results.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+        for got, leaf in zip(device_ops.line_terms_backward(grad.to(DEVICE), *arguments), exact, strict=True):
             torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
 @few
 def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
-    lines = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
+    statistics = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
     grad = torch.tensor(2.0).expand(9).to(DEVICE)
-    dpositive, drow, dcol = launchers.hinge_terms_backward(grad, *lines, 0.25, "none")
+    dpositive, drow, dcol = device_ops.line_terms_backward(grad, "hinge", statistics, [0.25], "none")
     assert (dpositive.tolist(), drow.tolist(), dcol.tolist()) == ([-4.0] * 9, [2.0] * 9, [2.0] * 9 + [0.0] * 3)
-    none = [t[:0] for t in lines[:2]]
-    assert launchers.hinge_terms(*none, lines[2], 0.25, "mean").tolist() == 0
-    assert launchers.hinge_terms(*none, lines[2], 0.25, "none").shape == (0,)
+    nothing = [*(t[:0] for t in statistics[:2]), statistics[2]]
+    assert device_ops.line_terms("hinge", nothing, [0.25], "mean").tolist() == 0
+    assert device_ops.line_terms("hinge", nothing, [0.25], "none").shape == (0,)
     one = torch.ones(()).to(DEVICE)
-    assert launchers.hinge_terms_backward(one, *none, lines[2], 0.25, "mean")[2].tolist() == [0.0] * 12
+    assert device_ops.line_terms_backward(one, "hinge", nothing, [0.25], "mean")[2].tolist() == [0.0] * 12
 
 
 # How many kernels a step launches: (forward, backward); t is learned too
@@ -330,9 +336,9 @@ def test_a_metric_takes_as_few(n):
 
 @counted
 def test_what_all_negatives_launch_by_a_metric():
-    found = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
-    assert found[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
-    assert found[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
+    kernels = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
 @counted

@@ -15,8 +15,9 @@ namespace {
 
 at::Tensor tensor(const py::array& x) {
   expect(x.ndim() == 2 && (x.flags() & py::array::c_style), "expected a contiguous matrix");
-  const auto type = is_of<float>(x) ? at::kFloat : at::kHalf;
-  expect(is_of<float>(x) || is_of<c10::Half>(x), "expected float32 or float16");
+  const bool bf16 = is_of<c10::BFloat16>(x);
+  expect(is_of<float>(x) || is_of<c10::Half>(x) || bf16, "expected float32, float16 or the bits of bfloat16");
+  const auto type = is_of<float>(x) ? at::kFloat : bf16 ? at::kBFloat16 : at::kHalf;
   return at::from_blob(const_cast<void*>(x.data()), {x.shape(0), x.shape(1)}, type);
 }
 
@@ -45,6 +46,32 @@ py::object error_bounds(const py::array& norm, const py::array& residue, const p
   for (int64_t line = 0; line < norm.size(); ++line)
     for (int64_t block = 0; block < blocks.count; ++block) bounds.push_back(error.of(line, block));
   return py::make_tuple(array(bounds), blocks.size, error.sums_are_finite());
+}
+
+// What certified mining sees, flat: ŝ [N, M] of the processor's bf16 unit, its bounds of |s - ŝ| for rows, for columns.
+py::object rounded_scores(const py::array& a, const py::array& b) {
+  const Blocks rows(a.shape(0), kTileMost), cols(b.shape(0), tile_cols(b.shape(0)));
+  const Bf16Panels factors(tensor(a), tensor(b));
+  const ErrorBound row_error(factors.a(), factors.b(), cols, factors.depth());
+  const ErrorBound col_error(factors.b(), factors.a(), rows, factors.depth());
+  const at::Tensor tile = at::empty({kTileMost, kTileMost}, at::kFloat);
+  const float* s = tile.const_data_ptr<float>();
+  std::vector<float> score(rows.total * cols.total);
+  std::vector<double> row_bound(score.size()), col_bound(score.size());
+  for (int64_t block_i = 0; block_i < rows.count; ++block_i)
+    for (int64_t block_j = 0; block_j < cols.count; ++block_j) {
+      const Tile at{rows.begin(block_i), rows.length(block_i), cols.begin(block_j), cols.length(block_j)};
+      factors.tile(at, tile.mutable_data_ptr<float>());
+      for (int64_t i = 0; i < at.n; ++i)
+        for (int64_t j = 0; j < at.m; ++j) {
+          const int64_t place = (at.i0 + i) * cols.total + at.j0 + j;
+          score[place] = s[i * kTileMost + j];
+          row_bound[place] = row_error.of(at.i0 + i, block_j);
+          col_bound[place] = col_error.of(at.j0 + j, block_i);
+        }
+    }
+  factors.leave_thread();
+  return py::make_tuple(array(score), array(row_bound), array(col_bound));
 }
 
 // The tiles of a sweep over `total_rows` by `total_cols` scores: each (i0, n, j0, m).
@@ -102,6 +129,7 @@ void bind_certified(py::module_& internals) {
   certified.def("rounded_rows", rounded_rows);
   certified.def("error_bounds", error_bounds, py::arg("norm"), py::arg("residue"), py::arg("other_norm"),
                 py::arg("other_residue"), py::kw_only(), py::arg("block_most"), py::arg("depth"));
+  certified.def("rounded_scores", rounded_scores);
   certified.def("tile_count", tile_count);
   certified.def("candidates", candidates, py::arg("a"), py::arg("b"), py::arg("scores"), py::arg("row_id"),
                 py::arg("col_id"), py::arg("order"));

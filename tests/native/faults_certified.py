@@ -1,7 +1,6 @@
 from planting import Fault
 
 CERTIFIED_H = "csrc/certified.h"
-CAUGHT_BY = "test_certified"
 
 FAULTS = [
     Fault(
@@ -10,7 +9,6 @@ FAULTS = [
         "of",
         "residue * block_norm + norm * block_residue + sum_",
         "residue * block_norm + sum_",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "certified: an anchor's bound is its largest rounded score",
@@ -18,7 +16,6 @@ FAULTS = [
         "least",
         "static_cast<float>(top - error), kNone)",
         "static_cast<float>(top + error), kNone)",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "certified: exact ties to the highest index",
@@ -26,6 +23,5 @@ FAULTS = [
         "add",
         "(other == score && at < index)",
         "(other == score && at > index)",
-        tests=CAUGHT_BY,
     ),
 ]

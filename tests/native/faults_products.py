@@ -1,7 +1,5 @@
 from planting import Fault
 
-CAUGHT_BY = "test_products"
-
 FAULTS = [
     Fault(
         "symmetric sums: the gradient of one side alone",
@@ -9,7 +7,6 @@ FAULTS = [
         "_symmetric",
         "da = da.mul_(2) if da is not None",
         "da = da.mul_(1) if da is not None",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "products: a part of the channels alone",
@@ -17,7 +14,6 @@ FAULTS = [
         "tile",
         "add ? load<V>(c + r * c_row + v * L) : V{}",
         "V{}",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "bf16 products: a part of the channels alone",
@@ -25,7 +21,6 @@ FAULTS = [
         "options",
         ".add = add || l > 0",
         ".add = add",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "bf16 products: columns behind the last whole panel forget what they are added to",
@@ -33,7 +28,6 @@ FAULTS = [
         "run",
         "add ? to[r * c_row + at] + sum : sum",
         "sum",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "bf16 products: a panel's part begins at a column inside it",
@@ -41,7 +35,6 @@ FAULTS = [
         "__init__",
         "self.width = 64 if unit else 32",
         "self.width = 32",
-        tests=CAUGHT_BY,
     ),
     Fault(
         "bf16 products: numbers are cut off, not rounded",
@@ -49,6 +42,5 @@ FAULTS = [
         "bf16_bits",
         "(bits + 0x7fff + ((bits >> 16) & 1)) >> 16",
         "bits >> 16",
-        tests=CAUGHT_BY,
     ),
 ]

@@ -7,6 +7,7 @@ its word.
 
 import math
 
+import device_ops
 import pytest
 import torch
 
@@ -58,8 +59,8 @@ def log_sums(device):
     """log_sums(a, b, scale): the launcher's log-sums, on the CPU; scale: a tensor or a number."""
 
     def run(a, b, scale=1.0):
-        given, constant = (scale.to(device), 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
-        return [x.cpu() for x in hopper.logsumexp_scores(a.to(device), b.to(device), given, constant)]
+        scale_tensor, constant = (scale.to(device), 1.0) if isinstance(scale, torch.Tensor) else (None, scale)
+        return [x.cpu() for x in hopper.logsumexp_scores(a.to(device), b.to(device), scale_tensor, constant)]
 
     return run
 
@@ -74,9 +75,9 @@ def truth(a, b, a_ids=None, b_ids=None):
     return [gk.reference.pair_scores(a, b), *gk.reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)]
 
 
-def assert_exact(found, expected):
+def assert_exact(results, expected):
     """Equal bits, NaN for NaN: pair_score, row_score, row_index, col_score, col_index."""
-    for ours, right in zip(found, expected, strict=True):
+    for ours, right in zip(results, expected, strict=True):
         assert ours.dtype == (torch.int64 if right.dtype == torch.int64 else torch.float32)
         torch.testing.assert_close(ours.to(right.dtype), right, rtol=0, atol=0, equal_nan=True)
 
@@ -99,13 +100,13 @@ def test_shapes(card, n, m, d, ids, dtype):
 @pytest.mark.parametrize("d", [8, 200, 512, 1024])
 def test_error_is_that_of_an_fp32_product(card, d, dtype):
     a, b = torch.randn(150, d).to(dtype), torch.randn(310, d).to(dtype)
-    found, expected = card(a, b), truth(a, b)
+    results, expected = card(a, b), truth(a, b)
     plain = (a.float() @ b.float().T).fill_diagonal_(-INF)
-    for ours, right, same in ((found[1], expected[1], plain.amax(1)), (found[3], expected[3], plain.amax(0))):
+    for ours, right, same in ((results[1], expected[1], plain.amax(1)), (results[3], expected[3], plain.amax(0))):
         error, theirs = (ours.double() - right).abs().max(), (same.double() - right).abs().max()
         assert error <= 2 * theirs + 4 * torch.finfo(torch.float32).eps * right.abs().max()
     scores = (a.double() @ b.double().T).fill_diagonal_(-INF)
-    named = torch.cat((scores.gather(1, found[2][:, None])[:, 0], scores.gather(0, found[4][None])[0]))
+    named = torch.cat((scores.gather(1, results[2][:, None])[:, 0], scores.gather(0, results[4][None])[0]))
     torch.testing.assert_close(named, torch.cat((expected[1], expected[3])), rtol=1e-4, atol=1e-4)
 
 
@@ -158,9 +159,9 @@ def test_nan_of_positives_counts_for_nothing(card, d):
     a[5], b[5] = 0, 0
     a[5, 0], b[5, 0] = INF, 0
     b[:5, 0], b[6:, 0] = 1, 1  # s_55 = inf · 0 alone is NaN
-    found = card(a, b)
-    assert found[0].isnan().nonzero().flatten().tolist() == [5]
-    assert_exact(found, truth(a, b))
+    results = card(a, b)
+    assert results[0].isnan().nonzero().flatten().tolist() == [5]
+    assert_exact(results, truth(a, b))
 
 
 @pytest.mark.parametrize("d", [16, 512])
@@ -170,10 +171,10 @@ def test_infinities(card, d):
     b[3], b[140] = -INF, INF
     assert_exact(card(a, b), truth(a, b))
     b[:] = -INF
-    found = card(a, b)
-    assert_exact(found, truth(a, b))
-    assert (found[2] == -1).all()
-    assert (found[4] == -1).all()
+    results = card(a, b)
+    assert_exact(results, truth(a, b))
+    assert (results[2] == -1).all()
+    assert (results[4] == -1).all()
 
 
 def test_layouts(card):
@@ -188,10 +189,10 @@ def test_layouts(card):
 
 
 def test_no_rows(card):
-    found = card(torch.ones(0, 16).bfloat16(), torch.ones(3, 16).bfloat16())
-    assert [len(x) for x in found] == [0, 0, 0, 3, 3]
-    assert (found[3] == -INF).all()
-    assert (found[4] == -1).all()
+    results = card(torch.ones(0, 16).bfloat16(), torch.ones(3, 16).bfloat16())
+    assert [len(x) for x in results] == [0, 0, 0, 3, 3]
+    assert (results[3] == -INF).all()
+    assert (results[4] == -1).all()
 
 
 def test_equal_inputs_give_equal_bits(card):
@@ -227,11 +228,11 @@ def log_truth(a, b, scale=1.0):
     return t.amax(1), t.logsumexp(1), t.amax(0), t.logsumexp(0), t.diagonal()
 
 
-def assert_log_sums(found, expected, rtol=2e-6):
+def assert_log_sums(results, expected, rtol=2e-6):
     """Maxima and pairs exact; each log-sum as it is kept, as a number added to the maximum."""
-    row_max, row_log, col_max, col_log, pair = found
-    row_top, row_lse, col_top, col_lse, own = expected
-    for ours, right in ((row_max, row_top), (col_max, col_top), (pair, own)):
+    row_max, row_log, col_max, col_log, pair = results
+    row_top, row_lse, col_top, col_lse, positive_logit = expected
+    for ours, right in ((row_max, row_top), (col_max, col_top), (pair, positive_logit)):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, right.float(), rtol=0, atol=0)
     for ours, right in ((row_log, row_lse - row_top), (col_log, col_lse - col_top)):
@@ -276,8 +277,8 @@ def test_log_sum_of_one_large_score_is_its_tail(log_sums):
 def test_log_sums_of_nan_and_infinities(log_sums, place, d):
     a, b = whole_numbers(300, 300, d, torch.float16)
     a[place, 1] = NAN
-    found = log_sums(a, b)
-    lse = found[0] + found[1], found[2] + found[3]
+    results = log_sums(a, b)
+    lse = results[0] + results[1], results[2] + results[3]
     assert lse[0].isnan().nonzero().flatten().tolist() == [place]
     assert lse[1].isnan().all()
 
@@ -298,9 +299,9 @@ def test_log_sums_of_nan_and_infinities(log_sums, place, d):
 
 def test_log_sums_of_nothing(log_sums):
     for n, m in ((0, 3), (3, 0), (0, 0)):
-        found = log_sums(torch.ones(n, 16).bfloat16(), torch.ones(m, 16).bfloat16())
-        assert [len(x) for x in found] == [n, n, m, m, 0]
-        assert all((x == -INF).all() for x in found)
+        results = log_sums(torch.ones(n, 16).bfloat16(), torch.ones(m, 16).bfloat16())
+        assert [len(x) for x in results] == [n, n, m, m, 0]
+        assert all((x == -INF).all() for x in results)
 
 
 def test_log_sums_are_the_loss_s_own(device, monkeypatch):
@@ -440,13 +441,13 @@ def on_hopper(monkeypatch):
 
 
 def test_the_table_sends_its_lines_here(on_hopper, monkeypatch):
-    launchers = pytest.importorskip("launchers")
+    pytest.importorskip("triton")
     monkeypatch.setattr(hopper, "hardest_negatives", lambda *arguments: tuple("12345"))
     a = torch.zeros(1100, 520, dtype=torch.bfloat16)
     op = "hardest_negatives"
     assert not plan.hopper(op, a, a)
     on_hopper((op, "half", "wide"))
-    assert launchers.hardest_negatives(a, a, None, None) == tuple("12345")
+    assert device_ops.hardest_negatives(a, a, None, None) == tuple("12345")
     assert not plan.hopper("logsumexp_scores", a, a)
     assert not plan.hopper(op, a.float(), a.float())
     assert not plan.hopper(op, a[:, :64], a[:, :64])

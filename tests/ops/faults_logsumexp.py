@@ -2,17 +2,17 @@ from planting import Fault
 
 LOGSUMEXP_KERNELS = "gssf_kernels/triton/logsumexp.py"
 GRADIENTS_KERNELS = "gssf_kernels/triton/gradients.py"
-SLABS_KERNELS = "gssf_kernels/triton/slabs.py"
+SWEEP = "gssf_kernels/triton/sweep.py"
 CAUGHT_BY = "ops/test_logsumexp ops/test_sums losses/test_info_nce"
 CAUGHT_BY_2 = "ops/test_logsumexp ops/test_sums"
 
 FAULTS = [
     Fault(
-        "small: a row's log-sum is that of its first parts",
+        "small: a row's log-sum is that of its first partial",
         LOGSUMEXP_KERNELS,
         "merge_logs_kernel",
-        "row_sums, lane, rows, tl.cdiv(M, BM), BP)",
-        "row_sums, lane, rows, 1, BP)",
+        "row_partial[c][1], lane, slab_rows, tl.cdiv(M, BM), BP",
+        "row_partial[c][1], lane, slab_rows, 1, BP",
     ),
     Fault(
         "small: scores past M get a share of a row's gradient in κ",
@@ -22,7 +22,7 @@ FAULTS = [
         "g * s",
     ),
     Fault(
-        "small: one side given twice gets the rows' half alone",
+        "small: of symmetric scores only the rows' half reaches da",
         GRADIENTS_KERNELS,
         "gradients_kernel",
         "if SAME:",
@@ -31,25 +31,25 @@ FAULTS = [
     ),
     Fault(
         "small: gradients of scores are rounded to halves",
-        GRADIENTS_KERNELS,
-        "room",
+        SWEEP,
+        "empty_dscores",
         "dtype = a.dtype if a.dtype != torch.float16 else torch.float32",
         "dtype = a.dtype",
         tests=CAUGHT_BY,
     ),
     Fault(
-        "small: a pair's own score gets what its row's slopes are, not its column's",
+        "small: a positive's score has the gradient of its row's terms alone",
         GRADIENTS_KERNELS,
-        "own_weights",
-        "part_sums(of_cols, r, M, N, down, BP)",
-        "part_sums(of_cols, r, M, N, 0 * down, BP)",
+        "dpositive",
+        "merge_sums(col_slopes, r, M, N, down, BP)",
+        "merge_sums(col_slopes, r, M, N, 0 * down, BP)",
         tests=CAUGHT_BY,
     ),
     Fault(
-        "logarithm: κ's gradient is given for its logarithm's",
+        "logarithm: κ's gradient is returned for its logarithm's",
         GRADIENTS_KERNELS,
         "gradients_kernel",
-        "total *= outer_slope(scale, constant)",
+        "total *= logarithm_slope(scale, constant)",
         "total *= 1.0",
         tests=CAUGHT_BY,
     ),
@@ -68,40 +68,40 @@ FAULTS = [
         "before = (j < M) & (first < 0)",
     ),
     Fault(
-        "slabs: every slab takes its columns' logarithms",
+        "slabs: every slab stores its columns' logarithms",
         LOGSUMEXP_KERNELS,
         "merge_logs_kernel",
-        "last = (first + blocks) * BN >= N",
-        "last = first >= 0",
+        "(first + blocks) * BN >= N",
+        "first >= 0",
     ),
     Fault(
-        "slabs: db is of the last slab",
-        SLABS_KERNELS,
-        "gradients_by_slabs",
+        "row panels: db is that of the last panel",
+        SWEEP,
+        "gradients_by_row_panels",
         "db, add=first > 0)",
         "db)",
         tests=CAUGHT_BY_2,
     ),
     Fault(
-        "slabs: the last slab has rows past the end",
-        SLABS_KERNELS,
-        "gradients_by_slabs",
-        "part = ds[: rows.stop - rows.start]",
-        "part = ds",
+        "row panels: the last panel has rows past the end",
+        SWEEP,
+        "gradients_by_row_panels",
+        "panel = dscores[: rows.stop - rows.start]",
+        "panel = dscores",
         tests=CAUGHT_BY_2,
     ),
     Fault(
-        "slabs: sums of the last slab alone",
-        SLABS_KERNELS,
-        "gradients_by_slabs",
+        "row panels: sums are those of the last panel",
+        SWEEP,
+        "gradients_by_row_panels",
         "return da, db, sums.sum(0)",
         "return da, db, sums[-1]",
         tests=CAUGHT_BY_2,
     ),
     Fault(
-        "slabs: κ is not in the gradients of log-sums",
+        "row panels: κ is not in the gradients of log-sums",
         LOGSUMEXP_KERNELS,
-        "_by_slabs",
+        "logsumexp_scores_backward",
         "return da.mul_(kappa).to(a.dtype), db",
         "return da.to(a.dtype), db",
     ),

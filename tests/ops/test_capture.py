@@ -32,9 +32,9 @@ def test_nothing_waits_and_nothing_leaves_the_device(case, dtype):
     tensors, options = case.inputs(dtype, device=DEVICE)
     tensors = leaves(tensors)
     with device_path() as path:
-        found, gradients = step(case, tensors, options)
+        results, gradients = step(case, tensors, options)
     plain, expected = step(case, *_on_cpu(case, dtype))
-    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in plain]
+    assert [(t.shape, t.dtype) for t in results] == [(t.shape, t.dtype) for t in plain]
     for got, expected_gradient in zip(gradients, expected, strict=True):
         assert (got is None) == (expected_gradient is None)
         assert got is None or (got.shape, got.dtype) == (expected_gradient.shape, expected_gradient.dtype)
@@ -74,8 +74,8 @@ def test_no_module_waits(name):
     ids = torch.empty(12, dtype=torch.int64, device=DEVICE)
     with device_path():
         for _ in range(5):
-            found = module(x, y, ids, ids)
-            loss = found[0] if isinstance(found, tuple) else found
+            results = module(x, y, ids, ids)
+            loss = results[0] if isinstance(results, tuple) else results
             torch.autograd.grad(loss.sum(), [x, y, *module.parameters()])
 
 

@@ -29,17 +29,17 @@ def test_ties_go_to_the_lowest_index(n, m, dtype):
         a, b = _whole_numbers(n, m, d, dtype)
         ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
         for a_ids, b_ids in ((None, None), ids):
-            found, truth = gk.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids), _exact(a, b, a_ids, b_ids)
-            assert torch.equal(found.row_index, truth.row_index)
-            assert torch.equal(found.col_index, truth.col_index)
-            assert torch.equal(found.row_score.double(), truth.row_score)
-            assert torch.equal(found.col_score.double(), truth.col_score)
+            results, truth = gk.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids), _exact(a, b, a_ids, b_ids)
+            assert torch.equal(results.row_index, truth.row_index)
+            assert torch.equal(results.col_index, truth.col_index)
+            assert torch.equal(results.row_score.double(), truth.row_score)
+            assert torch.equal(results.col_score.double(), truth.col_score)
 
 
 def test_all_scores_equal():
-    found = gk.hardest_negatives(torch.ones(700, 3), torch.ones(900, 3))
-    assert found.row_index.tolist() == [1] + [0] * 699
-    assert found.col_index.tolist() == [1] + [0] * 899
+    results = gk.hardest_negatives(torch.ones(700, 3), torch.ones(900, 3))
+    assert results.row_index.tolist() == [1] + [0] * 699
+    assert results.col_index.tolist() == [1] + [0] * 899
 
 
 @pytest.mark.parametrize("place", [0, 7, 15, 16, 511, 512, 640])
@@ -48,9 +48,9 @@ def test_nan_wins_and_the_first_one_stays(place):
     a, b = _whole_numbers(n, n, 4)
     b[place] = math.nan
     b[min(place + 30, n - 1)] = math.nan
-    found, truth = gk.hardest_negatives(a, b), gk.reference.hardest_negatives(a, b)
-    assert found.row_score.isnan().all()
-    for got, expected in zip(found, truth, strict=True):
+    results, truth = gk.hardest_negatives(a, b), gk.reference.hardest_negatives(a, b)
+    assert results.row_score.isnan().all()
+    for got, expected in zip(results, truth, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     assert gk.triplet_loss(a, b).isnan()
     leaf = a.clone().requires_grad_()
@@ -64,22 +64,22 @@ def test_nan_wins_and_the_first_one_stays(place):
 def test_infinities():
     a, b = torch.ones(5, 2), torch.ones(6, 2)
     b[3] = math.inf
-    found = gk.hardest_negatives(a, b)
-    assert found.row_index.tolist() == [3, 3, 3, 0, 3]
-    assert found.row_score.tolist() == [math.inf, math.inf, math.inf, 2.0, math.inf]
+    results = gk.hardest_negatives(a, b)
+    assert results.row_index.tolist() == [3, 3, 3, 0, 3]
+    assert results.row_score.tolist() == [math.inf, math.inf, math.inf, 2.0, math.inf]
     assert gk.triplet_loss(a, b).isinf() or gk.triplet_loss(a, b).isnan()
     b[:] = -math.inf  # nothing scores above -inf: no hardest negative
-    found = gk.hardest_negatives(a, b)
-    assert found.row_index.tolist() == [-1] * 5
-    assert found.row_score.tolist() == [-math.inf] * 5
+    results = gk.hardest_negatives(a, b)
+    assert results.row_index.tolist() == [-1] * 5
+    assert results.row_score.tolist() == [-math.inf] * 5
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e15, 3e18])
 def test_extreme_magnitudes(scale):
     a, b = torch.randn(60, 32) * scale, torch.randn(70, 32) / scale
-    found, truth = gk.hardest_negatives(a, b), _exact(a, b)
-    torch.testing.assert_close(found.row_score.double(), truth.row_score, rtol=1e-5, atol=0)
-    torch.testing.assert_close(found.col_score.double(), truth.col_score, rtol=1e-5, atol=0)
+    results, truth = gk.hardest_negatives(a, b), _exact(a, b)
+    torch.testing.assert_close(results.row_score.double(), truth.row_score, rtol=1e-5, atol=0)
+    torch.testing.assert_close(results.col_score.double(), truth.col_score, rtol=1e-5, atol=0)
     x = torch.randn(9, 32) * scale
     torch.testing.assert_close(gk.project(x, normalize=True), torch.nn.functional.normalize(x, dim=1))
 
@@ -94,8 +94,8 @@ def test_rows_without_a_valid_negative_contribute_nothing():
     assert not y.grad.any()
     # one pair of another id: it meets all others, they meet only it
     ids = torch.tensor([0, 0, 0, 0, 0, 1])
-    found = gk.hardest_negatives(x, y, a_ids=ids)
-    assert found.row_index.tolist()[:5] == [5] * 5
+    results = gk.hardest_negatives(x, y, a_ids=ids)
+    assert results.row_index.tolist()[:5] == [5] * 5
     one = gk.triplet_loss(x[:1], y[:1])
     assert float(one) == 0
     one.backward()
@@ -103,9 +103,9 @@ def test_rows_without_a_valid_negative_contribute_nothing():
 
 def test_pair_ii_is_positive_even_with_unequal_ids():
     a = torch.eye(4)
-    found = gk.hardest_negatives(a, a, a_ids=torch.arange(4), b_ids=torch.arange(4) + 10)
-    assert found.row_score.tolist() == [0.0] * 4
-    assert found.row_index.tolist() == [1, 0, 0, 0]
+    results = gk.hardest_negatives(a, a, a_ids=torch.arange(4), b_ids=torch.arange(4) + 10)
+    assert results.row_score.tolist() == [0.0] * 4
+    assert results.row_index.tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
@@ -119,9 +119,9 @@ def test_empty_batch_is_a_differentiable_zero(m, reduction, which):
     loss.sum().backward()
     assert x.grad.shape == (0, 8)
     assert not y.grad.any()
-    found = gk.hardest_negatives(x, y)
-    assert found.row_score.shape == (0,)
-    assert found.col_index.tolist() == [-1] * m
+    results = gk.hardest_negatives(x, y)
+    assert results.row_score.shape == (0,)
+    assert results.col_index.tolist() == [-1] * m
     assert gk.project(x, torch.ones(8), normalize=True).shape == (0, 8)
 
 
@@ -232,11 +232,11 @@ def test_sliced_ids_give_the_same_and_no_warning(no_warnings):
         lambda x, y, **ids: gk.sigmoid_loss(x, y, scale=2.0, bias=0.0, **ids),
         lambda x, y, **ids: gk.batch_hard_loss(x, ids["x_ids"]),
     ):
-        found = []
+        results = []
         for ids in (sliced, {name: t.contiguous() for name, t in sliced.items()}):
             value = loss(x, y, **ids)
-            found.append((value, *torch.autograd.grad(value, x)))
-        for got, expected in zip(*found, strict=True):
+            results.append((value, *torch.autograd.grad(value, x)))
+        for got, expected in zip(*results, strict=True):
             assert torch.equal(got, expected)
 
 

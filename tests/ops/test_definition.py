@@ -73,12 +73,12 @@ def test_hardest_negatives_is_the_formula(ids, implementation):
     n, m = 11, 17
     a, b = randn(g, n, 6), randn(g, m, 6)
     a_ids, b_ids = IDS[ids](g, n, m)
-    found = implementation.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
+    results = implementation.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
     lists = [None if t is None else t.tolist() for t in (a_ids, b_ids)]
     s = [[dot(u, v) for v in b.tolist()] for u in a.tolist()]
     for score, index, count, other, at in (
-        (found.row_score, found.row_index, n, m, lambda k, c: (k, c)),
-        (found.col_score, found.col_index, m, n, lambda k, c: (c, k)),
+        (results.row_score, results.row_index, n, m, lambda k, c: (k, c)),
+        (results.col_score, results.col_index, m, n, lambda k, c: (c, k)),
     ):
         for k in range(count):
             candidates = [c for c in range(other) if negatives(s, *at(k, c), *lists)]

@@ -21,8 +21,8 @@ def test_values_and_scalar_gradients_as_exact_as_plain(name, dtype):
         tensors = sample(name, 60, 90, 24, dtype)
         truth = value_and_gradients(lambda *t: LOSSES[name](*t, module=gk.reference), [t.double() for t in tensors])
         for who, module in (("ours", gk), ("plain", gk.reference)):
-            found = value_and_gradients(lambda *t, module=module: LOSSES[name](*t, module=module), tensors)
-            pairs = zip((found[0], *found[3:]), (truth[0], *truth[3:]), strict=True)
+            results = value_and_gradients(lambda *t, module=module: LOSSES[name](*t, module=module), tensors)
+            pairs = zip((results[0], *results[3:]), (truth[0], *truth[3:]), strict=True)
             errors = torch.stack([(f.double() - t) / t for f, t in pairs])
             squares[who] = squares[who] + errors.square()
     floor = 6e-8  # half a unit in the last place

@@ -23,12 +23,12 @@ def loop_diagnostics(x, y, x_ids, y_ids, margin):
     for k in range(n):
         row = [s[k][j] for j in range(m) if j != k and (x_ids is None or x_ids[k] != y_ids[j])]
         col = [s[i][k] for i in range(n) if i != k and (x_ids is None or x_ids[i] != y_ids[k])]
-        hardest += [(k, max(found)) for found in (row, col) if found]
+        hardest += [(k, max(results)) for results in (row, col) if results]
     centre = [math.fsum(p[d] / math.sqrt(math.fsum(q * q for q in p)) for p in rows + cols) for d in range(x.shape[1])]
     return (
-        sum(margin + found - s[k][k] > 0 for k, found in hardest) / (2 * n),
+        sum(margin + results - s[k][k] > 0 for k, results in hardest) / (2 * n),
         math.fsum(s[k][k] for k in range(n)) / n,
-        math.fsum(found for _, found in hardest) / len(hardest) if hardest else 0.0,
+        math.fsum(results for _, results in hardest) / len(hardest) if hardest else 0.0,
         1 - math.fsum((c / (n + m)) ** 2 for c in centre),
     )
 
@@ -49,12 +49,12 @@ def calls(module, margin=0.2):
 def test_values(name, ids, module):
     call, margin = calls(module)[name]
     x, y, x_ids, y_ids = problem(ids=ids)
-    loss, found = call(x, y, x_ids=x_ids, y_ids=y_ids, diagnostics=True)
+    loss, results = call(x, y, x_ids=x_ids, y_ids=y_ids, diagnostics=True)
     torch.testing.assert_close(loss, call(x, y, x_ids=x_ids, y_ids=y_ids), rtol=0, atol=0)
     lists = [None if t is None else t.tolist() for t in (x_ids, y_ids)]
     expected = loop_diagnostics(x, y, *lists, margin)
-    assert found._fields == ("active", "positive", "negative", "spread")
-    for got, value in zip(found, expected, strict=True):
+    assert results._fields == ("active", "positive", "negative", "spread")
+    for got, value in zip(results, expected, strict=True):
         assert got.shape == ()
         assert got.dtype == torch.float64
         assert float(got) == pytest.approx(value, rel=1e-12, abs=1e-13)
@@ -71,10 +71,10 @@ def test_of_a_metric_are_its_scores_and_the_embeddings_spread():
     spread = loop_diagnostics(x, y, None, None, 0.2)[3]
     for which in ("hardest", "all"):
         for module in (gk, gk.reference):
-            _, found = module.triplet_loss(x, y, metric=metric, negatives=which, diagnostics=True, **ids)
-            assert [float(t) for t in found] == pytest.approx([*expected[:3], spread], rel=1e-12)
-    _, found = gk.TripletLoss(metric=metric, diagnostics=True, warmup=3)(x, y, x_ids, y_ids)
-    assert [float(t) for t in found] == pytest.approx([*expected[:3], spread], rel=1e-12)
+            _, results = module.triplet_loss(x, y, metric=metric, negatives=which, diagnostics=True, **ids)
+            assert [float(t) for t in results] == pytest.approx([*expected[:3], spread], rel=1e-12)
+    _, results = gk.TripletLoss(metric=metric, diagnostics=True, warmup=3)(x, y, x_ids, y_ids)
+    assert [float(t) for t in results] == pytest.approx([*expected[:3], spread], rel=1e-12)
 
 
 def test_a_collapse_shows():
@@ -97,12 +97,12 @@ def test_a_collapse_shows():
 def test_the_spread_is_never_below_zero():
     """Of equal rows it is 0 but for rounding, which goes either way."""
     for module in (gk, gk.reference):
-        found = []
+        results = []
         for seed in range(20):
             point = torch.randn(1, 24, generator=torch.Generator().manual_seed(seed)).expand(40, 24)
-            found.append(float(module.triplet_loss(point, point, diagnostics=True)[1].spread))
-        assert min(found) == 0
-        assert 0 < max(found) < 1e-6
+            results.append(float(module.triplet_loss(point, point, diagnostics=True)[1].spread))
+        assert min(results) == 0
+        assert 0 < max(results) < 1e-6
     point = torch.full((4, 3), torch.nan)
     assert gk.triplet_loss(point, point, diagnostics=True)[1].spread.isnan()
 
@@ -111,16 +111,19 @@ def test_the_spread_is_never_below_zero():
 @pytest.mark.parametrize("name", sorted(calls(gk)))
 def test_none_at_all(name, m):
     for module in (gk, gk.reference):
-        loss, found = calls(module)[name][0](torch.randn(0, 4), torch.randn(m, 4), diagnostics=True)
+        loss, results = calls(module)[name][0](torch.randn(0, 4), torch.randn(m, 4), diagnostics=True)
         assert float(loss) == 0
-        assert [float(t) for t in found[:3]] == [0, 0, 0]
-        assert not any(t.isnan() for t in found)
+        assert [float(t) for t in results[:3]] == [0, 0, 0]
+        assert not any(t.isnan() for t in results)
+
+
+SWEEPS = ("hardest_negatives", "hardest_terms", "relative_negatives")
 
 
 def test_they_carry_no_gradient_and_cost_no_sweep():
     x, y = torch.randn(20, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     swept = []
-    sweeps = {getattr(torch.ops.gssf, name).default for name in ("hardest_negatives", "relative_goal")}
+    sweeps = {getattr(torch.ops.gssf, name).default for name in SWEEPS}
 
     class Counting(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -131,9 +134,9 @@ def test_they_carry_no_gradient_and_cost_no_sweep():
     for criterion in (gk.TripletLoss(diagnostics=True), gk.GoalLoss(pair="sig_ms", diagnostics=True)):
         swept.clear()
         with Counting():
-            loss, found = criterion(x, y)
+            loss, results = criterion(x, y)
         assert len(swept) == 1
-        assert not any(t.requires_grad for t in found)
+        assert not any(t.requires_grad for t in results)
         with_them = torch.autograd.grad(loss, (x, y))
         without = type(criterion)(**({"pair": "sig_ms"} if isinstance(criterion, gk.GoalLoss) else {}))
         for got, expected in zip(with_them, torch.autograd.grad(without(x, y), (x, y)), strict=True):
@@ -144,8 +147,8 @@ def test_compile():
     torch._dynamo.reset()
     x, y = torch.randn(12, 8), torch.randn(15, 8)
     for call, _ in calls(gk).values():
-        loss, found = torch.compile(lambda x, y, call=call: call(x, y, diagnostics=True), fullgraph=True)(x, y)
+        loss, results = torch.compile(lambda x, y, call=call: call(x, y, diagnostics=True), fullgraph=True)(x, y)
         expected = call(x, y, diagnostics=True)
         torch.testing.assert_close(loss, expected[0])
-        for got, t in zip(found, expected[1], strict=True):
+        for got, t in zip(results, expected[1], strict=True):
             torch.testing.assert_close(got, t)

@@ -186,21 +186,21 @@ NOT_ANCHORS = [
 ]
 
 
-@pytest.mark.parametrize(("given", "kind", "message"), NOT_ANCHORS)
-def test_what_weights_and_value_give(given, kind, message):
-    for both in ((given, torch.ones(4)), (torch.ones(4), given)):
+@pytest.mark.parametrize(("returned", "kind", "message"), NOT_ANCHORS)
+def test_what_weights_and_value_give(returned, kind, message):
+    for both in ((returned, torch.ones(4)), (torch.ones(4), returned)):
         with pytest.raises(kind, match=f"^weights: .*{message}"):
             gk.gradient_space_loss(X, Y, lambda anchor, both=both: both)
     with pytest.raises(kind, match=f"^value: .*{message}"):
-        gk.gradient_space_loss(X, Y, lambda anchor: anchor[:2], value=lambda anchor: given)
+        gk.gradient_space_loss(X, Y, lambda anchor: anchor[:2], value=lambda anchor: returned)
 
 
 @pytest.mark.parametrize(
-    ("given", "got"), [(None, "NoneType"), (torch.ones(4), "Tensor"), ((torch.ones(4),) * 3, "3 of them")]
+    ("returned", "got"), [(None, "NoneType"), (torch.ones(4), "Tensor"), ((torch.ones(4),) * 3, "3 of them")]
 )
-def test_weights_give_two(given, got):
+def test_weights_give_two(returned, got):
     with pytest.raises(TypeError, match=f"^weights: .*two tensors.*got {got}"):
-        gk.gradient_space_loss(X, Y, lambda anchor: given)
+        gk.gradient_space_loss(X, Y, lambda anchor: returned)
 
 
 @pytest.mark.parametrize(

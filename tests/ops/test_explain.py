@@ -59,27 +59,27 @@ def kib(**parts):
 @needs_triton
 def test_triplet_of_128_on_cuda():
     n = 128
-    found = gk.explain(gk.triplet_loss, *sides(n))
-    assert (found.forward.launches, found.backward.launches) == (3, 2)
-    assert found.forward.flops == 2 * n * n * D
-    assert found.backward.flops == 0  # 2N + M rows are gathered
+    explanation = gk.explain(gk.triplet_loss, *sides(n))
+    assert (explanation.forward.launches, explanation.backward.launches) == (3, 2)
+    assert explanation.forward.flops == 2 * n * n * D
+    assert explanation.backward.flops == 0  # 2N + M rows are gathered
     kept = kib(scores=(3 * n, 4), places=(2 * n, 8))
     # Tiles of 64 x 64: each leaves a score and a place (int16) for each of its rows and columns.
     partial = kib(rows=(n * (n // 64), 4 + 2), columns=(n * (n // 64), 4 + 2))
-    assert extra(found) == (kept + partial, kept, kept + kib(gradients=(3 * n, 4)))
+    assert extra(explanation) == (kept + partial, kept, kept + kib(gradients=(3 * n, 4)))
 
 
 @needs_triton
 def test_triplet_of_8192_on_cuda():
     n = 8192
-    found = gk.explain(gk.triplet_loss, *sides(n))
-    assert (found.forward.launches, found.backward.launches) == (11, 14)
-    assert (found.forward.flops, found.backward.flops) == (2 * n * n * D, 0)
+    explanation = gk.explain(gk.triplet_loss, *sides(n))
+    assert (explanation.forward.launches, explanation.backward.launches) == (11, 14)
+    assert (explanation.forward.flops, explanation.backward.flops) == (2 * n * n * D, 0)
     kept = kib(scores=(3 * n, 4), places=(2 * n, 8))
     # Certified: bf16 copies; of each of 64 x 64 tiles two scores and a place for 128 rows and 128 columns; and for each
     # row of either side a norm, what rounding lost, a bound and the exact score (fp64).
     copies = kib(bf16=(2 * n * D, 2), partial=(2 * 64 * n, 4 + 2 + 4), lines=(2 * n, 4 * 8), blocks=(2 * 64, 2 * 8))
-    forward, kept_found, backward = extra(found)
+    forward, kept_found, backward = extra(explanation)
     assert (forward, kept_found) == (kept + copies, kept)
     # Backward, when the 3N edges are sorted: the places that were kept, the gradients of the scores, twice; edges with
     # both their ends, sorted and in which order; two counters of N, and two of N + 1 where a row's edges begin.
@@ -90,68 +90,71 @@ def test_triplet_of_8192_on_cuda():
 @needs_triton
 def test_info_nce_of_16384_in_bf16_on_cuda():
     n = 16384
-    found = gk.explain(gk.info_nce_loss, *sides(n, torch.bfloat16), scale=10.0)
-    assert found.forward.flops == 2 * n * n * D  # one sweep
-    assert found.backward.flops == 3 * 2 * n * n * D  # the scores again, ds b and dsᵀ a
+    explanation = gk.explain(gk.info_nce_loss, *sides(n, torch.bfloat16), scale=10.0)
+    assert explanation.forward.flops == 2 * n * n * D  # one sweep
+    assert explanation.backward.flops == 3 * 2 * n * n * D  # the scores again, ds b and dsᵀ a
     kept = kib(logs=(4 * n, 4))
     # Of tiles of 128 x 128 a maximum and a sum for each row and column; the scores of the pairs.
-    assert extra(found)[:2] == (kept + kib(partial=(2 * n * n // 128, 2 * 4), pairs=(n, 4)), kept)
+    assert extra(explanation)[:2] == (kept + kib(partial=(2 * n * n // 128, 2 * 4), pairs=(n, 4)), kept)
     # Backward: both gradients in fp32, and ds of a row panel of 2²⁶ scores; gradients of both log-sums and the pairs;
     # a sum for each tile of 128 x 64 of two panels (one is made before the other is let go), four sums of panels.
     panel = 2**26 // n
     tiles = kib(sums=(2 * (panel // 128) * (n // 64), 4), panels=(n // panel, 8))
     whole = kib(gradients=(2 * n * D, 4), ds=(panel * n, 2), lines=(3 * n, 4))
-    assert extra(found)[2] == kept + whole + tiles
+    assert extra(explanation)[2] == kept + whole + tiles
     sweeps = n // panel
-    assert found.backward.kernels["sweep_kernel"] == sweeps
-    assert found.backward.kernels["aten::mm"] + found.backward.kernels["aten::addmm"] == 2 * sweeps
+    assert explanation.backward.kernels["sweep_kernel"] == sweeps
+    assert explanation.backward.kernels["aten::mm"] + explanation.backward.kernels["aten::addmm"] == 2 * sweeps
 
 
 @needs_triton
 def test_siglip_of_8192_on_cuda():
     n = 8192
-    found = gk.explain(gk.sigmoid_loss, *sides(n), scale=10.0, bias=-1.0)
-    assert (found.forward.flops, found.backward.flops) == (3 * 2 * n * n * D, 0)  # the gradient is made in the forward
+    explanation = gk.explain(gk.sigmoid_loss, *sides(n), scale=10.0, bias=-1.0)
+    assert (explanation.forward.flops, explanation.backward.flops) == (
+        3 * 2 * n * n * D,
+        0,
+    )  # the gradient is made in the forward
     kept = kib(gradients=(2 * n * D, 4), slopes=(2, 4))  # and what scale and bias get
     # One chunk of all 2²⁶ scores; of tiles of 16 x 64 three sums for each row; three sums of each row.
     chunk = kib(scores=(n * n, 4), partial=(3 * n * (n // 64), 4), rows=(3 * n, 4))
     numbers = kib(scale_and_bias=(2, 4))
-    assert extra(found)[:2] == (kept - kib(slopes=(2, 4)) + chunk + numbers, kept)
-    assert extra(found)[2] == kept + kib(slopes=(2, 4))
-    assert found.backward.kernels == {"scaled_kernel": 1}
+    assert extra(explanation)[:2] == (kept - kib(slopes=(2, 4)) + chunk + numbers, kept)
+    assert extra(explanation)[2] == kept + kib(slopes=(2, 4))
+    assert explanation.backward.kernels == {"scaled_kernel": 1}
 
 
 @needs_triton
 def test_distillation_of_8192_on_cuda():
     n = 8192
-    found = gk.explain(gk.relational_distillation_loss, *sides(n, count=3), lam=0.5, tau=0.07)
+    explanation = gk.explain(gk.relational_distillation_loss, *sides(n, count=3), lam=0.5, tau=0.07)
     # Three triangles, in two chunks of 2²⁵ scores at most: all columns of the first half of the rows, then what is left
     # of a square of a quarter. Then E x, where the second half's part of the first chunk comes by its transpose.
     scores = n * n // 2 + n * n // 4
-    assert found.forward.flops == 3 * 2 * scores * D + 2 * n * n * D
+    assert explanation.forward.flops == 3 * 2 * scores * D + 2 * n * n * D
     chunk = kib(scores=(3 * n * n // 2, 4), gradient=(n * D, 4))
-    assert extra(found)[0] > chunk
-    assert extra(found)[0] < chunk + kib(partial=(3 * (n // 2) * (n // 64), 4), rows=(4 * n, 4))
+    assert extra(explanation)[0] > chunk
+    assert extra(explanation)[0] < chunk + kib(partial=(3 * (n // 2) * (n // 64), 4), rows=(4 * n, 4))
     kept = kib(gradient=(n * D, 4))
-    assert kept <= extra(found)[1] < kept + 1
-    assert found.backward.kernels == {"scaled_kernel": 1}
+    assert kept <= extra(explanation)[1] < kept + 1
+    assert explanation.backward.kernels == {"scaled_kernel": 1}
 
 
 @needs_extension
 def test_triplet_of_8192_on_the_cpu():
     n = 8192
-    found = gk.explain(gk.triplet_loss, *absent(n, "cpu"))
-    assert found.device == "cpu"
-    assert (found.forward.launches, found.forward.kernels) == (None, {})
-    assert (found.forward.flops, found.backward.flops) == (2 * n * n * D, 0)
+    explanation = gk.explain(gk.triplet_loss, *absent(n, "cpu"))
+    assert explanation.device == "cpu"
+    assert (explanation.forward.launches, explanation.forward.kernels) == (None, {})
+    assert (explanation.forward.flops, explanation.backward.flops) == (2 * n * n * D, 0)
     kept = kib(scores=(3 * n, 4), places=(2 * n, 8))
     gradients = kib(gradients=(3 * n, 4))
     if dense.bf16_unit() == "none":
-        assert extra(found) == (kept + kib(packed=(n * D, 4)), kept, kept + gradients)
-        assert found.forward.ops[0].route == "c++"
+        assert extra(explanation) == (kept + kib(packed=(n * D, 4)), kept, kept + gradients)
+        assert explanation.forward.ops[0].route == "c++"
     else:  # both sides in bf16, and one in panels besides
-        assert extra(found) == (kept + kib(packed=(3 * n * D, 2)), kept, kept + gradients)
-        assert found.forward.ops[0].route == "certified"
+        assert extra(explanation) == (kept + kib(packed=(3 * n * D, 2)), kept, kept + gradients)
+        assert explanation.forward.ops[0].route == "certified"
 
 
 CALLS = {  # of x and y; launches (forward, backward) of small ones as tests of launches have them
@@ -169,10 +172,10 @@ CALLS = {  # of x and y; launches (forward, backward) of small ones as tests of 
 @pytest.mark.parametrize("name", CALLS)
 def test_launches_of_few_scores(name, n):
     function, options, expected = CALLS[name]
-    found = gk.explain(function, *sides(n, d=512), **options)
-    assert (found.forward.launches, found.backward.launches) == expected
-    of_ops = [op.totals()[0] for op in found.forward.ops]
-    assert sum(of_ops, collections.Counter()) == collections.Counter(found.forward.kernels)
+    explanation = gk.explain(function, *sides(n, d=512), **options)
+    assert (explanation.forward.launches, explanation.backward.launches) == expected
+    of_ops = [op.totals()[0] for op in explanation.forward.ops]
+    assert sum(of_ops, collections.Counter()) == collections.Counter(explanation.forward.kernels)
 
 
 @needs_triton
@@ -240,8 +243,8 @@ def test_symmetric_scores_are_half():
 def test_both_gradients_of_one_side():
     n = 128
     (x,) = sides(n, count=1)
-    found = gk.explain(gk.info_nce_loss, x, x, scale=10.0)
-    assert (found.forward.flops, found.backward.flops) == (2 * n * n * D, 3 * 2 * n * n * D)
+    explanation = gk.explain(gk.info_nce_loss, x, x, scale=10.0)
+    assert (explanation.forward.flops, explanation.backward.flops) == (2 * n * n * D, 3 * 2 * n * n * D)
 
 
 @needs_triton
@@ -250,9 +253,9 @@ def test_a_metric_of_few_scores():
     n, m, d, b = 300, 337, 64, 8
     (x,), (y,) = sides(n, d=d, count=1), sides(m, d=d, count=1)
     metric = gk.StructuredSimilarity(d, b)
-    found = gk.explain(gk.triplet_loss, x.requires_grad_(), y.requires_grad_(), metric=metric)
-    assert found.forward.flops == 2 * n * m * d + 2 * n * d * b
-    assert found.backward.flops == 2 * (2 * n + m) * d * b
+    explanation = gk.explain(gk.triplet_loss, x.requires_grad_(), y.requires_grad_(), metric=metric)
+    assert explanation.forward.flops == 2 * n * m * d + 2 * n * d * b
+    assert explanation.backward.flops == 2 * (2 * n + m) * d * b
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
@@ -260,21 +263,21 @@ def test_projection_by_blocks(device):
     n, b = 512, 32
     metric = gk.StructuredSimilarity(D, b, device=device)
     (x,) = absent(n, "cpu", count=1) if device == "cpu" else sides(n, count=1)
-    found = gk.explain(gk.project, x.requires_grad_(), metric.diag, metric.blocks)
+    explanation = gk.explain(gk.project, x.requires_grad_(), metric.diag, metric.blocks)
     if _library._HAS_TRITON if device == "meta" else _library.EXTENSION_ERROR is None:
-        assert found.forward.flops == 2 * n * D * b
-        assert found.backward.flops == 2 * 2 * n * D * b  # of x and of the blocks
+        assert explanation.forward.flops == 2 * n * D * b
+        assert explanation.backward.flops == 2 * 2 * n * D * b  # of x and of the blocks
 
 
 def test_pytorchs_own_products():
     x, y = sides(300, d=64)
-    found = gk.explain(lambda x, y: (x @ y.T).relu(), x, y)
-    assert found.forward.ops == []
-    assert found.forward.kernels == {"aten::mm": 1, "aten::relu": 1}
-    assert found.forward.flops == 2 * 300 * 300 * 64
-    assert found.backward.flops == 2 * found.forward.flops
+    explanation = gk.explain(lambda x, y: (x @ y.T).relu(), x, y)
+    assert explanation.forward.ops == []
+    assert explanation.forward.kernels == {"aten::mm": 1, "aten::relu": 1}
+    assert explanation.forward.flops == 2 * 300 * 300 * 64
+    assert explanation.backward.flops == 2 * explanation.forward.flops
     # The result of mm is let go, that of relu is the call's.
-    assert extra(found) == (300 * 300 * 4 / KIB, 0, 300 * 300 * 4 / KIB)
+    assert extra(explanation) == (300 * 300 * 4 / KIB, 0, 300 * 300 * 4 / KIB)
 
 
 def test_what_the_backward_starts_from_is_not_counted():
@@ -356,16 +359,16 @@ def test_what_is_done_does_not_grow_with_the_sizes(name, device, monkeypatch):
     function, options, _ = CALLS[name]
     for rows in (100_000, 1_000_000):
         x, y = absent(rows, "cpu", d=64) if device == "cpu" else sides(rows, d=64)
-        found = gk.explain(function, x, y, **options)
-        assert found.forward.flops >= 2 * rows * rows * 64 or not (_library._HAS_TRITON and device == "meta")
+        explanation = gk.explain(function, x, y, **options)
+        assert explanation.forward.flops >= 2 * rows * rows * 64 or not (_library._HAS_TRITON and device == "meta")
     assert count[1_000_000] <= count[100_000] + 2 < 500  # the last chunk may be shorter than the others, or not
 
 
 def test_a_module_stays_as_it_is():
     loss = gk.TripletLoss(warmup=3, metric=gk.StructuredSimilarity(16, 8))
     before = {name: (t, t._version) for name, t in (*loss.named_parameters(), *loss.named_buffers())}
-    found = gk.explain(loss, *sides(40, d=16))
-    assert found.backward is not None
+    explanation = gk.explain(loss, *sides(40, d=16))
+    assert explanation.backward is not None
     assert {name: (t, t._version) for name, t in (*loss.named_parameters(), *loss.named_buffers())} == before
     assert (int(loss.step), loss._steps_seen, loss.training) == (0, 0, True)
     assert all(p.grad is None and p.device.type == "cpu" for p in loss.parameters())
@@ -381,8 +384,8 @@ def test_tensors_that_are_no_parameters_of_a_module():
         def forward(self, x):
             return x * self.table + self.tables["more"][0]
 
-    found = gk.explain(Scaled(), *sides(40, d=16, count=1))
-    assert found.forward.kernels == {"aten::mul": 1, "aten::add": 1}
+    explanation = gk.explain(Scaled(), *sides(40, d=16, count=1))
+    assert explanation.forward.kernels == {"aten::mul": 1, "aten::add": 1}
 
 
 def test_inputs_stay_as_they_are():
@@ -422,9 +425,11 @@ def test_fake_tensors_are_the_device_that_they_name():
 
 def test_the_parameters_go_where_the_inputs_are():
     loss = gk.InfoNCELoss(metric=gk.StructuredSimilarity(64, 8))
-    found = gk.explain(loss, *sides(300, d=64))
-    assert found.device.startswith("cuda")
-    assert found == gk.explain(gk.InfoNCELoss(metric=gk.StructuredSimilarity(64, 8)).to("meta"), *sides(300, d=64))
+    explanation = gk.explain(loss, *sides(300, d=64))
+    assert explanation.device.startswith("cuda")
+    assert explanation == gk.explain(
+        gk.InfoNCELoss(metric=gk.StructuredSimilarity(64, 8)).to("meta"), *sides(300, d=64)
+    )
 
 
 def test_what_gets_gradients():
@@ -448,9 +453,9 @@ def test_constants_and_new_tensors_of_a_function():
     def scaled(x):
         return (x * table + torch.arange(16) + torch.tensor(2.0) + torch.ones(16)).sum()
 
-    found = gk.explain(scaled, torch.ones(40, 16))
-    assert found.device == "cpu"
-    assert found.backward is not None
+    explanation = gk.explain(scaled, torch.ones(40, 16))
+    assert explanation.device == "cpu"
+    assert explanation.backward is not None
 
 
 def test_autocast_is_that_of_the_device():
@@ -459,10 +464,10 @@ def test_autocast_is_that_of_the_device():
     plain = gk.explain(gk.info_nce_loss, meta_x, meta_y, scale=2.0)
     narrow = gk.explain(gk.info_nce_loss, *absent(n, "cpu", d=d, dtype=torch.bfloat16), scale=2.0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = gk.explain(gk.info_nce_loss, x, y, scale=2.0)
+        explanation = gk.explain(gk.info_nce_loss, x, y, scale=2.0)
         assert gk.explain(gk.info_nce_loss, meta_x, meta_y, scale=2.0) == plain
-    assert routes(found.forward.ops) == routes(narrow.forward.ops)
-    assert extra(found)[1] == extra(narrow)[1] + kib(casts=(2 * n * d, 2))
+    assert routes(explanation.forward.ops) == routes(narrow.forward.ops)
+    assert extra(explanation)[1] == extra(narrow)[1] + kib(casts=(2 * n * d, 2))
 
 
 @pytest.mark.parametrize(
@@ -511,29 +516,29 @@ def test_a_planned_op_gives_its_plan(monkeypatch):
     op = _library.Op("hardest_negatives", Call, made, made, "of_this_test.mine", plan.hardest, overload)
     monkeypatch.setitem(_library.OPS, "hardest_negatives", op)
     x, y = sides(128)
-    (found,) = gk.explain(gk.hardest_negatives, x, y).forward.ops
-    assert (found.route, found.why) == ("sweep", "128 x 128 scores: one sweep that stores none")
-    assert found.tile == "64 x 64 x 16, 4 warps, 3 stages"
+    (explanation,) = gk.explain(gk.hardest_negatives, x, y).forward.ops
+    assert (explanation.route, explanation.why) == ("sweep", "128 x 128 scores: one sweep that stores none")
+    assert explanation.tile == "64 x 64 x 16, 4 warps, 3 stages"
     assert [chosen.route for chosen in seen] == ["sweep"]
     assert "[64 x 64 x 16, 4 warps, 3 stages]" in str(gk.explain(gk.hardest_negatives, x, y))
     with plan.forced(hardest_negatives="certified"):
-        (found,) = gk.explain(gk.hardest_negatives, x, y).forward.ops
-        assert (found.route, seen[-1].route) == ("certified", "certified")
-    (found,) = gk.explain(gk.hardest_negatives, x.double(), y.double()).forward.ops
-    assert (found.route, found.why) == ("reference", "fp64: no matrix unit gains by it")
+        (explanation,) = gk.explain(gk.hardest_negatives, x, y).forward.ops
+        assert (explanation.route, seen[-1].route) == ("certified", "certified")
+    (explanation,) = gk.explain(gk.hardest_negatives, x.double(), y.double()).forward.ops
+    assert (explanation.route, explanation.why) == ("reference", "fp64: no matrix unit gains by it")
 
 
 @needs_triton
 def test_nested_ops_stand_under_the_one_that_calls_them():
-    found = gk.explain(gk.info_nce_loss, *sides(4096), scale=2.0)
-    (loss,) = found.forward.ops
+    explanation = gk.explain(gk.info_nce_loss, *sides(4096), scale=2.0)
+    (loss,) = explanation.forward.ops
     assert [op.name for op in loss.ops] == ["logsumexp_scores", "line_terms"]
-    lines = str(found).splitlines()
+    lines = str(explanation).splitlines()
     assert lines[0] == "info_nce_loss on cuda, compute capability 9.0, 132 multiprocessors"
-    assert lines[1].startswith(f"forward: {found.forward.launches} launches, 34.36 GFLOP, ")
+    assert lines[1].startswith(f"forward: {explanation.forward.launches} launches, 34.36 GFLOP, ")
     assert [len(line) - len(line.lstrip()) for line in lines[2:5]] == [2, 4, 6]
     assert any(line.startswith("backward: ") for line in lines)
-    as_dict = json.loads(json.dumps(found.as_dict()))
+    as_dict = json.loads(json.dumps(explanation.as_dict()))
     assert as_dict["forward"]["ops"][0]["ops"][1]["name"] == "line_terms"
     assert as_dict["forward"]["launches"] == sum(as_dict["forward"]["kernels"].values())
 
@@ -554,8 +559,8 @@ def test_what_the_cpu_mines_certified(unit, least, monkeypatch):
     assert (mined(n, torch.float16).route, mined(n, torch.bfloat16).route) == ("certified", "c++")
     assert mined(n, torch.float64).why == f"{n:,} x {n:,} scores of float64: a sweep that stores none"
     # bf16 rows of 64 channels (from 40), of both sides and in panels: besides five results of N.
-    found = gk.explain(gk.hardest_negatives, *absent(n, "cpu", d=40))
-    assert extra(found)[0] == kib(packed=(3 * n * 64, 2), pairs=(n, 4))
+    explanation = gk.explain(gk.hardest_negatives, *absent(n, "cpu", d=40))
+    assert extra(explanation)[0] == kib(packed=(3 * n * 64, 2), pairs=(n, 4))
 
 
 def test_the_thresholds_are_those_of_csrc():
@@ -569,27 +574,27 @@ def test_panels_are_as_large_as_packs():
     for dtype, of in ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
         y = torch.ones(37, 70, dtype=dtype)
         packed = torch.ops.gssf.pack(y, of)
-        found = work.FAKES["pack"](y.to("meta"), of)
-        assert (found.shape, found.dtype) == (packed.shape, packed.dtype)
+        explanation = work.FAKES["pack"](y.to("meta"), of)
+        assert (explanation.shape, explanation.dtype) == (packed.shape, packed.dtype)
 
 
 def test_without_triton_cuda_runs_plain_pytorch(monkeypatch):
     monkeypatch.setattr(_library, "_HAS_TRITON", False)
-    found = gk.explain(gk.triplet_loss, *sides(128))
-    assert {(op.route, op.why) for op in found.forward.ops} == {("composite", "Triton is not installed")}
-    assert all(name.startswith("aten::") for name in found.forward.kernels)
-    assert found.forward.flops >= 2 * 128 * 128 * D
+    explanation = gk.explain(gk.triplet_loss, *sides(128))
+    assert {(op.route, op.why) for op in explanation.forward.ops} == {("composite", "Triton is not installed")}
+    assert all(name.startswith("aten::") for name in explanation.forward.kernels)
+    assert explanation.forward.flops >= 2 * 128 * 128 * D
 
 
 def test_without_the_extension_the_cpu_runs_plain_pytorch(monkeypatch):
     for module in (_library, dense):
         monkeypatch.setattr(module, "EXTENSION_ERROR", "left aside")
     monkeypatch.setattr(work, "native", lambda name: False)
-    found = gk.explain(gk.info_nce_loss, *absent(128, "cpu"), scale=2.0)
-    assert {route for _, route in routes((*found.forward.ops, *found.backward.ops))} == {"pytorch"}
-    assert found.forward.ops[0].why.startswith("the compiled extension is not loaded")
-    assert found.forward.flops == 2 * 128 * 128 * D
-    assert found.backward.flops == 2 * 2 * 128 * 128 * D  # so few scores are kept
+    explanation = gk.explain(gk.info_nce_loss, *absent(128, "cpu"), scale=2.0)
+    assert {route for _, route in routes((*explanation.forward.ops, *explanation.backward.ops))} == {"pytorch"}
+    assert explanation.forward.ops[0].why.startswith("the compiled extension is not loaded")
+    assert explanation.forward.flops == 2 * 128 * 128 * D
+    assert explanation.backward.flops == 2 * 2 * 128 * 128 * D  # so few scores are kept
 
 
 def test_other_threads_see_nothing_of_it():

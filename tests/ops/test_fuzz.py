@@ -43,9 +43,9 @@ def problems(draw):
 @given(problems())
 def test_hardest_negatives_exactly(problem):
     a, b, a_ids, b_ids = problem
-    found = gk.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
+    results = gk.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
     truth = gk.reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
-    for got, expected in zip(found, truth, strict=True):
+    for got, expected in zip(results, truth, strict=True):
         assert torch.equal(got, expected)
 
 

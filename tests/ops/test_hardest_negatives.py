@@ -1,13 +1,12 @@
 """Hardest negatives by the Triton kernels, and their gradient, against fp64 truth."""
 
+import device_ops
 import pytest
 import torch
 from interpreted import DEVICE, every_dtype
 from triton_checks import IDS, INF, NAN, check_hardest, many, run_hardest
 
 pytest.importorskip("triton")
-
-from launchers import hardest_negatives, hardest_negatives_backward
 
 from gssf_kernels import plan
 from gssf_kernels.triton import tiles
@@ -111,10 +110,10 @@ def test_hardest_without_any_negative():
 
 @pytest.mark.parametrize("M", [0, 5])
 def test_hardest_of_an_empty_batch(M):
-    found = hardest_negatives(torch.randn(0, 8).to(DEVICE), torch.randn(M, 8).to(DEVICE), None, None)
-    assert [len(t) for t in found] == [0, 0, 0, M, M]
-    assert found[3].tolist() == [-INF] * M
-    assert found[4].tolist() == [-1] * M
+    results = device_ops.hardest_negatives(torch.randn(0, 8).to(DEVICE), torch.randn(M, 8).to(DEVICE), None, None)
+    assert [len(t) for t in results] == [0, 0, 0, M, M]
+    assert results[3].tolist() == [-INF] * M
+    assert results[4].tolist() == [-1] * M
 
 
 def test_hardest_takes_any_layout():
@@ -134,36 +133,36 @@ def test_hardest_backward_scanning_is_the_sum_of_its_pairs(N, M, D, dtype, needs
     a, b = torch.randn(N, D).to(dtype), torch.randn(D, M).to(dtype).T
     rows, cols = torch.randint(-1, M, (N,)), torch.randint(-1, N, (M,))
     cols[::2] = N // 2  # a hub of more edges than one step takes
-    dpair, drow, dcol = torch.randn(N), torch.randn(N), torch.randn(M)
-    dpair[::3] = dcol[1::5] = 0
-    on = [t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, a, b)]
-    scanned = hardest_negatives_backward(*on, needs)
+    dpositive, drow, dcol = torch.randn(N), torch.randn(N), torch.randn(M)
+    dpositive[::3] = dcol[1::5] = 0
+    on = [t.to(DEVICE) for t in (dpositive, drow, dcol, rows, cols, a, b)]
+    scanned = device_ops.backward_without_metric(*on, needs)
     monkeypatch.setattr(plan, "SCAN_ROWS", 0)
-    summed = hardest_negatives_backward(*on, needs)
+    summed = device_ops.backward_without_metric(*on, needs)
     i, j = torch.arange(N), torch.arange(M)
     edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))
-    weight = torch.cat((dpair, drow, dcol)).double()
+    weight = torch.cat((dpositive, drow, dcol)).double()
     real = (edges[0] >= 0) & (edges[1] >= 0)
     g = torch.zeros(N, M, dtype=torch.float64)
     g.index_put_((edges[0][real], edges[1][real]), weight[real], accumulate=True)
     for k, exact in enumerate((g @ b.double(), g.T @ a.double())):
-        for found in (scanned[k], summed[k]):
+        for results in (scanned[k], summed[k]):
             if needs[k]:
-                assert found.dtype == dtype
+                assert results.dtype == dtype
                 floor = 8 * torch.finfo(dtype).eps * float(exact.abs().max())
-                assert float((found.cpu().double() - exact).abs().max()) <= floor
+                assert float((results.cpu().double() - exact).abs().max()) <= floor
             else:
-                assert found.numel() == 0
+                assert results.numel() == 0
 
 
 def test_hardest_backward_lets_through_no_nan_of_absent_edges_or_zero_gradients():
     a, b = torch.ones(4, 3), torch.full((5, 3), INF)
     rows, cols = torch.full((4,), -1), torch.full((5,), -1)
     lines = torch.zeros(4), torch.full((4,), NAN), torch.full((5,), NAN)
-    da, db = hardest_negatives_backward(*(t.to(DEVICE) for t in (*lines, rows, cols, a, b)), [True, True])
+    da, db = device_ops.backward_without_metric(*(t.to(DEVICE) for t in (*lines, rows, cols, a, b)), [True, True])
     assert not da.any()
     assert not db.any()
-    da, db = hardest_negatives_backward(*(t.to(DEVICE) for t in (*lines, rows, cols, a[:0], b)), [True, True])
+    da, db = device_ops.backward_without_metric(*(t.to(DEVICE) for t in (*lines, rows, cols, a[:0], b)), [True, True])
     assert da.shape == (0, 3)
     assert not db.any()
 
@@ -171,4 +170,4 @@ def test_hardest_backward_lets_through_no_nan_of_absent_edges_or_zero_gradients(
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        hardest_negatives(x, x, None, None)
+        device_ops.launch("hardest_negatives", x, x, None, None)

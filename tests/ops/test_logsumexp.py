@@ -2,12 +2,12 @@
 
 import device_ops
 import pytest
-import slab_checks
+import row_panel_checks
 import torch
 from dense_cases import INF, NAN, assert_same, normal, value_and_gradients
 from interpreted import DEVICE, every_dtype
 from kernel_modules import tiles
-from triton_checks import SLAB_DTYPE, both_passes, close, few, fp64_leaves, log_sum_truth, slabs, two_sides
+from triton_checks import ROW_PANEL_DTYPE, both_passes, close, few, fp64_leaves, log_sum_truth, row_panels, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
@@ -101,9 +101,9 @@ def forward(a, b, scale, learnable=True):
 def test_log_sums(n, m, d, learnable, dtype):
     a, b = two_sides(n, m, d, dtype)
     scale = torch.tensor(0.75)
-    _, (row_max, row_log, col_max, col_log, pair, _) = forward(a, b, scale, learnable)
-    *_, rows, cols, own = log_sum_truth(a, b, scale)
-    for got, expected in ((row_max + row_log, rows), (col_max + col_log, cols), (pair, own)):
+    _, (row_max, row_log, col_max, col_log, logit_of_pairs, _) = forward(a, b, scale, learnable)
+    *_, rows, cols, positive_logit = log_sum_truth(a, b, scale)
+    for got, expected in ((row_max + row_log, rows), (col_max + col_log, cols), (logit_of_pairs, positive_logit)):
         assert got.dtype == torch.float32
         assert got.shape == expected.shape
         close(got, expected.detach(), torch.float32, subnormal=True)
@@ -156,20 +156,21 @@ def test_gradients_below_the_smallest_half(dtype):
     check_gradients(33, 50, 24, "row col pair", dtype, needs=(True, False, True), size=1e-6)
 
 
-def check_gradients(n, m, d, lines, dtype, twice=False, learnable=True, needs=(True,) * 3, size=1.0):
+def check_gradients(n, m, d, statistics, dtype, twice=False, learnable=True, needs=(True,) * 3, size=1.0):
     a, b = two_sides(n, m, d, dtype, twice)
     if size != 1:  # gradients that halves hold, of scores' gradients that they do not
         a, b = a / 512, b * 512
     scale = torch.tensor(0.75)
-    inputs, found = forward(a, b, scale, learnable)
+    inputs, results = forward(a, b, scale, learnable)
     leaves, t, *outputs = log_sum_truth(a, b, scale)
     names = ("row", "col", "pair")
     grads = [
-        size * torch.randn(len(t)) if name in lines.split() else None for name, t in zip(names, outputs, strict=True)
+        size * torch.randn(len(t)) if name in statistics.split() else None
+        for name, t in zip(names, outputs, strict=True)
     ]
     sum((t * g.double()).sum() for t, g in zip(outputs, grads, strict=True) if g is not None).backward()
     on = [t if t is None else t.to(DEVICE) for t in grads]
-    got = device_ops.logsumexp_scores_backward(*on, *inputs, *found[:4], [*needs])
+    got = device_ops.logsumexp_scores_backward(*on, *inputs, *results[:4], [*needs])
     for gradient, leaf, need in zip(got, leaves, needs, strict=True):
         if not need or leaf is None:
             assert gradient.numel() == 0
@@ -184,11 +185,11 @@ def check_gradients(n, m, d, lines, dtype, twice=False, learnable=True, needs=(T
 def test_a_line_of_nothing_gets_no_gradient():
     """All of a row at -inf: its log-sum is -inf, and nothing flows."""
     a, b = torch.full((3, 1), 1.0), torch.full((4, 1), -INF)
-    inputs, found = forward(a, b, torch.tensor(1.0))
-    assert found[0].tolist() == [-INF] * 3
-    assert found[1].tolist() == [-INF] * 3
+    inputs, results = forward(a, b, torch.tensor(1.0))
+    assert results[0].tolist() == [-INF] * 3
+    assert results[1].tolist() == [-INF] * 3
     drow = torch.ones(3).to(DEVICE)
-    _, db, _ = device_ops.logsumexp_scores_backward(drow, None, None, *inputs, *found[:4], [False, True, False])
+    _, db, _ = device_ops.logsumexp_scores_backward(drow, None, None, *inputs, *results[:4], [False, True, False])
     assert db.tolist() == [[0.0]] * 4
 
 
@@ -205,79 +206,79 @@ def test_the_same_inputs_give_the_same_bits():
     a, b = two_sides(50, 97, 24, torch.float32)
     runs = []
     for _ in range(2):
-        inputs, found = forward(a, b, torch.tensor(0.75))
-        grads = (found[1], found[3], found[4])
-        runs.append((*found, *device_ops.logsumexp_scores_backward(*grads, *inputs, *found[:4], [True] * 3)))
+        inputs, results = forward(a, b, torch.tensor(0.75))
+        grads = (results[1], results[3], results[4])
+        runs.append((*results, *device_ops.logsumexp_scores_backward(*grads, *inputs, *results[:4], [True] * 3)))
     for x, y in zip(*runs, strict=True):
         assert torch.equal(x, y)
 
 
-# Many scores by slabs of rows, by Triton
+# Many scores by row panels, by Triton
 
 
-@slabs
-@slab_checks.slabbed
+@row_panels
+@row_panel_checks.every_panel_size
 @pytest.mark.parametrize("learnable", [True, False], ids=["learned", "a number"])
-@pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES)
-def test_log_sums_by_slabs(monkeypatch, n, m, d, learnable, scores):
+@pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES)
+def test_log_sums_and_gradients_by_row_panels(monkeypatch, n, m, d, learnable, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 2)
-    a, b = slab_checks.sides(n, m, d)
+    a, b = row_panel_checks.sides(n, m, d)
     scale = torch.tensor(0.7, device=DEVICE)
     number = (scale, 1.0) if learnable else (None, 0.7)
     x, y, kappa = fp64_leaves(a, b, torch.tensor(0.7))
     t = kappa * (x @ y.T)
     expected = t.logsumexp(1), t.logsumexp(0), t.diagonal()
 
-    row_max, row_log, col_max, col_log, pair, kept = device_ops.logsumexp_scores(a, b, *number)
+    row_max, row_log, col_max, col_log, positive_logit, kept = device_ops.logsumexp_scores(a, b, *number)
     assert kept.numel() == 0
-    slab_checks.close(row_max, t.detach().amax(1))
-    slab_checks.close(col_max, t.detach().amax(0))
-    for found, right in zip((row_max + row_log, col_max + col_log, pair), expected, strict=True):
-        slab_checks.close(found, right.detach())
+    row_panel_checks.close(row_max, t.detach().amax(1))
+    row_panel_checks.close(col_max, t.detach().amax(0))
+    for results, right in zip((row_max + row_log, col_max + col_log, positive_logit), expected, strict=True):
+        row_panel_checks.close(results, right.detach())
 
-    above = [torch.randn(len(line), dtype=torch.float64) for line in expected]
-    right = torch.autograd.grad(expected, (x, y, kappa), above)
-    lines = row_max, row_log, col_max, col_log
-    grads = [g.float().to(DEVICE) for g in above]
-    found = device_ops.logsumexp_scores_backward(*grads, a, b, *number, *lines, [True, True, learnable])
-    for ours, truth in zip(found[: 2 + learnable], right, strict=False):
-        slab_checks.close(ours, truth)
-    assert [g.dtype for g in found[:2]] == [SLAB_DTYPE] * 2
-    assert learnable or found[2].numel() == 0
+    grad_out = [torch.randn(len(line), dtype=torch.float64) for line in expected]
+    right = torch.autograd.grad(expected, (x, y, kappa), grad_out)
+    statistics = row_max, row_log, col_max, col_log
+    grads = [g.float().to(DEVICE) for g in grad_out]
+    results = device_ops.logsumexp_scores_backward(*grads, a, b, *number, *statistics, [True, True, learnable])
+    for ours, truth in zip(results[: 2 + learnable], right, strict=False):
+        row_panel_checks.close(ours, truth)
+    assert [g.dtype for g in results[:2]] == [ROW_PANEL_DTYPE] * 2
+    assert learnable or results[2].numel() == 0
 
 
-@slabs
+@row_panels
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)], ids=["a", "b", "κ alone"])
-def test_log_sums_by_slabs_gradients_of_some(monkeypatch, needs):
+def test_only_the_gradients_that_are_needed_by_row_panels(monkeypatch, needs):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", 1)
-    a, b = slab_checks.sides(50, 40, 16)
+    a, b = row_panel_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
-    *lines, _, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
+    *statistics, _, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
     drow = torch.randn(50, device=DEVICE)
-    whole = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [True] * 3)
-    some = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *lines, [*needs, True])
-    for found, expected, need in zip(some, whole, (*needs, True), strict=True):
-        assert torch.equal(found, expected) if need else found.numel() == 0
+    whole = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *statistics, [True] * 3)
+    gradients = device_ops.logsumexp_scores_backward(drow, None, None, a, b, scale, 1.0, *statistics, [*needs, True])
+    for results, expected, need in zip(gradients, whole, (*needs, True), strict=True):
+        assert torch.equal(results, expected) if need else results.numel() == 0
 
 
-@slabs
-def test_log_sums_by_slabs_of_nothing_to_sum_and_nan(monkeypatch):
+@row_panels
+def test_log_sums_of_infinite_rows_and_nan_by_row_panels(monkeypatch):
     monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
-    a, b = (t.abs() for t in slab_checks.sides(40, 50, 8))
+    a, b = (t.abs() for t in row_panel_checks.sides(40, 50, 8))
     a[3], a[20, 0], b[7] = -INF, NAN, INF  # t of row 3 and column 7: -inf
     expected = a.double().cpu() @ b.double().cpu().T
     row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
-    slab_checks.close(row_max + row_log, expected.logsumexp(1))
-    slab_checks.close(col_max + col_log, expected.logsumexp(0))
+    row_panel_checks.close(row_max + row_log, expected.logsumexp(1))
+    row_panel_checks.close(col_max + col_log, expected.logsumexp(0))
     a[20, 0] = 1
     b[7] = -INF
     a[3] = 1
     row_max, row_log, col_max, col_log, *_ = device_ops.logsumexp_scores(a, b, None, 1.0)
     assert float(col_max[7] + col_log[7]) == -INF
-    slab_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
+    row_panel_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
 
 
 # The passes over a chunk of scores, by Triton
@@ -296,8 +297,8 @@ def test_logsumexp_pass(n, m, special):
         s[0, 0] = special
     before = (torch.randn(m), torch.rand(m) + 1)
     arguments = (s, scale, *SCALED, torch.empty(n), torch.empty(n), *before)
-    found = list(both_passes("logsumexp_pass", arguments, (10, 11, 12, 13)))
-    for (top, exact_top), (total, exact_total) in (found[:2], found[2:]):
+    results = list(both_passes("logsumexp_pass", arguments, (10, 11, 12, 13)))
+    for (top, exact_top), (total, exact_total) in (results[:2], results[2:]):
         close(top + total.log(), exact_top + exact_total.log(), torch.float32, rtol=2e-6)
 
 

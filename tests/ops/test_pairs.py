@@ -1,5 +1,6 @@
 """Scores of listed pairs by the Triton kernels, and their gradients, against fp64 truth."""
 
+import device_ops
 import pytest
 import torch
 from interpreted import DEVICE, every_dtype
@@ -7,7 +8,7 @@ from triton_checks import INF, NAN, assert_as_good, close, many, two_sides
 
 pytest.importorskip("triton")
 
-from launchers import pair_scores, pair_scores_backward
+from device_ops import pair_scores, pair_scores_backward
 
 pytestmark = many
 
@@ -91,12 +92,12 @@ def test_pair_scores_backward_gives_only_what_is_needed():
 def test_fp64_is_refused():
     x, index = torch.randn(4, 4, dtype=torch.float64), torch.arange(4)
     with pytest.raises(TypeError, match="float64"):
-        pair_scores(x, x, index, index)
+        device_ops.launch("pair_scores", x, x, index, index)
     with pytest.raises(TypeError, match="float64"):
-        pair_scores_backward(x[0], index, index, x, x, [True, True])
+        device_ops.launch("pair_scores_backward", x[0], index, index, x, x, [True, True])
 
 
 def test_pairs_of_all_rows():
     a, b = two_sides(40, 50, 24, torch.float32)
-    found = pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
-    close(found, (a.double() * b[:40].double()).sum(1), torch.float32, subnormal=True)
+    results = pair_scores(a.to(DEVICE), b.to(DEVICE), None, None)
+    close(results, (a.double() * b[:40].double()).sum(1), torch.float32, subnormal=True)

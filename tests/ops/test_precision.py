@@ -137,7 +137,7 @@ def test_hardest_negatives_are_as_rough_as_the_setting_allows(name, setting):
     setting(name)
     ours, plain = gk.hardest_negatives(a, b), gk.reference.hardest_negatives(a, b)
     for k in (0, 2):
-        lost, lost_by_pytorch = (float((found[k] - truth[k]).norm()) for found in (ours, plain))
+        lost, lost_by_pytorch = (float((results[k] - truth[k]).norm()) for results in (ours, plain))
         assert lost <= 2 * lost_by_pytorch + 1e-6
         if gk.backends()["hardest_negatives"]["cpu"] == "cpp" and _library.bf16_unit() == "amx":
             assert (lost > 1e-2) == (fp32_products("cpu") == "bf16")
@@ -149,11 +149,11 @@ def test_kernels_are_compiled_for_what_cuda_allows(name, setting, monkeypatch):
     pytest.importorskip("triton")
     from gssf_kernels.device_path import DEVICE, DevicePath, device_path
 
-    found = {}
+    results = {}
 
     def note(path, kernel, *arguments, grid, warmup, **options):
         if "PRECISION" in options:
-            found.setdefault(kernel.__name__, set()).add(options["PRECISION"])
+            results.setdefault(kernel.__name__, set()).add(options["PRECISION"])
 
     monkeypatch.setattr(DevicePath, "note", note)
     on_cuda, _ = setting(name)
@@ -161,9 +161,9 @@ def test_kernels_are_compiled_for_what_cuda_allows(name, setting, monkeypatch):
     by_a_metric = gk.InfoNCELoss(metric=gk.StructuredSimilarity(16, 8)).to(DEVICE)
     with device_path():
         torch.autograd.grad(gk.TripletLoss()(x, y), [x, y])
-        assert found == {"sweep_kernel": {on_cuda}}
+        assert results == {"sweep_kernel": {on_cuda}}
         torch.autograd.grad(by_a_metric(x, y), [x, y])
-        assert found == {kernel: {on_cuda} for kernel in ("sweep_kernel", "sides_kernel", "gradients_kernel")}
-        found.clear()
+        assert results == {kernel: {on_cuda} for kernel in ("sweep_kernel", "sides_kernel", "gradients_kernel")}
+        results.clear()
         gk.batch_hard_loss(x, torch.empty(40, dtype=torch.int64, device=DEVICE))
-        assert found == {"sweep_kernel": {"ieee"}}
+        assert results == {"sweep_kernel": {"ieee"}}

@@ -1,6 +1,6 @@
 """The structured projection's Triton kernels, against the definition's autograd in fp64."""
 
-import launchers
+import device_ops
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,9 @@ def check_project(x, diag, blocks, permutation, normalize):
         return [p.detach()] + [t.grad if t is not None else None for t in leaves]
 
     on = [t.to(DEVICE) if t is not None else None for t in (x, diag, blocks, permutation)]
-    p = launchers.project(*on, normalize)
+    p = device_ops.project(on[0], None, *on[1:], normalize)[0]
     needs = [True, diag is not None, blocks is not None]
-    gradients = launchers.project_backward(grad.to(DEVICE), *on, normalize, needs)
+    gradients = device_ops.project_backward_of_x(grad.to(DEVICE), *on, normalize, needs)
     assert p.dtype == gradients[0].dtype == x.dtype
     for ours, plain, truth in zip([p, *gradients], differentiate(x.dtype), differentiate(torch.float64), strict=True):
         if truth is None:
@@ -87,12 +87,13 @@ def test_project_takes_any_layout():
 @many
 def test_project_of_mixed_dtypes():
     x, diag, blocks = torch.randn(20, 32).half(), torch.randn(32), torch.randn(4, 8, 8)
-    p = launchers.project(*(t.to(DEVICE) for t in (x, diag, blocks)), None, True)
+    on_x, *weights = (t.to(DEVICE) for t in (x, diag, blocks))
+    p = device_ops.project(on_x, None, *weights, None, True)[0]
     truth = plain_project(x.double(), diag.double(), blocks.double(), None, True)
     plain = plain_project(x, diag.half(), blocks.half(), None, True)
     assert_as_good(p, plain, truth)
     grad = torch.randn(20, 32).half()
-    _, ddiag, dblocks = launchers.project_backward(
+    _, ddiag, dblocks = device_ops.project_backward_of_x(
         *(t.to(DEVICE) for t in (grad, x, diag, blocks)), None, True, [False, True, True]
     )
     assert ddiag.dtype == dblocks.dtype == torch.float32
@@ -106,7 +107,8 @@ def test_project_of_zero_and_nan_rows():
     x[2] = 0.0
     x[4, 3] = NAN
     diag, blocks = torch.randn(8), torch.randn(2, 4, 4)
-    p = launchers.project(*(t.to(DEVICE) for t in (x, diag, blocks)), None, True).cpu()
+    on_x, *weights = (t.to(DEVICE) for t in (x, diag, blocks))
+    p = device_ops.project(on_x, None, *weights, None, True)[0].cpu()
     assert torch.equal(p[2], torch.zeros(8))
     assert p[4].isnan().all()
     assert p[[0, 1, 3, 5]].isfinite().all()
@@ -119,11 +121,11 @@ def test_project_of_zero_and_nan_rows():
 def test_project_backward_gives_only_what_is_needed():
     x, grad = torch.randn(9, 8).to(DEVICE), torch.randn(9, 8).to(DEVICE)
     diag, blocks = torch.randn(8).to(DEVICE), torch.randn(2, 4, 4).to(DEVICE)
-    everything = launchers.project_backward(grad, x, diag, blocks, None, True, [True] * 3)
+    everything = device_ops.project_backward_of_x(grad, x, diag, blocks, None, True, [True] * 3)
     for one in range(3):
-        some = launchers.project_backward(grad, x, diag, blocks, None, True, [k == one for k in range(3)])
-        assert [t.numel() for t in some] == [everything[k].numel() * (k == one) for k in range(3)]
-        assert torch.equal(some[one], everything[one])
+        gradients = device_ops.project_backward_of_x(grad, x, diag, blocks, None, True, [k == one for k in range(3)])
+        assert [t.numel() for t in gradients] == [everything[k].numel() * (k == one) for k in range(3)]
+        assert torch.equal(gradients[one], everything[one])
 
 
 @many
@@ -149,8 +151,8 @@ def test_pairs_project_backward(permuted, dtype, normalize):
         return [t.grad for t in leaves]
 
     on = [t.to(DEVICE) if t is not None else None for t in (grad, rows, cols, x, y, diag, blocks, permutation)]
-    found = launchers.pairs_project_backward(*on, normalize, [True] * 3)
-    for ours, plain, truth in zip(found, differentiate(dtype), differentiate(torch.float64), strict=True):
+    results = device_ops.project_backward_of_pairs(*on, normalize, [True] * 3)
+    for ours, plain, truth in zip(results, differentiate(dtype), differentiate(torch.float64), strict=True):
         assert ours.dtype == dtype
         assert_as_good(ours, plain, truth)
 
@@ -159,7 +161,7 @@ def test_pairs_project_backward(permuted, dtype, normalize):
 def test_pairs_project_backward_of_a_zero_gradient_adds_nothing_even_from_nan_rows():
     x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
     on = [t.to(DEVICE) for t in (torch.zeros(3), index, index, x, y, torch.randn(8))]
-    dx, ddiag, _ = launchers.pairs_project_backward(*on, None, None, True, [True, True, False])
+    dx, ddiag, _ = device_ops.project_backward_of_pairs(*on, None, None, True, [True, True, False])
     assert not dx.any()
     assert not ddiag.any()
 
@@ -177,11 +179,11 @@ def test_both_sides(n, m, d, b, weights, dtype):
     diag = torch.randn(d).to(dtype) if "diag" in weights else None
     blocks = torch.randn(d // b, b, b).to(dtype) if "blocks" in weights else None
     permutation = torch.randperm(d) if b > 2 and blocks is not None else None
-    found = launchers.project_sides(*on_device(x, y, diag, blocks, permutation))
+    results = device_ops.project(*on_device(x, y, diag, blocks, permutation), True)
     wide = [t if t is None else t.double() for t in (x, y, diag, blocks)]
     p = reference.project(wide[0], *wide[2:], permutation=permutation, normalize=True)
-    *found, norm, pair = found
-    for got, expected in zip(found, (p, reference.project(wide[1], normalize=True)), strict=True):
+    *results, norm, pair = results
+    for got, expected in zip(results, (p, reference.project(wide[1], normalize=True)), strict=True):
         assert got.dtype == dtype
         assert got.is_contiguous()
         close(got, expected, dtype)
@@ -200,7 +202,7 @@ def test_both_sides_with_their_pairs(n, m, d, b, normalize, dtype, monkeypatch):
     x, y, diag, blocks = (torch.randn(*shape).to(dtype) for shape in ((n, d), (m, d), (d,), (d // b, b, b)))
     permutation = torch.randperm(d) if b > 2 else None
     on = on_device(x, y, diag, blocks, permutation)
-    p, unit, norm, pair = launchers.project_sides(*on, normalize, True)
+    p, unit, norm, pair = device_ops.project(*on, normalize, True)
     exact = reference.project(x.double(), diag.double(), blocks.double(), permutation=permutation, normalize=normalize)
     close(p, exact, dtype)
     if normalize:
@@ -226,11 +228,11 @@ def check_sides_backward(n, m, d, b, normalize, dtype, twice=False, needs=(True,
         total = total + (reference.project(other, normalize=True) * dunit.double()).sum()
     expected = torch.autograd.grad(total, leaves, allow_unused=True)
     on = on_device(x, x if twice else y, diag, blocks, permutation)
-    norm = launchers.project_sides(*on, normalize)[2]
-    given = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
+    norm = device_ops.project(*on, normalize)[2]
+    inputs = [None if name in without else t for name, t in (("dp", dp), ("dunit", dunit))]
     on[1] = None if twice else on[1]
-    found = launchers.project_sides_backward(*on_device(*given), norm, *on, normalize, [*needs])
-    for got, known, need in zip(found, expected, needs, strict=True):
+    results = device_ops.project_backward(*on_device(*inputs), norm, *on, normalize, [*needs])
+    for got, known, need in zip(results, expected, needs, strict=True):
         if need and known is not None:
             assert got.dtype == dtype
             close(got, known, dtype)
@@ -266,14 +268,14 @@ def test_sides_of_many_rows_are_declined(monkeypatch):
     monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, y = on_device(torch.randn(21, 8), torch.randn(22, 8))
     options = None, None, None, True, [True, True, False, False]
-    assert launchers.route("project_backward", x, y, x[:, 0], x, y, *options) == "triton"
-    assert launchers.route("project_backward", x[:20], y, x[:20, 0], x[:20], y, *options) == "small"
-    assert launchers.route("project_backward", x[:20], None, x[:20, 0], x[:20], None, *options) == "triton"
+    assert device_ops.route("project_backward", x, y, x[:, 0], x, y, *options) == "triton"
+    assert device_ops.route("project_backward", x[:20], y, x[:20, 0], x[:20], y, *options) == "small"
+    assert device_ops.route("project_backward", x[:20], None, x[:20, 0], x[:20], None, *options) == "triton"
 
 
 @few
 def test_one_side_of_nothing():
-    p, unit, *_ = launchers.project_sides(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None)
+    p, unit, *_ = device_ops.project(*on_device(torch.empty(0, 8), torch.ones(2, 8)), None, None, None, True)
     assert p.shape == (0, 8)
     close(unit, torch.full((2, 8), 8**-0.5), torch.float32)
 
@@ -301,19 +303,21 @@ def test_gradient_of_hardest_negatives_by_a_metric(n, m, d, b, needs, normalize,
     permutation = torch.randperm(d) if d > 4 else None
     rows, cols = torch.randint(-1, m, (n,)), torch.randint(-1, n, (m,))
     cols[::2] = n // 2  # a hub of more edges than one step takes
-    dpair, drow, dcol = torch.randn(n), torch.randn(n), torch.randn(m)
-    dpair[1::3] = dcol[1::5] = 0
+    dpositive, drow, dcol = torch.randn(n), torch.randn(n), torch.randn(m)
+    dpositive[1::3] = dcol[1::5] = 0
     leaves = [t.double().requires_grad_() for t in (x, y, diag, blocks)]
     p = reference.project(leaves[0], *leaves[2:], permutation=permutation, normalize=normalize)
     s = p @ reference.project(leaves[1], normalize=normalize).T
     i, j = torch.arange(n), torch.arange(m)
-    weight = torch.cat((dpair, drow, dcol)).double()
+    weight = torch.cat((dpositive, drow, dcol)).double()
     edges = torch.cat((i, i, cols)), torch.cat((i, rows, j))
     real = (edges[0] >= 0) & (edges[1] >= 0)
     (weight[real] * s[edges[0][real], edges[1][real]]).sum().backward()
-    on = [t if t is None else t.to(DEVICE) for t in (dpair, drow, dcol, rows, cols, x, y, diag, blocks, permutation)]
-    found = launchers.hardest_project_backward(*on, normalize, [*needs])
-    for got, leaf, need in zip(found, leaves, needs, strict=True):
+    on = [
+        t if t is None else t.to(DEVICE) for t in (dpositive, drow, dcol, rows, cols, x, y, diag, blocks, permutation)
+    ]
+    results = device_ops.hardest_negatives_backward(*on, normalize, [*needs])
+    for got, leaf, need in zip(results, leaves, needs, strict=True):
         if need:
             assert got.dtype == dtype
             close(got, leaf.grad, dtype, subnormal=True)
@@ -326,7 +330,7 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
     x, y, index = torch.randn(3, 8), torch.full((3, 8), NAN), torch.arange(3)
     zero, diag = torch.zeros(3), torch.randn(8)
     on = [t.to(DEVICE) for t in (zero, zero, zero, index, index, x, y, diag)]
-    dx, _, ddiag, _ = launchers.hardest_project_backward(*on, None, None, True, [True, False, True, False])
+    dx, _, ddiag, _ = device_ops.hardest_negatives_backward(*on, None, None, True, [True, False, True, False])
     assert not dx.any()
     assert not ddiag.any()
 
@@ -335,17 +339,17 @@ def test_by_a_metric_a_zero_gradient_adds_nothing_even_from_nan_rows():
 def test_many_rows_of_a_metric_are_declined(monkeypatch):
     monkeypatch.setattr(plan, "SCAN_ROWS", 20)
     x, index, line = torch.randn(21, 8).to(DEVICE), torch.arange(21).to(DEVICE), torch.zeros(21).to(DEVICE)
-    given = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
-    assert launchers.route("hardest_negatives_backward", *given) == "triton"
+    inputs = (line, line, line, index, index, x, x, None, None, None, True, [True] * 4)
+    assert device_ops.route("hardest_negatives_backward", *inputs) == "triton"
 
 
 @many
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     for call in (
-        lambda: launchers.project(x, None, None, None, True),
-        lambda: launchers.project_backward(x, x, None, None, None, True, [True] * 3),
-        lambda: launchers.project_sides(x, x, None, None, None),
+        lambda: device_ops.launch("project", x, None, None, None, None, True),
+        lambda: device_ops.launch("project_backward", x, None, x[0], x, None, None, None, None, True, [True] * 4),
+        lambda: device_ops.launch("project", x, x, None, None, None, True),
     ):
         with pytest.raises(TypeError, match="float64"):
             call()

@@ -2,7 +2,7 @@
 
 import math
 
-import launchers
+import device_ops
 import pytest
 import torch
 from cases import DTYPES, FLOOR, IDS, randn
@@ -19,9 +19,9 @@ NAMES = ("pair_score", "row_score", "row_index", "col_score", "col_index", "row_
 def run(a, b, threshold, beta, a_ids=None, b_ids=None):
     """{name: what the op gives}."""
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-    found = torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, torch.tensor(threshold, dtype=dtype), beta)
-    assert [t.dtype for t in found] == [torch.int64 if "index" in name else dtype for name in NAMES]
-    return dict(zip(NAMES, found, strict=True))
+    results = torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, torch.tensor(threshold, dtype=dtype), beta)
+    assert [t.dtype for t in results] == [torch.int64 if "index" in name else dtype for name in NAMES]
+    return dict(zip(NAMES, results, strict=True))
 
 
 def distance(got, exact):
@@ -36,15 +36,15 @@ def distance(got, exact):
 def check(a, b, threshold, beta, a_ids=None, b_ids=None):
     """Our error is at most twice plain PyTorch's in the same dtype, plus rounding; the maxima are those we know."""
     arguments = (a, b, threshold, beta, a_ids, b_ids)
-    found, exact, twin = run(*arguments), truth(*arguments), plain(*arguments)
+    results, exact, twin = run(*arguments), truth(*arguments), plain(*arguments)
     known = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids)[:5]
-    for got, expected in zip(list(found.values())[:5], known, strict=True):
+    for got, expected in zip(list(results.values())[:5], known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
     floor = 1e-12 if a.dtype == torch.float64 else FLOOR[torch.float32]
     for name, same in zip(("row_relative", "col_relative"), twin, strict=True):
-        error, allowed = distance(found[name], exact[name]), 2 * distance(same, exact[name]) + floor
+        error, allowed = distance(results[name], exact[name]), 2 * distance(same, exact[name]) + floor
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
-    return found, exact
+    return results, exact
 
 
 def unit(n, m, d, dtype=torch.float64):
@@ -82,10 +82,10 @@ def test_ids(ids, beta):
 def test_every_line_to_rounding(dtype, beta):
     """Line by line, not in the norm: fp64 to 1e-12, fp32 to the few roundings that its own scores leave."""
     a, b = unit(700, 1300, 32, dtype)
-    found, exact = check(a, b, gap(a, b, 0.3), beta)
+    results, exact = check(a, b, gap(a, b, 0.3), beta)
     for name in ("row_relative", "col_relative"):
         rtol = 1e-12 if dtype == torch.float64 else 4e-6
-        torch.testing.assert_close(found[name].double(), exact[name], rtol=rtol, atol=0)
+        torch.testing.assert_close(results[name].double(), exact[name], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
@@ -97,10 +97,10 @@ def test_whole_numbers_are_exact(n, m, dtype):
         ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
         for a_ids, b_ids in ((None, None), ids):
             for threshold in (-100.0, 0.0, 2.0, 8.0, 100.0):
-                found = run(a, b, threshold, None, a_ids, b_ids)
+                results = run(a, b, threshold, None, a_ids, b_ids)
                 exact = truth(a, b, threshold, None, a_ids, b_ids)
                 for name, expected in exact.items():
-                    assert torch.equal(found[name], expected.to(found[name].dtype)), name
+                    assert torch.equal(results[name], expected.to(results[name].dtype)), name
 
 
 @pytest.mark.parametrize("beta", BETAS, ids=str)
@@ -127,19 +127,19 @@ def test_empty_sets_give_zero(beta):
         (a[:0], b[:5], -5.0, beta),
         (a[:0], b[:0], -5.0, beta),
     ):
-        found = run(*arguments)
-        assert found["row_relative"].tolist() == [0.0] * len(arguments[0])
-        assert found["col_relative"].tolist() == [0.0] * len(arguments[1])
+        results = run(*arguments)
+        assert results["row_relative"].tolist() == [0.0] * len(arguments[0])
+        assert results["col_relative"].tolist() == [0.0] * len(arguments[1])
 
 
 @pytest.mark.parametrize("beta", BETAS, ids=str)
 def test_a_threshold_keeps_what_equals_it(beta):
     a, b = torch.arange(1.0, 701.0)[:, None], torch.ones(900, 1)  # s_ij = i + 1
-    found = run(a, b, 698.0, beta)
+    results = run(a, b, 698.0, beta)
     terms = [1.0, 2.0] if beta is None else [math.exp(-beta), math.exp(-2 * beta)]  # of 699 and 698 against 700
-    torch.testing.assert_close(found["col_relative"][:690], torch.full((690,), sum(terms) / 2))
-    assert not found["row_relative"][:697].any()
-    assert found["row_relative"][-1] == (0.0 if beta is None else 1.0)
+    torch.testing.assert_close(results["col_relative"][:690], torch.full((690,), sum(terms) / 2))
+    assert not results["row_relative"][:697].any()
+    assert results["row_relative"][-1] == (0.0 if beta is None else 1.0)
 
 
 @pytest.mark.parametrize("beta", [None, 20.0], ids=str)
@@ -151,11 +151,11 @@ def test_running_maxima_that_rise_or_fall_from_tile_to_tile(down, dtype, beta):
     sides = [torch.linspace(0.1, 1, count, dtype=torch.float64)[:, None] for count in (n, m)]
     a, b = (side.flip(0).to(dtype) if k in down else side.to(dtype) for k, side in enumerate(sides))
     for threshold in (-1.0, gap(a, b, 0.5)):
-        found, exact = check(a, b, threshold, beta)
+        results, exact = check(a, b, threshold, beta)
         for name in ("row_relative", "col_relative"):
             # fp32: a rounding of scores up to 1, which is the whole error of a distance, and beta times that of a power
             rtol, atol = (1e-12, 1e-30) if dtype == torch.float64 else (5e-6, 1.2e-7)
-            torch.testing.assert_close(found[name].double(), exact[name], rtol=rtol, atol=atol)
+            torch.testing.assert_close(results[name].double(), exact[name], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("beta", [None, 0.001, 10.0, 1000.0], ids=str)
@@ -165,8 +165,8 @@ def test_large_scores(dtype, beta):
     a, b = (100 * randn(g, 600, 4)).to(dtype), (100 * randn(g, 1100, 4)).to(dtype)
     assert float((a @ b.T).max()) > 1e4
     for threshold in (-1e9, gap(a, b, 0.5)):
-        found, _ = check(a, b, threshold, beta)
-        assert found["row_relative"].isfinite().all()
+        results, _ = check(a, b, threshold, beta)
+        assert results["row_relative"].isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [None, 0.0, 10.0], ids=str)
@@ -180,10 +180,10 @@ def test_nan_and_infinities(place, value, beta):
     a[place] = value
     for threshold in (10.0, math.nan):
         arguments = (a, b, threshold, beta)
-        found, exact = run(*arguments), truth(*arguments)
+        results, exact = run(*arguments), truth(*arguments)
         for name, expected in exact.items():
-            torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=0, equal_nan=True)
-        for got, expected in zip((found["row_relative"], found["col_relative"]), plain(*arguments), strict=True):
+            torch.testing.assert_close(results[name].double(), expected, rtol=1e-5, atol=0, equal_nan=True)
+        for got, expected in zip((results["row_relative"], results["col_relative"]), plain(*arguments), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, equal_nan=True)
 
 
@@ -191,9 +191,9 @@ def test_nan_and_infinities(place, value, beta):
 @pytest.mark.parametrize("threshold", [math.nan, -math.inf])
 def test_a_nan_threshold_includes_everything(threshold, beta):
     a, b = unit(600, 700, 8, torch.float32)
-    found, lowest = (run(a, b, t, beta) for t in (threshold, -9.0))
+    results, lowest = (run(a, b, t, beta) for t in (threshold, -9.0))
     for name in NAMES:
-        assert torch.equal(found[name], lowest[name])
+        assert torch.equal(results[name], lowest[name])
     check(a, b, threshold, beta, torch.arange(600) // 9, torch.arange(700) // 9)
 
 
@@ -226,9 +226,9 @@ def test_any_layout_and_inputs_left_alone():
     before = wide.clone()
     a, b, ids = wide[::2, 1:18], wide.T[:45, :34:2], torch.arange(90) // 6
     arguments = (a, b, 0.0, None, ids[:60:2], ids[::2])
-    found, exact = run(*arguments), truth(*arguments[:4], ids[:60:2].clone(), ids[::2][:45].clone())
+    results, exact = run(*arguments), truth(*arguments[:4], ids[:60:2].clone(), ids[::2][:45].clone())
     for name, expected in exact.items():
-        assert torch.equal(found[name], expected.float()), name
+        assert torch.equal(results[name], expected.float()), name
     assert torch.equal(wide, before)
 
 
@@ -277,12 +277,12 @@ def test_kernels_keeps_nan_and_inf(value, beta):
 @many
 def test_kernels_of_an_empty_batch():
     x, level = torch.randn(0, 8).to(DEVICE), torch.tensor(0.0, device=DEVICE)
-    found = launchers.relative_negatives(x, torch.randn(5, 8).to(DEVICE), None, None, level, 1.0)
-    assert [t.tolist() for t in found] == [[], [], [], [-INF] * 5, [-1] * 5, [], [0.0] * 5]
+    results = device_ops.relative_negatives(x, torch.randn(5, 8).to(DEVICE), None, None, level, 1.0)
+    assert [t.tolist() for t in results] == [[], [], [], [-INF] * 5, [-1] * 5, [], [0.0] * 5]
 
 
 @many
 def test_fp64_is_refused():
     x = torch.randn(4, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        launchers.relative_negatives(x, x, None, None, x[0, 0], None)
+        device_ops.launch("relative_negatives", x, x, None, None, x[0, 0], None)

@@ -34,9 +34,9 @@ def storages(values):
 
 def shared(arguments, results):
     """Which of an op's results share memory: ["outputs"], ["an input"], both or none."""
-    given, made = storages(arguments), storages(results)
-    found = ["outputs"] if len(set(made)) < len(made) else []
-    return found + (["an input"] if set(given) & set(made) else [])
+    inputs, made = storages(arguments), storages(results)
+    outputs = ["outputs"] if len(set(made)) < len(made) else []
+    return outputs + (["an input"] if set(inputs) & set(made) else [])
 
 
 class Watch(TorchDispatchMode):
@@ -128,7 +128,7 @@ def run_one_side_twice(dtype, device):
 @pytest.fixture(scope="module")
 def everywhere():
     """{(route, op): what its results were seen to share}."""
-    found: dict[tuple, set] = {}
+    results: dict[tuple, set] = {}
     for route in ROUTES:
         device = DEVICE if route == "triton" else "cpu"
         for small, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
@@ -149,8 +149,8 @@ def everywhere():
                     run_one_side_twice(dtype, device)
                     run_a_metric(metric, *sides)
             for op, what in seen.items():
-                found.setdefault((route, op), set()).update(what)
-    return found
+                results.setdefault((route, op), set()).update(what)
+    return results
 
 
 def test_no_op_returns_memory_twice(everywhere):

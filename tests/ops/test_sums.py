@@ -3,15 +3,14 @@
 import math
 
 import device_ops
-import launchers
 import pytest
-import slab_checks
+import row_panel_checks
 import torch
 from dense_cases import INF, NAN, X, Y, normal
 from interpreted import DEVICE, every_dtype
 from kernel_modules import tiles
 from launch_counts import check_count, every_small_batch
-from triton_checks import both_passes, close, few, fp64_leaves, slabs, two_sides
+from triton_checks import both_passes, close, few, fp64_leaves, row_panels, two_sides
 
 import gssf_kernels as gk
 from gssf_kernels import plan
@@ -131,17 +130,21 @@ class Sum:
         t.retain_grad()
         if not self.relative:
             return leaves, t, self.term(t, same)
-        own = s.diagonal()
-        return leaves, t, self.term(t - own[:, None], same) + self.term(t[:, :n] - own, same[:, :n], 0)
+        positive_score = s.diagonal()
+        return (
+            leaves,
+            t,
+            self.term(t - positive_score[:, None], same) + self.term(t[:, :n] - positive_score, same[:, :n], 0),
+        )
 
     def run(self, share=1.0, needs=(True, True), upstream=1.0):
         """(what is found, the gradients)"""
         on = [t if t is None else t.to(DEVICE) for t in (self.a, self.b)]
-        numbers, constants, *given = self.arguments()
+        numbers, constants, *inputs = self.arguments()
         needs = [needs[0], needs[1] and self.b is not None]
-        found = device_ops.total(*on, *numbers, *constants, *given, share=share, needs=needs)
+        results = device_ops.total(*on, *numbers, *constants, *inputs, share=share, needs=needs)
         grad = torch.tensor(upstream).to(DEVICE)
-        return found, device_ops.total_backward(grad, *found[1:], *on, *numbers, constants[0], share)
+        return results, device_ops.total_backward(grad, *results[1:], *on, *numbers, constants[0], share)
 
     def arguments(self):
         """(tensors of κ and β, numbers for them, ids, kind, positives, relative)"""
@@ -162,15 +165,15 @@ class Sum:
         if self.learnable == "log":
             leaves[2].grad *= self.scale
         on = [x if x is None else x.to(DEVICE) for x in (self.a, self.b)]
-        numbers, constants, *given = self.arguments()
-        inputs, needs = (*on, *numbers, *constants, *given), [needs[0], needs[1] and self.b is not None]
-        pair = launchers.pair_scores(*on, None, None) if known else None
-        found, own = device_ops.rows(*inputs, positive_score=pair)
-        assert found.dtype == torch.float32
-        close(found, terms.detach(), torch.float32, subnormal=True)
-        assert own.shape == ((len(terms),) if self.relative and not known else (0,))
-        pair = pair if known else own if self.relative else None
-        gradients = device_ops.rows_backward(grad.to(DEVICE), *inputs, positive_score=pair, needs=needs)
+        numbers, constants, *arguments = self.arguments()
+        inputs, needs = (*on, *numbers, *constants, *arguments), [needs[0], needs[1] and self.b is not None]
+        known_score = device_ops.pair_scores(*on, None, None) if known else None
+        results, positive_score = device_ops.rows(*inputs, positive_score=known_score)
+        assert results.dtype == torch.float32
+        close(results, terms.detach(), torch.float32, subnormal=True)
+        assert positive_score.shape == ((len(terms),) if self.relative and not known else (0,))
+        known_score = known_score if known else positive_score if self.relative else None
+        gradients = device_ops.rows_backward(grad.to(DEVICE), *inputs, positive_score=known_score, needs=needs)
         slopes = t.grad.abs() * (self.a.double() @ (self.a if self.b is None else self.b).double().T).abs()
         sizes = (None, None, slopes.sum(), t.grad.abs().sum())
         for gradient, leaf, need, size in zip(gradients, leaves, (*needs, True, True), sizes, strict=True):
@@ -180,7 +183,7 @@ class Sum:
                 close(gradient, leaf.grad, dtype, size=size, subnormal=True)
                 assert gradient.dtype == (dtype if leaf.dim() else torch.float32)
         if known:
-            value, *_ = device_ops.total(*inputs, share=0.25, needs=needs, positive_score=pair)
+            value, *_ = device_ops.total(*inputs, share=0.25, needs=needs, positive_score=known_score)
             close(value, 0.25 * terms.sum().detach(), torch.float32, subnormal=True)
 
     def check(self, share=0.25, upstream=2.0, needs=(True, True)):
@@ -288,10 +291,10 @@ def test_rows_of_special_values(special):
     for relative in (False, True):
         call = Sum(40, 70, 8, torch.float32, "hinge", "exclude", relative=relative, learnable=False)
         call.a[17, 0], call.b[:, 0] = special, call.b[:, 0].abs()
-        numbers, constants, *given = call.arguments()
-        found, _ = device_ops.rows(call.a.to(DEVICE), call.b.to(DEVICE), *numbers, *constants, *given)
+        numbers, constants, *inputs = call.arguments()
+        results, _ = device_ops.rows(call.a.to(DEVICE), call.b.to(DEVICE), *numbers, *constants, *inputs)
         expected = call.truth()[2].detach()
-        torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(results.cpu().double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @few
@@ -329,35 +332,35 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(x, y)
 
 
-# Many scores by slabs of rows, by Triton
+# Many scores by row panels, by Triton
 
 
-@slabs
-@slab_checks.slabbed
+@row_panels
+@row_panel_checks.every_panel_size
 @pytest.mark.parametrize("ids", [False, True], ids=["no ids", "ids"])
 @pytest.mark.parametrize(("kind", "positives"), [("softplus", "negate"), ("hinge", "exclude"), ("square", "include")])
-@pytest.mark.parametrize(("n", "m", "d"), slab_checks.SHAPES[1:4])
-def test_sums_by_slabs(monkeypatch, n, m, d, kind, positives, ids, scores):
+@pytest.mark.parametrize(("n", "m", "d"), row_panel_checks.SHAPES[1:4])
+def test_sums_and_gradients_by_row_panels(monkeypatch, n, m, d, kind, positives, ids, scores):
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", scores)
-    a, b = slab_checks.sides(n, m, d)
+    a, b = row_panel_checks.sides(n, m, d)
     labels = [torch.randint(0, 9, (k,), device=DEVICE) for k in (n, m)] if ids else [None, None]
     scale, bias = torch.tensor(0.9, device=DEVICE), torch.tensor(-0.4, device=DEVICE)
-    expected, right = slab_checks.true_sums(fp64_leaves(a, b, scale, bias), labels, kind, positives, 0.25)
+    expected, right = row_panel_checks.true_sums(fp64_leaves(a, b, scale, bias), labels, kind, positives, 0.25)
 
     options = (*labels, kind, positives, False)
-    found = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[True, True])
-    total, dscale, dbias, da, db = found
+    results = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[True, True])
+    total, dscale, dbias, da, db = results
     for ours, truth in zip((total, dscale, dbias), (expected, *right[2:]), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-5, atol=2e-5 * n * m / 100)
     for ours, truth in zip((da, db), right[:2], strict=True):  # κ, the share and grad_out are still to come
-        slab_checks.close(0.25 * 0.9 * ours, truth)
+        row_panel_checks.close(0.25 * 0.9 * ours, truth)
 
     alone = device_ops.total(a, b, scale, bias, 1.0, 0.0, *options, share=0.25, needs=[False, False])
     assert [g.numel() for g in alone[3:]] == [0, 0]
-    if scores == slab_checks.SLABS[0]:
+    if scores == row_panel_checks.PANEL_SCORES[0]:
         return
-    for ours, whole in zip(alone[:3], found[:3], strict=True):
+    for ours, whole in zip(alone[:3], results[:3], strict=True):
         torch.testing.assert_close(ours, whole)
     log = device_ops.total(a, b, scale.log(), bias, None, 0.0, *options, share=0.25, needs=[False, False])
     torch.testing.assert_close(log[0], total)

@@ -17,7 +17,7 @@ def draws(case, dtype, device):
     """
     tensors, _ = case.inputs(dtype, device=device)
     count = 8 if sum(t.numel() for t in tensors.values()) < 256 else 1
-    found = []
+    ours = []
     for seed in range(count):
         tensors, options = case.inputs(dtype, seed=seed, device=device)
         runs = [
@@ -25,11 +25,11 @@ def draws(case, dtype, device):
             (case.reference, tensors),
             (case.ours, tensors),
         ]
-        found.append([[*results, *grads] for results, grads in (gradients(f, ts, options) for f, ts in runs)])
-    outputs = len(found[0][0]) - len(tensors)
+        ours.append([[*results, *grads] for results, grads in (gradients(f, ts, options) for f, ts in runs)])
+    outputs = len(ours[0][0]) - len(tensors)
     names = [f"output {k}" for k in range(outputs)] + [f"d{name}" for name in tensors]
     return names, *(
-        [torch.stack(parts).detach() for parts in zip(*run, strict=True)] for run in zip(*found, strict=True)
+        [torch.stack(parts).detach() for parts in zip(*run, strict=True)] for run in zip(*ours, strict=True)
     )
 
 

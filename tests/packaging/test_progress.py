@@ -39,8 +39,8 @@ def test_time_left_is_what_the_record_says_at_the_pace_of_what_is_done():
 def test_files_that_take_long_come_first(request):
     seconds = recorded()
     assert seconds["triton/test_lowering.py"] > 100 > seconds["ops/test_errors.py"] > 0
-    found = [seconds.get(file_of(item.nodeid), float("inf")) for item in request.session.items]
-    assert found == sorted(found, reverse=True)
+    results = [seconds.get(file_of(item.nodeid), float("inf")) for item in request.session.items]
+    assert results == sorted(results, reverse=True)
 
 
 PLANTED = """

@@ -10,8 +10,8 @@ UNIT = _library.bf16_unit()
 
 def certified(a, b, a_ids=None, b_ids=None):
     """(the five of hardest_negatives, how many scores were made in fp64)."""
-    *found, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")
-    return found, rescored
+    *results, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")
+    return results, rescored
 
 
 def exact(a, b, a_ids=None, b_ids=None):

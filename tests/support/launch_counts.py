@@ -77,22 +77,22 @@ def check_count_by_a_metric(loss, expected, reduction, dtype):
     for options in ({}, {"normalize": False}, {"block_size": None}, {"diagonal": False}):
         metric = metric_of(dtype, **options)
         for n, extra in ((128, 0), (1000, 24)):
-            found = launches(loss, n, dtype, extra, metric, reduction=reduction)
-            assert tuple(map(len, found)) == (forward, backward), found
+            kernels = launches(loss, n, dtype, extra, metric, reduction=reduction)
+            assert tuple(map(len, kernels)) == (forward, backward), kernels
             ids = {"x_ids": ids_of(range(n)), "y_ids": ids_of(range(n + extra))}
-            found = launches(loss, n, dtype, extra, metric, reduction=reduction, **ids)
-            assert tuple(map(len, found)) == (forward, backward), found
+            kernels = launches(loss, n, dtype, extra, metric, reduction=reduction, **ids)
+            assert tuple(map(len, kernels)) == (forward, backward), kernels
 
 
 def check_learnt_logarithm(loss):
     """Of a module that learns the logarithm of its scale: the exponential takes no launch."""
     for metric, most in ((None, 2), (metric_of(torch.float32), 3)):
         loss.to(DEVICE).metric = metric
-        found = launches(lambda x, y, t: loss(x, y), 256, of=loss)
-        assert [len(part) <= most for part in found] == [True, True], found
+        kernels = launches(lambda x, y, t: loss(x, y), 256, of=loss)
+        assert [len(part) <= most for part in kernels] == [True, True], kernels
 
 
 def check_one_side_twice_by_a_metric(loss, reduction):
     """Both its factors' gradients go back in one launch."""
-    found = launches(loss, 256, metric=metric_of(torch.float32), reduction=reduction)
-    assert [len(part) <= 3 for part in found] == [True, True], found
+    kernels = launches(loss, 256, metric=metric_of(torch.float32), reduction=reduction)
+    assert [len(part) <= 3 for part in kernels] == [True, True], kernels

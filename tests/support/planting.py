@@ -42,13 +42,13 @@ class Fault:
 
     def test_files(self, root: Path = ROOT) -> list[str]:
         """The files that must fail, from the root."""
-        found = []
+        files = []
         for name in (self.tests or self.subject).split():
             paths = sorted((root / "tests").glob(f"**/{name}.py"))
             if not paths:
                 raise LookupError(f"{self.name}: there is no tests/**/{name}.py")
-            found += [str(path.relative_to(root)) for path in paths]
-        return found
+            files += [str(path.relative_to(root)) for path in paths]
+        return files
 
 
 def place(text: str, file: str, within: str, find: str) -> tuple[int, int]:
@@ -58,10 +58,10 @@ def place(text: str, file: str, within: str, find: str) -> tuple[int, int]:
     if not parts:
         raise LookupError(f"{file} has no {within}")
     pattern = re.compile(r"\s+".join(map(re.escape, find.split())))
-    found = {match.span() for _, start, end in parts for match in pattern.finditer(text, start, end)}
-    if len(found) != 1:
-        raise LookupError(f"{within or 'all'} of {file} has {find!r} {len(found)} times")
-    return found.pop()
+    places = {match.span() for _, start, end in parts for match in pattern.finditer(text, start, end)}
+    if len(places) != 1:
+        raise LookupError(f"{within or 'all'} of {file} has {find!r} {len(places)} times")
+    return places.pop()
 
 
 def spans(text: str, file: str) -> list[Span]:

@@ -48,9 +48,9 @@ class Progress:
 
     def begin(self, names):
         """Every worker of pytest-xdist collects all tests: the last to say so begins."""
-        found = Counter(map(file_of, names))
-        if found:
-            self.all, self.started = found, self.now()
+        counts = Counter(map(file_of, names))
+        if counts:
+            self.all, self.started = counts, self.now()
             self.said = self.started
 
     @pytest.hookimpl(wrapper=True)
@@ -93,5 +93,5 @@ class Progress:
 
     def pytest_sessionfinish(self):
         if self.config.getoption("--save-durations"):
-            found = {file: round(seconds, 1) for file, seconds in self.took.most_common()}
-            RECORD.write_text(json.dumps(found, indent=1) + "\n")
+            seconds_of = {file: round(seconds, 1) for file, seconds in self.took.most_common()}
+            RECORD.write_text(json.dumps(seconds_of, indent=1) + "\n")

@@ -34,9 +34,11 @@ REPRESENTATIVE = [case for case in CASES if case.name in SINGLE]
 
 def step(case, tensors, options, upstream=None):
     """(outputs, gradients of all inputs), for given gradients of the outputs."""
-    found = case.ours(tensors, options)
-    upstream = [torch.ones_like(t) for t in found] if upstream is None else upstream
-    return [t.detach() for t in found], torch.autograd.grad(found, list(tensors.values()), upstream, allow_unused=True)
+    outputs = case.ours(tensors, options)
+    upstream = [torch.ones_like(t) for t in outputs] if upstream is None else upstream
+    return [t.detach() for t in outputs], torch.autograd.grad(
+        outputs, list(tensors.values()), upstream, allow_unused=True
+    )
 
 
 def leaves(tensors):

@@ -6,7 +6,6 @@ Small tiles make small problems meet every edge.
 from functools import partial
 
 import device_ops
-import launchers
 import pytest
 import torch
 from interpreted import DEVICE, INTERPRETED
@@ -34,11 +33,11 @@ every_reduction = pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 
 few = pytest.mark.triton("few")  # few scores, that go forward and back in few launches
 many = pytest.mark.triton("many")  # no problem is small, slabs are two row blocks, merges of few parts
-slabs = pytest.mark.triton("slabs")  # dL/ds by slabs of rows, in the one dtype that this process has for them
-exact = pytest.mark.triton("exact")  # certified mining, lines and parts a few at a time
+row_panels = pytest.mark.triton("row panels")  # dscores stored a panel at a time, in the one dtype for them here
+exact = pytest.mark.triton("exact")  # certified mining, rows, columns and partials a few at a time
 own_tiles = pytest.mark.triton  # those that the test itself says
 
-SLAB_DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # the interpreter has no bf16, the table only that
+ROW_PANEL_DTYPE = torch.float32 if DEVICE == "cpu" else torch.bfloat16  # the interpreter has no bf16
 
 
 def small_tiles(which):
@@ -50,8 +49,8 @@ def small_tiles(which):
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "ROUND": tiles.Pass(8, 16, 4), "RESCORE": rescore}
         return settings
     settings |= {"MERGE_PARTIALS": 4 if which == "many" else 2, "MERGE_LANES": 32}
-    if which == "slabs":
-        return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({SLAB_DTYPE})}
+    if which == "row panels":
+        return settings | {"SMALL": 64, "ROW_PANEL_DTYPES": frozenset({ROW_PANEL_DTYPE})}
     settings["PROJECT"] = dict.fromkeys(tiles.PROJECT, project)
     if which == "many":
         settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "SMALL": 0}
@@ -107,8 +106,8 @@ def close(got, expected, dtype, *, rtol=4e-6, size=None, subnormal=False):
     torch.testing.assert_close(got.cpu().double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
 
 
-def assert_same_bits(found, expected):
-    for x, y in zip(found, expected, strict=True):
+def assert_same_bits(results, expected):
+    for x, y in zip(results, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
@@ -142,7 +141,7 @@ def positives(N, M, a_ids, b_ids):
 
 def run_hardest(a, b, a_ids=None, b_ids=None):
     on = [x.to(DEVICE) if x is not None and not x.is_cuda else x for x in (a, b, a_ids, b_ids)]
-    return [x.cpu() for x in launchers.hardest_negatives(*on)]
+    return [x.cpu() for x in device_ops.hardest_negatives(*on)]
 
 
 def check_hardest(a, b, a_ids=None, b_ids=None, exact=False):
@@ -162,20 +161,24 @@ def check_hardest(a, b, a_ids=None, b_ids=None, exact=False):
         score, lowest = best(s)
         assert_as_good(ours, best(p)[0], score)
         assert torch.equal(index == -1, lowest == -1)
-        some = lowest >= 0
-        assert not no[some].gather(1, index[some, None]).any()
+        has_negative = lowest >= 0
+        assert not no[has_negative].gather(1, index[has_negative, None]).any()
         if exact:
             assert torch.equal(index, lowest)
         else:
-            assert_as_good(s[some].gather(1, index[some, None])[:, 0].to(ours.dtype), best(p)[0][some], score[some])
+            assert_as_good(
+                s[has_negative].gather(1, index[has_negative, None])[:, 0].to(ours.dtype),
+                best(p)[0][has_negative],
+                score[has_negative],
+            )
 
 
 def check_relative(a, b, threshold, beta, a_ids=None, b_ids=None, exact=False):
     """Compare with loops in fp64; exact: distances of whole numbers, which leave but one rounding."""
     level = torch.tensor(threshold, device=DEVICE)
     on = [x.to(DEVICE) if x is not None else None for x in (a, b, a_ids, b_ids)]
-    *found, rows, cols = (x.cpu() for x in launchers.relative_negatives(*on, level, beta))
-    for ours, known in zip(found, run_hardest(a, b, a_ids, b_ids), strict=True):
+    *results, rows, cols = (x.cpu() for x in device_ops.relative_negatives(*on, level, beta))
+    for ours, known in zip(results, run_hardest(a, b, a_ids, b_ids), strict=True):
         torch.testing.assert_close(ours, known, rtol=0, atol=0, equal_nan=True)
     arguments = (a, b, threshold, beta, a_ids, b_ids)
     expected = true_relative(*arguments)
@@ -205,10 +208,10 @@ def both_passes(name, arguments, written):
         (getattr(device_ops, name), torch.float32, DEVICE),
         (partial(device_ops.composite, name), torch.float64, "cpu"),
     ):
-        own = [
+        copies = [
             t.to(device, dtype if t.is_floating_point() else None, copy=True) if isinstance(t, torch.Tensor) else t
             for t in arguments
         ]
-        run(*own)
-        results.append([own[k].cpu().double() for k in written])
+        run(*copies)
+        results.append([copies[k].cpu().double() for k in written])
     return zip(*results, strict=True)

@@ -2,18 +2,18 @@ from planting import Fault
 
 FAULTS = [
     Fault(
-        "grids: a pass has a program for each tile along two dimensions",
-        "gssf_kernels/triton/dense.py",
-        "softmax_pass",
-        "softmax_kernel[(down * across,)](",
-        "softmax_kernel[(down, across)](",
+        "grids: a pass has a grid of two dimensions",
+        "gssf_kernels/triton/sweep.py",
+        "Chunk.run",
+        "chunk_kernel[(self.row_blocks * self.column_blocks,)](",
+        "chunk_kernel[(self.row_blocks, self.column_blocks)](",
     ),
     Fault(
-        "grids: tiles of a pass are counted along the rows",
-        "gssf_kernels/triton/dense.py",
-        "tile_places",
-        "down = tl.cdiv(R, BR)",
-        "down = tl.cdiv(M, BM)",
+        "grids: tiles of a pass are numbered row by row",
+        "gssf_kernels/triton/sweep.py",
+        "chunk_kernel",
+        "tl.program_id(0) % blocks, tl.program_id(0) // blocks",
+        "tl.program_id(0) % tl.cdiv(M, BM), tl.program_id(0) // tl.cdiv(M, BM)",
         tests="ops/test_logsumexp ops/test_sums",
     ),
     Fault(

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-import launchers
+import device_ops
 import triton
 import triton.language as tl
 from certified_cases import MAKERS, UNIT, check, unit
@@ -24,16 +24,16 @@ def mined(a, b, a_ids=None, b_ids=None):
     twice, one = b is a, b_ids is a_ids
     a, a_ids = (t if t is None else t.to(DEVICE) for t in (a, a_ids))
     b, b_ids = a if twice else b.to(DEVICE), a_ids if one else b_ids.to(DEVICE)
-    *found, made = launchers.certified_negatives(a, b, a_ids, b_ids, True)
-    return [t.cpu() for t in found], int(made)
+    *results, made = device_ops.on_cuda("hardest_negatives", a, b, a_ids, b_ids, "certified")
+    return [t.cpu() for t in results], int(made)
 
 
 def by_cpp(a, b, a_ids=None, b_ids=None):
     return torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")[:5]
 
 
-def same_bits(found, expected):
-    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+def same_bits(results, expected):
+    return all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
 SHAPES = [(1, 1, 1), (3, 40, 7), (17, 33, 33), (35, 50, 100)]
@@ -67,9 +67,9 @@ def test_sums_are_added_in_the_order_of_the_cpu():
             torch.tensor([2.0**30, 2.0**30, 1]),
             torch.tensor([2.0**30, -(2.0**30), 1]),
         )
-        found = mined(a, b)[0]
-        assert same_bits(found, by_cpp(a, b))
-        scores.append(found[1].item())
+        results = mined(a, b)[0]
+        assert same_bits(results, by_cpp(a, b))
+        scores.append(results[1].item())
     assert set(scores) == {0.0, 1.0}
 
 
@@ -95,9 +95,9 @@ def test_what_is_not_finite_is_as_in_a_sweep(special):
     a, b = torch.randint(1, 5, (40, 20)).float(), torch.randint(1, 5, (70, 20)).float()
     a[3, 4], b[50, 1], b[69, 0] = special, special, -special
     for ids in ((), (torch.arange(40) // 2, torch.arange(70) // 3)):
-        found = mined(a, b, *ids)[0]
-        swept = launchers.hardest_negatives(*(t.to(DEVICE) for t in (a, b, *ids)), *(() if ids else (None, None)))
-        for got, expected in zip(found, swept, strict=True):
+        results = mined(a, b, *ids)[0]
+        swept = device_ops.hardest_negatives(*(t.to(DEVICE) for t in (a, b, *ids)))
+        for got, expected in zip(results, swept, strict=True):
             torch.testing.assert_close(got, expected.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -131,8 +131,8 @@ def test_rows_far_apart():
     ids = torch.arange(100) // 3
     wide, turned = torch.zeros(40, 90), torch.zeros(60, 50)
     wide[:, 7:67], turned[:] = a, b.T
-    found = mined(wide[:, 7:67], turned.T, ids[:80:2], ids[::2])[0]
-    assert same_bits(found, mined(a, b, ids[:80:2].clone(), ids[::2].clone())[0])
+    results = mined(wide[:, 7:67], turned.T, ids[:80:2], ids[::2])[0]
+    assert same_bits(results, mined(a, b, ids[:80:2].clone(), ids[::2].clone())[0])
 
 
 def test_how_many_scores_are_made(monkeypatch):
@@ -195,11 +195,11 @@ def test_who_takes_it(monkeypatch):
     monkeypatch.setattr(certified, "hardest_negatives", lambda *arguments: calls.append(1) or real(*arguments))
     monkeypatch.setattr(plan, "CERTIFIED", 20 * 30)
     a, b = unit(torch.randn(20, 8)).to(DEVICE), unit(torch.randn(30, 8)).to(DEVICE)
-    found = launchers.hardest_negatives(a, b, None, None)
+    results = device_ops.hardest_negatives(a, b, None, None)
     assert len(calls) == 1
-    assert same_bits(found, real(a, b, None, None))
-    launchers.hardest_negatives(a[:19], b, None, None)
-    launchers.hardest_negatives(a.half(), b.half(), None, None)
+    assert same_bits(results, real(a, b, None, None))
+    device_ops.hardest_negatives(a[:19], b, None, None)
+    device_ops.hardest_negatives(a.half(), b.half(), None, None)
     monkeypatch.setattr(plan, "fp32_products", lambda device: "tf32")
-    launchers.hardest_negatives(a, b, None, None)
+    device_ops.hardest_negatives(a, b, None, None)
     assert len(calls) == 1

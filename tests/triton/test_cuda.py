@@ -79,16 +79,16 @@ def test_what_tf32_chooses_is_nearly_the_best(precision):
     """The chosen negatives' true scores, where gradients are not compared above."""
     for case in (case for case in LARGE if case.function == "hardest_negatives"):
         tensors, options = case.inputs(torch.float32, device=CUDA)
-        found = gk.hardest_negatives(**tensors, **options)
+        results = gk.hardest_negatives(**tensors, **options)
         s = tensors["a"].double() @ tensors["b"].double().mT
         same = gk.reference.positives(**tensors, **options)
         s = s.masked_fill(same, -INF)
-        for best, index, scores in ((s.amax(1), found.row_index, s), (s.amax(0), found.col_index, s.mT)):
-            some = index >= 0
-            assert torch.equal(some, best != -INF)
-            taken = scores[some].gather(1, index[some, None])[:, 0]
+        for best, index, scores in ((s.amax(1), results.row_index, s), (s.amax(0), results.col_index, s.mT)):
+            has_negative = index >= 0
+            assert torch.equal(has_negative, best != -INF)
+            chosen = scores[has_negative].gather(1, index[has_negative, None])[:, 0]
             floor = TF32_FLOOR if precision == "high" else 1e-6
-            assert float((best[some] - taken).max()) <= floor * float(best[some].abs().max())
+            assert float((best[has_negative] - chosen).max()) <= floor * float(best[has_negative].abs().max())
 
 
 @pytest.mark.parametrize("precision", ["highest"], indirect=True)
@@ -99,9 +99,9 @@ def test_certified_mining_gives_the_bits_of_the_cpu(n, m, d, precision):
     ids = torch.arange(m) // 3
     for labels in (None, ids):
         mine = None if labels is None else labels[:n].clone()
-        found = gk.hardest_negatives(a.to(CUDA), b.to(CUDA), a_ids=None if mine is None else mine.to(CUDA),
+        results = gk.hardest_negatives(a.to(CUDA), b.to(CUDA), a_ids=None if mine is None else mine.to(CUDA),
                                      b_ids=None if labels is None else labels.to(CUDA))  # fmt: skip
-        for got, expected in zip(found, gk.hardest_negatives(a, b, a_ids=mine, b_ids=labels), strict=True):
+        for got, expected in zip(results, gk.hardest_negatives(a, b, a_ids=mine, b_ids=labels), strict=True):
             assert torch.equal(got.cpu(), expected)
     made = gk.rescored_candidates(a.to(CUDA), b.to(CUDA))
     assert n + m <= made <= 40 * (n + m)
@@ -117,10 +117,10 @@ def test_what_a_tensor_core_loses_is_within_what_the_bound_allows(kind, d):
     if kind == "of many sizes":
         a, b = (x * 10.0 ** torch.empty(512, d, device=CUDA).uniform_(-6, 6) for x in (a, b))
     a, b = a.bfloat16(), b.bfloat16()
-    found = gk.hardest_negatives(a, b)
+    results = gk.hardest_negatives(a, b)
     x, y = a.double(), b.double()
-    off = (found.row_score.double() - (x * y[found.row_index]).sum(1)).abs()
-    size = x.norm(dim=1) * y[found.row_index].norm(dim=1)
+    off = (results.row_score.double() - (x * y[results.row_index]).sum(1)).abs()
+    size = x.norm(dim=1) * y[results.row_index].norm(dim=1)
     share = float((off / size).max()) / (d * 2.0**-22)
     print(f"{kind}, D {d}: {share:.2g} of what is allowed")
     assert share <= 1
@@ -140,8 +140,8 @@ def test_nothing_spills_on_the_card():
     seen = 0
     for kernel in kernels:
         for compiled, *_ in kernel.device_caches.values():
-            for found in compiled.values():
-                assert found.n_spills == 0, f"{found.name}: {found.n_spills}, {found.n_regs} registers"
+            for results in compiled.values():
+                assert results.n_spills == 0, f"{results.name}: {results.n_spills}, {results.n_regs} registers"
                 seen += 1
     assert seen > 40
 
@@ -161,9 +161,9 @@ def test_more_scores_than_32_bits_count(dtype):
     n, d = 50_000, 16
     a, b = (torch.randn(n, d, device=CUDA).to(dtype) for _ in range(2))
     sample = torch.cat((torch.randint(n, (500,)), torch.tensor([0, n - 1]))).to(CUDA)
-    pair, *found = torch.ops.gssf.hardest_negatives(a, b, None, None)[:5]
+    pair, *results = torch.ops.gssf.hardest_negatives(a, b, None, None)[:5]
     torch.testing.assert_close(pair.double(), (a.double() * b.double()).sum(1), rtol=1e-5, atol=1e-4)
-    for side, other, score, index in ((a, b, *found[:2]), (b, a, *found[2:])):
+    for side, other, score, index in ((a, b, *results[:2]), (b, a, *results[2:])):
         exact, place = best_negative(side[sample].double() @ other.double().mT, sample)
         torch.testing.assert_close(score[sample].double(), exact, rtol=1e-5, atol=1e-4)
         assert (index[sample] == place).double().mean() > 0.98  # the rest may be ties to rounding
@@ -175,12 +175,12 @@ def test_more_scores_than_32_bits_count(dtype):
         torch.testing.assert_close(lse[sample].double(), exact, rtol=1e-5, atol=1e-5)
     sums = gk.sum_scores(a, b, "softplus", scale=0.3, bias=-1.0, positives="negate", reduction="none")
     t = 0.3 * (a[sample].double() @ b.double().mT) - 1
-    own = torch.arange(len(sample), device=CUDA)
-    t[own, sample] *= -1
+    each = torch.arange(len(sample), device=CUDA)
+    t[each, sample] *= -1
     torch.testing.assert_close(sums[sample].double(), torch.nn.functional.softplus(t).sum(1), rtol=1e-5, atol=1e-4)
     x, y = a.clone().requires_grad_(), b.clone().requires_grad_()
     gk.triplet_loss(x, y).backward()
-    terms = found[0][sample] + 0.2 - pair[sample] >= 0  # what a row gives itself, and what columns give it
+    terms = results[0][sample] + 0.2 - pair[sample] >= 0  # what a row gives itself, and what columns give it
     assert x.grad[sample][terms].abs().sum(1).min() > 0
     assert x.grad.isfinite().all()
     assert y.grad.isfinite().all()
@@ -198,11 +198,11 @@ def test_an_operand_of_more_elements_than_32_bits_count():
     a = torch.randn(n, d, device=CUDA, dtype=torch.bfloat16)
     a[7] = b[m - 1]  # the last row is its best negative by far, and the one before for another
     a[8] = b[m - 2]
-    found = gk.hardest_negatives(a, b)
-    assert found.row_index[7:9].tolist() == [m - 1, m - 2]
+    results = gk.hardest_negatives(a, b)
+    assert results.row_index[7:9].tolist() == [m - 1, m - 2]
     last = b[-4096:].double() @ a.double().mT  # [4096, N]
-    torch.testing.assert_close(found.col_score[-4096:].double(), last.amax(1), rtol=1e-5, atol=1e-3)
-    assert (found.col_index[-4096:] == last.argmax(1)).double().mean() > 0.98
+    torch.testing.assert_close(results.col_score[-4096:].double(), last.amax(1), rtol=1e-5, atol=1e-3)
+    assert (results.col_index[-4096:] == last.argmax(1)).double().mean() > 0.98
     x, y = a.clone().requires_grad_(), b.requires_grad_()
     index = torch.arange(m - n, m, device=CUDA)
     scores = gk.pair_scores(x, y, index)
@@ -228,13 +228,13 @@ def test_two_streams_at_once():
         alone = [step(case, *problem) for problem in problems]
         streams = [torch.cuda.Stream(), torch.cuda.Stream()]
         torch.cuda.synchronize()
-        found = []
+        results = []
         for _ in range(5):
             for which, stream in enumerate(streams):
                 with torch.cuda.stream(stream):
-                    found.append((which, step(case, *problems[which])))
+                    results.append((which, step(case, *problems[which])))
         torch.cuda.synchronize()
-        for which, (values, grads) in found:
+        for which, (values, grads) in results:
             for got, expected in zip((*values, *grads), (*alone[which][0], *alone[which][1]), strict=True):
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 

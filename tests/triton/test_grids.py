@@ -4,20 +4,16 @@ A grid has 2³¹ - 1 programs along its first dimension and 65,535 along the oth
 should is for the tests of each kernel, under the interpreter.
 """
 
-import importlib
-import pkgutil
-
 import device_ops
 import pytest
 import torch
+from kernel_modules import MODULES
 
 pytest.importorskip("triton")
 
-import launchers
 from triton.runtime.jit import JITFunction
 
 from gssf_kernels import plan
-from gssf_kernels import triton as kernels
 from gssf_kernels.device_path import DEVICE, DevicePath, device_path
 
 MOST = (2**31 - 1, 65_535, 65_535)
@@ -62,31 +58,31 @@ def projections(n, d, width=32, normalize=False):
     """All of them, of n rows of d channels in blocks of width."""
     x, weights = half(n, d), (half(d), half(d // width, width, width), places(d), normalize)
     every = [True] * 4
-    launchers.project(x, *weights)
-    launchers.project_backward(x, x, *weights, every[:3])
-    launchers.project_sides(x, x, *weights, True)
-    launchers.project_sides_backward(x, x, zeros(n), x, x, *weights, every)
-    launchers.pairs_project_backward(zeros(n), places(n), places(n), x, x, *weights, every[:3])
-    launchers.hardest_project_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
+    device_ops.project(x, None, *weights)
+    device_ops.project_backward_of_x(x, x, *weights, every[:3])
+    device_ops.project(x, x, *weights, True)
+    device_ops.project_backward(x, x, zeros(n), x, x, *weights, every)
+    device_ops.project_backward_of_pairs(zeros(n), places(n), places(n), x, x, *weights, every[:3])
+    device_ops.hardest_negatives_backward(*lines(n, n, n), places(n), places(n), x, x, *weights, every)
 
 
 def gathers(n, d):
     """Scores of pairs and their gradients."""
     x, index, both = half(n, d), places(n), [True, True]
-    launchers.pair_scores(x, x, index, index)
-    launchers.pair_scores_backward(zeros(n), index, index, x, x, both)
-    launchers.hardest_negatives_backward(*lines(n, n, n), index, index, x, x, both)
-    launchers.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
-    launchers.hardest_positives(x, index)
+    device_ops.pair_scores(x, x, index, index)
+    device_ops.pair_scores_backward(zeros(n), index, index, x, x, both)
+    device_ops.backward_without_metric(*lines(n, n, n), index, index, x, x, both)
+    device_ops.batch_hard_backward(zeros(), *lines(n, n), index, index, x, 0.2, "mean")
+    device_ops.hardest_positives(x, index)
 
 
 def sweeps(make, n, m, d):
     a, b = make(n, d), make(m, d)
-    launchers.hardest_negatives(a, b, places(n), places(m))
-    launchers.relative_negatives(a, b, None, None, zeros(), 10.0)
+    device_ops.hardest_negatives(a, b, places(n), places(m))
+    device_ops.relative_negatives(a, b, None, None, zeros(), 10.0)
 
 
-def dense_slabs(n, m, d):
+def row_panels(n, m, d):
     a, b, both = half(n, d), half(m, d), [True, True]
     device_ops.logsumexp_scores(a, b, None, 2.0)
     device_ops.logsumexp_scores_backward(*lines(n, m, min(n, m)), a, b, None, 2.0, *lines(n, n, m, m), [True] * 3)
@@ -96,38 +92,37 @@ def dense_slabs(n, m, d):
 def small(n, m, d):
     """What takes few scores, of many channels or many rows of one side."""
     a, b, both = zeros(n, d), zeros(m, d), [True, True]
-    options = ("nca", "sig", 1.0, 2.0, 3.0, 0.5)
-    launchers.hardest_hinge(a, b, None, None, 0.2, "none")
-    launchers.hardest_goal(a, b, None, None, *options, "none")
+    device_ops.hardest_terms(a, b, None, None, "hinge", [0.2], "none")
+    device_ops.hardest_terms(a, b, None, None, "goal nca sig", [1.0, 2.0, 3.0, 0.5], "none")
     device_ops.info_nce(a, b, None, 2.0, None, None, 0.1, True, "none")
     device_ops.info_nce_backward(
         zeros(n), a, b, None, 2.0, None, None, 0.1, True, "none", *lines(n, n, m, m, 0, 0), [True] * 3
     )
-    given = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True)
-    device_ops.total(a, b, *given, share=0.5, needs=both)
-    device_ops.rows(a, b, *given)
-    device_ops.rows_backward(zeros(n), a, b, *given, positive_score=zeros(n), needs=both)
+    term = (None, None, 1.0, 0.0, None, None, "hinge", "exclude", True)
+    device_ops.total(a, b, *term, share=0.5, needs=both)
+    device_ops.rows(a, b, *term)
+    device_ops.rows_backward(zeros(n), a, b, *term, positive_score=zeros(n), needs=both)
 
 
 def square(n, d):
     """And of few rows of one side."""
     x = zeros(n, d)
-    launchers.batch_hard(x, places(n), 0.2, "none")
+    device_ops.batch_hard(x, places(n), 0.2, "none")
     device_ops.relation_loss(x, x, x, None, None, 0.5, 0.5, [1.0, 1.0, 1.0], "abs", True)
-    mode = ("nca", "sig_ms", 1.0, 2.0, 3.0, 0.5, 0.1, 0.1, "none")
-    launchers.relative_goal(x, x, None, None, *mode)
+    device_ops.hardest_terms(x, x, None, None, "goal nca sig_ms", [1.0, 2.0, 3.0, 0.5, 0.1, 0.1], "none")
 
 
 def formulas(n):
     """Terms of so many anchors."""
-    line, of_goal = zeros(n), ("nca", "sig", 1.0, 2.0, 3.0, 0.5, "none")
-    launchers.hinge_terms(line, line, line, 0.2, "none")
-    launchers.hinge_terms_backward(line, line, line, line, 0.2, "none")
-    launchers.contrast_terms(*[line] * 6, "none")
-    launchers.contrast_terms_backward(line, line, line, False, "none")
-    launchers.goal_terms(line, line, line, *of_goal)
-    launchers.goal_terms_backward(line, line, line, line, *of_goal)
-    launchers.relative_goal_backward(line, zeros(4, n), n, "none")
+    line = zeros(n)
+    for formula, statistics, constants in (
+        ("hinge", [line] * 3, [0.2]),
+        ("contrast", [line] * 6, []),
+        ("goal nca sig", [line] * 3, [1.0, 2.0, 3.0, 0.5]),
+    ):
+        device_ops.line_terms(formula, statistics, constants, "none")
+        device_ops.line_terms_backward(line, formula, statistics, constants, "none")
+    device_ops.line_terms_backward(line, "weights", [zeros(4, n), line], [], "none")
 
 
 def scaled(n, d):
@@ -151,8 +146,8 @@ CASES = {
     "mining among many rows": lambda: sweeps(half, 4096, 1 << 30, 64),
     "mining of many rows": lambda: sweeps(half, 200_000, 200_000, 64),
     "certified mining among many rows": lambda: sweeps(zeros, 4096, 1 << 26, 64),
-    "dense losses among many rows": lambda: dense_slabs(256, 1 << 28, 64),
-    "dense losses of many rows": lambda: dense_slabs(100_000, 5 * MILLION, 64),
+    "dense losses among many rows": lambda: row_panels(256, 1 << 28, 64),
+    "dense losses of many rows": lambda: row_panels(100_000, 5 * MILLION, 64),
     "few scores of many channels": lambda: small(64, 64, 9 * MILLION),
     "few scores of one row": lambda: small(1, plan.SMALL, 1024),
     "few scores of one side": lambda: square(512, 9 * MILLION),
@@ -164,9 +159,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def asked():
     """{case: the (kernel, grid) of its launches}"""
-    found: dict[str, list] = {}
+    results: dict[str, list] = {}
     for name, call in CASES.items():
-        launched = found.setdefault(name, [])
+        launched = results.setdefault(name, [])
 
         def note(path, kernel, *arguments, grid, warmup, launched=launched, **options):
             launched.append((kernel.__name__, grid))
@@ -175,7 +170,7 @@ def asked():
             monkeypatch.setattr(DevicePath, "note", note)
             with device_path():
                 call()
-    return found
+    return results
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -191,14 +186,13 @@ def test_sizes_are_such_that_a_grid_could_fail(asked):
     for launched in asked.values():
         for kernel, grid in launched:
             largest[kernel] = max(largest.get(kernel, 0), *grid)
-    by_tiles = {name for name in largest if name.endswith(("softmax_kernel", "project_kernel", "sides_kernel"))}
-    by_tiles |= {"segment_sum_kernel", "scan_kernel", "batch_scan_kernel", "logsumexp_kernel", "score_sums_kernel"}
+    by_tiles = {name for name in largest if name.endswith(("project_kernel", "sides_kernel"))}
+    by_tiles |= {"segment_sum_kernel", "scan_kernel", "batch_scan_kernel", "chunk_kernel", "relation_pass_kernel"}
     assert all(largest[name] >= 65_535 for name in by_tiles), largest
 
 
 def test_every_kernel_is_asked_for(asked):
-    modules = [importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)]
-    names = {n for module in modules for n, f in vars(module).items() if isinstance(f, JITFunction)}
+    names = {n for module in MODULES for n, f in vars(module).items() if isinstance(f, JITFunction)}
     assert {kernel for launched in asked.values() for kernel, _ in launched} == {
         name for name in names if name.endswith("_kernel")
     }
@@ -208,11 +202,13 @@ def test_more_weights_than_places_reach_are_declined():
     """Of 2³¹ and more, whose places in a tile are 32-bit: plain PyTorch takes them."""
     with device_path() as path:
         x, weights = half(64, 46_341), (None, half(1, 46_341, 46_341), None, False)
-        assert launchers.project(x, *weights) is NotImplemented
-        assert launchers.project_backward(x, x, *weights, [True] * 3) is NotImplemented
-        assert launchers.project_sides(x, x, *weights) is NotImplemented
-        assert launchers.project_sides_backward(x, x, zeros(64), x, x, *weights, [True] * 4) is NotImplemented
-        given = (places(64), places(64), x, x)
-        lined = lines(64, 64, 64)
-        assert launchers.hardest_project_backward(*lined, *given, *weights, [True] * 4) is NotImplemented
+        needs, indices = [True] * 4, [places(64)] * 2
+        for name, arguments in (
+            ("project", (x, None, *weights)),
+            ("project_backward", (x, None, zeros(0), x, None, *weights, needs)),
+            ("project", (x, x, *weights)),
+            ("project_backward", (x, x, zeros(64), x, x, *weights, needs)),
+            ("hardest_negatives_backward", (*lines(64, 64, 64), *indices, x, x, *weights, needs)),
+        ):
+            assert device_ops.route(name, *arguments) == "composite"
         assert not path.launches

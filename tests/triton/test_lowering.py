@@ -53,9 +53,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 @every_architecture
 @every_case
 def test_nothing_spills_and_all_fits(arch, case):
-    found = compiled(arch, case)
-    assert {lowered.name for lowered in found} == set(case.kernels)
-    for lowered in found:
+    kernels = compiled(arch, case)
+    assert {lowered.name for lowered in kernels} == set(case.kernels)
+    for lowered in kernels:
         used = lowering.resources(lowered)
         print(f"sm_{arch} {lowered.name}: {used}")
         assert used.stack == used.local == 0, f"{lowered.name} spills: {used}"
@@ -69,7 +69,7 @@ def test_nothing_spills_and_all_fits(arch, case):
 @every_architecture
 @pytest.mark.parametrize("case", [c for c in CASES if "sweep_kernel" in c.kernels], ids=str)
 def test_the_sweep_is_made_of_what_its_line_says(arch, case):
-    lowered = next(found for found in compiled(arch, case) if found.name == "sweep_kernel")
+    lowered = next(kernel for kernel in compiled(arch, case) if kernel.name == "sweep_kernel")
     tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
     scalar = lowered.line[2] == "ieee"  # and not what the inputs are: certified mining of fp32 sweeps bf16
     assert ("fma.rn.f32" if scalar else "wgmma.mma_async" if arch == 90 else "mma.sync") in ptx
@@ -97,7 +97,7 @@ def test_a_spill_would_be_seen(monkeypatch):
     """A tile far too large for its warps."""
     (case,) = (case for case in CASES if str(case) == "hardest_negatives-wide-ieee")
     monkeypatch.setitem(tiles.SWEEP, (80, "ieee", "wide"), tiles.Sweep(128, 128, 16, 4, 3))
-    lowered = next(found for found in lowering.lower(case, 80) if found.name == "sweep_kernel")
+    lowered = next(kernel for kernel in lowering.lower(case, 80) if kernel.name == "sweep_kernel")
     assert lowering.resources(lowered).stack > 0
     counts = lowering.instructions(lowered)
     assert counts["STL"] > 0
@@ -107,8 +107,8 @@ def test_a_spill_would_be_seen(monkeypatch):
 @compiles
 def test_the_narrow_tile_of_hopper_fits_twice():
     """As its line says."""
-    found = [compiled(90, case) for case in CASES if case.name.startswith("hardest_negatives narrow")]
-    narrow = [lowered for case in found for lowered in case if lowered.line[1:3] == (90, "half")]
+    kernels = [compiled(90, case) for case in CASES if case.name.startswith("hardest_negatives narrow")]
+    narrow = [lowered for case in kernels for lowered in case if lowered.line[1:3] == (90, "half")]
     assert narrow
     for lowered in narrow:
         used = lowering.resources(lowered)
@@ -130,7 +130,7 @@ def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
 
     And products that do not wait for one another, which they do when ptxas finds a sum read too early.
     """
-    lowered = next(found for found in compiled(90, case) if found.name == "sweep_kernel")
+    lowered = next(kernel for kernel in compiled(90, case) if kernel.name == "sweep_kernel")
     looped = lowered.kernel.asm["ttgir"].partition("scf.for ")[2]
     if not tiles.SWEEP[lowered.line[1:]].persistent:
         assert looped.index("scf.yield") < looped.index('"tt.reduce"')  # the epilogue comes after the loop

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from device_ops import hardest_negatives, relative_negatives
 from interpreted import DEVICE, every_dtype
-from launchers import hardest_negatives, relative_negatives
 from triton_checks import IDS, INF, NAN, assert_same_bits, check_hardest, check_relative, many
 
 from gssf_kernels import plan
@@ -144,10 +144,10 @@ def test_every_tile_has_one_number(BN, BM, half, monkeypatch):
                 assert first == seen
                 seen += blocks
                 grid = walk.numbering(first, blocks)
-                found = torch.full((2, grid[0] * grid[1]), -1, dtype=torch.int32, device=DEVICE)
+                results = torch.full((2, grid[0] * grid[1]), -1, dtype=torch.int32, device=DEVICE)
                 numbers_kernel[(1,)](
-                    *found, first, *grid, walk.column_blocks,
-                    GROUP=tiles.GROUP, UPPER=half, BN=BN, BM=BM, COUNT=triton.next_power_of_2(found.shape[1]),
+                    *results, first, *grid, walk.column_blocks,
+                    GROUP=tiles.GROUP, UPPER=half, BN=BN, BM=BM, COUNT=triton.next_power_of_2(results.shape[1]),
                 )  # fmt: skip
                 wanted = [
                     (i, j)
@@ -155,7 +155,7 @@ def test_every_tile_has_one_number(BN, BM, half, monkeypatch):
                     for j in range(walk.column_blocks)
                     if not half or (j + 1) * BM > (first + i) * BN
                 ]
-                assert sorted(zip(*found.tolist(), strict=True)) == wanted
+                assert sorted(zip(*results.tolist(), strict=True)) == wanted
             assert seen == walk.row_blocks
 
 

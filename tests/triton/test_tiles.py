@@ -10,12 +10,10 @@ import pytest
 import torch
 from certified_cases import check, unit
 from interpreted import DEVICE, INTERPRETED
-from slab_checks import close, true_sums
+from row_panel_checks import close, true_sums
 from triton_checks import check_hardest, check_relative, fp64_leaves, own_tiles
 
 pytest.importorskip("triton")
-
-import launchers
 
 from gssf_kernels import plan
 from gssf_kernels.triton import certified, logsumexp, sums, sweep, tiles
@@ -67,9 +65,9 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    found = Launches(sweep.sweep_kernel)
-    monkeypatch.setattr(sweep, "sweep_kernel", found)
-    return found.seen
+    results = Launches(sweep.sweep_kernel)
+    monkeypatch.setattr(sweep, "sweep_kernel", results)
+    return results.seen
 
 
 def whole(count, channels, dtype):
@@ -111,12 +109,12 @@ def test_half_of_the_tiles(line, launches):
     """Of one side twice tiles on and above the diagonal alone have a number."""
     dtype, channels, tile = line
     a = whole(M, channels, dtype).to(DEVICE)
-    found = launchers.hardest_negatives(a, a, None, None)
+    results = device_ops.hardest_negatives(a, a, None, None)
     go_on(launches, tile)
     s = a.double() @ a.double().T
     s.fill_diagonal_(-torch.inf)
     best = s.amax(1)
-    for score, index in (found[1:3], found[3:5]):
+    for score, index in (results[1:3], results[3:5]):
         assert torch.equal(score.double(), best)
         assert torch.equal(index, (s == best[:, None]).int().argmax(1))
 
@@ -164,15 +162,15 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     real = certified.hardest_negatives
 
     def counted(*arguments):
-        *found, made = real(*arguments, True)
+        *results, made = real(*arguments, True)
         calls.append(int(made))
-        return found
+        return results
 
     monkeypatch.setattr(certified, "hardest_negatives", counted)
 
     def mined(*sides):
-        found = launchers.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
-        return [t.cpu() for t in found], calls[-1]
+        results = device_ops.hardest_negatives(*(t if t is None else t.to(DEVICE) for t in sides))
+        return [t.cpu() for t in results], calls[-1]
 
     check(a, b, *labels, by=mined)
     assert len(calls) == 1
@@ -181,12 +179,12 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     assert all(steps >= 4 for _, _, steps, _ in launches)
 
 
-# dL/ds of several slabs
+# dscores of several row panels
 
 
-@pytest.fixture(params=[1, 2], ids=["a row block a slab", "two"])
-def slabbed(request, monkeypatch):
-    """How many slabs the gradients of [N, M] scores go by, at the line of the table for them."""
+@pytest.fixture(params=[1, 2], ids=["a row block a panel", "two"])
+def panels(request, monkeypatch):
+    """How many row panels the gradients of [N, M] scores go by, at the line of the table for them."""
     tile = tiles.SWEEP[90, "half", "row panels"]
     blocks = request.param
     monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", blocks * tile.BN * M)
@@ -201,7 +199,7 @@ def slabbed(request, monkeypatch):
 
 @pytest.fixture
 def swept(monkeypatch):
-    """(first row block, row blocks) of every slab whose dL/ds was stored."""
+    """(first row block, row blocks) of every row panel whose dscores were stored."""
     seen = []
     real = sweep.gradients_by_row_panels
 
@@ -224,7 +222,7 @@ def sides(channels=200):
     return [unit(torch.randn(count, channels)).to(dtype).to(DEVICE) for count in (N, M)]
 
 
-def test_info_nce_s_gradients_over_slabs(slabbed, swept):
+def test_info_nce_s_gradients_over_row_panels(panels, swept):
     a, b = sides()
     scale = torch.tensor(14.3, device=DEVICE)
     x, y, kappa = fp64_leaves(a, b, torch.tensor(14.3))
@@ -240,18 +238,18 @@ def test_info_nce_s_gradients_over_slabs(slabbed, swept):
     of_columns = torch.zeros(M, device=DEVICE)
     of_columns[:N] = 0.5 / N
     lines = row_max, row_log, col_max, col_log
-    found = device_ops.logsumexp_scores_backward(
+    results = device_ops.logsumexp_scores_backward(
         share, of_columns, -2 * share, a, b, scale, 1.0, *lines, [True, True, True]
     )
-    assert len(swept) == slabbed > 1
+    assert len(swept) == panels > 1
     assert sum(blocks for _, blocks in swept) == 4
-    for ours, right in zip(found, expected, strict=True):
+    for ours, right in zip(results, expected, strict=True):
         close(ours, right)
-    rows_close(found[:2], expected[:2])
+    rows_close(results[:2], expected[:2])
 
 
 @pytest.mark.parametrize("ids", [False, True], ids=["", "ids"])
-def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
+def test_siglip_s_gradients_over_row_panels(ids, panels, swept):
     a, b = sides()
     labels = [torch.arange(count, device=DEVICE) // 3 if ids else None for count in (N, M)]
     scale, bias = torch.tensor(10.0, device=DEVICE), torch.tensor(-3.0, device=DEVICE)
@@ -260,7 +258,7 @@ def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
     total, dscale, dbias, da, db = device_ops.total(
         a, b, scale, bias, 1.0, 0.0, *labels, "softplus", "negate", False, share=1 / N, needs=[True, True]
     )
-    assert len(swept) == slabbed > 1
+    assert len(swept) == panels > 1
     for ours, truth in zip((total, dscale, dbias), (expected, *right[2:]), strict=True):
         torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-5, atol=2e-5)
     gradients = [10.0 / N * g for g in (da, db)]  # κ, the share and what comes from above are still to come
@@ -269,8 +267,8 @@ def test_siglip_s_gradients_over_slabs(ids, slabbed, swept):
     rows_close(gradients, right[:2])
 
 
-def rows_close(found, expected):
-    """Every row by itself: one that lacks a slab, or has one twice, is off by a good part of itself."""
-    for ours, right in zip(found, expected, strict=True):
+def rows_close(results, expected):
+    """Every row by itself: one that lacks a panel, or has one twice, is off by a good part of itself."""
+    for ours, right in zip(results, expected, strict=True):
         off = (ours.cpu().double() - right).norm(dim=1) / right.norm(dim=1)
         assert float(off.max()) <= (1e-4 if INTERPRETED else 0.02)  # dL/ds is bf16

@@ -1,28 +1,28 @@
-"""What tests of gradients by slabs of rows share."""
+"""What tests of gradients by row panels share."""
 
 import pytest
 import torch
 from interpreted import DEVICE
-from triton_checks import SLAB_DTYPE
+from triton_checks import ROW_PANEL_DTYPE
 
 from gssf_kernels.ops.score_functions import pointwise
 
 SHAPES = [(16, 32, 16), (17, 33, 17), (70, 70, 40), (97, 50, 24), (50, 97, 8)]
-SLABS = [1, 16 * 97, 1 << 20]  # scores of one: a row block, one or two, all
-slabbed = pytest.mark.parametrize("scores", SLABS, ids=["a row block", "some", "one slab"])
+PANEL_SCORES = [1, 16 * 97, 1 << 20]  # scores of a panel: a row block, one or two, all
+every_panel_size = pytest.mark.parametrize("scores", PANEL_SCORES, ids=["a row block", "several panels", "one panel"])
 
 
 def sides(n, m, d):
-    return [torch.randn(k, d).to(SLAB_DTYPE).to(DEVICE) for k in (n, m)]
+    return [torch.randn(k, d).to(ROW_PANEL_DTYPE).to(DEVICE) for k in (n, m)]
 
 
-def close(found, expected):
+def close(result, expected):
     """fp32 within some roundings of the largest number; gradients of bf16 within those of bf16."""
-    eps = torch.finfo(found.dtype).eps if found.dtype != torch.float64 else 2**-23
-    rough = torch.bfloat16 == SLAB_DTYPE and found.dim() > 1
+    eps = torch.finfo(result.dtype).eps if result.dtype != torch.float64 else 2**-23
+    rough = torch.bfloat16 == ROW_PANEL_DTYPE and result.dim() > 1
     rtol = 4 * max(eps, 2**-8) if rough else 16 * eps
     atol = rtol * float(expected.nan_to_num(0, 0, 0).abs().max())
-    torch.testing.assert_close(found.cpu().double(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(result.cpu().double(), expected.cpu(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def true_sums(leaves, labels, kind, positives, share):

@@ -3,17 +3,16 @@
 import device_ops
 import pytest
 import torch
-from slab_checks import sides
-from triton_checks import SLAB_DTYPE
-from triton_checks import slabs as by_slabs
+from row_panel_checks import sides
+from triton_checks import ROW_PANEL_DTYPE, row_panels
 
 pytest.importorskip("triton")
 
 from gssf_kernels import plan
 
 
-@by_slabs
-def test_what_is_declined(monkeypatch):
+@row_panels
+def test_which_calls_take_row_panels(monkeypatch):
     a, b = sides(20, 30, 8)
 
     def route(a, b):
@@ -23,7 +22,7 @@ def test_what_is_declined(monkeypatch):
     assert route(a, None) == "chunks"
     assert route(a[:2], b[:32]) == "small"
     assert route(a.double(), b.double()) == "chunks"
-    if torch.float16 != SLAB_DTYPE:
+    if torch.float16 != ROW_PANEL_DTYPE:
         assert route(a.to(torch.float16), b.to(torch.float16)) == "chunks"
     for relative, reduction, expected in (
         (False, "sum", "row panels"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 REGISTERS, WARPGROUP = 65536, 128  # of a processor of Hopper, threads
@@ -72,14 +72,14 @@ class Compiled:
 
     def launch_bounds(self) -> dict[str, tuple[int, int]]:
         """kernel: (threads of a block, registers of a thread at most), as the object file tells the driver."""
-        found = {}
+        matches = {}
         for section in re.split(r"^\.nv\.info\.", self.dump("-elf"), flags=re.MULTILINE)[1:]:
             values = {}
             for attribute in ("MAX_THREADS", "MAXREG_COUNT"):
                 at = re.search(rf"EIATTR_{attribute}\n.*\n\s*Value:\s*(0x[0-9a-f]+)", section)
                 values[attribute] = int(at[1], 16) if at else 0
-            found[section.partition("\n")[0].strip()] = values["MAX_THREADS"], values["MAXREG_COUNT"]
-        return found
+            matches[section.partition("\n")[0].strip()] = values["MAX_THREADS"], values["MAXREG_COUNT"]
+        return matches
 
 
 @pytest.fixture(scope="module", params=SOURCES, ids=lambda path: path.name)
@@ -121,12 +121,12 @@ def test_registers_are_what_warpgroups_exchange(compiled):
         assert threads == 3 * WARPGROUP, name
         assert at_entry == cap == REGISTERS // threads // 8 * 8, name  # of which registers are given out
         given_up = [int(x, 16) for x in re.findall(r"USETMAXREG\.DEALLOC\.CTAPOOL (0x[0-9a-f]+)", code[name])]
-        taken = [int(x, 16) for x in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL \w+, (0x[0-9a-f]+)", code[name])]
+        asked_for = [int(x, 16) for x in re.findall(r"USETMAXREG\.TRY_ALLOC\.CTAPOOL \w+, (0x[0-9a-f]+)", code[name])]
         assert given_up == [constant("kLoaderRegisters")], name
-        assert taken == [constant("kConsumerRegisters")], name
-        assert given_up[0] < at_entry < taken[0], name
-        assert WARPGROUP * (given_up[0] + 2 * taken[0]) <= threads * at_entry <= REGISTERS, name
-        assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*given_up, *taken)), name
+        assert asked_for == [constant("kConsumerRegisters")], name
+        assert given_up[0] < at_entry < asked_for[0], name
+        assert WARPGROUP * (given_up[0] + 2 * asked_for[0]) <= threads * at_entry <= REGISTERS, name
+        assert all(count % 8 == 0 and 24 <= count <= 256 for count in (*given_up, *asked_for)), name
     header = (ROOT / "csrc/cuda/sweep.h").read_text()
     assert f"kLoaderRegisters + 2 * kConsumerRegisters <= 3 * {at_entry}," in header  # what is asserted there is so
 
@@ -134,9 +134,9 @@ def test_registers_are_what_warpgroups_exchange(compiled):
 def test_sweep_is_made_of_wgmma_and_bulk_tensor_copies(compiled):
     sweeps = {name: code for name, code in compiled.instructions().items() if "sweep_kernel" in name}
     assert len(sweeps) == 4
-    found = set()
+    matches = set()
     for name, code in sweeps.items():
-        found |= set(re.findall(r"HGMMA\.\w+(?:\.\w+)*", code))
+        matches |= set(re.findall(r"HGMMA\.\w+(?:\.\w+)*", code))
         assert "UTMALDG.2D" in code, name
         assert "USETMAXREG" in code, name
         assert "SYNCS.PHASECHK" in code, name
@@ -144,7 +144,7 @@ def test_sweep_is_made_of_wgmma_and_bulk_tensor_copies(compiled):
         most = max(int(number) for number in re.findall(r"\bR(\d+)\b", code))
         assert constant("kLoaderRegisters") < most < constant("kConsumerRegisters"), name
     expected = {f"HGMMA.64x{columns}x16.F32{kind}" for columns in (128, 256) for kind in ("", ".BF16")}
-    assert found == expected
+    assert matches == expected
 
 
 def test_only_the_stable_abi_is_used(compiled):

@@ -1,0 +1,87 @@
+from planting import Fault
+
+PYTORCH = "gssf_kernels/ops/score_functions.py"
+TRITON = "gssf_kernels/triton/score_functions.py"
+LOGSUMEXP_KERNELS = "gssf_kernels/triton/logsumexp.py"
+CPP = "csrc/vector_dense.h"
+
+FAULTS = [
+    Fault(
+        "circle: positives push and negatives pull, in PyTorch",
+        PYTORCH,
+        "circle",
+        "torch.where(positive, -weight, weight)",
+        "torch.where(positive, weight, -weight)",
+    ),
+    Fault(
+        "circle: positives push and negatives pull, in Triton",
+        TRITON,
+        "circle",
+        "tl.where(positive, -weight, weight)",
+        "tl.where(positive, weight, -weight)",
+    ),
+    Fault(
+        "circle: positives push and negatives pull, in C++",
+        CPP,
+        "logit",
+        "slope = positive ? -weight : weight;",
+        "slope = positive ? weight : -weight;",
+    ),
+    Fault(
+        "circle: a negative's weight is its distance from +m, in Triton",
+        TRITON,
+        "circle",
+        "1.0 + margin - s, s + margin)",
+        "1.0 + margin - s, s - margin)",
+    ),
+    Fault(
+        "by label: a row meets itself, in PyTorch",
+        PYTORCH,
+        "members",
+        "if of.leave_out:",
+        "if of.leave_out and False:",
+    ),
+    Fault(
+        "by label: a row meets itself, in Triton",
+        TRITON,
+        "logits",
+        "if LEAVE_OUT:",
+        "if LEAVE_OUT and False:",
+    ),
+    Fault(
+        "by label: a row meets itself, in C++",
+        CPP,
+        "members",
+        "if (tile.leave_out && itself >= 0",
+        "if (!tile.leave_out && itself >= 0",
+    ),
+    Fault(
+        "by label: the merge exchanges positives and negatives, in Triton",
+        LOGSUMEXP_KERNELS,
+        "merge_logs_kernel",
+        "top, total, row_partial[c][0], row_partial[c][1], lane",
+        "top, total, row_partial[len(rows) - 1 - c][0], row_partial[len(rows) - 1 - c][1], lane",
+    ),
+    Fault(
+        "by label: the merge exchanges positives and negatives, in C++",
+        "csrc/dense.cpp",
+        "logsumexp_pass",
+        "part.row_max[c][i], part.row_sum[c][i]",
+        "part.row_max[C - 1 - c][i], part.row_sum[C - 1 - c][i]",
+    ),
+    Fault(
+        "by label: the gradient takes negatives for positives, in Triton",
+        TRITON,
+        "logsumexp_slope",
+        "tl.where(positive, g, other)",
+        "tl.where(positive, other, g)",
+    ),
+    Fault(
+        "by label: log-sums of positives and negatives are exchanged",
+        "gssf_kernels/ops/labels.py",
+        "log_sums",
+        "positive, negative = (row_max + row_log).unbind()",
+        "negative, positive = (row_max + row_log).unbind()",
+        tests="losses/test_multi_similarity",
+    ),
+]

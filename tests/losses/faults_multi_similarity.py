@@ -1,0 +1,84 @@
+from planting import Fault
+
+PYTORCH = "gssf_kernels/ops/score_functions.py"
+TRITON = "gssf_kernels/triton/score_functions.py"
+CPP = "csrc/vector_dense.h"
+LOSS = "gssf_kernels/losses/multi_similarity.py"
+BY_LABEL = "losses/test_circle"  # log-sums of both losses, by every route
+
+FAULTS = [
+    Fault(
+        "multi-similarity: positives push and negatives pull, in PyTorch",
+        PYTORCH,
+        "multi_similarity",
+        "torch.where(positive, -alpha, beta)",
+        "torch.where(positive, alpha, -beta)",
+        tests=BY_LABEL,
+    ),
+    Fault(
+        "multi-similarity: positives push and negatives pull, in Triton",
+        TRITON,
+        "multi_similarity",
+        "tl.where(positive, -alpha, beta)",
+        "tl.where(positive, alpha, -beta)",
+        tests=BY_LABEL,
+    ),
+    Fault(
+        "multi-similarity: positives push and negatives pull, in C++",
+        CPP,
+        "logit",
+        "slope = positive ? V{} - alpha : V{} + beta;",
+        "slope = positive ? V{} + alpha : V{} - beta;",
+    ),
+    Fault(
+        "mining: positives count at and over their bound, in PyTorch",
+        PYTORCH,
+        "members",
+        "torch.where(positive, ~(s >= below), ~(s <= above))",
+        "torch.where(positive, ~(s < below), ~(s <= above))",
+        tests=BY_LABEL,
+    ),
+    Fault(
+        "mining: positives count at and over their bound, in Triton",
+        TRITON,
+        "counted",
+        "tl.where(positive, s >= positive_below, s <= negative_above) == 0",
+        "tl.where(positive, s < positive_below, s <= negative_above) == 0",
+        tests=BY_LABEL,
+    ),
+    Fault(
+        "mining: negatives count at and below their bound, in C++",
+        CPP,
+        "members",
+        "~(s >= below) : ~(s <= over)",
+        "~(s >= below) : ~(s > over)",
+    ),
+    Fault(
+        "mining: a positive counts below the largest negative less ε",
+        LOSS,
+        "multi_similarity_loss",
+        "largest_negative + epsilon",
+        "largest_negative - epsilon",
+    ),
+    Fault(
+        "mining: a negative counts above the least positive plus ε",
+        LOSS,
+        "multi_similarity_loss",
+        "least_positive - epsilon",
+        "least_positive + epsilon",
+    ),
+    Fault(
+        "mining: the bounds of positives and negatives are exchanged",
+        LOSS,
+        "multi_similarity_loss",
+        "(largest_negative + epsilon, least_positive - epsilon)",
+        "(least_positive - epsilon, largest_negative + epsilon)",
+    ),
+    Fault(
+        "multi-similarity: terms of negatives are divided by α",
+        LOSS,
+        "multi_similarity_loss",
+        "torch.logaddexp(negatives, zero) / beta",
+        "torch.logaddexp(negatives, zero) / alpha",
+    ),
+]
