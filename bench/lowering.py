@@ -108,7 +108,8 @@ def fill_cache(claims: str) -> None:
         for arch in ARCHITECTURES:
             for place, case in enumerate(CASES):
                 if claim(arch, place):
-                    lower(case, arch)
+                    with contextlib.suppress(Exception):  # whoever wants this case's code sees why there is none
+                        lower(case, arch)
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:

@@ -8,15 +8,15 @@ namespace {
 
 using at::Tensor;
 
-// Rows and channels that one call of the unit takes at most: a fixed table, because threads share the work in multiples
-// of them and so change no sum. A block of x and a part of a panel lie in the L2 cache together.
+// The most rows and channels of one call of the unit: fixed, and threads divide the work in multiples of them, so that
+// no sum depends on the thread count. A block of x and kUnitDepth channels of a panel fit in the L2 cache together.
 constexpr int64_t kUnitRows = 64, kUnitDepth = 512;
 
 // Rows of x that one task copies at once.
 constexpr int64_t kTaskRows = 256;
 
-// c [n, m] = a [n, depth] times a part of panels, `panel` apart, or += it; rows of c are c_row apart, those of a
-// `depth`.
+// c [n, m] = or += a [n, depth] times `depth` channels of the panels. Strides: `panel` of panels, c_row of the rows of
+// c, depth of the rows of a.
 struct UnitProduct {
   const at::BFloat16 *a, *panels;
   float* c;
@@ -26,15 +26,15 @@ struct UnitProduct {
   void run() const {
     for (int64_t j = 0; j < m; j += kPairPanel)
       for (int64_t i = 0; i < n; i += kUnitRows) {
-        const at::BFloat16 *rows = a + i * depth, *part = panels + j / kPairPanel * panel;
+        const at::BFloat16 *rows = a + i * depth, *right = panels + j / kPairPanel * panel;
         const int64_t height = std::min(kUnitRows, n - i), width = std::min(kPairPanel, m - j);
         float* to = c + i * c_row + j;
         if (width == kPairPanel) {
-          at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, c_row, add, rows, part, to);
+          at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, c_row, add, rows, right, to);
           continue;
         }
         alignas(64) float edge[kUnitRows * kPairPanel];  // the unit writes whole panels
-        at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, kPairPanel, false, rows, part, edge);
+        at::native::cpublas::brgemm(height, kPairPanel, depth, depth, kPairPanel, kPairPanel, false, rows, right, edge);
         for (int64_t r = 0; r < height; ++r)
           for (int64_t at = 0; at < width; ++at) {
             const float sum = edge[r * kPairPanel + at];
@@ -73,12 +73,12 @@ Tensor packed_bf16(const Tensor& y) {
                          const int64_t j = p * kPairPanel;
                          GSSF_VECTORIZED(pairs_of, Pairing<T>{.x = data + j * y.stride(1),
                                                               .out = panels + j * padded / 2,
-                                                              .lines = std::min(kPairPanel, m - j),
+                                                              .rows = std::min(kPairPanel, m - j),
                                                               .channels = k,
-                                                              .line = y.stride(1),
+                                                              .row = y.stride(1),
                                                               .channel = y.stride(0),
-                                                              .padded_lines = kPairPanel,
-                                                              .out_line = 1,
+                                                              .padded_rows = kPairPanel,
+                                                              .out_row = 1,
                                                               .out_pair = kPairPanel});
                        }
                      });
@@ -94,7 +94,7 @@ void multiply_bf16(const Tensor& x, const Tensor& panels, Tensor& out, bool add)
   }
   const at::BFloat16* y = panels.const_data_ptr<at::BFloat16>();
   float* c = out.mutable_data_ptr<float>();
-  // Blocks of rows; where there are fewer than threads could take, smaller ones, and then blocks of columns too.
+  // Tasks are blocks of rows; if those are too few for all threads, smaller ones, and then blocks of columns too.
   const int64_t wanted = at::get_num_threads() > 1 ? 4 * at::get_num_threads() : 1;
   int64_t rows = kTaskRows, cols = ceil_div(m, kPairPanel) * kPairPanel;
   const auto tasks = [&] { return ceil_div(n, rows) * ceil_div(m, cols); };
@@ -112,12 +112,12 @@ void multiply_bf16(const Tensor& x, const Tensor& panels, Tensor& out, bool add)
           const int64_t depth = std::min(kUnitDepth, padded - l);
           GSSF_VECTORIZED(pairs_of, Pairing<T>{.x = data + i * x.stride(0) + l * x.stride(1),
                                                .out = reinterpret_cast<uint32_t*>(a),
-                                               .lines = count,
+                                               .rows = count,
                                                .channels = std::min(depth, k - l),
-                                               .line = x.stride(0),
+                                               .row = x.stride(0),
                                                .channel = x.stride(1),
-                                               .padded_lines = count,
-                                               .out_line = depth / 2,
+                                               .padded_rows = count,
+                                               .out_row = depth / 2,
                                                .out_pair = 1});
           const UnitProduct product{.a = a,
                                     .panels = y + j / kPairPanel * panels.stride(0) + l * kPairPanel,

@@ -1,17 +1,17 @@
-// Certified mining: the hardest negatives of the exact scores, at the price of a product on bf16 units.
+// Certified mining: the hardest negatives of the exact scores, at the cost of a product on bf16 units.
 //
-// With x = x̂ + δx, x̂ the rounding of x to bf16, a score and the sum ŝ that the unit makes of the rounded sides differ
-// by
+// With x = x̂ + δx, x̂ the rounding of x to bf16, a score s and the unit's sum ŝ of the rounded products differ by
 //
 //     |s - ŝ| <= ‖δa‖ ‖b̂‖ + ‖a‖ ‖δb‖ + γ ‖â‖ ‖b̂‖ + τ,   since s - â·b̂ = δa·b̂ + a·δb (Cauchy and Schwarz).
 //
 // γ = D u / (1 - D u) bounds the rounding of a sum of D exact products in any order (Higham, Accuracy and Stability of
-// Numerical Algorithms, 2nd ed., section 4.2), because Σ |â b̂| <= ‖â‖ ‖b̂‖; τ what units lose that take subnormals for
-// zero. All norms are those measured of the rows at hand, rounded up, so this holds for every finite input.
+// Numerical Algorithms, 2nd ed., section 4.2), because Σ |â b̂| <= ‖â‖ ‖b̂‖; τ bounds the error of units that flush
+// subnormals to zero. The norms are measured for the input's rows and rounded up, so this holds for every finite input.
 //
-// A tile's ŝ thus bound each line's best from below, and whatever cannot reach the best bound so far is passed over.
-// What is left, one or two scores a line, is made again in fp64, in which products of fp32 numbers are exact. Where the
-// bound does not tell scores apart (copies of one row, rows of very different length), a sweep in fp64 takes over.
+// An anchor is a row or a column of s. A tile's ŝ bound each anchor's maximum from below, and a score that cannot reach
+// the largest of these bounds is dropped. The remaining candidates, one or two scores per anchor, are computed again in
+// fp64, in which products of fp32 numbers are exact. Where the bound drops too few (copies of one row, rows of very
+// different length), a sweep in fp64 computes all scores.
 #pragma once
 
 #include <atomic>
@@ -25,50 +25,51 @@
 
 namespace gssf {
 
-// What bounds the errors of the scores of one side's rows with a block of the other's.
+// A bound of |s - ŝ| for the scores of an anchor, a row of a (or of b), with a block of rows of the other input.
 class ErrorBound {
  public:
-  ErrorBound(const Rounded& lines, const Rounded& others, const Blocks& blocks, int64_t depth) : lines_(lines) {
+  ErrorBound(const Rounded& anchors, const Rounded& others, const Blocks& blocks, int64_t depth) : anchors_(anchors) {
     for (int64_t block = 0; block < blocks.count; ++block) {
-      Longest found{};
+      Longest longest{};
       for (int64_t k = blocks.begin(block); k < blocks.begin(block) + blocks.length(block); ++k) {
-        found.norm = std::max(found.norm, double(others.norm[k]) + others.residue[k]);
-        found.residue = std::max(found.residue, double(others.residue[k]));
+        longest.norm = std::max(longest.norm, double(others.norm[k]) + others.residue[k]);
+        longest.residue = std::max(longest.residue, double(others.residue[k]));
       }
-      longest_.push_back(found);
+      longest_.push_back(longest);
     }
-    const double roundings = double(depth + 32) * 0x1p-24;  // with the few of the bound itself
+    const double roundings = double(depth + 32) * 0x1p-24;  // of s, and those of this bound
     sum_ = roundings < 0.5 ? roundings / (1 - roundings) : INFINITY;
     flushed_ = double(depth) * 0x1p-124;
   }
 
-  // Of every score of a line with a block: what |s - ŝ| does not exceed.
-  double of(int64_t line, int64_t block) const {
-    const auto [norm, residue] = longest_[block];
-    const double mine = lines_.norm[line], lost = lines_.residue[line];
-    return (lost * norm + mine * residue + sum_ * (mine + lost) * norm) * (1 + 0x1p-20) + flushed_;
+  // The bound of |s - ŝ| for every score of an anchor with a block.
+  double of(int64_t anchor, int64_t block) const {
+    const auto [block_norm, block_residue] = longest_[block];
+    const double norm = anchors_.norm[anchor], residue = anchors_.residue[anchor];
+    return (residue * block_norm + norm * block_residue + sum_ * (norm + residue) * block_norm) * (1 + 0x1p-20) +
+           flushed_;
   }
 
-  // Whether no sum of any line can leave fp32's range; false too where an input is not finite.
+  // Whether every anchor's sums stay in fp32's range; false if an input is not finite.
   bool sums_are_finite() const {
-    double most = std::isfinite(sum_) ? 0 : INFINITY;
-    for (const auto& block : longest_) most = std::isfinite(block.norm) ? std::max(most, block.norm) : INFINITY;
-    for (size_t i = 0; i < lines_.norm.size(); ++i)
-      if (!((double(lines_.norm[i]) + lines_.residue[i]) * most < 0x1p126)) return false;
+    double max_norm = std::isfinite(sum_) ? 0 : INFINITY;
+    for (const auto& block : longest_) max_norm = std::isfinite(block.norm) ? std::max(max_norm, block.norm) : INFINITY;
+    for (size_t i = 0; i < anchors_.norm.size(); ++i)
+      if (!((double(anchors_.norm[i]) + anchors_.residue[i]) * max_norm < 0x1p126)) return false;
     return true;
   }
 
  private:
   struct Longest {
-    double norm, residue;  // of rounded rows, and of what they lost
+    double norm, residue;  // maxima of ‖x̂‖ (bounded by ‖x‖ + ‖δx‖) and of ‖δx‖
   };
-  const Rounded& lines_;
+  const Rounded& anchors_;
   std::vector<Longest> longest_;
   double sum_, flushed_;
 };
 
-// Scores in fp64 and where they are; -inf and -1 where there is none.
-struct ExactBest {
+// The maximum of scores in fp64, and its index; -inf and -1 of none.
+struct ExactMaximum {
   double score = -std::numeric_limits<double>::infinity();
   int64_t index = -1;
   void add(double other, int64_t at) {
@@ -76,7 +77,7 @@ struct ExactBest {
   }
 };
 
-// An epilogue that keeps what may be the best negative of a row or a column.
+// An epilogue that keeps the candidates: scores that may be the hardest negative of their row or column.
 class Candidates {
  public:
   struct Slot {};
@@ -96,7 +97,7 @@ class Candidates {
         col_id_(col_id),
         row_low_(rows.total),
         col_low_(cols.total),
-        most_(8 * (rows.total + cols.total) + (1 << 16)),
+        limit_(8 * (rows.total + cols.total) + (1 << 16)),
         given_up_(!row_error_.sums_are_finite() || !col_error_.sums_are_finite()) {
     for (auto* lows : {&row_low_, &col_low_})
       for (auto& low : *lows) low.store(kNone, std::memory_order_relaxed);
@@ -112,7 +113,7 @@ class Candidates {
     for (int64_t i = 0; i < n && width > m; ++i) std::fill(s + i * kTileMost + m, s + i * kTileMost + width, kNone);
     if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0);
 
-    PerLine<float> row, col;
+    PerAnchor<float> row, col;
     GSSF_VECTORIZED(tile_tops_of, s, n, m, row.data(), col.data());
     for (int64_t i = 0; i < n; ++i) row[i] = least(row_low_[i0 + i], row[i], row_error_.of(i0 + i, j0 / cols_.size));
     for (int64_t j = 0; j < m; ++j) col[j] = least(col_low_[j0 + j], col[j], col_error_.of(j0 + j, i0 / rows_.size));
@@ -122,40 +123,40 @@ class Candidates {
     const int64_t count = [&] { return GSSF_VECTORIZED(reaching_of, s, n, m, row.data(), col.data(), places.get()); }();
     const std::lock_guard guard(lock_);
     for (int64_t k = 0; k < count; ++k)
-      found_.push_back({static_cast<int32_t>(i0 + places[k] / kTileMost),
-                        static_cast<int32_t>(j0 + places[k] % kTileMost), s[places[k]]});
-    if (found_.size() > most_) {
+      candidates_.push_back({static_cast<int32_t>(i0 + places[k] / kTileMost),
+                             static_cast<int32_t>(j0 + places[k] % kTileMost), s[places[k]]});
+    if (candidates_.size() > limit_) {
       prune();
-      given_up_ = given_up_ || found_.size() > most_ / 2;
+      given_up_ = given_up_ || candidates_.size() > limit_ / 2;
     }
   }
   static void fold_rows(const Tile&, const Slot&) {}
   static void fold_cols(const Tile&, const Slot&) {}
 
-  // Those that may be a best one, now that all scores were seen; by rows, which are then read once.
+  // The candidates after the whole sweep, sorted by row, so that each row is read once.
   const std::vector<Candidate>& left() {
     prune();
-    std::sort(found_.begin(), found_.end(),
+    std::sort(candidates_.begin(), candidates_.end(),
               [](const Candidate& x, const Candidate& y) { return std::tie(x.i, x.j) < std::tie(y.i, y.j); });
-    return found_;
+    return candidates_;
   }
 
  private:
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-  // Raises a line's bound by the largest ŝ of a tile, and returns the least ŝ of the tile that may be the line's best.
+  // Raises an anchor's lower bound to that of a tile's largest ŝ, and returns the smallest ŝ that is a candidate.
   static float least(std::atomic<float>& low, float top, double error) {
     if (top == kNone) return -kNone;
-    const float sure = std::nextafter(static_cast<float>(top - error), kNone);
+    const float bound = std::nextafter(static_cast<float>(top - error), kNone);
     float before = low.load(std::memory_order_relaxed);
-    while (before < sure && !low.compare_exchange_weak(before, sure, std::memory_order_relaxed)) {
+    while (before < bound && !low.compare_exchange_weak(before, bound, std::memory_order_relaxed)) {
     }
-    const float bar = std::nextafter(static_cast<float>(std::max(before, sure) - error), kNone);
-    return std::max(bar, std::numeric_limits<float>::lowest());  // what is no negative scores -inf
+    const float bar = std::nextafter(static_cast<float>(std::max(before, bound) - error), kNone);
+    return std::max(bar, std::numeric_limits<float>::lowest());  // -inf marks scores of no negative
   }
 
   void prune() {
-    std::erase_if(found_, [&](const Candidate& c) {
+    std::erase_if(candidates_, [&](const Candidate& c) {
       return c.score + row_error_.of(c.i, c.j / cols_.size) < row_low_[c.i] &&
              c.score + col_error_.of(c.j, c.i / rows_.size) < col_low_[c.j];
     });
@@ -166,8 +167,8 @@ class Candidates {
   const std::vector<int32_t>&row_id_, &col_id_;
   std::vector<std::atomic<float>> row_low_, col_low_;
   std::mutex lock_;
-  std::vector<Candidate> found_;
-  size_t most_;
+  std::vector<Candidate> candidates_;
+  size_t limit_;
   std::atomic<bool> given_up_;
 };
 

@@ -1,7 +1,7 @@
 // The passes of the dense losses over one chunk of scores on the CPU: see gssf_kernels/dense.py.
 //
-// A chunk s [R, M] is cut into tiles of a fixed size; threads leave each tile's statistics in a place of its own, and
-// these are then folded in the tiles' order, so the thread count changes no bit.
+// A chunk s [R, M] is divided into tiles of a fixed size; threads write each tile's partials to separate places, and
+// these are then merged in the tiles' order, so the thread count changes no bit.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -39,13 +39,13 @@ struct Tiles {
       }
     });
   }
-  // out [n] = the sums over a row of tiles of their parts [kPassRows], in order.
+  // out [n] = the partials [kPassRows] of each row of tiles, added up in order.
   template <class A>
-  void fold_rows(const std::vector<A>& parts, A* out) const {
+  void fold_rows(const std::vector<A>& partials, A* out) const {
     std::fill_n(out, n, A(0));
     for (int64_t t = 0; t < down * across; ++t) {
       const int64_t i0 = t / across * kPassRows;
-      for (int64_t i = 0; i < std::min(kPassRows, n - i0); ++i) out[i0 + i] += parts[t * kPassRows + i];
+      for (int64_t i = 0; i < std::min(kPassRows, n - i0); ++i) out[i0 + i] += partials[t * kPassRows + i];
     }
   }
 };
@@ -67,7 +67,7 @@ A* data(const std::optional<Tensor>& t, int64_t size, const char* name) {
   return t ? data<A>(*t, size, name) : nullptr;
 }
 
-// (max, sum) of e^(t - max) merged with those of other t. Nothing was seen yet where max is -inf.
+// (max, Σ e^(t - max)) merged with those of other t; max = -inf: of no t.
 template <class A>
 void merge(A& max, A& sum, A other_max, A other_sum) {
   if (other_max == -std::numeric_limits<A>::infinity()) return;
@@ -88,7 +88,7 @@ Name named(std::string_view text, std::initializer_list<std::pair<std::string_vi
   TORCH_CHECK_VALUE(false, "no such name: ", text);
 }
 
-// The classes' statistics of one direction: [C, size], rows of a tensor that may be longer, or [size] for one class.
+// A statistic of one direction by class: [C, size] with any stride of classes, or [size] for one class.
 template <class A>
 struct Statistic {
   A* data = nullptr;
@@ -107,7 +107,7 @@ Statistic<A> statistic(const std::optional<Tensor>& t, int64_t classes, int64_t 
   return t ? statistic<A>(*t, classes, size, name) : Statistic<A>{};
 }
 
-// What scores by label need, of one direction.
+// Labels and bounds of one direction, for scores by label.
 template <class A>
 struct Labels {
   std::vector<typename Simd<A>::Lane> numbers;
@@ -126,7 +126,7 @@ struct Labels {
   }
 };
 
-// The arguments of a pass by a score function, as ops take them.
+// The op's arguments that say how scores become logits.
 struct ScoreArguments {
   std::string_view score;
   at::ArrayRef<double> constants;
@@ -135,7 +135,7 @@ struct ScoreArguments {
   bool leave_out;
 };
 
-// f(ScoreTag, tile) of every tile of s, from several threads; tile.columns is as given.
+// Calls f(ScoreTag, tile_at), where tile_at(i0, n, j0, m) is a tile of s. columns: whether columns have statistics too.
 template <class A, class F>
 void by_score(const Tensor& s, const Tiles& tiles, const Tensor& scale, const ScoreArguments& of, bool columns, F f) {
 #define GSSF_NAMED(name) {#name, Score::name},
@@ -169,7 +169,7 @@ void by_score(const Tensor& s, const Tiles& tiles, const Tensor& scale, const Sc
 #undef GSSF_CASE
 }
 
-// The chunk's rows' (max, Σ e^(t - max)), by class; those of its columns are merged with what is there.
+// Writes (max, Σ e^(t - max)) of the chunk's rows, by class, and merges its columns' into col_max and col_sum.
 void logsumexp_pass(const Tensor& s, const Tensor& scale, std::string_view score, at::ArrayRef<double> constants,
                     const std::optional<Tensor>& row_labels, const std::optional<Tensor>& col_labels,
                     const std::optional<Tensor>& row_bounds, const std::optional<Tensor>& col_bounds, int64_t first,
@@ -196,19 +196,19 @@ void logsumexp_pass(const Tensor& s, const Tensor& scale, std::string_view score
         std::fill_n(sum, tiles.n, A(0));
         for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
           const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
-          const auto& part = partial[t];
+          const auto& sums = partial[t];
           for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i)
-            merge(max[i0 + i], sum[i0 + i], part.row_max[c][i], part.row_sum[c][i]);
+            merge(max[i0 + i], sum[i0 + i], sums.row_max[c][i], sums.row_sum[c][i]);
           for (int64_t j = 0; col_m.data && j < std::min(kPassCols, tiles.m - j0); ++j)
-            merge(col_m.data[c * col_m.step + j0 + j], col_s.data[c * col_s.step + j0 + j], part.col_max[c][j],
-                  part.col_sum[c][j]);
+            merge(col_m.data[c * col_m.step + j0 + j], col_s.data[c * col_s.step + j0 + j], sums.col_max[c][j],
+                  sums.col_sum[c][j]);
         }
       }
     });
   });
 }
 
-// s becomes dL/dt, by label dL/ds; products [n] = its rows' Σ of that times s.
+// Overwrites s with dL/dt, or by label dL/ds; products [n] = Σ of it times s per row.
 void softmax_pass(Tensor& s, const Tensor& scale, std::string_view score, at::ArrayRef<double> constants,
                   const std::optional<Tensor>& row_labels, const std::optional<Tensor>& col_labels,
                   const std::optional<Tensor>& row_bounds, const std::optional<Tensor>& col_bounds, int64_t first,
@@ -263,11 +263,11 @@ void score_sums_pass(Tensor& s, const Tensor& scale, const Tensor& bias, const s
                     "score_sums_pass: expected terms of at most all columns, and ids of both sides or neither");
   AT_DISPATCH_FLOATING_TYPES(s.scalar_type(), "score_sums_pass", [&] {
     using A = scalar_t;
-    // Terms relative to positives: β less the scores of those.
+    // β, or where terms are relative to positives β - positive_score.
     const auto biases = [&](const std::optional<Tensor>& positive, int64_t size, const char* name) {
       std::vector<A> out(size, *bias.const_data_ptr<A>());
-      const A* less = data<A>(positive, size, name);
-      for (int64_t k = 0; less && k < size; ++k) out[k] -= less[k];
+      const A* positive_score = data<A>(positive, size, name);
+      for (int64_t k = 0; positive_score && k < size; ++k) out[k] -= positive_score[k];
       return out;
     };
     const std::vector<A> row_bias = biases(row_positive, tiles.n, "row_positive"),
@@ -281,7 +281,7 @@ void score_sums_pass(Tensor& s, const Tensor& scale, const Tensor& bias, const s
     };
     A* scores = s.mutable_data_ptr<A>();
     const A factor = *scale.const_data_ptr<A>();
-    std::vector<Sums<A>> found(tiles.down * tiles.across);
+    std::vector<Sums<A>> partial(tiles.down * tiles.across);
     tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
       const SumTile<A> tile{scores + i0 * s.stride(0) + j0,
                             s.stride(0),
@@ -294,28 +294,29 @@ void score_sums_pass(Tensor& s, const Tensor& scale, const Tensor& bias, const s
                             from(col_term, j0),
                             positives,
                             gradient};
-      GSSF_VECTORIZED(sum_tile_of, kind, tile, found[t]);
+      GSSF_VECTORIZED(sum_tile_of, kind, tile, partial[t]);
     });
     const Tensor row_out = rows.zero_(), col_out = cols;
     A *sum = row_out[0].mutable_data_ptr<A>(), *slope = row_out[1].mutable_data_ptr<A>(),
-      *along = row_out[2].mutable_data_ptr<A>();
+      *dscores_dot_s = row_out[2].mutable_data_ptr<A>();
     A *col_sum = col_out[0].mutable_data_ptr<A>(), *col_slope = col_out[1].mutable_data_ptr<A>();
     for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
       const int64_t i0 = t / tiles.across * kPassRows, j0 = t % tiles.across * kPassCols;
       for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i) {
-        sum[i0 + i] += found[t].row_sum[i];
-        slope[i0 + i] += found[t].row_slope[i];
-        along[i0 + i] += found[t].along[i];
+        sum[i0 + i] += partial[t].row_sum[i];
+        slope[i0 + i] += partial[t].row_slope[i];
+        dscores_dot_s[i0 + i] += partial[t].dscores_dot_s[i];
       }
       for (int64_t j = 0; j < std::min(kPassCols, with_term - j0); ++j) {
-        col_sum[j0 + j] += found[t].col_sum[j];
-        col_slope[j0 + j] += found[t].col_slope[j];
+        col_sum[j0 + j] += partial[t].col_sum[j];
+        col_slope[j0 + j] += partial[t].col_slope[j];
       }
     }
   });
 }
 
-// rows [3, R] = the sums of RelationSums over f, u, w [R, M], column j of which is row j of the chunk, and on.
+// rows [3, R] = the sums of RelationSums per row of f, u, w [R, M], whose column j is row j of the chunk, from its
+// first row on.
 void relation_pass(Tensor& f, const Tensor& u, const Tensor& w, const Tensor& lam, std::string_view kind_name,
                    bool gradient, Tensor& rows) {
   for (const Tensor* s : {static_cast<const Tensor*>(&f), &u, &w}) {
@@ -330,22 +331,22 @@ void relation_pass(Tensor& f, const Tensor& u, const Tensor& w, const Tensor& la
     A* scores = f.mutable_data_ptr<A>();
     const A *image = u.const_data_ptr<A>(), *text = w.const_data_ptr<A>();
     const A lambda = *lam.const_data_ptr<A>();
-    std::vector<RelationSums<A>> found(tiles.down * tiles.across);
+    std::vector<RelationSums<A>> partial(tiles.down * tiles.across);
     tiles.each([&](int64_t t, int64_t i0, int64_t n, int64_t j0, int64_t m) {
       const int64_t at = i0 * f.stride(0) + j0;
       const RelationTile<A> tile{scores + at,  image + at, text + at, f.stride(0), n,       m,
                                  tiles.n - j0, j0 - i0,    lambda,    kind,        gradient};
-      GSSF_VECTORIZED(relation_tile_of, tile, found[t]);
+      GSSF_VECTORIZED(relation_tile_of, tile, partial[t]);
     });
     const Tensor out = rows.zero_();
     A *student = out[0].mutable_data_ptr<A>(), *teachers = out[1].mutable_data_ptr<A>(),
-      *along = out[2].mutable_data_ptr<A>();
+      *slope_dot_gap = out[2].mutable_data_ptr<A>();
     for (int64_t t = 0; t < tiles.down * tiles.across; ++t) {
       const int64_t i0 = t / tiles.across * kPassRows;
       for (int64_t i = 0; i < std::min(kPassRows, tiles.n - i0); ++i) {
-        student[i0 + i] += found[t].student[i];
-        teachers[i0 + i] += found[t].teachers[i];
-        along[i0 + i] += found[t].along[i];
+        student[i0 + i] += partial[t].student[i];
+        teachers[i0 + i] += partial[t].teachers[i];
+        slope_dot_gap[i0 + i] += partial[t].slope_dot_gap[i];
       }
     }
   });

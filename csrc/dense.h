@@ -1,4 +1,4 @@
-// What the passes over a chunk of scores hand to their vector kernels (vector_dense.h).
+// Arguments and results of the vector kernels (vector_dense.h) of the passes over a chunk of scores.
 #pragma once
 
 #include <array>
@@ -8,10 +8,11 @@
 
 namespace gssf {
 
-// A pass takes a chunk in tiles of this size, whatever the thread count: the one table of it.
+// A pass processes a chunk in tiles of this size, whatever the thread count.
 constexpr int64_t kPassRows = 64, kPassCols = 512;
 
-// How a score becomes a logit: t = scale * s; or t = slope * (s - centre), both by whether the score is a positive's.
+// How a score becomes a logit: t = scale * s; or t = slope * (s - centre), where slope and centre of positives and of
+// negatives differ.
 #define GSSF_SCORES(X) X(scaled) X(circle) X(multi_similarity)
 #define GSSF_NAME(name) name,
 enum class Score { GSSF_SCORES(GSSF_NAME) };
@@ -22,8 +23,8 @@ using ScoreTag = std::integral_constant<Score, kScore>;
 // Log-sums of a row: one over all of its scores, or one over its positives and one over its negatives.
 constexpr int classes(Score score) { return score == Score::scaled ? 1 : 2; }
 
-// The anchors of one direction, for scores by label: labels as numbers from 0 on, behind the last a vector's worth of
-// others; and with mining the score that a positive has to be below, and a negative above, to count (else null).
+// The anchors of one direction, for scores by label. labels: numbers from 0 on, followed by a vector of -1. With mining
+// a positive counts if its score is below positive_below, and a negative if above negative_above; else null.
 template <class A>
 struct ByLabel {
   const typename Simd<A>::Lane* labels;
@@ -47,8 +48,8 @@ struct LogSums {
   A col_max[kClasses][kPassCols], col_sum[kClasses][kPassCols];
 };
 
-// One direction of a softmax over logits t, p = e^(t - max - log), and the gradient of its log-sum: of class c from
-// c * step on. Without grad it is left out.
+// One direction of a softmax over logits t, p = e^(t - max - log), and grad, the gradient of its log-sum; class c
+// begins at c * step. Without grad the direction is not computed.
 template <class A>
 struct Softmax {
   const A *max, *log, *grad;
@@ -79,11 +80,11 @@ struct SumTile {
 
 template <class A>
 struct Sums {
-  A row_sum[kPassRows], row_slope[kPassRows], along[kPassRows], col_sum[kPassCols], col_slope[kPassCols];
+  A row_sum[kPassRows], row_slope[kPassRows], dscores_dot_s[kPassRows], col_sum[kPassCols], col_slope[kPassCols];
 };
 
 // A tile of e = (f - u) - lam (w - u), off the diagonal i - j = offset, for f, u and w [n, m] that are symmetric as a
-// whole and have columns from the chunk's first row on: the first `once` columns count once, the others twice.
+// whole and have columns from the chunk's first row on: the first `once` columns have weight 1, the others 2.
 template <class A>
 struct RelationTile {
   A* f;
@@ -91,13 +92,13 @@ struct RelationTile {
   int64_t ld, n, m, once, offset;
   A lam;
   Kind kind;      // abs or square
-  bool gradient;  // f becomes the slope at e, each place once
+  bool gradient;  // f becomes the slope at e, with weight 1
 };
 
 // Of the rows of a tile: f(e), f(w - u), and slope * (w - u).
 template <class A>
 struct RelationSums {
-  A student[kPassRows], teachers[kPassRows], along[kPassRows];
+  A student[kPassRows], teachers[kPassRows], slope_dot_gap[kPassRows];
 };
 
 }  // namespace gssf

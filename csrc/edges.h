@@ -1,4 +1,4 @@
-// Lists of pairs (rows[e], cols[e]) between two sides; -1 at either end marks a pair that is none.
+// Edges: lists of pairs (rows[e], cols[e]) of a row of a and a row of b; one with -1 at either end is skipped.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -32,9 +32,9 @@ inline Groups::Groups(const int64_t* destination, const int64_t* source, int64_t
     if (kept(e)) edge[place[destination[e]]++] = e;
 }
 
-// a[rows[e]] · b[cols[e]] for every e, and the gradients of a and b; empty where needs says no. In pairs.cpp.
+// a[rows[e]] · b[cols[e]] for every e; and da and db, each empty if `needs` is false. In pairs.cpp.
 at::Tensor pair_scores(const at::Tensor& a, const at::Tensor& b, const at::Tensor& rows, const at::Tensor& cols);
-std::tuple<at::Tensor, at::Tensor> pair_scores_backward(const at::Tensor& grad, const at::Tensor& rows,
+std::tuple<at::Tensor, at::Tensor> pair_scores_backward(const at::Tensor& grad_out, const at::Tensor& rows,
                                                         const at::Tensor& cols, const at::Tensor& a,
                                                         const at::Tensor& b, c10::List<bool> needs);
 

@@ -1,4 +1,4 @@
-// Epilogues of the reducing sweep.
+// Epilogues of the sweep: hardest negatives and relative negatives.
 #pragma once
 
 #include <cmath>
@@ -11,26 +11,26 @@
 
 namespace gssf {
 
-// Whether candidate v displaces m: it is greater, or it is the first NaN. NaN is sticky. (The vectors' twin
-// stands in vector_maxima.h, compiled once per instruction set.)
+// Whether candidate v replaces the maximum m: it is greater, or it is the first NaN, which nothing replaces. (The same
+// for vectors is in vector_maxima.h, compiled once per instruction set.)
 template <class A>
 bool displaces(A v, A m) {
   return v > m || (v != v && m == m);
 }
 
-// Best negative of every row, or of every column, so far; -inf and -1 where there is none.
+// Maximum of the negatives of every row, or of every column, over the tiles merged so far; -inf and -1 for none.
 template <class A>
-struct Best {
+struct RunningMaxima {
   A* score;
   int64_t* index;
 
-  // Merges `count` lines from `line` on with a tile whose places start at `offset`, past all those merged before:
+  // Merges anchors anchor .. anchor + count with a tile whose indices start at `offset`, higher than all merged before:
   // an equal score never replaces.
-  void fold(int64_t line, int64_t count, const Maxima<A>& tile, int64_t offset) const {
+  void fold(int64_t anchor, int64_t count, const Maxima<A>& tile, int64_t offset) const {
     for (int64_t k = 0; k < count; ++k) {
-      if (!displaces(tile.score[k], score[line + k])) continue;
-      score[line + k] = tile.score[k];
-      index[line + k] = offset + tile.index[k];
+      if (!displaces(tile.score[k], score[anchor + k])) continue;
+      score[anchor + k] = tile.score[k];
+      index[anchor + k] = offset + tile.index[k];
     }
   }
 };
@@ -45,49 +45,49 @@ class HardestNegatives {
   using Slot = TileMaxima<A>;
 
   // Ids are empty, or dense and padded to whole vectors.
-  HardestNegatives(const std::vector<Lane>& row_id, const std::vector<Lane>& col_id, A* pair_score, Best<A> rows,
-                   Best<A> cols)
-      : row_id_(row_id), col_id_(col_id), pair_score_(pair_score), rows_(rows), cols_(cols) {}
+  HardestNegatives(const std::vector<Lane>& row_id, const std::vector<Lane>& col_id, A* positive_score,
+                   RunningMaxima<A> rows, RunningMaxima<A> cols)
+      : row_id_(row_id), col_id_(col_id), positive_score_(positive_score), rows_(rows), cols_(cols) {}
 
-  const Best<A>& rows() const { return rows_; }
-  const Best<A>& cols() const { return cols_; }
+  const RunningMaxima<A>& rows() const { return rows_; }
+  const RunningMaxima<A>& cols() const { return cols_; }
 
-  // Leaves -inf in s at all that is no negative.
-  void tile(A* s, const Tile& at, TileMaxima<A>& found) const {
+  // Sets scores of s that are no negatives to -inf.
+  void tile(A* s, const Tile& at, TileMaxima<A>& maxima) const {
     const auto [i0, n, j0, m] = at;
     // The diagonal crosses only tiles whose ranges of i and j overlap.
     for (int64_t i = std::max(i0, j0); i < std::min(i0 + n, j0 + m); ++i) {
       A& score = s[(i - i0) * kTileMost + (i - j0)];
-      pair_score_[i] = score;
+      positive_score_[i] = score;
       score = kNone;
     }
     for (int64_t i = 0; i < n && m % Simd<A>::lanes; ++i)
       std::fill(s + i * kTileMost + m, s + i * kTileMost + ceil_div(m, Simd<A>::lanes) * Simd<A>::lanes, kNone);
     const bool has_ids = !col_id_.empty();
     GSSF_VECTORIZED(tile_maxima_of, s, n, m, has_ids ? row_id_.data() + i0 : nullptr,
-                    has_ids ? col_id_.data() + j0 : nullptr, found);
+                    has_ids ? col_id_.data() + j0 : nullptr, maxima);
   }
 
-  void fold_rows(const Tile& at, const TileMaxima<A>& found) const { rows_.fold(at.i0, at.n, found.rows, at.j0); }
-  void fold_cols(const Tile& at, const TileMaxima<A>& found) const { cols_.fold(at.j0, at.m, found.cols, at.i0); }
+  void fold_rows(const Tile& at, const TileMaxima<A>& maxima) const { rows_.fold(at.i0, at.n, maxima.rows, at.j0); }
+  void fold_cols(const Tile& at, const TileMaxima<A>& maxima) const { cols_.fold(at.j0, at.m, maxima.cols, at.i0); }
 
  private:
   const std::vector<Lane>&row_id_, &col_id_;
-  A* pair_score_;
-  Best<A> rows_, cols_;
+  A* positive_score_;
+  RunningMaxima<A> rows_, cols_;
 };
 
-// The terms of one line's relative negatives so far: a sum over the scores that count, but for the maximum m.
-// With beta the sum of e^{β(s - m)}, else of m - s.
+// Relative negatives of one anchor over the tiles merged so far: a sum over the scores that count, except the maximum
+// m. With beta the sum of e^{β(s - m)}, else of m - s.
 struct Term {
   double sum = 0;
-  int64_t count = 0, ties = 0;  // ties: those of the count that equal m, where distances are summed
+  int64_t count = 0, ties = 0;  // ties: how many of them equal m, without beta
 };
 
 // The hardest negatives and, relative to their scores, the mean over the others that are not below a threshold.
 //
-// No sum ever holds the maximum's own term, so nothing is subtracted; where maxima change, sums are carried over to
-// the greater one, by factors of at most 1, and the maximum left behind joins them as a score like the others.
+// No sum ever contains the term of the maximum, so nothing is subtracted; when a greater maximum comes, sums are
+// rescaled to it, by factors of at most 1, and the former maximum is added to them like any other score.
 template <class A>
 class RelativeNegatives {
  public:
@@ -100,7 +100,8 @@ class RelativeNegatives {
   RelativeNegatives(const HardestNegatives<A>& hardest, int64_t rows, int64_t cols, A threshold,
                     std::optional<double> beta)
       : hardest_(hardest),
-        // -inf marks what is no negative, so it counts under no threshold; NaN counts under all, NaN lets all count.
+        // -inf marks scores of no negative, so it never counts; NaN always counts, and with a NaN threshold all others
+        // do.
         least_(threshold > -std::numeric_limits<A>::infinity() ? threshold : std::numeric_limits<A>::lowest()),
         beta_(beta),
         tile_beta_(beta ? static_cast<A>(*beta) : A(0)),
@@ -133,16 +134,16 @@ class RelativeNegatives {
 
   bool counts(A score) const { return !(score < least_); }
 
-  void fold(Term* terms, const A* best, int64_t count, const Maxima<A>& maxima, const Terms<A>& tile) const {
+  void fold(Term* terms, const A* maximum, int64_t count, const Maxima<A>& maxima, const Terms<A>& tile) const {
     for (int64_t k = 0; k < count; ++k) {
       if (!counts(maxima.score[k])) continue;  // then none of the tile's does
-      const Term found{tile.sum[k], tile.count[k], tile.ties[k]};
-      terms[k] = displaces(maxima.score[k], best[k]) ? merged(found, maxima.score[k], terms[k], best[k])
-                                                     : merged(terms[k], best[k], found, maxima.score[k]);
+      const Term term{tile.sum[k], tile.count[k], tile.ties[k]};
+      terms[k] = displaces(maxima.score[k], maximum[k]) ? merged(term, maxima.score[k], terms[k], maximum[k])
+                                                        : merged(terms[k], maximum[k], term, maxima.score[k]);
     }
   }
 
-  // `winner` of maximum m with `loser` of maximum at most that.
+  // The sum of `winner`, whose maximum is m, and `loser`, whose maximum is at most m, relative to m.
   Term merged(Term winner, double m, const Term& loser, A loser_m) const {
     if (!counts(loser_m)) return winner;
     winner.count += loser.count + 1;

@@ -1,4 +1,4 @@
-// Sides of a sweep that are rounded to bf16.
+// a and b of a sweep, rounded to bf16.
 #define GSSF_KERNELS "vector_epilogues.h"
 #include "factors.h"
 
@@ -9,15 +9,16 @@ namespace {
 
 using at::Tensor;
 
-// x [N, D] rounded, its rows padded with zeros to whole matrix instructions. What is bf16 already has no bounds.
+// x [N, D] rounded, its rows padded with zeros to whole matrix instructions. For x in bf16 norm and residue mean
+// nothing.
 Rounded rounded(const Tensor& x) {
   const int64_t n = x.size(0), depth = x.size(1), padded = ceil_div(std::max<int64_t>(depth, 1), kPairStep) * kPairStep;
   Rounded out{at::empty({n, padded}, x.options().dtype(at::kBFloat16)), std::vector<float>(n), std::vector<float>(n)};
   auto* values = reinterpret_cast<uint16_t*>(out.values.mutable_data_ptr<at::BFloat16>());
   // Sums of squares in fp32 are off by a relative depth * 2^-24, and by 2^-126 for every square that is subnormal.
-  const double more = 1 + static_cast<double>(depth + 8) * 0x1p-23, least = static_cast<double>(depth) * 0x1p-125;
+  const double upward = 1 + static_cast<double>(depth + 8) * 0x1p-23, flushed = static_cast<double>(depth) * 0x1p-125;
   const auto bound = [&](float squares) {
-    return static_cast<float>(std::sqrt(squares * more + least) * (1 + 0x1p-20));
+    return static_cast<float>(std::sqrt(squares * upward + flushed) * (1 + 0x1p-20));
   };
   const Tensor rows = x.contiguous();
   with_narrow(rows, [&](const auto* data) {

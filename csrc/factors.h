@@ -1,4 +1,4 @@
-// The two sides of a sweep, ready to be multiplied tile by tile.
+// a and b of a sweep, converted and packed so that tiles of s = a bᵀ can be computed.
 #pragma once
 
 #include <ATen/record_function.h>
@@ -12,7 +12,7 @@ namespace gssf {
 // Column blocks of a sweep begin at multiples of this: whole panels of every kind of product.
 constexpr int64_t kBlockStep = 64;
 
-// Whether both are the same numbers in the same place.
+// Whether x and y have the same memory, shape, strides and dtype.
 inline bool same(const at::Tensor& x, const at::Tensor& y) {
   return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides() &&
          x.scalar_type() == y.scalar_type();
@@ -23,7 +23,7 @@ struct Tile {
   int64_t i0, n, j0, m;
 };
 
-// Products in A itself: of fp32 or fp64, and of fp16 and bf16, which convert to fp32 exactly.
+// Products in A: of fp32 or fp64, and of fp16 and bf16, which convert to fp32 exactly.
 template <class A>
 class Panels {
  public:
@@ -57,13 +57,13 @@ class Panels {
   at::Tensor a_, b_;
 };
 
-// One side rounded to bf16, and what bounds the error of that: ‖x‖ and ‖x - x̂‖ of every row, never too small.
+// x̂, which is x rounded to bf16, with ‖x‖ and ‖x - x̂‖ of every row, never too small.
 struct Rounded {
   at::Tensor values;  // [N, padded] bf16
   std::vector<float> norm, residue;
 };
 
-// Products on bf16 units, summed in fp32: of bf16 numbers exact but for that sum.
+// Products on bf16 units: exact products of bf16 numbers, summed in fp32.
 class Bf16Panels {
  public:
   using Scalar = float;

@@ -1,4 +1,4 @@
-// gssf::hardest_negatives and gssf::relative_negatives on the CPU: the reducing sweep with either epilogue.
+// gssf::hardest_negatives and gssf::relative_negatives on the CPU: the sweep with either epilogue.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace {
 
 using at::Tensor;
 
-// Ids as 0, 1, 2, … in order of value, so that they compare in the lanes of scores. Behind the last
-// stand a vector's worth of -1, which no row has.
+// Ids as 0, 1, 2, … in order of value, so that vectors of ids have as many lanes as vectors of scores. b's are followed
+// by 64 times -1, which no row of a has.
 template <class Lane>
 std::pair<std::vector<Lane>, std::vector<Lane>> dense_ids(const Tensor& a_ids, const Tensor& b_ids) {
   const int64_t n = a_ids.numel(), m = b_ids.numel();
@@ -24,8 +24,8 @@ std::pair<std::vector<Lane>, std::vector<Lane>> dense_ids(const Tensor& a_ids, c
   std::sort(values.begin(), values.end());
   values.erase(std::unique(values.begin(), values.end()), values.end());
   auto rank = [&](int64_t id) {
-    const auto found = std::lower_bound(values.begin(), values.end(), id);
-    return found != values.end() && *found == id ? static_cast<Lane>(found - values.begin()) : Lane(-1);
+    const auto value = std::lower_bound(values.begin(), values.end(), id);
+    return value != values.end() && *value == id ? static_cast<Lane>(value - values.begin()) : Lane(-1);
   };
   std::pair<std::vector<Lane>, std::vector<Lane>> out{std::vector<Lane>(n), std::vector<Lane>(m + 64, Lane(-1))};
   std::transform(a, a + n, out.first.begin(), rank);
@@ -44,7 +44,7 @@ void check(const char* name, const Tensor& a, const Tensor& b, const std::option
                     name, ": expected a_ids [N] and b_ids [M], or neither");
 }
 
-// What the sweep for hardest negatives gives, as it is where nothing has been seen.
+// The results of a sweep for hardest negatives, initialised to those of no scores.
 struct Hardest {
   Tensor positive_score, row_score, row_index, col_score, col_index;
 
@@ -57,15 +57,15 @@ struct Hardest {
   }
 
   template <class A>
-  static Best<A> best(Tensor& score, Tensor& index) {
+  static RunningMaxima<A> maxima(Tensor& score, Tensor& index) {
     return {score.mutable_data_ptr<A>(), index.mutable_data_ptr<int64_t>()};
   }
 };
 
-// Rows and columns of a symmetric s, of which tiles on and above the diagonal were seen: a line's best is the better
-// of its row's and its column's, at equal scores that of the lower index, and of NaNs the first.
+// For a symmetric s, of which only the upper triangle was computed: the maximum of row i and column i is the larger of
+// the two; at equal scores, or if both are NaN, that of the lower index.
 template <class A>
-void merge_symmetric(const Best<A>& rows, const Best<A>& cols, int64_t count) {
+void merge_symmetric(const RunningMaxima<A>& rows, const RunningMaxima<A>& cols, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     A &row = rows.score[i], &col = cols.score[i];
     int64_t &row_index = rows.index[i], &col_index = cols.index[i];
@@ -75,8 +75,9 @@ void merge_symmetric(const Best<A>& rows, const Best<A>& cols, int64_t count) {
   }
 }
 
-// Whether sides become bf16: those that are, and fp32 where PyTorch's own products round it too. Asked of the setting
-// by backend, which the older float32MatmulPrecision sets too; that one throws once both have been used.
+// Whether a and b are multiplied as bf16: if they are bf16, or if they are fp32 and PyTorch's products round it to bf16
+// too. This reads the setting by backend, which the older float32MatmulPrecision sets too; reading the older one throws
+// once both have been used.
 bool rounds(const Tensor& a) {
   if (bf16_unit() == Bf16Unit::none) return false;
   if (a.scalar_type() == at::kBFloat16) return true;
@@ -85,7 +86,7 @@ bool rounds(const Tensor& a) {
              at::Float32Precision::BF16;
 }
 
-// Sweeps a and b, in A, with the epilogue that `extended` makes of HardestNegatives<A>, and returns that.
+// Sweeps a and b with scores in A and the epilogue extended(HardestNegatives<A>), and returns that epilogue.
 template <class A, class Extend>
 auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
          Hardest& out, Extend extended, bool symmetric = false) {
@@ -94,8 +95,8 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   if (a_ids) ids = dense_ids<Lane>(a_ids->contiguous(), b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
   auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.positive_score.mutable_data_ptr<A>(),
-                                               Hardest::best<A>(out.row_score, out.row_index),
-                                               Hardest::best<A>(out.col_score, out.col_index)));
+                                               Hardest::maxima<A>(out.row_score, out.row_index),
+                                               Hardest::maxima<A>(out.col_score, out.col_index)));
   if constexpr (std::is_same_v<A, float>) {
     if (rounds(a)) {
       sweep(Bf16Panels(a, b), rows, cols, epilogue, symmetric);
@@ -106,7 +107,7 @@ auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, c
   return epilogue;
 }
 
-// s_ij of the rows of a and b in fp64, for both fp32 or both fp16.
+// s_ij at (i, j) = index(0), …, index(count - 1), in fp64; a and b are both fp32 or both fp16.
 template <class Index>
 std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count, Index index) {
   RECORD_FUNCTION("gssf::stage::rescore", {});
@@ -128,8 +129,8 @@ std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count
   return out;
 }
 
-// The hardest negatives of the exact scores of fp32 or fp16 inputs. Returns how many scores were made in fp64; all of
-// them where the bound tells too few apart.
+// The hardest negatives of the exact scores of fp32 or fp16 inputs. Returns how many scores were computed in fp64: all
+// of them where the bound drops too few.
 int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
                   const std::optional<Tensor>& b_ids, bool symmetric, Hardest& out) {
   const int64_t n = a.size(0), m = b.size(0);
@@ -141,10 +142,10 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   if (!candidates.given_up()) sweep(factors, rows, cols, candidates, symmetric);
   if (candidates.given_up()) {
     Hardest wide(n, m, a.options().dtype(at::kDouble));
-    const auto found = run<double>(
+    const auto epilogue = run<double>(
         a.to(at::kDouble), b.to(at::kDouble), a_ids, b_ids, wide,
         [](const HardestNegatives<double>& hardest) { return hardest; }, symmetric);
-    if (symmetric) merge_symmetric(found.rows(), found.cols(), n);
+    if (symmetric) merge_symmetric(epilogue.rows(), epilogue.cols(), n);
     for (auto [to, from] : {std::pair{&out.positive_score, &wide.positive_score},
                             {&out.row_score, &wide.row_score},
                             {&out.row_index, &wide.row_index},
@@ -158,7 +159,7 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   const auto scores = exact_scores(a, b, count + n, [&](int64_t k) {
     return k < count ? std::pair<int64_t, int64_t>(left[k].i, left[k].j) : std::pair(k - count, k - count);
   });
-  std::vector<ExactBest> row(n), col(m);
+  std::vector<ExactMaximum> row(n), col(m);
   for (int64_t k = 0; k < count; ++k) {
     row[left[k].i].add(scores[k], left[k].j);
     col[left[k].j].add(scores[k], left[k].i);
@@ -167,17 +168,17 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
     row[i].add(col[i].score, col[i].index);
     col[i] = row[i];
   }
-  const auto write = [](const std::vector<ExactBest>& from, const Best<float>& to) {
+  const auto write = [](const std::vector<ExactMaximum>& from, const RunningMaxima<float>& to) {
     for (size_t k = 0; k < from.size(); ++k)
       to.score[k] = static_cast<float>(from[k].score), to.index[k] = from[k].index;
   };
-  write(row, Hardest::best<float>(out.row_score, out.row_index));
-  write(col, Hardest::best<float>(out.col_score, out.col_index));
+  write(row, Hardest::maxima<float>(out.row_score, out.row_index));
+  write(col, Hardest::maxima<float>(out.col_score, out.col_index));
   std::copy(scores.begin() + count, scores.end(), out.positive_score.mutable_data_ptr<float>());
   return count;
 }
 
-// From how many scores on certified mining pays: the one table of it. (That of AMX is not yet measured.)
+// The number of scores from which certified mining is faster. (That for AMX is not yet measured.)
 constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx ? 1 << 18 : 1 << 20; }
 
 bool certifies(const Tensor& a, const Tensor& b) {
@@ -185,7 +186,7 @@ bool certifies(const Tensor& a, const Tensor& b) {
   return narrow && bf16_unit() != Bf16Unit::none && !rounds(a) && a.size(0) * b.size(0) >= certified_least(bf16_unit());
 }
 
-// f(A()) for the type A of the scores of a.
+// Calls f(A()), where A is the type of the scores of a.
 template <class F>
 void dispatch(const Tensor& a, F f) {
   if (a.scalar_type() == at::kDouble) f(double());
@@ -196,8 +197,8 @@ at::TensorOptions score_options(const Tensor& a) {
   return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
-// (positive_score, row_score, row_index, col_score, col_index, rescored): how many scores were made in fp64 besides a
-// sweep's. route: "sweep", of fp32 or fp64 products, "certified", which alone counts them, or "" for what pays.
+// (positive_score, row_score, row_index, col_score, col_index, rescored). route: "sweep", "certified", or "" for the
+// faster. rescored: with "certified" how many scores were computed in fp64, else empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
                                                                              const std::optional<Tensor>& a_ids,
                                                                              const std::optional<Tensor>& b_ids,
@@ -219,9 +220,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(con
   } else if (n > 0) {
     dispatch(a, [&](auto type) {
       using A = decltype(type);
-      const auto found =
+      const auto epilogue =
           run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, symmetric);
-      if (symmetric) merge_symmetric(found.rows(), found.cols(), n);
+      if (symmetric) merge_symmetric(epilogue.rows(), epilogue.cols(), n);
     });
   }
   return {out.positive_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};

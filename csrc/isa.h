@@ -1,9 +1,9 @@
 // The vector kernels, compiled once for each instruction set; `isa()` picks one when the library loads.
 //
-// The file that includes this one first defines GSSF_KERNELS, the name of a vector_*.h. That file, and
-// vector_base.h before it, are included here several times, each time in a namespace of its own and for
-// another compiler target; they hold functions only and include only one another. So one build serves every x86-64
-// machine; on other processors the plain build has whatever the compiler's own target has.
+// A file that includes this one first defines GSSF_KERNELS, the name of a vector_*.h. That file, and vector_base.h
+// before it, are included here several times, each time in a separate namespace and for another compiler target; they
+// contain functions only and include only one another. So one build serves every x86-64 machine; on other processors
+// the plain build uses the compiler's default target.
 #pragma once
 
 #ifndef GSSF_KERNELS
@@ -22,7 +22,7 @@
 
 #define GSSF_INLINE __attribute__((always_inline)) static inline
 
-// In each of them kRegisters says how many 64-byte vectors the processor's registers hold.
+// kRegisters: how many 64-byte vectors the registers of each target hold.
 namespace gssf::plain {
 #ifdef __aarch64__
 constexpr int kRegisters = 8;
@@ -59,10 +59,10 @@ enum class Isa { plain, v3, v4 };
 
 inline Isa isa() {
 #ifdef GSSF_X86_LEVELS
-  static const Isa best = __builtin_cpu_supports("x86-64-v4")   ? Isa::v4
-                          : __builtin_cpu_supports("x86-64-v3") ? Isa::v3
-                                                                : Isa::plain;
-  return best;
+  static const Isa widest = __builtin_cpu_supports("x86-64-v4")   ? Isa::v4
+                            : __builtin_cpu_supports("x86-64-v3") ? Isa::v3
+                                                                  : Isa::plain;
+  return widest;
 #else
   return Isa::plain;
 #endif
@@ -70,7 +70,7 @@ inline Isa isa() {
 
 }  // namespace gssf
 
-// GSSF_VECTORIZED(f, args...) calls f of the best instruction set this processor has.
+// GSSF_VECTORIZED(f, args...) calls the f of the widest instruction set that this processor has.
 #ifdef GSSF_X86_LEVELS
 #define GSSF_VECTORIZED(f, ...)                                    \
   (::gssf::isa() == ::gssf::Isa::v4   ? ::gssf::v4::f(__VA_ARGS__) \

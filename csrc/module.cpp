@@ -1,6 +1,6 @@
-// The Python module gssf_kernels._C. Importing it loads the library, whose static initialisers
-// register the CPU kernels with PyTorch; of its own it only says which unit this processor has for bf16 products.
-// Built with Py_LIMITED_API (setup.py), so that one library serves every Python from 3.10.
+// The Python module gssf_kernels._C. Importing it loads the library, whose static initialisers register the CPU kernels
+// with PyTorch; its one function says which unit this processor has for bf16 products. Built with Py_LIMITED_API
+// (setup.py), so that one library serves every Python from 3.10.
 #include <Python.h>
 
 #include "bf16.h"

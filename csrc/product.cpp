@@ -1,4 +1,4 @@
-// The products of the gradient sweep: see gssf_kernels/dense.py.
+// gssf::pack and gssf::multiply, out = x y with y packed: see gssf_kernels/dense.py.
 #include "bf16.h"
 
 #include <torch/library.h>
@@ -10,7 +10,7 @@ namespace {
 
 using at::Tensor;
 
-// What one task takes of c, at most: its rows of a and panels of b pass through its L2 cache together.
+// The most rows and columns of c per task: its rows of a and panels of b fit in the L2 cache together.
 constexpr int64_t kTaskRows = 256, kTaskCols = 256;
 
 Tensor pack(const Tensor& y, at::ScalarType dtype) {
@@ -22,8 +22,8 @@ Tensor pack(const Tensor& y, at::ScalarType dtype) {
   return dtype == at::kDouble ? packed<double>(y) : packed<float>(y);
 }
 
-// out [n, m] = x [n, k] y or += it, y as pack() left it; x and out in its dtype, or with panels of bf16 out in fp32 and
-// x in what rounds to bf16.
+// out [n, m] = x [n, k] y or += it, y packed by pack(). x and out have the dtype of the panels; with panels of bf16,
+// out is fp32, and x is rounded to bf16.
 void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
   const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
   if (panels.scalar_type() == at::kBFloat16) {
@@ -45,13 +45,13 @@ void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
                       panels.sizes(), " and ", out.sizes());
     const A *a = x.const_data_ptr<A>(), *b = panels.const_data_ptr<A>();
     A* c = out.mutable_data_ptr<A>();
-    // Smaller tasks where threads would have none: the partition changes no bit.
+    // Smaller tasks if there are too few for all threads: task sizes change no bit.
     int64_t rows = kTaskRows, cols = kTaskCols;
     const auto tasks = [&] { return ceil_div(n, rows) * ceil_div(m, cols); };
     while (tasks() < 4 * at::get_num_threads() && cols > P) cols /= 2;
     while (tasks() < 4 * at::get_num_threads() && rows > 64) rows /= 2;
     const int64_t across = ceil_div(m, cols);
-    // Rows of x that are columns in memory are copied side by side, a stretch of channels at a time.
+    // If channels of x are not adjacent, kDepth channels at a time are copied.
     const bool columns = x.stride(1) != 1 && n > 1;
     at::parallel_for(0, tasks(), 1, [&](int64_t task, int64_t end) {
       std::vector<A> copy(columns ? rows * kDepth : 0);

@@ -1,8 +1,8 @@
-// Products of matrices, which the sweeps are made of.
+// Matrix products for the sweeps: packing the right operand.
 //
-// Written here and not a library's: the sums of a score are in an order of their own, so that equal rows have equal
-// scores wherever they stand and no thread count or tile changes a bit; an operand is packed once for many
-// products; and a tile is still in the cache when its epilogue comes.
+// These products are not a library's, because here a score's sum has a fixed order, so that equal rows have equal
+// scores in any position and neither thread count nor tile size changes a bit; an operand is packed once for many
+// products; and a tile is still in the cache when its epilogue runs.
 #pragma once
 
 #include <ATen/ATen.h>

@@ -1,5 +1,5 @@
-// gssf::project, its backward and that of hardest negatives on the CPU: one pass over x, in chunks of rows that stay in
-// L2.
+// gssf::project, its backward and that of hardest negatives on the CPU: one pass over x, kChunkRows rows at a time,
+// which stay in L2.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -21,8 +21,8 @@ namespace {
 
 using at::Tensor;
 
-// Rows summed into one partial ddiag and dblocks: some 32 partial sums, fewer where they would be larger than
-// x; fixed by the shapes alone, so that neither threads nor chance can change a bit of their total.
+// Rows per partial of ddiag and dblocks: at most 32 partials, fewer where they would be larger than x. This depends on
+// shapes alone, so that the thread count changes no bit of the sum.
 int64_t split_rows(int64_t rows, int64_t width) {
   const int64_t splits = std::clamp<int64_t>(rows / std::max<int64_t>(width, 1), 2, 32);
   return std::max<int64_t>(1, ceil_div(ceil_div(rows, splits), kChunkRows)) * kChunkRows;
@@ -90,7 +90,7 @@ Tensor project_side(const Tensor& x_in, const std::optional<Tensor>& diag, const
   return p;
 }
 
-// (dx, ddiag, dblocks) for the gradient `upstream` of the projection's rows.
+// (dx, ddiag, dblocks) from `upstream`, grad_out of the projection's rows.
 template <class T, class A>
 std::tuple<Tensor, Tensor, Tensor> backward(const Upstream<T, A>& upstream, const Tensor& x,
                                             const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
@@ -123,31 +123,31 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Upstream<T, A>& upstream, cons
     for (int64_t split = 0; split < splits; ++split)
       for (int64_t k = begin; k < end; ++k) sum[k] += partials[split * partial_size + k];
   });
-  const auto part = [&](int64_t first, int64_t size, const std::optional<Tensor>& like) {
+  const auto slice = [&](int64_t first, int64_t size, const std::optional<Tensor>& like) {
     const Tensor out = total.narrow(0, first, size).to(like ? like->scalar_type() : x.scalar_type(), false, true);
     return size > 0 ? out.view(like->sizes()) : out;
   };
-  return {dx, part(0, diag_size, diag), part(diag_size, blocks_size, blocks)};
+  return {dx, slice(0, diag_size, diag), slice(diag_size, blocks_size, blocks)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> project_side_backward(const Tensor& grad_in, const Tensor& x_in,
+std::tuple<Tensor, Tensor, Tensor> project_side_backward(const Tensor& grad_out, const Tensor& x_in,
                                                          const std::optional<Tensor>& diag,
                                                          const std::optional<Tensor>& blocks,
                                                          const std::optional<Tensor>& permutation, bool normalize,
                                                          c10::List<bool> needs) {
   check_weights(x_in, diag, blocks, permutation);
-  const Tensor x = x_in.contiguous(), grad = grad_in.contiguous();
-  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(), "grad: expected shape ",
-                    x.sizes(), " and x's dtype, got ", grad.sizes());
+  const Tensor x = x_in.contiguous(), grad_rows = grad_out.contiguous();
+  TORCH_CHECK_VALUE(grad_rows.sizes() == x.sizes() && grad_rows.scalar_type() == x.scalar_type(),
+                    "grad: expected shape ", x.sizes(), " and x's dtype, got ", grad_rows.sizes());
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "project_backward", [&] {
     Upstream<scalar_t, Accumulate<scalar_t>> upstream;
-    upstream.dense = grad.const_data_ptr<scalar_t>();
+    upstream.dense = grad_rows.const_data_ptr<scalar_t>();
     return backward(upstream, x, diag, blocks, permutation, normalize, needs);
   });
 }
 
-// The same for the gradient Σ_{e: rows[e] = i} grad[e] ŷ[cols[e]], which is gathered row by row and never stored.
-std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in, const Tensor& rows_in,
+// The same for grad_out[i] = Σ_{e: rows[e] = i} dscores[e] ŷ[cols[e]], which is gathered row by row and never stored.
+std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_out, const Tensor& rows_in,
                                                           const Tensor& cols_in, const Tensor& x_in, const Tensor& y_in,
                                                           const std::optional<Tensor>& diag,
                                                           const std::optional<Tensor>& blocks,
@@ -159,18 +159,20 @@ std::tuple<Tensor, Tensor, Tensor> pairs_project_backward(const Tensor& grad_in,
   TORCH_CHECK_VALUE(y.dim() == 2 && y.size(1) == x.size(1) && y.scalar_type() == x.scalar_type(),
                     "y: expected shape [M, ", x.size(1), "] and x's dtype, got ", y.sizes());
   check_edges(rows, cols, x.size(0), y.size(0));
-  TORCH_CHECK_VALUE(grad_in.sizes() == rows.sizes(), "grad: expected shape ", rows.sizes(), ", got ", grad_in.sizes());
+  TORCH_CHECK_VALUE(grad_out.sizes() == rows.sizes(), "grad: expected shape ", rows.sizes(), ", got ",
+                    grad_out.sizes());
   const Groups groups(rows.const_data_ptr<int64_t>(), cols.const_data_ptr<int64_t>(), rows.numel(), x.size(0));
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "pairs_project_backward", [&] {
     using A = Accumulate<scalar_t>;
-    const Tensor grad = grad_in.to(c10::CppTypeToScalarType<A>::value).contiguous();
+    const Tensor dscores = grad_out.to(c10::CppTypeToScalarType<A>::value).contiguous();
     const Upstream<scalar_t, A> upstream{nullptr, y.const_data_ptr<scalar_t>(), cols.const_data_ptr<int64_t>(),
-                                         grad.const_data_ptr<A>(), &groups};
+                                         dscores.const_data_ptr<A>(), &groups};
     return backward(upstream, x, diag, blocks, permutation, normalize, needs);
   });
 }
 
-// x̂ W; with y and normalize ŷ; lengths, which the CPU makes again in the backward; with `pairs` the scores of rows i.
+// (x̂ W, ŷ with y and normalize, an empty tensor for the norms, which the CPU's backward computes again, and with
+// `pairs` the scores of the pairs (i, i)).
 std::tuple<Tensor, Tensor, Tensor, Tensor> project(const Tensor& x, const std::optional<Tensor>& y,
                                                    const std::optional<Tensor>& diag,
                                                    const std::optional<Tensor>& blocks,
@@ -189,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> project(const Tensor& x, const std::o
   return {p, unit, at::empty({0}, wide), positive_score};
 }
 
-// (dx, dy, ddiag, dblocks) of the gradients of x̂ W and of ŷ; without y x is both sides.
+// (dx, dy, ddiag, dblocks) from dp and dunit, the gradients of x̂ W and of ŷ; without y, y is x.
 std::tuple<Tensor, Tensor, Tensor, Tensor> project_backward(
     const std::optional<Tensor>& dp, const std::optional<Tensor>& dunit, const Tensor&, const Tensor& x,
     const std::optional<Tensor>& y, const std::optional<Tensor>& diag, const std::optional<Tensor>& blocks,
@@ -230,19 +232,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hardest_negatives_backward(
   std::copy_n(row_index.const_data_ptr<int64_t>(), n, j + n);
   std::copy_n(col_index.const_data_ptr<int64_t>(), m, i + 2 * n);
   for (int64_t e = 0; e < m; ++e) j[2 * n + e] = e;
-  const Tensor grad = at::cat({dpositive, drow, dcol});
+  const Tensor dscores = at::cat({dpositive, drow, dcol});
   Tensor dx = at::empty({0}, x.options()), dy = at::empty({0}, y.options());
   Tensor ddiag = at::empty({0}, x.options()), dblocks = at::empty({0}, x.options());
   if (!diag && !blocks && !normalize) {
-    std::tie(dx, dy) = pair_scores_backward(grad, rows, cols, x, y, c10::List<bool>({needs[0], needs[1]}));
+    std::tie(dx, dy) = pair_scores_backward(dscores, rows, cols, x, y, c10::List<bool>({needs[0], needs[1]}));
     return {dx, dy, ddiag, dblocks};
   }
   if (needs[0] || needs[2] || needs[3])
-    std::tie(dx, ddiag, dblocks) = pairs_project_backward(grad, rows, cols, x, y, diag, blocks, permutation, normalize,
-                                                          c10::List<bool>({needs[0], needs[2], needs[3]}));
-  if (needs[1]) {  // y's rows go through W where x's go through its transpose
+    std::tie(dx, ddiag, dblocks) = pairs_project_backward(dscores, rows, cols, x, y, diag, blocks, permutation,
+                                                          normalize, c10::List<bool>({needs[0], needs[2], needs[3]}));
+  if (needs[1]) {  // W for y's rows, where x's rows have its transpose
     const std::optional<Tensor> transposed = blocks ? std::optional(blocks->mT()) : std::nullopt;
-    dy = std::get<0>(pairs_project_backward(grad, cols, rows, y, x, diag, transposed, permutation, normalize,
+    dy = std::get<0>(pairs_project_backward(dscores, cols, rows, y, x, diag, transposed, permutation, normalize,
                                             c10::List<bool>({true, false, false})));
   }
   return {dx, dy, ddiag, dblocks};

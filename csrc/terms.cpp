@@ -21,15 +21,15 @@ namespace {
 using Statistics = c10::List<std::optional<Tensor>>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
-// A score function of an anchor's positive score p and its hardest negative n: the term of one direction, and the
-// gradient g of that term times the weights of p and of n, both as they are added to n and taken from p.
+// A score function of an anchor's positive score p and hardest negative n. term(p, n): the term of one direction.
+// weighted(p, n, g), with g = dL with respect to that term: -dL/dp and dL/dn.
 template <class A>
 struct Hinge {
   A margin;
 
   A term(A p, A n) const {
     const A t = margin + n - p;
-    return t < 0 ? A(0) : t;  // NaN passes
+    return t < 0 ? A(0) : t;  // NaN stays
   }
   std::pair<A, A> weighted(A p, A n, A g) const { return margin + n - p < 0 ? std::pair(A(0), A(0)) : std::pair(g, g); }
 };
@@ -74,16 +74,16 @@ struct Goal {
 
   std::pair<A, A> weighted(A p, A n, A g) const {
     if (n == -std::numeric_limits<A>::infinity()) return {g * 0, g * 0};
-    A weight = 1, of_positive = 1, of_negative = 1;
+    A weight = 1, positive_part = 1, negative_part = 1;
     if (triplet == Triplet::nca) weight = sigmoid(-tau * (p - n));
     if (triplet == Triplet::cir) weight = sigmoid(-tau * (p * (2 - p) - n * n - A(0.5)));
-    if (pair == Pair::lin) of_positive = 1 - p, of_negative = n;
-    if (pair == Pair::sig) of_positive = sigmoid(-alpha * (p - lam)), of_negative = sigmoid(beta * (n - lam));
-    return {g * (weight * of_positive), g * (weight * of_negative)};
+    if (pair == Pair::lin) positive_part = 1 - p, negative_part = n;
+    if (pair == Pair::sig) positive_part = sigmoid(-alpha * (p - lam)), negative_part = sigmoid(beta * (n - lam));
+    return {g * (weight * positive_part), g * (weight * negative_part)};
   }
 };
 
-// f(score function) for "hinge" with its margin, or "goal <triplet> <pair>" with τ, α, β and λ.
+// Calls f(score function) for "hinge" with its margin, or "goal <triplet> <pair>" with τ, α, β and λ.
 template <class A, class F>
 void with_function(std::string_view formula, at::ArrayRef<double> constants, F f) {
   if (formula == "hinge") {
@@ -106,7 +106,7 @@ Tensor statistic(const Statistics& statistics, size_t k, const char* name) {
 
 bool has(const Statistics& statistics, size_t k) { return k < statistics.size() && statistics.get(k).has_value(); }
 
-// How terms [N] become a result, and how the result's gradient reaches them.
+// How terms [N] become the result, and how grad_out becomes their gradients.
 struct Reduction {
   bool each, mean;
 
@@ -128,13 +128,14 @@ struct Reduction {
     return out;
   }
 
-  // The gradient of every term, times 1 / share.
+  // dL with respect to every term, divided by `share`.
   template <class A>
-  std::vector<A> gradient(const Tensor& grad, int64_t n, const Tensor& like, A share) const {
-    TORCH_CHECK_VALUE(grad.dim() == each && (!each || grad.size(0) == n) && grad.scalar_type() == like.scalar_type(),
-                      "grad: expected the shape and dtype of the result, got ", grad.sizes());
-    const A* const from = grad.const_data_ptr<A>();
-    const int64_t stride = each ? grad.stride(0) : 0;
+  std::vector<A> gradient(const Tensor& grad_out, int64_t n, const Tensor& like, A share) const {
+    TORCH_CHECK_VALUE(
+        grad_out.dim() == each && (!each || grad_out.size(0) == n) && grad_out.scalar_type() == like.scalar_type(),
+        "grad: expected the shape and dtype of the result, got ", grad_out.sizes());
+    const A* const from = grad_out.const_data_ptr<A>();
+    const int64_t stride = each ? grad_out.stride(0) : 0;
     if (mean) share *= A(std::max<int64_t>(n, 1));
     std::vector<A> out(n);
     for (int64_t i = 0; i < n; ++i) out[i] = from[i * stride] / share;
@@ -142,7 +143,7 @@ struct Reduction {
   }
 };
 
-// The statistics of N anchors: positive_score and row_score [N], col_score [M] of which the first N are theirs.
+// The statistics of N anchors: positive_score and row_score [N], and col_score [M], of which the first N are used.
 struct Anchors {
   Tensor positive, row, col;
   int64_t n, m;
@@ -160,7 +161,7 @@ struct Anchors {
   }
 };
 
-// Row and column log-sums as maxima and logarithms, and the targets; one target may stand for both directions.
+// Row and column log-sums as max + log, and the targets; one target may serve both directions.
 struct LogSums {
   Tensor row_log, col_log;
   bool both, shared;
@@ -202,14 +203,14 @@ Tensor contrast_terms(const Statistics& statistics, const Reduction& how) {
   });
 }
 
-// Of row_log [N], of either target [N] and of col_log [M], which is empty where there is none.
-Gradients contrast_backward(const Tensor& grad, const Statistics& statistics, const Reduction& how) {
+// Gradients of row_log [N], of either target [N], and of col_log [M], empty without columns.
+Gradients contrast_backward(const Tensor& grad_out, const Statistics& statistics, const Reduction& how) {
   const LogSums sums(statistics);
   const Tensor drow = at::empty({sums.n}, sums.row_log.options()), dtarget = at::empty_like(drow);
   const Tensor dcol = at::empty({sums.m}, sums.row_log.options());
   AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "line_terms_backward", [&] {
     using A = scalar_t;
-    const std::vector<A> g = how.gradient<A>(grad, sums.n, sums.row_log, A(sums.both ? 2 : 1));
+    const std::vector<A> g = how.gradient<A>(grad_out, sums.n, sums.row_log, A(sums.both ? 2 : 1));
     A *dr = drow.mutable_data_ptr<A>(), *dt = dtarget.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
     for (int64_t i = 0; i < sums.n; ++i) dr[i] = g[i], dt[i] = sums.shared ? -2 * g[i] : -g[i];
     if (sums.both) std::fill(std::copy_n(dr, sums.n, dc), dc + sums.m, A(0));
@@ -217,8 +218,9 @@ Gradients contrast_backward(const Tensor& grad, const Statistics& statistics, co
   return {drow, dtarget, dcol};
 }
 
-// Of weights [4, N]: those of the positives and negatives of rows, then of columns. The second statistic has M entries.
-Gradients weights_backward(const Tensor& grad, const Statistics& statistics, const Reduction& how) {
+// Gradients by weights [4, N]: of the rows' positives and negatives, then of the columns'. The second statistic, of M
+// entries, gives M.
+Gradients weights_backward(const Tensor& grad_out, const Statistics& statistics, const Reduction& how) {
   TORCH_CHECK_VALUE(statistics.size() == 2 && has(statistics, 0) && has(statistics, 1) &&
                         statistics.get(0)->dim() == 2 && statistics.get(0)->size(0) == 4,
                     "statistics: expected weights [4, N] and a vector of M entries");
@@ -229,7 +231,7 @@ Gradients weights_backward(const Tensor& grad, const Statistics& statistics, con
   const Tensor dcol = at::empty({m}, weights.options());
   AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "line_terms_backward", [&] {
     using A = scalar_t;
-    const std::vector<A> g = how.gradient<A>(grad, n, weights, A(1));
+    const std::vector<A> g = how.gradient<A>(grad_out, n, weights, A(1));
     const A* const w = weights.const_data_ptr<A>();
     A *dp = dpositive.mutable_data_ptr<A>(), *dr = drow.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
     for (int64_t i = 0; i < n; ++i) {
@@ -260,11 +262,11 @@ Tensor line_terms(std::string_view formula, const Statistics& statistics, at::Ar
   return out;
 }
 
-Gradients line_terms_backward(const Tensor& grad, std::string_view formula, const Statistics& statistics,
+Gradients line_terms_backward(const Tensor& grad_out, std::string_view formula, const Statistics& statistics,
                               at::ArrayRef<double> constants, std::string_view reduction) {
   const Reduction how(reduction);
-  if (formula == "contrast") return contrast_backward(grad, statistics, how);
-  if (formula == "weights") return weights_backward(grad, statistics, how);
+  if (formula == "contrast") return contrast_backward(grad_out, statistics, how);
+  if (formula == "weights") return weights_backward(grad_out, statistics, how);
   const Anchors anchors(statistics);
   const Tensor dpositive = at::empty_like(anchors.positive), drow = at::empty_like(anchors.row);
   const Tensor dcol = at::empty_like(anchors.col);
@@ -272,7 +274,7 @@ Gradients line_terms_backward(const Tensor& grad, std::string_view formula, cons
     using A = scalar_t;
     const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
     const A* col = anchors.col.const_data_ptr<A>();
-    const std::vector<A> g = how.gradient<A>(grad, anchors.n, anchors.positive, A(1));
+    const std::vector<A> g = how.gradient<A>(grad_out, anchors.n, anchors.positive, A(1));
     A *dp = dpositive.mutable_data_ptr<A>(), *dr = drow.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
     with_function<A>(formula, constants, [&](const auto& function) {
       for (int64_t i = 0; i < anchors.n; ++i) {

@@ -35,16 +35,16 @@ struct Simd<double> {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// The one table of CPU tile sizes. 512 x 512 fp32 scores fill half of a 2 MiB L2; for small problems the
-// tiles get narrower (tall tiles suit the library's product better), so that threads have some to share.
-// Depends on the problem alone, never on the thread count, which therefore cannot change a bit of the result.
-constexpr int64_t kTileMost = 512;  // rows, and columns; also the distance of a tile's rows
+// The one table of CPU tile sizes. 512 x 512 fp32 scores fill 1 MiB of a 2 MiB L2; for small problems tiles are
+// narrower (tall tiles suit the product better), so that there are enough for all threads. Tile sizes depend on the
+// problem alone, never on the thread count, which therefore cannot change a bit of the result.
+constexpr int64_t kTileMost = 512;  // the most rows, and columns; also the stride of a tile's rows
 inline int64_t tile_cols(int64_t total) { return std::clamp<int64_t>(total / 4, 64, kTileMost); }
 
-// A product's right operand comes packed in panels, kPanel of its columns side by side: panel p holds its columns from
-// p * kPanel on as [k, kPanel], zeros behind the last. kChain channels are summed in a chain of fused
-// multiply-adds and the chains then added up, in order: a product's bits depend on its two vectors alone, and its error
-// grows with the number of chains rather than of channels. kDepth channels of a panel stay in the L1 cache together.
+// A product's right operand is packed in panels of kPanel columns: panel p holds its columns from p * kPanel on as [k,
+// kPanel], zeros behind the last. kChain channels are summed in a chain of fused multiply-adds and the chains then
+// added up, in order: a product's bits depend on its two vectors alone, and its error grows with the number of chains
+// rather than of channels. kDepth channels of a panel stay in the L1 cache together.
 template <class A>
 constexpr int64_t kPanel = 2 * Simd<A>::lanes;
 constexpr int64_t kChain = 8, kDepth = 256;
@@ -70,26 +70,26 @@ struct Packing {
 // of kPairStep channels: a right one in panels of kPairPanel columns.
 constexpr int64_t kPairPanel = 64, kPairStep = 32;
 
-// x rounded to pairs: lines of a left operand, columns of a right one. Element (i, l) lies at i * line + l * channel of
-// x, and pair l / 2 of it at i * out_line + l / 2 * out_pair, one of which is 1. Zeros stand behind the last line, up
-// to padded_lines, and behind the last channel; up to 15 lines beyond may be written.
+// x [rows, channels] rounded to pairs: a left operand, or the transpose of a right one. Element (i, l) of x lies at i *
+// row + l * channel, and its pair at i * out_row + l / 2 * out_pair of out; one of these two strides is 1. Zeros are
+// written behind the last row, up to padded_rows, and behind the last channel; up to 15 further rows may be written.
 template <class T>
 struct Pairing {
   const T* x;
   uint32_t* out;
-  int64_t lines, channels, line, channel, padded_lines, out_line, out_pair;
+  int64_t rows, channels, row, channel, padded_rows, out_row, out_pair;
 };
 
-// One entry per row, or per column, of a tile. What tiles leave behind lies in such arrays, uninitialised until
-// a vector kernel fills them.
+// One entry per row, or per column, of a tile: the type of a tile's partials, uninitialised until a vector kernel fills
+// them.
 template <class T>
-struct alignas(64) PerLine : std::array<T, kTileMost> {};
+struct alignas(64) PerAnchor : std::array<T, kTileMost> {};
 
 // Maxima of one tile's rows, or of its columns, with their places inside the tile.
 template <class A>
 struct Maxima {
-  PerLine<A> score;
-  PerLine<typename Simd<A>::Lane> index;
+  PerAnchor<A> score;
+  PerAnchor<typename Simd<A>::Lane> index;
 };
 
 template <class A>
@@ -97,12 +97,12 @@ struct TileMaxima {
   Maxima<A> rows, cols;
 };
 
-// Terms of the relative negatives of one tile's rows, or of its columns: those scores that count, but for the
-// maximum itself. `ties` are those of the count that equal the maximum; only the mean of distances asks for them.
+// Terms of the relative negatives of one tile's rows, or of its columns: over the scores that count, except the maximum
+// itself. `ties`: how many of them equal the maximum; only the mean of distances needs it.
 template <class A>
 struct Terms {
-  PerLine<A> sum;
-  PerLine<typename Simd<A>::Lane> count, ties;
+  PerAnchor<A> sum;
+  PerAnchor<typename Simd<A>::Lane> count, ties;
 };
 
 template <class A>
@@ -110,25 +110,25 @@ struct TileTerms {
   Terms<A> rows, cols;
 };
 
-// Edges grouped by destination, in their own order inside a group: edge[first[d]:first[d + 1]].
+// Edges grouped by destination, in their original order within a group: edge[first[d]:first[d + 1]].
 struct Groups {
   std::vector<int64_t> first, edge;
-  // Pairs with a -1 at either end belong nowhere. Defined in edges.h.
+  // Edges with -1 at either end are in no group. Defined in edges.h.
   Groups(const int64_t* destination, const int64_t* source, int64_t edges, int64_t destinations);
 };
 
-// The gradient that reaches the rows of a projection: dense, or that of listed pairs, gathered on the way.
+// grad_out of a projection's rows: dense, or gathered from the gradients of listed pairs.
 template <class T, class A>
 struct Upstream {
-  const T* dense = nullptr;  // [N, D]; null: row d is the sum over edges e of d of grad[e] * other[source[e]]
+  const T* dense = nullptr;  // [N, D]; null: row d is the sum over edges e of d of dscores[e] * other[source[e]]
   const T* other = nullptr;
   const int64_t* source = nullptr;
-  const A* grad = nullptr;
+  const A* dscores = nullptr;
   const Groups* groups = nullptr;
 };
 
-constexpr int64_t kChunkRows = 64;  // rows of x that project keeps in flight per thread
-constexpr double kEps = 1e-12;      // smallest norm divided by, as in torch.nn.functional.normalize
+constexpr int64_t kChunkRows = 64;  // rows of x that a thread projects at a time
+constexpr double kEps = 1e-12;      // the smallest divisor, as in torch.nn.functional.normalize
 
 // The metric's weights in A; blocks (the forward's) or their transposes (the backward's)
 // padded so that a whole vector may be read anywhere.
@@ -140,7 +140,7 @@ struct Weights {
   std::vector<int64_t> permutation;
 };
 
-// Scratch for one chunk of rows, in A; rows lie apart by a little more than dim to avoid cache aliasing.
+// Scratch for kChunkRows rows, in A; the stride of rows exceeds dim a little, to avoid cache aliasing.
 template <class A>
 struct Chunk {
   int64_t ld;

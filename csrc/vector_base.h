@@ -22,8 +22,8 @@ GSSF_INLINE void convert(To* out, const From* in, int64_t n) {
   }
 }
 
-// to [L rows, to_row apart] = the transpose of from [L rows, from_row apart], L the lanes of V, through registers: each
-// cache line is touched once.
+// to [L, L] = the transpose of from [L, L] in registers, where L is the number of lanes of V and to_row, from_row are
+// the strides of rows: each cache line is read or written once.
 template <class V, class T>
 GSSF_INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr int L = sizeof(V) / sizeof(T);
@@ -112,15 +112,15 @@ GSSF_INLINE A norm_divisor(A norm) {
   return norm < A(kEps) ? A(kEps) : norm;
 }
 
-// sum [dim] = the sum of grad[e] * x[source[e]] over the edges e of destination d, in their order, the rows of
-// x normalised first if asked. A zero gradient adds nothing. wide [dim] is scratch.
+// sum [dim] = the sum of dscores[e] * x[source[e]] over the edges e of destination d, in their order; with `normalize`
+// of the unit rows of x. A zero gradient adds nothing. wide [dim] is scratch.
 template <class T, class A>
-GSSF_INLINE void gather_row(const T* x, const int64_t* source, const A* grad, const Groups& groups, int64_t d,
+GSSF_INLINE void gather_row(const T* x, const int64_t* source, const A* dscores, const Groups& groups, int64_t d,
                             int64_t dim, bool normalize, A* wide, A* sum) {
   std::fill_n(sum, dim, A(0));
   for (int64_t g = groups.first[d]; g < groups.first[d + 1]; ++g) {
     const int64_t e = groups.edge[g];
-    if (grad[e] == 0) continue;
+    if (dscores[e] == 0) continue;
     const A* row;
     if constexpr (std::is_same_v<T, A>) {
       row = x + source[e] * dim;
@@ -128,7 +128,7 @@ GSSF_INLINE void gather_row(const T* x, const int64_t* source, const A* grad, co
       convert(wide, x + source[e] * dim, dim);
       row = wide;
     }
-    const A weight = normalize ? grad[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : grad[e];
+    const A weight = normalize ? dscores[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : dscores[e];
     for (int64_t k = 0; k < dim; ++k) sum[k] += weight * row[k];
   }
 }

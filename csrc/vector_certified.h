@@ -1,8 +1,8 @@
-// Rounding to bf16 with what it loses, and the scores of a tile that may still be a line's best. See isa.h,
+// Rounding to bf16 with its errors, and the scores of a tile that may still be an anchor's maximum. See isa.h,
 // certified.h.
 
-// out [n] = x rounded to bf16, ties to even, subnormals to zero; zeros behind them up to `padded`.
-// squares = {Σ x², Σ (x - out)²}, in fp32. What is bf16 already is copied, its squares left alone.
+// out [n] = x rounded to bf16, ties to even, subnormals to zero; zeros behind them up to `padded`. squares = {Σ x², Σ
+// (x - out)²}, in fp32. bf16 is copied, and its squares are not written.
 template <class T>
 GSSF_INLINE void round_row(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) {
   using V = Simd<float>::Vector;
@@ -13,20 +13,20 @@ GSSF_INLINE void round_row(const T* x, int64_t n, int64_t padded, uint16_t* out,
     std::memcpy(out, x, n * sizeof(uint16_t));
     std::fill(out + n, out + padded, uint16_t(0));
   } else {
-    V whole{}, lost{};
+    V square_sum{}, error_sum{};
     for (int64_t k = 0; k < padded; k += L) {
       V v{};
       if (k + L <= n) convert(reinterpret_cast<float*>(&v), x + k, L);
       else if (k < n) convert(reinterpret_cast<float*>(&v), x + k, n - k);
-      const I bits = (I)v, kept = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
-      const I normal = (kept & 0x7f800000) == 0 ? I{} : kept;
-      const V rest = v - (V)normal;
-      whole += v * v;
-      lost += rest * rest;
+      const I bits = (I)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+      const I normal = (rounded & 0x7f800000) == 0 ? I{} : rounded;
+      const V error = v - (V)normal;
+      square_sum += v * v;
+      error_sum += error * error;
       store(out + k, __builtin_convertvector((normal >> 16) & 0xffff, Narrow));
     }
-    squares[0] = sum_lanes(whole);
-    squares[1] = sum_lanes(lost);
+    squares[0] = sum_lanes(square_sum);
+    squares[1] = sum_lanes(error_sum);
   }
 }
 
@@ -45,12 +45,12 @@ GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x,
   };
   V sum[4] = {};
   const auto add = [&](const T* p, const T* q) {
-    for (int64_t part = 0; part < 4; ++part) sum[part] += wide(p + part * L) * wide(q + part * L);
+    for (int64_t r = 0; r < 4; ++r) sum[r] += wide(p + r * L) * wide(q + r * L);
   };
   int64_t k = 0;
   for (; k + kStep <= n; k += kStep) {
-    for (int64_t line = k; line < k + kStep; line += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(next_x + line), __builtin_prefetch(next_y + line);
+    for (int64_t at = k; at < k + kStep; at += 64 / int64_t(sizeof(T)))  // one per cache line
+      __builtin_prefetch(next_x + at), __builtin_prefetch(next_y + at);
     add(x + k, y + k);
   }
   if (k < n) {
@@ -59,12 +59,12 @@ GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x,
     add(last_x, last_y);
   }
   V total = (sum[0] + sum[2]) + (sum[1] + sum[3]);
-  for (int64_t half = L / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) total[l] += total[l + half];
+  for (int64_t step = L / 2; step > 0; step /= 2)
+    for (int64_t l = 0; l < step; ++l) total[l] += total[l + step];
   return total[0];
 }
 
-// -inf at those of s [n, m] whose ids are equal.
+// Sets the scores of s [n, m] with equal ids to -inf.
 static void mask_ids_of(float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id) {
   using V = Simd<float>::Vector;
   using I = Simd<float>::Index;
@@ -76,27 +76,27 @@ static void mask_ids_of(float* s, int64_t n, int64_t m, const int32_t* row_id, c
     }
 }
 
-// The largest of every row of s [n, m], and of every column; behind each row stands -inf up to a whole vector. No NaN.
+// Maxima of the rows and columns of s [n, m], without NaN; the padding behind each row up to a whole vector is -inf.
 static void tile_tops_of(const float* s, int64_t n, int64_t m, float* row, float* col) {
   using V = Simd<float>::Vector;
   constexpr int64_t L = Simd<float>::lanes;
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   std::fill_n(col, ceil_div(m, L) * L, kNone);
   for (int64_t i = 0; i < n; ++i) {
-    V best = V{} + kNone;
+    V maximum = V{} + kNone;
     for (int64_t j = 0; j < m; j += L) {
       const V v = load<V>(s + i * kTileMost + j), c = load<V>(col + j);
-      best = v > best ? v : best;
+      maximum = v > maximum ? v : maximum;
       store(col + j, v > c ? v : c);
     }
-    float top = best[0];
-    for (int64_t l = 1; l < L; ++l) top = std::max(top, best[l]);
+    float top = maximum[0];
+    for (int64_t l = 1; l < L; ++l) top = std::max(top, maximum[l]);
     row[i] = top;
   }
 }
 
-// Writes the places i * kTileMost + j at which s [n, m] reaches row_least[i] or col_least[j], and returns how many
-// there are; `places` has room for all. col_least is +inf behind the last column.
+// Writes the places i * kTileMost + j at which s [n, m] reaches row_least[i] or col_least[j], and returns their number;
+// `places` can hold all of them. col_least is +inf behind the last column.
 static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* row_least, const float* col_least,
                            int32_t* places) {
   using V = Simd<float>::Vector;

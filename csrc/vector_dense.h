@@ -1,9 +1,9 @@
-// The passes over a chunk of scores: statistics of rows and columns, and scores turned into their gradient.
-// See isa.h and dense.cpp.
+// The passes over a chunk of scores s: row and column statistics, and s overwritten with dscores. See isa.h and
+// dense.cpp.
 
-// The first `count` lanes of p; the rest are zero and belong to nobody.
+// p[0:count], at most a vector; the other lanes are zero.
 template <class V, class A>
-GSSF_INLINE V load_some(const A* p, int64_t count) {
+GSSF_INLINE V load_lanes(const A* p, int64_t count) {
   if (count >= Simd<A>::lanes) return load<V>(p);
   V v{};
   std::memcpy(&v, p, count * sizeof(A));
@@ -11,7 +11,7 @@ GSSF_INLINE V load_some(const A* p, int64_t count) {
 }
 
 template <class V, class A>
-GSSF_INLINE void store_some(A* p, const V& v, int64_t count) {
+GSSF_INLINE void store_lanes(A* p, const V& v, int64_t count) {
   if (count >= Simd<A>::lanes) store(p, v);
   else std::memcpy(p, &v, count * sizeof(A));
 }
@@ -23,14 +23,14 @@ GSSF_INLINE typename Simd<A>::Index lane_numbers() {
   return lane;
 }
 
-// e^x where x may also be infinite, or far above 0 beside an infinity.
+// e^x, and +inf for x > -kLeast; x is positive only where the maximum is infinite.
 template <class A>
 GSSF_INLINE typename Simd<A>::Vector exp_of_any(const typename Simd<A>::Vector& x) {
   using V = typename Simd<A>::Vector;
   return x > -ExpOf<A>::kLeast ? V{} + std::numeric_limits<A>::infinity() : exp_of<A>(x);
 }
 
-// t of scores, and dt/ds with a loss's own weights as constants to autograd. By label each loss has its own.
+// t of scores, and dt/ds into slope; weights that depend on s are constant to autograd.
 template <Score kScore, class A>
 GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, const typename Simd<A>::Index& positive,
                                            const std::array<A, 3>& constants, typename Simd<A>::Vector& slope) {
@@ -40,7 +40,7 @@ GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, co
     return constants[0] * s;
   } else if constexpr (kScore == Score::circle) {
     const auto [margin, scale, none] = constants;
-    const V distance = positive ? (A(1) + margin) - s : s + margin;  // from the optimum, as the score's weight
+    const V distance = positive ? (A(1) + margin) - s : s + margin;  // from the optimum; scale times it is the weight
     const V weight = scale * (distance < V{} ? V{} : distance);
     slope = positive ? -weight : weight;
     return slope * (s - (positive ? V{} + (A(1) - margin) : V{} + margin));
@@ -51,7 +51,7 @@ GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, co
   }
 }
 
-// Of the scores of row i from column j on: which are positives, and which count for their row and for their column.
+// For the scores of row i from column j on: which are positives, and which count for their row and for their column.
 template <class A>
 struct Members {
   typename Simd<A>::Index positive, row, col;
@@ -66,17 +66,17 @@ GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, c
   const I lane = lane_numbers<A>();
   I inside = tile.m - j >= L ? I{} - 1 : lane < static_cast<Lane>(tile.m - j);
   if constexpr (classes(kScore) == 1) return {I{}, inside, inside};
-  const int64_t itself = i - tile.offset - j;
-  if (tile.leave_out && itself >= 0 && itself < L) inside &= lane != static_cast<Lane>(itself);
+  const int64_t diagonal = i - tile.offset - j;
+  if (tile.leave_out && diagonal >= 0 && diagonal < L) inside &= lane != static_cast<Lane>(diagonal);
   const I positive = load<I>(tile.cols.labels + j) == tile.rows.labels[i];
-  const auto counted = [&](const V& below, const V& over) {  // a NaN is
-    return inside & (positive ? ~(s >= below) : ~(s <= over));
+  const auto counted = [&](const V& positive_below, const V& negative_above) {  // NaN counts
+    return inside & (positive ? ~(s >= positive_below) : ~(s <= negative_above));
   };
   I row = inside, col = inside;
   if (tile.rows.positive_below) row = counted(V{} + tile.rows.positive_below[i], V{} + tile.rows.negative_above[i]);
   if (tile.cols.positive_below)
-    col = counted(load_some<V>(tile.cols.positive_below + j, tile.m - j),
-                  load_some<V>(tile.cols.negative_above + j, tile.m - j));
+    col = counted(load_lanes<V>(tile.cols.positive_below + j, tile.m - j),
+                  load_lanes<V>(tile.cols.negative_above + j, tile.m - j));
   return {positive, row, col};
 }
 
@@ -90,8 +90,8 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const int64_t n = tile.n, m = tile.m;
   const auto shift = [](A max) { return std::isfinite(max) ? max : A(0); };
-  // A NaN has no place among the maxima, but its sum must not be passed over where nothing else was seen.
-  const auto seen = [](A max, A sum) { return sum != sum && max == -kInf ? kInf : max; };
+  // The maxima ignore NaN; a tile with nothing but NaN gets +inf, so that merging does not skip its sum.
+  const auto with_nan = [](A max, A sum) { return sum != sum && max == -kInf ? kInf : max; };
   const auto of_class = [](int c, const Members<A>& member, const I& counts) {
     return C == 1 ? counts : counts & (c == 0 ? member.positive : ~member.positive);
   };
@@ -100,16 +100,16 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
   std::fill_n(out.col_max[0], C * kPassCols, -kInf);
   std::fill_n(out.col_sum[0], C * kPassCols, A(0));
   for (int64_t i = 0; i < n; ++i) {
-    V best[C];
-    for (int c = 0; c < C; ++c) best[c] = V{} - kInf;
+    V maximum[C];
+    for (int c = 0; c < C; ++c) maximum[c] = V{} - kInf;
     for (int64_t j = 0; j < m; j += L) {
-      const V s = load_some<V>(tile.s + i * tile.ld + j, m - j);
+      const V s = load_lanes<V>(tile.s + i * tile.ld + j, m - j);
       const Members<A> member = members<kScore, A>(tile, i, j, s);
       V slope;
       const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
       for (int c = 0; c < C; ++c) {
         const V v = C == 1 && m - j >= L ? t : of_class(c, member, member.row) ? t : V{} - kInf;
-        best[c] = v > best[c] ? v : best[c];
+        maximum[c] = v > maximum[c] ? v : maximum[c];
         if (tile.columns) {
           const V w = C == 1 ? v : of_class(c, member, member.col) ? t : V{} - kInf;
           const V col = load<V>(out.col_max[c] + j);
@@ -118,8 +118,8 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
       }
     }
     for (int c = 0; c < C; ++c) {
-      row_max[c][i] = best[c][0];
-      for (int64_t k = 1; k < L; ++k) row_max[c][i] = std::max(row_max[c][i], best[c][k]);
+      row_max[c][i] = maximum[c][0];
+      for (int64_t k = 1; k < L; ++k) row_max[c][i] = std::max(row_max[c][i], maximum[c][k]);
     }
   }
   for (int c = 0; c < C; ++c)
@@ -128,34 +128,34 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
     V sum[C]{}, row_shift[C];
     for (int c = 0; c < C; ++c) row_shift[c] = V{} + shift(row_max[c][i]);
     for (int64_t j = 0; j < m; j += L) {
-      const V s = load_some<V>(tile.s + i * tile.ld + j, m - j);
+      const V s = load_lanes<V>(tile.s + i * tile.ld + j, m - j);
       const Members<A> member = members<kScore, A>(tile, i, j, s);
       V slope;
       const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
-      const auto mine = [&](const V* both) { return C == 1 ? both[0] : member.positive ? both[0] : both[C - 1]; };
+      const auto by_class = [&](const V* of) { return C == 1 ? of[0] : member.positive ? of[0] : of[C - 1]; };
       const auto add = [&](const I& counts, const V& e, const auto& to) {
         for (int c = 0; c < C; ++c) to(c, C == 1 && m - j >= L ? e : of_class(c, member, counts) ? e : V{});
       };
-      add(member.row, exp_of_any<A>(t - mine(row_shift)), [&](int c, const V& e) { sum[c] += e; });
+      add(member.row, exp_of_any<A>(t - by_class(row_shift)), [&](int c, const V& e) { sum[c] += e; });
       if (tile.columns) {
         V shifts[C];
         for (int c = 0; c < C; ++c) shifts[c] = load<V>(col_shift[c] + j);
-        add(member.col, exp_of_any<A>(t - mine(shifts)),
+        add(member.col, exp_of_any<A>(t - by_class(shifts)),
             [&](int c, const V& e) { store(out.col_sum[c] + j, load<V>(out.col_sum[c] + j) + e); });
       }
     }
     for (int c = 0; c < C; ++c) {
       out.row_sum[c][i] = sum_lanes(sum[c]);
-      out.row_max[c][i] = seen(row_max[c][i], out.row_sum[c][i]);
+      out.row_max[c][i] = with_nan(row_max[c][i], out.row_sum[c][i]);
     }
   }
   for (int c = 0; c < C; ++c)
-    for (int64_t j = 0; j < m; ++j) out.col_max[c][j] = seen(out.col_max[c][j], out.col_sum[c][j]);
+    for (int64_t j = 0; j < m; ++j) out.col_max[c][j] = with_nan(out.col_max[c][j], out.col_sum[c][j]);
 }
 
-// s [n, m] becomes dL/dt = row_grad_i e^(t - row_max_i - row_log_i) + col_grad_j e^(t - col_max_j - col_log_j), each of
-// the score's class, and by label that times dt/ds. The maxima are taken off first: that difference is exact where it
-// matters, and the logarithm is small. products [n] = the rows' Σ of it times s.
+// s [n, m] becomes dL/dt = row_grad_i e^(t - row_max_i - row_log_i) + col_grad_j e^(t - col_max_j - col_log_j), each
+// with the statistics of the score's class, and by label dL/ds = dL/dt dt/ds. The maxima are subtracted first: that
+// difference is exact where e^… is not small, and the logarithm is small. products [n] = Σ of it times s per row.
 template <Score kScore, class A>
 GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, const Softmax<A>& cols, A* products) {
   using V = typename Simd<A>::Vector;
@@ -169,17 +169,17 @@ GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, 
     V sum{};
     for (int64_t j = 0; j < tile.m; j += L) {
       const int64_t rest = tile.m - j;
-      const V score = load_some<V>(row + j, rest);
+      const V score = load_lanes<V>(row + j, rest);
       const Members<A> member = members<kScore, A>(tile, i, j, score);
       V slope, ds{};
       const V t = logit<kScore, A>(score, member.positive, tile.constants, slope);
-      struct Line {
+      struct Statistics {
         V max, log, grad;
       };
-      const auto share = [&](const I& counts, const auto& of) {  // of(c): max, log and grad of class c
-        Line x = of(0);
+      const auto share = [&](const I& counts, const auto& of) {  // of(c): those of class c
+        Statistics x = of(0);
         if constexpr (C == 2) {
-          const Line y = of(1);
+          const Statistics y = of(1);
           x.max = member.positive ? x.max : y.max;
           x.log = member.positive ? x.log : y.log;
           x.grad = member.positive ? x.grad : y.grad;
@@ -190,17 +190,17 @@ GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, 
       if (rows.grad)
         ds = share(member.row, [&](int c) {
           const int64_t at = c * rows.step + i;
-          return Line{V{} + rows.max[at], V{} + rows.log[at], V{} + rows.grad[c * rows.grad_step + i]};
+          return Statistics{V{} + rows.max[at], V{} + rows.log[at], V{} + rows.grad[c * rows.grad_step + i]};
         });
       if (cols.grad)
         ds += share(member.col, [&](int c) {
           const int64_t at = c * cols.step + j;
-          return Line{load_some<V>(cols.max + at, rest), load_some<V>(cols.log + at, rest),
-                      load_some<V>(cols.grad + c * cols.grad_step + j, rest)};
+          return Statistics{load_lanes<V>(cols.max + at, rest), load_lanes<V>(cols.log + at, rest),
+                            load_lanes<V>(cols.grad + c * cols.grad_step + j, rest)};
         });
       if constexpr (C == 2) ds *= slope;
       sum += rest >= L ? ds * score : lane < static_cast<Lane>(rest) ? ds * score : V{};
-      store_some(row + j, ds, rest);
+      store_lanes(row + j, ds, rest);
     }
     products[i] = sum_lanes(sum);
   }
@@ -253,16 +253,16 @@ GSSF_INLINE void sum_tile(const SumTile<A>& tile, Sums<A>& out) {
   for (int64_t i = 0; i < tile.n; ++i) {
     A* row = tile.s + i * tile.ld;
     const A bias = tile.rows.bias ? tile.rows.bias[i] : A(0), weight = tile.rows.weight ? tile.rows.weight[i] : A(1);
-    V sum{}, slopes{}, along{};
+    V sum{}, slopes{}, dscores_dot_s{};
     for (int64_t j = 0; j < tile.m; j += L) {
       const int64_t rest = tile.m - j;
-      const V score = load_some<V>(row + j, rest);
+      const V score = load_lanes<V>(row + j, rest);
       I counted = first_lanes(rest), negated{};
       if (tile.positives != Positives::include) {
         const int64_t diagonal = i - tile.offset - j;
         I positive = lane == static_cast<Lane>(diagonal >= 0 && diagonal < L ? diagonal : -1);
         if (tile.rows.ids) {
-          Lane equal[L] = {};  // and not lanes of `positive`, which would then be kept in memory
+          Lane equal[L] = {};  // not lanes of `positive`, which would then live in memory
           for (int64_t k = 0; k < std::min(rest, L); ++k)
             equal[k] = tile.rows.ids[i] == tile.columns.ids[j + k] ? -1 : 0;
           positive |= load<I>(equal);
@@ -282,19 +282,19 @@ GSSF_INLINE void sum_tile(const SumTile<A>& tile, Sums<A>& out) {
       slopes += slope;
       V ds = slope * weight;
       if (j < tile.cols) {
-        const int64_t some = tile.cols - j;
-        term(tile.columns.bias ? load_some<V>(tile.columns.bias + j, some) : V{}, counted & first_lanes(some), f,
+        const int64_t anchors = tile.cols - j;  // columns from j on that have a term
+        term(tile.columns.bias ? load_lanes<V>(tile.columns.bias + j, anchors) : V{}, counted & first_lanes(anchors), f,
              slope);
         store(out.col_sum + j, load<V>(out.col_sum + j) + f);
         store(out.col_slope + j, load<V>(out.col_slope + j) + slope);
-        ds += tile.columns.weight ? slope * load_some<V>(tile.columns.weight + j, some) : slope;
+        ds += tile.columns.weight ? slope * load_lanes<V>(tile.columns.weight + j, anchors) : slope;
       }
-      along += first_lanes(rest) ? ds * score : V{};
-      if (tile.gradient) store_some(row + j, ds, rest);
+      dscores_dot_s += first_lanes(rest) ? ds * score : V{};
+      if (tile.gradient) store_lanes(row + j, ds, rest);
     }
     out.row_sum[i] = sum_lanes(sum);
     out.row_slope[i] = sum_lanes(slopes);
-    out.along[i] = sum_lanes(along);
+    out.dscores_dot_s[i] = sum_lanes(dscores_dot_s);
   }
 }
 
@@ -316,11 +316,11 @@ GSSF_INLINE void relation_tile(const RelationTile<A>& tile, RelationSums<A>& out
   const V one = V{} + A(1), two = V{} + A(2);
   for (int64_t i = 0; i < tile.n; ++i) {
     const int64_t at = i * tile.ld;
-    V student{}, teachers{}, along{};
+    V student{}, teachers{}, slope_dot_gap{};
     for (int64_t j = 0; j < tile.m; j += L) {
       const int64_t rest = std::min(tile.m - j, L), diagonal = i - tile.offset - j;
-      const V u = load_some<V>(tile.u + at + j, rest), gap = load_some<V>(tile.w + at + j, rest) - u;
-      const V e = (load_some<V>(tile.f + at + j, rest) - u) - tile.lam * gap;
+      const V u = load_lanes<V>(tile.u + at + j, rest), gap = load_lanes<V>(tile.w + at + j, rest) - u;
+      const V e = (load_lanes<V>(tile.f + at + j, rest) - u) - tile.lam * gap;
       I counted = lane < static_cast<Lane>(rest);
       if (diagonal >= 0 && diagonal < L) counted &= lane != static_cast<Lane>(diagonal);
       const V times = lane < static_cast<Lane>(std::clamp<int64_t>(tile.once - j, 0, L)) ? one : two;
@@ -328,12 +328,12 @@ GSSF_INLINE void relation_tile(const RelationTile<A>& tile, RelationSums<A>& out
       const V loss = pointwise<kKind, A>(e, slope), between = pointwise<kKind, A>(gap, ignored);
       student += counted ? times * loss : V{};
       teachers += counted ? times * between : V{};
-      along += counted ? times * slope * gap : V{};
-      if (tile.gradient) store_some(tile.f + at + j, counted ? slope : V{}, rest);
+      slope_dot_gap += counted ? times * slope * gap : V{};
+      if (tile.gradient) store_lanes(tile.f + at + j, counted ? slope : V{}, rest);
     }
     out.student[i] = sum_lanes(student);
     out.teachers[i] = sum_lanes(teachers);
-    out.along[i] = sum_lanes(along);
+    out.slope_dot_gap[i] = sum_lanes(slope_dot_gap);
   }
 }
 

@@ -1,13 +1,13 @@
 // The maxima of one tile of scores. See isa.h.
 
-// Whether candidate v displaces m: it is greater, or it is the first NaN. NaN is sticky.
+// Whether candidate v replaces the maximum m: it is greater, or it is the first NaN, which nothing replaces.
 template <class T>
 GSSF_INLINE auto displaces(const T& v, const T& m) {
   return (v > m) | ((v != v) & (m == m));
 }
 
-// Row and column maxima of s [n, m]. Where ids are given, scores of equal row_id and col_id first become -inf.
-// The padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
+// Row and column maxima of s [n, m]. Unless col_id is null, scores of equal row_id and col_id first become -inf. The
+// padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
 template <class A>
 GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
                              const typename Simd<A>::Lane* col_id, TileMaxima<A>& out) {
@@ -24,7 +24,7 @@ GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Simd<A>:
   std::fill_n(out.cols.score.data(), width, kNone);
   std::fill_n(out.cols.index.data(), width, Lane(-1));
   for (int64_t i = 0; i < n; ++i) {
-    V best = none;
+    V maximum = none;
     I place = I{} - 1;
     for (int64_t j = 0; j < width; j += L) {
       V v = load<V>(s + i * kTileMost + j);
@@ -37,15 +37,15 @@ GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Simd<A>:
       const I wins_col = displaces(v, col);
       store(out.cols.score.data() + j, wins_col ? v : col);
       store(out.cols.index.data() + j, wins_col ? I{} + static_cast<Lane>(i) : col_place);
-      const I wins_row = displaces(v, best);
-      best = wins_row ? v : best;
+      const I wins_row = displaces(v, maximum);
+      maximum = wins_row ? v : maximum;
       place = wins_row ? lane + static_cast<Lane>(j) : place;
     }
-    A score = best[0];
+    A score = maximum[0];
     Lane index = place[0];
     for (int64_t k = 1; k < L; ++k) {
-      const bool tie = (best[k] == score || (best[k] != best[k] && score != score)) && place[k] < index;
-      if (displaces<A>(best[k], score) || (tie && place[k] >= 0)) score = best[k], index = place[k];
+      const bool tie = (maximum[k] == score || (maximum[k] != maximum[k] && score != score)) && place[k] < index;
+      if (displaces<A>(maximum[k], score) || (tie && place[k] >= 0)) score = maximum[k], index = place[k];
     }
     out.rows.score[i] = score;
     out.rows.index[i] = index;

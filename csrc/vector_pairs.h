@@ -1,4 +1,4 @@
-// Scores of listed pairs, and the gather of their gradients. See isa.h.
+// score[e] = a[rows[e]] · b[cols[e]], and the gather of the gradients. See isa.h.
 
 template <class T, class A>
 GSSF_INLINE void pair_scores_range(const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out,
@@ -20,25 +20,25 @@ GSSF_INLINE void pair_scores_range(const T* a, const T* b, const int64_t* rows, 
   }
 }
 
-// out[begin:end] of the gathered gradient, see gather_row.
+// Rows begin .. end of the gathered gradient: see gather_row.
 template <class T, class A>
-GSSF_INLINE void gather_range(const T* x, const int64_t* source, const A* grad, const Groups& groups, T* out,
+GSSF_INLINE void gather_range(const T* x, const int64_t* source, const A* dscores, const Groups& groups, T* out,
                               int64_t dim, int64_t begin, int64_t end) {
   std::vector<A> sum(dim), wide(dim);
   for (int64_t d = begin; d < end; ++d) {
-    gather_row(x, source, grad, groups, d, dim, false, wide.data(), sum.data());
+    gather_row(x, source, dscores, groups, d, dim, false, wide.data(), sum.data());
     convert(out + d * dim, sum.data(), dim);
   }
 }
 
-#define GSSF_PAIR_KERNELS(T, A)                                                                                       \
-  static void pair_scores_run(const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out, int64_t dim,  \
-                              int64_t begin, int64_t end) {                                                           \
-    pair_scores_range<T, A>(a, b, rows, cols, out, dim, begin, end);                                                  \
-  }                                                                                                                   \
-  static void gather_run(const T* x, const int64_t* source, const A* grad, const Groups& groups, T* out, int64_t dim, \
-                         int64_t begin, int64_t end) {                                                                \
-    gather_range<T, A>(x, source, grad, groups, out, dim, begin, end);                                                \
+#define GSSF_PAIR_KERNELS(T, A)                                                                                      \
+  static void pair_scores_run(const T* a, const T* b, const int64_t* rows, const int64_t* cols, A* out, int64_t dim, \
+                              int64_t begin, int64_t end) {                                                          \
+    pair_scores_range<T, A>(a, b, rows, cols, out, dim, begin, end);                                                 \
+  }                                                                                                                  \
+  static void gather_run(const T* x, const int64_t* source, const A* dscores, const Groups& groups, T* out,          \
+                         int64_t dim, int64_t begin, int64_t end) {                                                  \
+    gather_range<T, A>(x, source, dscores, groups, out, dim, begin, end);                                            \
   }
 GSSF_PAIR_KERNELS(float, float)
 GSSF_PAIR_KERNELS(double, double)

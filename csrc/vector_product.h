@@ -1,7 +1,7 @@
 // Matrix products: c [n, m] = a [n, k] b with b in panels (types.h). See isa.h.
 
-// A register tile: kTileRows rows of kTileVectors vectors, twice, for the sums and those of a chain. The registers left
-// hold part of a row of b and an element of a.
+// A register tile: kTileRows rows of kTileVectors vectors, once for the sums and once for those of a chain. The other
+// registers hold kTileVectors vectors of a row of b, and an element of a.
 constexpr int kTileVectors = kRegisters >= 32 ? 2 : 1;
 constexpr int kTileRows = kRegisters >= 32 ? 6 : kRegisters >= 8 ? 3 : 1;
 
@@ -41,7 +41,7 @@ GSSF_INLINE void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int
     for (int v = 0; v < kTileVectors; ++v) store(c + r * c_row + v * L, total[r][v]);
 }
 
-// Rows first .. n of one panel over `depth` channels, R at a time, then fewer.
+// Rows first .. n times one panel over `depth` channels, R rows at a time, then fewer.
 template <class A, int R>
 GSSF_INLINE void tiles(const Product<A>& p, int64_t first, const A* a, const A* b, int64_t depth, A* c, int64_t width,
                        bool add) {
@@ -69,18 +69,19 @@ GSSF_INLINE void product(const Product<A>& p) {
   for (int64_t l = 0; l < p.k || l == 0; l += kDepth) {
     const int64_t depth = std::min(kDepth, p.k - l);
     for (int64_t j = 0; j < p.m; j += kPanel<A>) {
-      const A* part = p.panels + j / kPanel<A> * p.panel + l * kPanel<A>;
-      const A* next = j + kPanel<A> < p.m ? part + p.panel : p.panels + (l + kDepth) * kPanel<A>;
-      if (j + kPanel<A> < p.m || l + kDepth < p.k)  // comes to the cache while this part is in use
+      const A* panel = p.panels + j / kPanel<A> * p.panel + l * kPanel<A>;
+      const A* next = j + kPanel<A> < p.m ? panel + p.panel : p.panels + (l + kDepth) * kPanel<A>;
+      if (j + kPanel<A> < p.m || l + kDepth < p.k)  // into the cache, while this panel is in use
         for (int64_t at = 0; at < depth * kPanel<A>; at += 64 / sizeof(A)) __builtin_prefetch(next + at, 0, 2);
-      tiles<A, kTileRows>(p, 0, p.a + l * p.a_step, part, depth, p.c + j, std::min(kPanel<A>, p.m - j), p.add || l > 0);
+      tiles<A, kTileRows>(p, 0, p.a + l * p.a_step, panel, depth, p.c + j, std::min(kPanel<A>, p.m - j),
+                          p.add || l > 0);
     }
   }
 }
 
 template <class T, class A>
 GSSF_INLINE void pack(const Packing<T, A>& p) {
-  for (int64_t l0 = 0; l0 < p.k; l0 += kDepth) {  // a panel's part stays in the cache while it is filled
+  for (int64_t l0 = 0; l0 < p.k; l0 += kDepth) {  // kDepth channels of a panel stay in the cache
     const int64_t l1 = std::min(l0 + kDepth, p.k);
     if (p.width < kPanel<A>) std::fill(p.panel + l0 * kPanel<A>, p.panel + l1 * kPanel<A>, A(0));
     if (p.col == 1) {
@@ -121,55 +122,55 @@ GSSF_INLINE Pairs bf16_bits(const T* x) {
   }
 }
 
-// A block of 16 lines and 32 channels. block[r]: the pairs of line r (`along` the lines), or pair r of all lines.
+// A block of 16 rows and 32 channels. block[r]: the pairs of row r if by_row, else pair r of all rows.
 template <class T>
-GSSF_INLINE void pair_block(const T* x, int64_t line, int64_t channel, bool along, uint32_t* block) {
+GSSF_INLINE void pair_block(const T* x, int64_t row, int64_t channel, bool by_row, uint32_t* block) {
   constexpr int64_t L = Simd<float>::lanes;
   typedef uint16_t Narrow __attribute__((vector_size(32)));
   for (int64_t r = 0; r < L; ++r) {
-    if (!along) {
+    if (!by_row) {
       store(block + r * L, bf16_bits(x + 2 * r * channel) | (bf16_bits(x + (2 * r + 1) * channel) << 16));
     } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      std::memcpy(block + r * L, x + r * line, 64);
+      std::memcpy(block + r * L, x + r * row, 64);
     } else {
-      store(block + r * L, __builtin_convertvector(bf16_bits(x + r * line), Narrow));
-      store(block + r * L + L / 2, __builtin_convertvector(bf16_bits(x + r * line + L), Narrow));
+      store(block + r * L, __builtin_convertvector(bf16_bits(x + r * row), Narrow));
+      store(block + r * L + L / 2, __builtin_convertvector(bf16_bits(x + r * row + L), Narrow));
     }
   }
 }
 
 template <class T>
 GSSF_INLINE void pairs(const Pairing<T>& p) {
-  constexpr int64_t L = Simd<float>::lanes, C = 2 * L;  // lines and channels of a block
+  constexpr int64_t L = Simd<float>::lanes, C = 2 * L;  // rows and channels of a block
   const auto round = [&](int64_t i, int64_t l) {
-    const T* x = p.x + i * p.line + l * p.channel;
+    const T* x = p.x + i * p.row + l * p.channel;
     alignas(64) uint32_t block[L * L];
-    const int64_t lines = std::min(p.lines - i, L), channels = std::min(p.channels - l, C);
-    bool along = p.channel == 1;
-    if (lines == L && channels == C && (along || p.line == 1)) {
-      pair_block(x, p.line, p.channel, along, block);
-    } else {  // an edge, or neither lines nor channels are adjacent
-      T part[L * C];
-      std::memset(static_cast<void*>(part), 0, sizeof(part));
-      for (int64_t r = 0; r < lines; ++r)
-        for (int64_t k = 0; k < channels; ++k) part[r * C + k] = x[r * p.line + k * p.channel];
-      pair_block(part, C, 1, along = true, block);
+    const int64_t rows = std::min(p.rows - i, L), channels = std::min(p.channels - l, C);
+    bool by_row = p.channel == 1;
+    if (rows == L && channels == C && (by_row || p.row == 1)) {
+      pair_block(x, p.row, p.channel, by_row, block);
+    } else {  // the last rows or channels, or neither are adjacent
+      T copy[L * C];
+      std::memset(static_cast<void*>(copy), 0, sizeof(copy));
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < channels; ++k) copy[r * C + k] = x[r * p.row + k * p.channel];
+      pair_block(copy, C, 1, by_row = true, block);
     }
-    const bool lies_along = p.out_pair == 1;
-    uint32_t* out = p.out + i * p.out_line + l / 2 * p.out_pair;
-    const int64_t step = lies_along ? p.out_line : p.out_pair;
-    if (along != lies_along) {
+    const bool out_by_row = p.out_pair == 1;
+    uint32_t* out = p.out + i * p.out_row + l / 2 * p.out_pair;
+    const int64_t step = out_by_row ? p.out_row : p.out_pair;
+    if (by_row != out_by_row) {
       transpose<Simd<float>::Index>(block, L, out, step);
     } else {
       for (int64_t r = 0; r < L; ++r) store(out + r * step, load<Pairs>(block + r * L));
     }
   };
-  // In the order in which x lies in memory.
-  if (p.line == 1) {
+  // In the order of x in memory.
+  if (p.row == 1) {
     for (int64_t l = 0; l < p.channels; l += C)
-      for (int64_t i = 0; i < p.padded_lines; i += L) round(i, l);
+      for (int64_t i = 0; i < p.padded_rows; i += L) round(i, l);
   } else {
-    for (int64_t i = 0; i < p.padded_lines; i += L)
+    for (int64_t i = 0; i < p.padded_rows; i += L)
       for (int64_t l = 0; l < p.channels; l += C) round(i, l);
   }
 }

@@ -1,4 +1,4 @@
-// The structured projection of one chunk of rows, and its backward. See isa.h.
+// p = x̂ ∘ diag + blocks, for kChunkRows rows at a time, and its backward. See isa.h.
 
 // c [R, NV vectors] += a [R, depth] b [depth, NV vectors]; of the last vector only `last` lanes are stored.
 template <class A, int R, int NV>
@@ -30,22 +30,22 @@ GSSF_INLINE void add_product(A* c, int64_t ldc, const A* a, int64_t a_row, int64
                              int64_t m, int64_t depth, int64_t n) {
   constexpr int64_t L = Simd<A>::lanes;
   for (int64_t j = 0; j < n;) {
-    const bool pair = n - j > L;
-    const int64_t last = std::min(L, n - j - (pair ? L : 0));
+    const bool two = n - j > L;
+    const int64_t last = std::min(L, n - j - (two ? L : 0));
     int64_t i = 0;
     for (; i + 8 <= m; i += 8) {
-      if (pair) product_tile<A, 8, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
+      if (two) product_tile<A, 8, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
       else product_tile<A, 8, 1>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
     }
     for (; i < m; ++i) {
-      if (pair) product_tile<A, 1, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
+      if (two) product_tile<A, 1, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
       else product_tile<A, 1, 1>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
     }
-    j += (pair ? L : 0) + last;
+    j += (two ? L : 0) + last;
   }
 }
 
-// out += in · blocks (each row in the grouped order of channels, back to their own order after).
+// out += in · blocks; channels of `in` are in the order of the blocks, those of `out` in the original order.
 template <class A>
 GSSF_INLINE void add_blocks(const Weights<A>& weights, const std::vector<A>& blocks, Chunk<A>& in, Chunk<A>& out,
                             Chunk<A>& grouped_out, int64_t count) {
@@ -62,7 +62,7 @@ GSSF_INLINE void add_blocks(const Weights<A>& weights, const std::vector<A>& blo
     for (int64_t c = 0; c < weights.dim; ++c) out.row(r)[weights.permutation[c]] += target.row(r)[c];
 }
 
-// grouped = in with its channels in the grouped order; in itself where that is the same.
+// `in` with its channels in the order of the blocks, written to `grouped`; without a permutation `in` itself.
 template <class A>
 GSSF_INLINE Chunk<A>& group(const Weights<A>& weights, Chunk<A>& in, Chunk<A>& grouped, int64_t count) {
   if (weights.permutation.empty()) return in;
@@ -71,7 +71,7 @@ GSSF_INLINE Chunk<A>& group(const Weights<A>& weights, Chunk<A>& in, Chunk<A>& g
   return grouped;
 }
 
-// scratch.x = x̂ of `count` rows, scratch.norm their norms (1 where none is asked for).
+// scratch.x = x̂ of `count` rows, scratch.norm their norms (1 without normalize).
 template <class T, class A>
 GSSF_INLINE void load_rows(const T* x, const Weights<A>& weights, Scratch<A>& scratch, int64_t count) {
   for (int64_t r = 0; r < count; ++r) {
@@ -121,14 +121,14 @@ GSSF_INLINE void backward_chunk(const Upstream<T, A>& upstream, const T* x, cons
     if (upstream.dense) {
       convert(scratch.g.row(r), upstream.dense + (first + r) * dim, dim);
     } else {
-      gather_row(upstream.other, upstream.source, upstream.grad, *upstream.groups, first + r, dim, weights.normalize,
+      gather_row(upstream.other, upstream.source, upstream.dscores, *upstream.groups, first + r, dim, weights.normalize,
                  scratch.out.row(0), scratch.g.row(r));
     }
   }
   load_rows(x + first * dim, weights, scratch, count);
   Chunk<A>& g = weights.groups > 0 ? group(weights, scratch.g, scratch.g_grouped, count) : scratch.g;
   if (ddiag) {
-    // By way of a sum of this chunk alone: short sums of sums round less than one long sum.
+    // A sum of the sums of chunks rounds less than one long sum.
     A* sum = scratch.out.row(0);
     std::fill_n(sum, dim, A(0));
     for (int64_t r = 0; r < count; ++r) {
@@ -149,9 +149,9 @@ GSSF_INLINE void backward_chunk(const Upstream<T, A>& upstream, const T* x, cons
     A* row = scratch.out.row(r);
     if (weights.normalize) {
       const A *xhat = scratch.x.row(r), norm = scratch.norm[r];
-      const bool clamped = norm < A(kEps);  // there x̂ is x / eps, and the norm has no part in it
-      const A along = clamped ? A(0) : dot<A>(xhat, row, dim), divisor = clamped ? A(kEps) : norm;
-      for (int64_t k = 0; k < dim; ++k) row[k] = (row[k] - xhat[k] * along) / divisor;
+      const bool clamped = norm < A(kEps);  // then x̂ is x / eps, which does not depend on the norm
+      const A inner = clamped ? A(0) : dot<A>(xhat, row, dim), divisor = clamped ? A(kEps) : norm;
+      for (int64_t k = 0; k < dim; ++k) row[k] = (row[k] - xhat[k] * inner) / divisor;
     }
     convert(dx + (first + r) * dim, row, dim);
   }

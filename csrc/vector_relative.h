@@ -1,27 +1,26 @@
 // Sums of one tile for the relative negatives. See isa.h.
 
-// The lanes of v that `member` marks, as terms of the mean over a line whose maximum is best.
+// Adds the lanes of v that `member` marks to the sums of an anchor whose maximum is `maximum`.
 template <class A, bool kDistances>
-GSSF_INLINE void add_terms(const typename Simd<A>::Vector& v, const typename Simd<A>::Vector& best,
+GSSF_INLINE void add_terms(const typename Simd<A>::Vector& v, const typename Simd<A>::Vector& maximum,
                            const typename Simd<A>::Index& member, A beta, typename Simd<A>::Vector& sum,
                            typename Simd<A>::Index& count, typename Simd<A>::Index& ties) {
   using V = typename Simd<A>::Vector;
   using I = typename Simd<A>::Index;
   count -= member;
   if constexpr (kDistances) {
-    const I tie = member & (v == best);
+    const I tie = member & (v == maximum);
     ties -= tie;
-    sum += (member & ~tie) ? best - v : V{};  // a tie of infinities is no distance
+    sum += (member & ~tie) ? maximum - v : V{};  // inf - inf is no distance
   } else {
-    sum += member ? exp_of<A>((v - best) * beta) : V{};
+    sum += member ? exp_of<A>((v - maximum) * beta) : V{};
   }
 }
 
-// Sums of the terms of s [n, m], whose maxima are `best`, over its scores that are not below `least` (above -inf, which
-// marks what is no negative and so stays out). Terms are distances to the maxima if kDistances, else e^{-beta
-// distance}.
+// Sums of the terms of s [n, m], whose maxima are `maxima`, over the scores that are not below `least`, which is above
+// -inf, the mark of scores of no negative. Terms are distances to the maxima if kDistances, else e^{-beta distance}.
 template <class A, bool kDistances>
-GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A>& best, A least, A beta,
+GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, A beta,
                             TileTerms<A>& out) {
   using V = typename Simd<A>::Vector;
   using I = typename Simd<A>::Index;
@@ -34,24 +33,24 @@ GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A
   std::fill_n(out.cols.sum.data(), width, A(0));
   std::fill_n(out.cols.count.data(), width, Lane(0));
   std::fill_n(out.cols.ties.data(), width, Lane(0));
-  // By strips of rows, so that a column's sum is one of short sums, which rounds less than one long sum.
+  // In strips of rows: a column's sum is a sum of short sums, which rounds less than one long sum.
   constexpr int64_t kStrip = 16;
   for (int64_t first = 0; first < n; first += kStrip) {
     const int64_t rows = std::min(kStrip, n - first);
     V row_sum[kStrip] = {};
     I row_count[kStrip] = {}, row_ties[kStrip] = {};
     for (int64_t j = 0; j < width; j += L) {
-      const V col_best = load<V>(best.cols.score.data() + j);
-      const I col_index = load<I>(best.cols.index.data() + j), here = lane + static_cast<Lane>(j);
+      const V col_maximum = load<V>(maxima.cols.score.data() + j);
+      const I col_index = load<I>(maxima.cols.index.data() + j), here = lane + static_cast<Lane>(j);
       V col_sum{};
       I col_count{}, col_ties{};
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = first + r;
         const V v = load<V>(s + i * kTileMost + j);
         const I close = ~(v < least);  // NaN is close to everything
-        add_terms<A, kDistances>(v, V{} + best.rows.score[i], close & (here != best.rows.index[i]), beta, row_sum[r],
-                                 row_count[r], row_ties[r]);
-        add_terms<A, kDistances>(v, col_best, close & (col_index != static_cast<Lane>(i)), beta, col_sum, col_count,
+        add_terms<A, kDistances>(v, V{} + maxima.rows.score[i], close & (here != maxima.rows.index[i]), beta,
+                                 row_sum[r], row_count[r], row_ties[r]);
+        add_terms<A, kDistances>(v, col_maximum, close & (col_index != static_cast<Lane>(i)), beta, col_sum, col_count,
                                  col_ties);
       }
       store(out.cols.sum.data() + j, load<V>(out.cols.sum.data() + j) + col_sum);
@@ -66,11 +65,11 @@ GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A
   }
 }
 
-#define GSSF_RELATIVE_KERNEL(A)                                                                                  \
-  static void tile_terms_of(const A* s, int64_t n, int64_t m, const TileMaxima<A>& best, A least, const A* beta, \
-                            TileTerms<A>& out) {                                                                 \
-    if (beta) tile_terms<A, false>(s, n, m, best, least, *beta, out);                                            \
-    else tile_terms<A, true>(s, n, m, best, least, A(0), out);                                                   \
+#define GSSF_RELATIVE_KERNEL(A)                                                                                    \
+  static void tile_terms_of(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, const A* beta, \
+                            TileTerms<A>& out) {                                                                   \
+    if (beta) tile_terms<A, false>(s, n, m, maxima, least, *beta, out);                                            \
+    else tile_terms<A, true>(s, n, m, maxima, least, A(0), out);                                                   \
   }
 GSSF_RELATIVE_KERNEL(float)
 GSSF_RELATIVE_KERNEL(double)

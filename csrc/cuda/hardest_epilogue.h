@@ -1,5 +1,5 @@
-// What becomes of a tile of scores in the search for hardest negatives: the best negative of each of its rows and
-// columns, with its place in the tile. Places are looked up after: the lowest position whose score equals the maximum.
+// The epilogue for hardest negatives: the maximum over the negatives of each row and column of a tile, and its place in
+// the tile. Places come second: the lowest position whose score equals the maximum.
 #pragma once
 
 #include "hardest_layout.h"
@@ -7,7 +7,7 @@
 
 namespace gssf::hopper {
 
-// A team's room in shared memory. Two neighbouring columns are read and written at once.
+// A team's shared memory. Two neighbouring columns are read and written at once.
 template <class Tile>
 struct alignas(16) HardestBoard {
   float best[Tile::TEAM_WARPS][Tile::BM];  // maxima of each warp's rows
@@ -27,7 +27,7 @@ struct Hardest : Area {
 
 constexpr int16_t kNowhere = 0x7FFF;  // the place of a column that has no score above -inf
 
-// s with -inf at all that is no negative; each mask costs only the warpgroups whose part of the tile it meets.
+// Sets scores of no negative to -inf; a warpgroup whose rows have no such score skips the mask.
 template <class Tile>
 GSSF_DEVICE void only_negatives(float (&s)[kScores], const Seat<Tile>& seat, Place place, const Hardest& p) {
   on_diagonal(s, seat, place, p, [&](float& score, int i) {
@@ -63,7 +63,7 @@ GSSF_DEVICE void only_negatives(float (&s)[kScores], const Seat<Tile>& seat, Pla
   }
 }
 
-// The best of each of this thread's rows, into the row partials. Returns whether any is NaN.
+// Writes the maximum of each of this thread's rows to the row partials. Returns whether any is NaN.
 template <class Tile>
 GSSF_DEVICE bool reduce_rows(const float (&s)[kScores], const Seat<Tile>& seat, Place place, const Hardest& p) {
   const Fragment<Tile>& at = seat.fragment;
@@ -73,7 +73,7 @@ GSSF_DEVICE bool reduce_rows(const float (&s)[kScores], const Seat<Tile>& seat, 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float top = row_top(s, at, m, h);
-      int column = kNowhere;  // the lowest that holds top: from the last to the first
+      int column = kNowhere;  // the lowest that attains top: from the last to the first
       const auto look = [&](auto hit) {
 #pragma unroll
         for (int g = Tile::BM / 8 - 1; g >= 0; --g)
@@ -96,8 +96,8 @@ GSSF_DEVICE bool reduce_rows(const float (&s)[kScores], const Seat<Tile>& seat, 
   return nan;
 }
 
-// The lowest rows that hold the columns' maxima, onto the board. Every thread marks which of its scores hit(score,
-// its column's maximum), without a branch; a tile has about one hit a thread, so what follows is short.
+// Writes the lowest rows that attain the columns' maxima to the board. Every thread marks which of its scores
+// hit(score, its column's maximum), without a branch; a tile has about one hit a thread, so what follows is short.
 template <class Tile, class Hit>
 GSSF_DEVICE void look_for_rows(const float (&s)[kScores], const Seat<Tile>& seat, HardestBoard<Tile>& board, Hit hit) {
   const Fragment<Tile>& at = seat.fragment;
@@ -123,7 +123,7 @@ GSSF_DEVICE void look_for_rows(const float (&s)[kScores], const Seat<Tile>& seat
     }
 }
 
-// A team's tile of scores, to its row and column partials.
+// Reduces a team's tile of scores to its row and column partials.
 template <class Tile>
 GSSF_DEVICE void reduce_tile(float (&s)[kScores], const Seat<Tile>& seat, Place place, const Hardest& p,
                              HardestBoard<Tile>& board) {
@@ -142,9 +142,9 @@ GSSF_DEVICE void reduce_tile(float (&s)[kScores], const Seat<Tile>& seat, Place 
 
   if (any_nan) look_for_rows(s, seat, board, [](float score, float top) { return score == top || score != score; });
   else look_for_rows(s, seat, board, [](float score, float top) { return score == top; });
-  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 3: all have looked
+  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 3: every thread has read the maxima
   // Until barrier 1 of the next tile only `best` is written, which was last read before barrier 2; and each thread
-  // reads and resets a place of its own.
+  // reads and resets a separate place.
   if (j < p.M) p.cols.place[to] = static_cast<int16_t>(board.place[seat.member]);
 }
 

@@ -1,4 +1,4 @@
-// Hardest negatives by gssf::hopper_sweep: checks, room for the results, and the launches.
+// Hardest negatives by gssf::hopper_sweep: checks, empty results, and the launches.
 #pragma once
 
 #include "hardest_epilogue.h"
@@ -22,7 +22,7 @@ inline void check_hardest(const Tensor& a, const Tensor& b, const std::optional<
     }
 }
 
-// Partial results, with the tensors that hold them.
+// Partials, with the tensors that hold them.
 struct HardestPartials {
   Tensor score, place;
   HardestPartials(const Tensor& like, int64_t count)
@@ -46,7 +46,7 @@ Tensor find_ranges(chip::Device& device, const Tensor& a_ids, const Tensor& b_id
   return ranges;
 }
 
-// (pair_score [N], row_score [N], row_index [N], col_score [M], col_index [M]) as gssf::hardest_negatives gives them.
+// (pair_score [N], row_score [N], row_index [N], col_score [M], col_index [M]) as gssf::hardest_negatives returns them.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
                                                                             const std::optional<Tensor>& a_ids,
                                                                             const std::optional<Tensor>& b_ids,

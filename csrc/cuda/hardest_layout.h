@@ -1,19 +1,19 @@
-// Ids by ranges, and the rule by which partial results of the search for hardest negatives merge. Plain arithmetic,
-// held to brute force by tests/native/test_hopper_layout.py.
+// Ranges of ids, and how partials of hardest negatives are merged. Plain arithmetic, compared with brute force by
+// tests/native/test_hopper_layout.py.
 #pragma once
 
 #include "sweep_layout.h"
 
 namespace gssf::hopper {
 
-// Least and largest id of a block of rows or columns: disjoint ranges share no id.
+// Smallest and largest id of a block of rows or columns: disjoint ranges share no id.
 struct alignas(16) IdRange {
   int64_t low, high;
 };
 
 GSSF_BOTH bool overlap(IdRange x, IdRange y) { return x.low <= y.high && y.low <= x.high; }
 
-// One partial result for each line (a row or a column) and each part (a tile on that line), as [part, line].
+// One partial per anchor (a row or a column) and tile of that anchor, as [tile, anchor].
 struct Partials {
   float* score;
   int16_t* place;  // within the tile; arbitrary where the score is -inf
@@ -24,11 +24,11 @@ struct Best {
   int index;
 };
 
-// x takes the place of y, which was found before it: larger, or the first NaN. An equal score never does, so
-// the lowest index stays.
+// Whether x replaces y, whose index is lower: it is larger, or the first NaN. An equal score never does, so the lowest
+// index stays.
 GSSF_BOTH bool beats(float x, float y) { return x > y || (x != x && y == y); }
 
-// best merged with parts [begin, end) of a line; part p covers positions from p * width + start on.
+// `best` merged with the partials [begin, end) of an anchor; partial p covers positions from p * width + start on.
 GSSF_BOTH Best fold(Best best, const Partials& partials, int64_t line, int64_t lines, int begin, int end, int width,
                     int start) {
   for (int p = begin; p < end; ++p) {

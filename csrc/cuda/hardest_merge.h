@@ -1,4 +1,4 @@
-// Round the sweep for hardest negatives: ranges of ids before it, and after it the merge of its partial results.
+// Before the sweep for hardest negatives, ranges of ids; after it, the merge of its partials.
 #pragma once
 
 #include "hardest_layout.h"
@@ -6,7 +6,7 @@
 
 namespace gssf::hopper {
 
-// The range of every `width` of the `count` ids; one warp a block. Blocks from `a_blocks` on are b's.
+// The range of every `width` of the `count` ids; one warp per block. Blocks from `a_blocks` on are b's.
 struct Ranges {
   const int64_t *a_ids, *b_ids;
   IdRange *a, *b;

@@ -1,10 +1,10 @@
 // gssf::hopper_sweep on CUDA: the sweep for hardest negatives, or for log-sums, on Hopper's own instructions (wgmma,
 // the tensor copy engine), for bf16 and fp16. docs/gpu-kernels.md has the picture.
 //
-//     sweep_layout.h    where everything lies       hopper_wgmma.h, hopper_ptx.h   the instructions
+//     sweep_layout.h    tiles and layouts           hopper_wgmma.h, hopper_ptx.h   the instructions
 //     sweep.h           load, multiply              hopper_host.h                  tensor maps, launches
 //     sweep_tile.h      what epilogues share        sweep_launch.h                 what ops share
-//     sweep_merge.h     merge partial results
+//     sweep_merge.h     merge partials
 //     hardest_*.h       of hardest negatives: the rule, the epilogue, the merge, the launches; log_sums_*.h: of
 //     log-sums,
 //                       which hopper_log_sums.cu compiles

@@ -3,7 +3,7 @@
 #pragma once
 
 #ifndef USE_CUDA
-#define USE_CUDA  // what PyTorch's headers show the CUDA part of the stable ABI by
+#define USE_CUDA  // makes PyTorch's headers declare the CUDA part of the stable ABI
 #endif
 #include <cuda.h>
 #include <cudaTypedefs.h>
@@ -49,7 +49,7 @@ class Device {
   cudaStream_t stream_ = nullptr;
 };
 
-// The driver's cuTensorMapEncodeTiled, found at run time: nothing links against the driver.
+// The driver's cuTensorMapEncodeTiled, loaded at run time: nothing links against the driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto found = [] {
     void* function = nullptr;

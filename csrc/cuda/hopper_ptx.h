@@ -16,7 +16,7 @@
 
 namespace gssf::chip {
 
-using TensorMap = CUtensorMap;  // a matrix in device memory and the box that one load takes of it
+using TensorMap = CUtensorMap;  // a matrix in device memory and the box that one load copies
 using Barrier = uint64_t;       // an mbarrier: a phase ends when all arrivals and all announced bytes have come
 
 GSSF_DEVICE int thread() { return threadIdx.x; }
@@ -46,7 +46,7 @@ GSSF_DEVICE float exponential(float x) {  // e^x; 0 for what would be subnormal
   return power;
 }
 
-// score = factor score, where it is: given a plain product the compiler keeps both, and runs out of registers.
+// score = factor score, in place: with a plain product the compiler keeps both, and runs out of registers.
 GSSF_DEVICE void scale(float& score, float factor) {
   asm volatile("mul.rn.f32 %0, %0, %1;" : "+f"(score) : "f"(factor));
 }
@@ -122,8 +122,8 @@ GSSF_DEVICE void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// The map's box from (row, channel) on, into shared memory; what lies outside the matrix comes as zeros, and the
-// barrier is told of all the box's bytes either way.
+// Copies the map's box from (row, channel) on into shared memory, zeros where it is outside the matrix; the barrier
+// counts all bytes of the box in either case.
 GSSF_DEVICE void load(void* shared, const TensorMap& map, int row, int channel, Barrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::

@@ -2,7 +2,7 @@
 //
 //     s[OFFSET : OFFSET + COLUMNS / 2]  (64 x COLUMNS over the warpgroup)  (+)=  a [64, 16] bᵀ [16, COLUMNS]
 //
-// Products run behind the program's back: begin_products() before the first that follows other use of s, then
+// Products run asynchronously: call begin_products() before the first product after any other use of s, then
 // multiply(...), commit_products(), and finish_products(s) before s is read.
 #pragma once
 
@@ -34,7 +34,7 @@ struct Product;
   "%122, %123, %124, %125, %126, %127"
 // clang-format on
 
-// The operands after the scores: both descriptors, and whether to add to s or to begin anew. Then 1, 1, 0, 0: neither
+// The operands after the scores: both descriptors, and whether to add to s or to overwrite it. Then 1, 1, 0, 0: neither
 // operand negated, neither transposed (channels adjacent in both).
 #define GSSF_PRODUCT(NUMBER, NAME, COLUMNS, NAMES, SCORES, A, B, ADD)                                              \
   template <int OFFSET>                                                                                            \
@@ -63,10 +63,10 @@ __device__ __forceinline__ void multiply(float (&s)[hopper::kScores], uint64_t a
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// All but the last group of this warp's products are over: their operands may be overwritten.
+// Waits for all but the last group of this warp's products: their operands may then be overwritten.
 __device__ __forceinline__ void all_but_one_over() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
-// All are over, and s holds their sums; s goes through, so that the compiler reads it only after.
+// Waits for all; s then holds their sums. s is an operand here, so that the compiler reads it only afterwards.
 __device__ __forceinline__ void finish_products(float (&s)[hopper::kScores]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" : GSSF_S128(0)::"memory");
 }

@@ -1,5 +1,5 @@
-// What becomes of a tile of scores in the sweep for log-sums: of t = κ s, the largest of each of its rows and columns
-// and Σ e^(t - largest). Of a line with a NaN the largest is inf and the sum NaN; an infinite one is not taken off.
+// The epilogue for log-sums: with t = κ s, max t and Σ e^(t - max) of each row and column of a tile. With a NaN among
+// the t max is inf and the sum NaN; an infinite max is not subtracted.
 #pragma once
 
 #include "log_sums_layout.h"
@@ -7,12 +7,12 @@
 
 namespace gssf::hopper {
 
-// A team's room in shared memory. Two neighbouring columns are read and written at once.
+// A team's shared memory. Two neighbouring columns are read and written at once.
 template <class Tile>
 struct alignas(16) LogBoard {
-  float best[Tile::TEAM_WARPS][Tile::BM];   // the largest of each warp's rows
+  float best[Tile::TEAM_WARPS][Tile::BM];   // max t over each warp's rows
   float total[Tile::TEAM_WARPS][Tile::BM];  // Σ of them
-  float shift[Tile::BM];                    // what is taken off a column
+  float shift[Tile::BM];                    // what is subtracted from a column
 };
 
 struct LogSums : Area {
@@ -25,7 +25,7 @@ struct LogSums : Area {
   LogPartials rows, cols;  // [columns, blocks * BN], [blocks, M]
 };
 
-// (largest, what is taken off of it): NaN counts as inf.
+// (max, what is subtracted): NaN counts as inf.
 GSSF_DEVICE Two shift_of(float top) {
   constexpr float inf = std::numeric_limits<float>::infinity();
   top = top == top ? top : inf;
@@ -72,7 +72,7 @@ GSSF_DEVICE void sum_columns(const float (&t)[kScores], const Seat<Tile>& seat, 
       Sum());
 }
 
-// A team's tile of scores, to its row and column partials.
+// Reduces a team's tile of scores to its row and column partials.
 template <class Tile>
 GSSF_DEVICE void reduce_tile(float (&s)[kScores], const Seat<Tile>& seat, Place place, const LogSums& p,
                              LogBoard<Tile>& board) {
@@ -85,13 +85,13 @@ GSSF_DEVICE void reduce_tile(float (&s)[kScores], const Seat<Tile>& seat, Place 
   none_outside(s, seat, place, p);
   column_tops(s, seat, board.best[seat.warp]);
   sum_rows(s, seat, place, p);
-  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 1: every warp's largest are there
+  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 1: every warp's maxima are written
 
   const int j = place.j * Tile::BM + seat.member;
   const int64_t to = int64_t(place.i) * p.M + j;
   const Two top = shift_of(over_team(seat, board.best, Larger()));
   board.shift[seat.member] = top.y;
-  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 2: what to take off every column is there
+  chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 2: every column's shift is written
 
   sum_columns(s, seat, board);
   chip::sync(seat.barrier(), Tile::TEAM_THREADS);  // 3: every warp's sums are there

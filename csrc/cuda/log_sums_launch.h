@@ -1,4 +1,4 @@
-// Log-sums by gssf::hopper_sweep: checks, room for the results, and the launches.
+// Log-sums by gssf::hopper_sweep: checks, empty results, and the launches.
 #pragma once
 
 #include "log_sums_epilogue.h"
@@ -16,7 +16,7 @@ inline void check_log_sums(const Tensor& a, const Tensor& b, const std::optional
                   ": expected scale to be one fp32 number");
 }
 
-// (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]) as gssf::logsumexp_scores gives them.
+// (row_max [N], row_log [N], col_max [M], col_log [M], pair [min(N, M)]) as gssf::logsumexp_scores returns them.
 inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logsumexp_scores(const Tensor& a, const Tensor& b,
                                                                            const std::optional<Tensor>& scale,
                                                                            double constant, const Limits& limits) {

@@ -1,4 +1,4 @@
-// The rule by which partial log-sums merge. tests/native/test_hopper_layout.py holds it to brute force.
+// How partials of log-sums are merged. tests/native/test_hopper_layout.py compares it with brute force.
 #pragma once
 
 #include <limits>
@@ -7,18 +7,18 @@
 
 namespace gssf::hopper {
 
-// The largest of some numbers t and Σ e^(t - largest). -inf and 0: none, or all are -inf. An infinite largest is not
-// taken off, and NaN among the numbers makes it inf, so that no finite one takes its place.
+// max t and Σ e^(t - max) of a set of t. -inf and 0: the set is empty, or all are -inf. An infinite max is not
+// subtracted, and a NaN among the t makes max inf, so that no finite one replaces it.
 struct LogSum {
   float top, sum;
 };
 
-// One partial log-sum for each line (a row or a column) and each part (a tile on that line), as [part, line].
+// One partial log-sum per anchor (a row or a column) and tile of that anchor, as [tile, anchor].
 struct LogPartials {
   float *top, *sum;
 };
 
-// Both together. exponential: e^x.
+// Both merged. exponential: e^x.
 template <class Exponential>
 GSSF_BOTH LogSum join_logs(LogSum x, LogSum y, Exponential exponential) {
   constexpr float none = -std::numeric_limits<float>::infinity();

@@ -1,4 +1,4 @@
-// After the sweep for log-sums: the merge of its partial results, and their logarithms.
+// After the sweep for log-sums: the merge of its partials, and their logarithms.
 #pragma once
 
 #include "log_sums_layout.h"

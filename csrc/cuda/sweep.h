@@ -1,8 +1,8 @@
-// The sweep over s = a bᵀ: one warpgroup loads, two multiply and reduce, and each block goes on until its share of
-// the tiles is done. What a tile is reduced to is the Task's: an Area with a Board<Tile> in shared memory and a
-// reduce_tile(s, seat, place, task, board).
+// The sweep over s = a bᵀ, which is never stored: one warpgroup loads, two multiply and reduce, and each block computes
+// its share of the tiles one after another. The epilogue is the Task's: an Area with a Board<Tile> in shared memory and
+// a reduce_tile(s, seat, place, task, board).
 //
-//     copy engine ──full[stage]──▶ wgmma, sums in registers ──▶ reduce_tile (*_epilogue.h) ──▶ partial results
+//     copy engine ──full[stage]──▶ wgmma, sums in registers ──▶ reduce_tile (*_epilogue.h) ──▶ partials
 //          ▲───────empty[stage]──────────┘
 //
 // full[stage]: one arrival (the loader's) and STAGE_BYTES per phase. empty[stage]: one arrival per warp of a team.
@@ -61,7 +61,7 @@ GSSF_DEVICE void multiply_stage(float (&s)[kScores], uint64_t a, uint64_t b, boo
   }
 }
 
-// The sums over all channels of this warpgroup's part of a tile, whose first stage is step `step` of the block.
+// The sums over all channels of this warpgroup's rows of a tile, whose first stage is step `step` of the block.
 // `issued` is called once nothing is left to issue.
 template <Number NUMBER, class Tile, class Task, class F>
 GSSF_DEVICE void multiply_tile(float (&s)[kScores], Shared<Tile, Task>& shared, const Seat<Tile>& seat, uint32_t step,
@@ -92,8 +92,8 @@ GSSF_DEVICE void reduce_tiles(const Task& p, Shared<Tile, Task>& shared) {
   const Seat<Tile> seat(chip::thread() - kWarpgroup);
   const int steps = static_cast<int>(ceil_div(p.D, kDepth));
   each_tile(p, seat.team, Tile::TEAMS, [&](int k, Place place) {
-    // Teams multiply in turn: the tensor cores have one tile's products at a time, and no team waits for a stage
-    // that is more than one phase away (a parity says no more than that). The first turn is team 0's.
+    // Teams multiply in turn: the tensor cores have one tile's products at a time, and no team waits for a stage that
+    // is farther than one phase away (a parity cannot tell those apart). The first turn is team 0's.
     const uint32_t parity = k / Tile::TEAMS & 1;
     if (Tile::TEAMS == 2) chip::wait(&shared.turn[seat.team], seat.team == 0 ? parity ^ 1 : parity);
     float s[kScores];

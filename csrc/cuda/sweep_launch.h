@@ -1,5 +1,5 @@
-// What ops by the sweep share: checks of both sides, room for results, tensor maps, and the sweep's launches. Slabs of
-// row blocks bound the memory of partial results, as in gssf_kernels/triton/sweep.py.
+// What ops with a sweep share: checks of a and b, empty results, tensor maps, and the sweep's launches. Slabs of row
+// blocks bound the memory of partials, as in gssf_kernels/triton/sweep.py.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -22,15 +22,15 @@ using torch::stable::Tensor;
 constexpr int kSharedSlack = 1024;  // to start on 1024 bytes
 
 struct Limits {
-  int64_t entries = int64_t(1) << 24;  // partial results held at once, 6 or 8 bytes each, unless
-  int64_t blocks = 16;                 // so many row blocks in a slab ask for more
+  int64_t entries = int64_t(1) << 24;  // partials of a slab, 6 or 8 bytes each, unless
+  int64_t blocks = 16;                 // a slab of this many row blocks has a larger number
 };
 
 inline bool on_one_device(const Tensor& x, const Tensor& y) {
   return x.is_cuda() == y.is_cuda() && x.get_device_index() == y.get_device_index();
 }
 
-// What the sweep asks of a [N, D] and b [M, D]; name: of the op, for its errors.
+// Checks a [N, D] and b [M, D]; name: of the op, for its errors.
 inline void check_sides(const char* name, const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && a.size(1) > 0, name,
                   ": expected a [N, D] and b [M, D] with D >= 1");
@@ -67,7 +67,7 @@ void with_kind(const Tensor& a, F f) {
   else with_tile(std::integral_constant<Number, Number::fp16>());
 }
 
-// The whole area and its slabs. Of one slab there are `rows` row and `cols` column partials.
+// The whole area and its slabs. A slab has `rows` row and `cols` column partials.
 template <class Tile>
 struct Plan {
   Area area{};
@@ -98,7 +98,7 @@ void sweep(chip::Device& device, const Plan<Tile>& plan, const Tensor& a, const 
   }
 }
 
-// The merge of a slab's partial results.
+// The merge of a slab's partials.
 template <class Merge>
 void launch_merge(chip::Device& device, const Merge& merge) {
   device.launch(merge_kernel<Merge>, merge.grid, kWarp * kSections,

@@ -1,5 +1,5 @@
-// Where everything of the Hopper sweep lies: tiles, stages, fragments, descriptors. Plain arithmetic, compiled for the
-// card and for the CPU, where tests/native/test_hopper_layout.py holds it to brute force.
+// The layout of the Hopper sweep: tiles, stages, fragments, descriptors. Plain arithmetic, compiled for the card and
+// for the CPU, where tests/native/test_hopper_layout.py compares it with brute force.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +22,12 @@ constexpr int kScores = 128;      // scores of a tile in the registers of each t
 
 GSSF_BOTH constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// A tile of scores [BN, BM] is made by a team of warpgroups; teams take the tiles of a block in turn. With one team,
-// both warpgroups multiply together, each for half of the rows. With two, one multiplies while the other reduces.
+// A team of warpgroups computes a tile of scores [BN, BM]; teams take the tiles of a block in turn. With one team, both
+// warpgroups multiply together, each for half of the rows. With two, one multiplies while the other reduces.
 template <int COLUMNS, int STAGES_, int TEAMS_>
 struct Shape {
   static constexpr int BN = 128, BM = COLUMNS, STAGES = STAGES_, TEAMS = TEAMS_;
-  static constexpr int CONSUMERS = 2;               // warpgroups that multiply; one more loads
+  static constexpr int CONSUMERS = 2;               // warpgroups that multiply; another one loads
   static constexpr int GROUPS = CONSUMERS / TEAMS;  // warpgroups in a team
   static constexpr int HEIGHT = BN / 64 / GROUPS;   // wgmma tiles of 64 rows that a warpgroup holds
   static constexpr int ROWS = 64 * HEIGHT;          // rows of a warpgroup
@@ -42,8 +42,8 @@ using Pingpong = Shape<128, 6, 2>;     // few channels: reducing takes as long a
 
 constexpr int kCooperativeDepth = 512;  // channels from which on the tile is the cooperative one
 
-// Row block (within the slab) and column block of a tile. Groups of 8 row blocks walk along the columns together, so
-// that what the card works on at one time stays in L2.
+// Row block (within the slab) and column block of a tile. Groups of 8 row blocks are visited column by column, so that
+// what the card works on at one time stays in L2.
 struct Place {
   int i, j;
 };
@@ -70,9 +70,9 @@ struct Ring {
   }
 };
 
-// Where a thread's scores lie in its tile. `warp` counts within the team. Register k holds the score at
-// (row(k), column(k)): that is how wgmma leaves an accumulator of 64 x BM to a warpgroup (PTX ISA, register
-// fragments of wgmma m64nNk16), one such accumulator after another.
+// The places of a thread's scores in its tile. `warp` counts within the team. Register k holds the score at (row(k),
+// column(k)): that is how wgmma leaves an accumulator of 64 x BM to a warpgroup (PTX ISA, register fragments of wgmma
+// m64nNk16), one such accumulator after another.
 template <class Tile>
 struct Fragment {
   int row0, column0;

@@ -1,14 +1,14 @@
-// Merges the partial results that a slab's sweep leaves: a row's of all column blocks, a column's of all row blocks and
-// of the slabs before.
+// Merges the partials of a slab's sweep: a row's over all column blocks, a column's over all row blocks and the results
+// of earlier slabs.
 #pragma once
 
 #include "sweep_tile.h"
 
 namespace gssf::hopper {
 
-constexpr int kSections = 8;  // of a line's parts, folded by one warp each
+constexpr int kSections = 8;  // of an anchor's partials, merged by one warp each
 
-// Which lines a block has, 32 of them: of the slab's rows, or, from block row_grid on, of the columns.
+// The 32 anchors of a block: rows of the slab or, from block row_grid on, columns.
 struct Lines {
   Area area;
   int BN, BM, row_grid, grid;
@@ -25,8 +25,8 @@ struct Sections {
   Result of[kSections][kWarp];
 };
 
-// Merge: Lines with a Result that starts as nothing(), fold(of_rows, line, lines, begin, end) of some parts,
-// join(earlier, later), before(j) of the slabs before, and write_row(i, result), write_column(j, result).
+// Merge: Lines with a Result that starts as nothing(), fold(of_rows, line, lines, begin, end) of partials,
+// join(earlier, later), before(j) of earlier slabs, and write_row(i, result), write_column(j, result).
 template <class Merge>
 GSSF_KERNEL(kWarp* kSections)
 merge_kernel(GSSF_GRID Merge p) {

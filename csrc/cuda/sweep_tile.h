@@ -1,7 +1,7 @@
 // What every epilogue does with the scores of a tile, which stay in the registers that wgmma left them in: masks at the
-// edges, what lies on the diagonal, and reductions along rows and columns.
+// edges, scores on the diagonal, and reductions over rows and columns.
 //
-// A row lies in the four threads of a quad. A column lies in eight lanes of every warp of the team: the lanes halve the
+// The four threads of a quad hold a row. Eight lanes of every warp of the team hold a column: the lanes halve the
 // columns among themselves (each round a thread gives away one half and keeps the other), the warps meet in shared
 // memory.
 #pragma once
@@ -14,7 +14,7 @@ namespace gssf::hopper {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// What a launch of the sweep works on: row blocks [first, first + blocks) of a [N, D] against all of b [M, D].
+// The scores of a launch of the sweep: row blocks [first, first + blocks) of a [N, D] against all of b [M, D].
 struct Area {
   int N, M, D;
   int first, blocks, columns;  // columns: column blocks
@@ -24,7 +24,7 @@ struct alignas(8) Two {
   float x, y;
 };
 
-// Which team, and where in it this thread stands.
+// The team of this thread, and its position in the team.
 template <class Tile>
 struct Seat {
   int team, member, warp, lane;  // member: thread of the team, and the column it stands for; warp: of the team
@@ -68,7 +68,7 @@ GSSF_DEVICE void on_diagonal(float (&s)[kScores], const Seat<Tile>& seat, Place 
   });
 }
 
-// -inf past the edges; costs only the warpgroups that meet one.
+// -inf past the edges; warpgroups that contain none skip this.
 template <class Tile>
 GSSF_DEVICE void none_outside(float (&s)[kScores], const Seat<Tile>& seat, Place place, const Area& p) {
   const int i0 = (p.first + place.i) * Tile::BN, j0 = place.j * Tile::BM;
@@ -79,7 +79,7 @@ GSSF_DEVICE void none_outside(float (&s)[kScores], const Seat<Tile>& seat, Place
   });
 }
 
-// How two results become one. NaN stays NaN.
+// The merge of two values. NaN stays NaN.
 struct Larger {
   GSSF_DEVICE float operator()(float x, float y) const { return chip::larger(x, y); }
 };
@@ -88,7 +88,7 @@ struct Sum {
   GSSF_DEVICE float operator()(float x, float y) const { return x + y; }
 };
 
-// value of the four threads of a quad, which have a row together.
+// value merged over the four threads of a quad, which hold a row.
 template <class T, class Join>
 GSSF_DEVICE T over_quad(T value, Join join) {
   value = join(value, chip::shuffle_xor(value, 1));
@@ -106,7 +106,7 @@ GSSF_DEVICE float row_top(const float (&s)[kScores], const Fragment<Tile>& at, i
   return over_quad(top, Larger());
 }
 
-// Where the partial result of row (m, h) goes: the slab's rows, one column block after the other.
+// The offset of the partial of row (m, h): [column block, row of the slab].
 template <class Tile>
 GSSF_DEVICE int64_t row_entry(const Fragment<Tile>& at, Place place, const Area& p, int m, int h) {
   return (int64_t(place.j) * p.blocks + place.i) * Tile::BN + at.row(m, h);
@@ -155,7 +155,7 @@ GSSF_DEVICE void column_tops(const float (&s)[kScores], const Seat<Tile>& seat, 
       Larger());
 }
 
-// What the warps' results of column `member` come to.
+// The warps' values of column `member`, merged.
 template <class Tile, class Join>
 GSSF_DEVICE float over_team(const Seat<Tile>& seat, const float (&of)[Tile::TEAM_WARPS][Tile::BM], Join join) {
   float value = of[0][seat.member];

@@ -19,7 +19,7 @@ import triton.language as tl
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import only_negatives
 from gssf_kernels.triton.hardest import empty_results, hardest_tile, merge_terms
-from gssf_kernels.triton.reductions import fold_argmax, merge_columns, merge_rows, smaller
+from gssf_kernels.triton.reductions import merge_argmax, merge_columns, merge_rows, smaller
 from gssf_kernels.triton.relative import close_terms, mean
 from gssf_kernels.triton.score_functions import goal, goal_weights
 from gssf_kernels.triton.sweep import Sweep
@@ -40,7 +40,7 @@ def stored_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr,
 @triton.jit
 def merged_score(scores, places, lane, length, partials, WIDTH: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
     """The maximum [BL] of the partials scores [partials, length] at the lanes."""
-    score, _ = fold_argmax(
+    score, _ = merge_argmax(
         tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32), scores, places, lane, length, partials,
         0, WIDTH, BP,
     )  # fmt: skip

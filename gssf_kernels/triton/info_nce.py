@@ -17,7 +17,7 @@ from gssf_kernels.plan import Plan
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
-from gssf_kernels.triton.logsumexp import log_tile
+from gssf_kernels.triton.logsumexp import SCALED, log_tile
 from gssf_kernels.triton.reductions import merge_logs, merge_sums
 from gssf_kernels.triton.score_functions import load_scalar, softmax, valid_and_positive
 from gssf_kernels.triton.sweep import Sweep, empty_dscores
@@ -27,11 +27,11 @@ from gssf_kernels.triton.terms import store_sum, upstream
 @triton.jit
 def info_nce_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """`log_tile`, then of each row and column Σ t of its positives, their number, and Σ t of all its scores."""
-    log_state, id_sums, all_sums = state
-    log_tile(s, tile_i, tile_j, first, blocks, N, M, log_state, BN, BM)
+    id_sums, all_sums = state[1]
+    log_tile(s, tile_i, tile_j, first, blocks, N, M, state[0], BN, BM)
     i, j = (first + tile_i) * BN + tl.arange(0, BN), tile_j * BM + tl.arange(0, BM)
     row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
-    t = s * load_scalar(log_state[0], log_state[1])
+    t = s * load_scalar(state[0][1][0], state[0][1][1])
     if id_sums is not None:
         a_ids, b_ids, row_sum, row_count, col_sum, col_count = id_sums
         valid, positive = valid_and_positive(i, j, 0, a_ids, b_ids, N, M)
@@ -180,8 +180,8 @@ def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         id_sums = tuple(t for direction in partials(2) for t in direction) if ids else None
         all_sums = tuple(t for direction in partials(1) for t in direction) if call.epsilon else None
         id_state = (*operands.contiguous(call.a_ids, call.b_ids), *id_sums) if id_sums is not None else None
-        log_state = (call.scale, call.constant, None, positive_logit, (row_partial,), (col_partial,))
-        sweep.run(info_nce_tile, (log_state, id_state, all_sums), 0, down)
+        log_state = (SCALED, (call.scale, call.constant, None, positive_logit, (row_partial,), (col_partial,)))
+        sweep.run(info_nce_tile, (log_state, (id_state, all_sums)), 0, down)
         BL = tiles.TERM_LANES
         merge_info_nce_kernel[(1 if reduced else triton.cdiv(M, BL),)](
             ((row_partial,), (col_partial,)), id_sums, all_sums, positive_logit, out, statistics, counts, call.epsilon,

@@ -28,10 +28,10 @@ from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_
 @triton.jit
 def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """The tile's log-sums of each row and column, by class; and t of the pairs (i, i) where the diagonal crosses it."""
-    scale, constant, by_label, positive_logit, rows, cols = state
+    scale, constant, by_label, positive_logit, rows, cols = state[1]
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
-    t, _, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), by_label)
+    t, _, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), state[0], by_label)
     if positive_logit is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
         diagonal = tl.sum(tl.where(i[:, None] == j[None, :], t, 0.0), 1)
         tl.store(positive_logit + i, diagonal, mask=(i >= j0) & (i < j0 + BM) & (i < N) & (i < M))
@@ -94,18 +94,19 @@ def merge_logs_kernel(
 @triton.jit
 def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """Store the tile's dL/dt, or by label dL/ds; and Σ of it times s, of the tile or with BY_ROW of each row."""
-    BY_ROW: tl.constexpr = state[0][0]
-    _, scale, constant, by_label, rows, cols, dpositive, dscores, stride, dscores_dot_s = state
+    SCORE: tl.constexpr = state[0][0]
+    BY_ROW: tl.constexpr = state[0][2]
+    scale, constant, by_label, rows, cols, dpositive, dscores, stride, dscores_dot_s = state[1]
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
     inside = (i < N)[:, None] & (j < M)[None, :]
-    t, slope, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), by_label)
+    t, slope, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), state[0], by_label)
     g = tl.zeros([BN, BM], tl.float32)
     if rows is not None:
         g += logsumexp_slope(t, positive, row, rows, i, i < N, 1)
     if cols is not None:
         g += logsumexp_slope(t, positive, col, cols, j, j < M, 0)
-    if by_label is not None:
+    if SCORE != "scaled":
         g *= slope
     if dpositive is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
         diagonal = tl.load(dpositive + i, mask=(i < N) & (i < M), other=0.0)
@@ -128,14 +129,21 @@ def classes(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...],
     return tuple(zip(*([t] if t.dim() == 1 else [*t] for t in statistics if t is not None), strict=True))
 
 
+SCALED = (tl.constexpr("scaled"), tl.constexpr(False))  # of losses without labels: t = κ s
+
+
+def score_options(call: Any, *flags: bool) -> tuple:
+    """The argument `OPTIONS` of `logits`, then the tile's own flags."""
+    return tuple(tl.constexpr(option) for option in (call.score, call.leave_out, *flags))
+
+
 def by_label(call: Any, row_labels, col_labels, row_bounds, col_bounds, first: int) -> tuple | None:
     """The argument `by_label` of `logits`."""
     if call.score == "scaled":
         return None
     constants = (*map(float, call.constants), 0.0, 0.0)[:3]
-    options = tl.constexpr(call.score), tl.constexpr(call.leave_out)
     bounds = (x for t in (row_bounds, col_bounds) for x in (t, t.stride(0) if t is not None else 0))
-    return options, constants, row_labels, col_labels, *bounds, first
+    return constants, row_labels, col_labels, *bounds, first
 
 
 def _by_label(call: Any) -> tuple | None:
@@ -167,10 +175,10 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         row_partial = tuple(rows for rows, _ in partials)
         col_partial = None if labelled else tuple(columns for _, columns in partials)
         rows, cols = classes(row_max, row_log), None if labelled else classes(col_max, col_log)
-        label_state = _by_label(call)
+        score, label_state = score_options(call), _by_label(call)
         for first, blocks in sweep.slabs():
             outputs = (None if labelled else positive_logit, row_partial, col_partial)
-            sweep.run(log_tile, (call.scale, call.constant, label_state, *outputs), first, blocks)
+            sweep.run(log_tile, (score, (call.scale, call.constant, label_state, *outputs)), first, blocks)
             sweep.merge(merge_logs_kernel, first, blocks, (row_partial, col_partial), rows, cols, LOG=True)
     return row_max, row_log, col_max, col_log, positive_logit, positive_logit.new_empty(0)
 
@@ -184,14 +192,14 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
     rows = classes(call.row_max, call.row_log, drow)
     cols = classes(call.col_max, call.col_log, dcol)
     gradient = (call.scale, call.constant, _by_label(call), rows, cols, dpositive)
-    by_tile = (tl.constexpr(False),)
+    score = score_options(call, False)
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         if plan.route == "row panels":
 
             def launch(sweep, first, blocks, dscores, sums):
                 stride = dscores.stride(0) if dscores is not None else 0
-                sweep.run(softmax_tile, (by_tile, *gradient, dscores, stride, sums), first, blocks)
+                sweep.run(softmax_tile, (score, (*gradient, dscores, stride, sums)), first, blocks)
 
             with outside_autocast(a.device):
                 da, db, (total,) = gradients_by_row_panels(a, b, plan.tile, needs, 1, launch)
@@ -201,7 +209,8 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
         sweep = Sweep(a, b, plan.tile)
         dscores = empty_dscores(a, len(b))
         sums = a.new_empty(1, sweep.row_blocks * sweep.column_blocks, dtype=torch.float32)
-        sweep.run(softmax_tile, (by_tile, *gradient, dscores, dscores.stride(0), sums), 0, sweep.row_blocks)
+        state = (score, (*gradient, dscores, dscores.stride(0), sums))
+        sweep.run(softmax_tile, state, 0, sweep.row_blocks)
         logit_scale = {"scale": call.scale, "constant": call.constant}
         da, db, ends = gradients(dscores, a, call.b, needs, sums if needs[2] else None, **logit_scale)
     return da, db, ends[0] if ends else sums.new_empty(0)
@@ -219,7 +228,7 @@ def logsumexp_pass(call: Any, plan: Plan) -> None:
     col_partial = classes(*chunk.column_partials(2, count)) if cols is not None else None
     labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
     with torch.cuda.device_of(call.s):
-        chunk.run(log_tile, (call.scale, 1.0, labels, None, row_partial, col_partial))
+        chunk.run(log_tile, (score_options(call), (call.scale, 1.0, labels, None, row_partial, col_partial)))
         BN, BL = chunk.tile.BR, tiles.MERGE_LANES
         programs = triton.cdiv(chunk.row_blocks * BN, BL) + (triton.cdiv(chunk.M, BL) if cols is not None else 0)
         merge_logs_kernel[(programs,)](
@@ -239,6 +248,7 @@ def softmax_pass(call: Any, plan: Plan) -> None:
     labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
     sums = chunk.row_partials()
     with torch.cuda.device_of(call.s):
-        state = ((tl.constexpr(True),), call.scale, 1.0, labels, rows, cols, None)
-        chunk.run(softmax_tile, (*state, call.s, call.s.stride(0), sums))
+        gradient = (call.scale, 1.0, labels, rows, cols, None)
+        state = (score_options(call, True), (*gradient, call.s, call.s.stride(0), sums))
+        chunk.run(softmax_tile, state)
     torch.sum(sums[:, : chunk.N], 0, out=call.dscores_dot_s)

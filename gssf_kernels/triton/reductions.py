@@ -45,7 +45,7 @@ def take_larger(score, index, new_score, new_index):
 
 
 @triton.jit
-def fold_argmax(score, index, scores, places, lane, length, partials, start, WIDTH: tl.constexpr, BP: tl.constexpr):
+def merge_argmax(score, index, scores, places, lane, length, partials, start, WIDTH: tl.constexpr, BP: tl.constexpr):
     """(score, index) [BL] at the lanes, merged with the partials scores, places [partials, length].
 
     Partial p covers WIDTH positions from start + p WIDTH on, all higher than those merged before it.
@@ -70,7 +70,7 @@ def merge_rows(
     score = tl.full([BL], float("-inf"), tl.float32)
     index = tl.full([BL], -1, tl.int32)
     rows = blocks * BN
-    score, index = fold_argmax(score, index, scores, places, lane, rows, tl.cdiv(M, BM), 0, BM, BP)
+    score, index = merge_argmax(score, index, scores, places, lane, rows, tl.cdiv(M, BM), 0, BM, BP)
     if NEGATED:
         score = tl.where(index >= 0, -score, float("-inf"))
     i = first * BN + lane
@@ -88,7 +88,7 @@ def merge_columns(
     before = (j < M) & (first > 0)
     score = tl.load(col_score + j, mask=before, other=float("-inf"))
     index = tl.load(col_index + j, mask=before, other=-1).to(tl.int32)
-    score, index = fold_argmax(score, index, scores, places, j, M, blocks, first * BN, BN, BP)
+    score, index = merge_argmax(score, index, scores, places, j, M, blocks, first * BN, BN, BP)
     tl.store(col_score + j, score, mask=j < M)
     tl.store(col_index + j, index.to(tl.int64), mask=j < M)
     return score, index

@@ -134,19 +134,20 @@ def counted(s, positive, inside, bounds, stride, at, mask, AXIS: tl.constexpr):
 
 
 @triton.jit
-def logits(s, i, j, N, M, kappa, by_label):
+def logits(s, i, j, N, M, kappa, OPTIONS, by_label):
     """(t, dt/ds, positive, row, col); row, col: which scores count for their row, and for their column.
 
-    by_label: None for t = κ s; else ((SCORE, LEAVE_OUT), constants, row_labels, col_labels, row_bounds, row_stride,
-    col_bounds, col_stride, first), the fields of `ByLabel` in the PyTorch module
+    OPTIONS: (SCORE, LEAVE_OUT, …); a string in a tuple that is unpacked or compared with None would not compile
+    by_label: None for "scaled", t = κ s; else (constants, row_labels, col_labels, row_bounds, row_stride, col_bounds,
+    col_stride, first), the fields of `ByLabel` in the PyTorch module
     """
     inside = (i < N)[:, None] & (j < M)[None, :]
-    if by_label is None:
+    SCORE: tl.constexpr = OPTIONS[0]
+    if SCORE == "scaled":
         return s * kappa, kappa, inside, inside, inside
     else:
-        SCORE: tl.constexpr = by_label[0][0]
-        LEAVE_OUT: tl.constexpr = by_label[0][1]
-        _, constants, row_labels, col_labels, row_bounds, row_stride, col_bounds, col_stride, first = by_label
+        LEAVE_OUT: tl.constexpr = OPTIONS[1]
+        constants, row_labels, col_labels, row_bounds, row_stride, col_bounds, col_stride, first = by_label
         x, y = tl.load(row_labels + i, mask=i < N, other=0), tl.load(col_labels + j, mask=j < M, other=0)
         positive = x[:, None] == y[None, :]
         if LEAVE_OUT:

@@ -82,7 +82,7 @@ SWEEP = {
     (80, "ieee", "wide"): Sweep(128, 128, 16, 8, 3),
     (80, "ieee", "sums"): Sweep(128, 64, 32, 8, 3),
     (90, "half", "small"): Sweep(64, 64, 64, 4, 4, tma=True),
-    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one multiplies while one reduces
+    (90, "half", "narrow"): Sweep(128, 128, 64, 4, 3, tma=True, persistent=2),  # one program multiplies, one reduces
     (90, "half", "wide"): Sweep(128, 256, 64, 8, 3, tma=True),
     (90, "half", "sums"): Sweep(128, 128, 64, 8, 4, tma=True),
     (90, "half", "row panels"): Sweep(128, 64, 64, 8, 4, tma=True),

@@ -117,7 +117,7 @@ py::object candidates(const py::array& a, const py::array& b, const py::array& s
 }
 
 std::pair<double, int64_t> exact_best(const std::vector<double>& scores, const std::vector<int64_t>& indices) {
-  ExactBest best;
+  ExactMaximum best;
   for (size_t k = 0; k < scores.size(); ++k) best.add(scores[k], indices.at(k));
   return {best.score, best.index};
 }

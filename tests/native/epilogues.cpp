@@ -119,7 +119,7 @@ void bind(py::module_ set) {
   });
   set.def("tile_tops", [](const py::array& s, int64_t m) {
     const int64_t n = tile_rows<float>(s, m);
-    PerLine<float> row, col;
+    PerAnchor<float> row, col;
     Kernels::tile_tops_of(read<float>("s", s, n * kTileMost), n, m, row.data(), col.data());
     return py::make_tuple(array(row.data(), n), array(col.data(), m));
   });

@@ -141,7 +141,7 @@ py::object sum(py::array& s, int64_t m, int64_t cols, int64_t offset, double sca
       gradient};
   Sums<A> sums;
   Kernels::sum_tile_of(kind_of(kind), tile, sums);
-  return py::make_tuple(array(sums.row_sum, n), array(sums.row_slope, n), array(sums.along, n),
+  return py::make_tuple(array(sums.row_sum, n), array(sums.row_slope, n), array(sums.dscores_dot_s, n),
                         array(sums.col_sum, cols), array(sums.col_slope, cols));
 }
 
@@ -155,7 +155,8 @@ py::object relation(py::array& f, const py::array& u, const py::array& w, int64_
       RelationTile<A>{written<A>("f", f, sizes.count()), read<A>("u", u, sizes.count()), read<A>("w", w, sizes.count()),
                       sizes.ld, sizes.n, m, once, offset, static_cast<A>(lam), kind_of(kind), gradient},
       sums);
-  return py::make_tuple(array(sums.student, sizes.n), array(sums.teachers, sizes.n), array(sums.along, sizes.n));
+  return py::make_tuple(array(sums.student, sizes.n), array(sums.teachers, sizes.n),
+                        array(sums.slope_dot_gap, sizes.n));
 }
 
 template <class Kernels>

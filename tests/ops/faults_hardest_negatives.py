@@ -9,8 +9,8 @@ FAULTS = [
         "mask: the diagonal stays a negative",
         EPILOGUES_H,
         "tile",
-        "pair_score_[i] = score;\n      score = kNone;",
-        "pair_score_[i] = score;",
+        "positive_score_[i] = score;\n      score = kNone;",
+        "positive_score_[i] = score;",
         tests=CAUGHT_BY,
     ),
     Fault(
@@ -73,8 +73,8 @@ FAULTS = [
         "offset: column maxima carry the tile's own row numbers",
         EPILOGUES_H,
         "fold_cols",
-        "cols_.fold(at.j0, at.m, found.cols, at.i0)",
-        "cols_.fold(at.j0, at.m, found.cols, 0)",
+        "cols_.fold(at.j0, at.m, maxima.cols, at.i0)",
+        "cols_.fold(at.j0, at.m, maxima.cols, 0)",
         tests=CAUGHT_BY,
     ),
     Fault(

@@ -15,8 +15,8 @@ FAULTS = [
         "scale: gathered rows are not normalised",
         "csrc/vector_base.h",
         "gather_row",
-        "const A weight = normalize ? grad[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : grad[e];",
-        "const A weight = grad[e];",
+        "const A weight = normalize ? dscores[e] / norm_divisor(std::sqrt(dot<A>(row, row, dim))) : dscores[e];",
+        "const A weight = dscores[e];",
         tests=CAUGHT_BY,
     ),
 ]

@@ -78,8 +78,8 @@ FAULTS = [
         "scale: dx is not divided by the norm",
         "csrc/vector_project.h",
         "backward_chunk",
-        "(row[k] - xhat[k] * along) / divisor",
-        "(row[k] - xhat[k] * along)",
+        "(row[k] - xhat[k] * inner) / divisor",
+        "(row[k] - xhat[k] * inner)",
         tests=CAUGHT_BY,
     ),
     Fault(
