@@ -52,8 +52,8 @@ FAULTS = [
         "by label: a row meets itself, in C++",
         CPP,
         "members",
-        "if (tile.leave_out && itself >= 0",
-        "if (!tile.leave_out && itself >= 0",
+        "if (tile.leave_out && diagonal >= 0",
+        "if (!tile.leave_out && diagonal >= 0",
     ),
     Fault(
         "by label: the merge exchanges positives and negatives, in Triton",
@@ -66,8 +66,8 @@ FAULTS = [
         "by label: the merge exchanges positives and negatives, in C++",
         "csrc/dense.cpp",
         "logsumexp_pass",
-        "part.row_max[c][i], part.row_sum[c][i]",
-        "part.row_max[C - 1 - c][i], part.row_sum[C - 1 - c][i]",
+        "sums.row_max[c][i], sums.row_sum[c][i]",
+        "sums.row_max[C - 1 - c][i], sums.row_sum[C - 1 - c][i]",
     ),
     Fault(
         "by label: the gradient takes negatives for positives, in Triton",

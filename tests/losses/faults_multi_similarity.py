@@ -50,8 +50,8 @@ FAULTS = [
         "mining: negatives count at and below their bound, in C++",
         CPP,
         "members",
-        "~(s >= below) : ~(s <= over)",
-        "~(s >= below) : ~(s > over)",
+        "~(s >= positive_below) : ~(s <= negative_above)",
+        "~(s >= positive_below) : ~(s > negative_above)",
     ),
     Fault(
         "mining: a positive counts below the largest negative less ε",
