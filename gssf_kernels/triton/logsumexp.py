@@ -186,7 +186,8 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
 def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of a [N, D], b [M, D] and κ, each empty if `needs` is False; b=None: b is a."""
     a, b, needs = call.a, call.a if call.b is None else call.b, call.needs
-    drow, dcol, dpositive = operands.contiguous(call.drow, call.dcol, call.dpositive)
+    grads = (call.drow, call.dcol, call.dpositive)
+    drow, dcol, dpositive = (grad.contiguous() if grad is not None else None for grad in grads)
     if call.score != "scaled":
         dcol = dpositive = None
     rows = classes(call.row_max, call.row_log, drow)

@@ -38,8 +38,8 @@ FAULTS = [
         "by label: a row meets itself, in PyTorch",
         PYTORCH,
         "members",
-        "if of.leave_out:",
-        "if of.leave_out and False:",
+        "if by_label.leave_out:",
+        "if by_label.leave_out and False:",
     ),
     Fault(
         "by label: a row meets itself, in Triton",

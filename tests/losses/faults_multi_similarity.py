@@ -34,8 +34,8 @@ FAULTS = [
         "mining: positives count at and over their bound, in PyTorch",
         PYTORCH,
         "members",
-        "torch.where(positive, ~(s >= below), ~(s <= above))",
-        "torch.where(positive, ~(s < below), ~(s <= above))",
+        "torch.where(positive, ~(s >= upper), ~(s <= lower))",
+        "torch.where(positive, ~(s < upper), ~(s <= lower))",
         tests=BY_LABEL,
     ),
     Fault(
@@ -78,7 +78,7 @@ FAULTS = [
         "multi-similarity: terms of negatives are divided by α",
         LOSS,
         "multi_similarity_loss",
-        "torch.logaddexp(negatives, zero) / beta",
-        "torch.logaddexp(negatives, zero) / alpha",
+        "torch.logaddexp(negative_lse, zero) / beta",
+        "torch.logaddexp(negative_lse, zero) / alpha",
     ),
 ]
