@@ -153,7 +153,8 @@ def test_only_the_stable_abi_is_used(compiled):
     wanted = [line.split()[-1] if "(" not in line else line[2:].strip() for line in done.stdout.splitlines()]
     torch_functions = [name for name in wanted if re.match(r"(aoti_)?torch_\w+$", name)]
     registers = "STABLE_TORCH_LIBRARY_IMPL" in compiled.source.read_text()
-    assert torch_functions and ("torch_library_impl" in torch_functions) == registers
+    assert torch_functions
+    assert ("torch_library_impl" in torch_functions) == registers
     others = [name for name in wanted if not name.removeprefix("U ").startswith("gssf::")]  # our own take its tensors
     assert not [name for name in others if re.search(r"\b(at|c10|torch)::", name)]
     assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]  # the driver is not linked against
