@@ -161,10 +161,10 @@ def test_certified_mining_above_its_threshold(channels, ids, monkeypatch, launch
     calls = []
     real = certified.hardest_negatives
 
-    def counted(*arguments):
-        *results, made = real(*arguments, True)
+    def counted(call, plan):
+        *results, made = real(call._replace(route="certified"), plan)
         calls.append(int(made))
-        return results
+        return *results, made
 
     monkeypatch.setattr(certified, "hardest_negatives", counted)
 
