@@ -142,7 +142,9 @@ def test_every_op_agrees_with_its_truth(op, dtype):
     for name in ("ours", "naive"):
         variant = OPS[op].variants[name]()
         if variant is not None:
-            assert checker(variant).why_wrong is None
+            # In bf16 plain PyTorch rounds each score before it compares them, and mines other pairs.
+            mines_others = (op, dtype, name) == ("multi_similarity_mined", "bfloat16", "naive")
+            assert (checker(variant).why_wrong is not None) == mines_others
     if OPS[op].differentiable:
         assert len(checker.truth) == 1 + len(checker.problem.leaves())
 
