@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from gssf_kernels.triton import tiles
+from gssf_kernels import plan
 
 PROCESSORS = 132  # of an H100 or H200
 LIBRARY = "libcuda.so.1"
@@ -115,6 +115,6 @@ def installed(arch: int, processors: int = PROCESSORS) -> Iterator[None]:
     launches()  # loads it before Triton does
     with (
         mock.patch.object(driver, "_active", Driver(arch)),
-        mock.patch.multiple(tiles, architecture=lambda device: arch, processors=lambda device: processors),
+        mock.patch.multiple(plan, architecture=lambda device: arch, processors=lambda device: processors),
     ):
         yield
