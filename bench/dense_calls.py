@@ -94,8 +94,12 @@ def _sums(product: str) -> Iterator[Case]:
         make = partial(_sum, dtype, n, d, term, learned, sides)
         launched = ("pair_scores_kernel", *kernels) if term.relative else kernels
         yield Case(f"score_sums {name}", _launcher("score_sums"), make, launched, product)
-    for name, learned, sides in (("", False, "ab"), (" learnable", True, "ab"), (" of one side twice", True, "a")):
-        make = partial(_sum_backward, dtype, 128, 256, learned, sides)
+    for name, n, d, learned, sides in (
+        ("", 128, 256, False, "ab"),
+        (" learnable ragged", 129, 200, True, "ab"),
+        (" of one side twice", 128, 256, True, "a"),
+    ):
+        make = partial(_sum_backward, dtype, n, d, learned, sides)
         yield Case("score_sums_backward" + name, _launcher("score_sums_backward"), make, ("scaled_kernel",), product)
     for name, n, d, term, learned, sides in (
         ("softplus negate", 128, 256, softplus, False, "ab"),
