@@ -23,6 +23,8 @@ SINGLE = [
     "space-relative",
     "batch-hard-random-300x24",
     "batch-hard-one-33x8",
+    "circle_loss-between-random",
+    "multi_similarity_loss-between-random",
     "hardest-129x257x40-random",
     "logsumexp-129x257x40",
     "pairs",
