@@ -27,7 +27,8 @@ def quick(device: str) -> list[Entry]:
         memory = size == MEMORY[device]
         entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory))
     points = ("hardest_negatives", "goal_nca_sig_ms", "info_nce", "sigmoid", "sum_hinge", "distillation")
-    for op in (*points, "nearest", "top_scores"):
+    by_label = ("circle", "multi_similarity", "multi_similarity_mined")
+    for op in (*points, *by_label, "nearest", "top_scores"):
         others = ["naive", *peers.serving(op, device)]
         entries.append(_entry(op, n, 512, dtype, device, others, seconds))
     if device == "cuda":
