@@ -12,9 +12,10 @@
 namespace gssf::hopper {
 
 // As in hopper_hardest.cu, which the two sources compile apart.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hopper_sweep(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
-                       const std::optional<Tensor>& b_ids, bool log_sums, const std::optional<Tensor>& scale,
-                       double constant) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hopper_sweep(const Tensor& a, const Tensor& b,
+                                                                const std::optional<Tensor>& a_ids,
+                                                                const std::optional<Tensor>& b_ids, bool log_sums,
+                                                                const std::optional<Tensor>& scale, double constant) {
   return log_sums ? logsumexp_scores_hopper(a, b, scale, constant) : hardest_negatives_hopper(a, b, a_ids, b_ids);
 }
 
