@@ -231,7 +231,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         if pairs:
             torch.mul(s.diagonal(first), scale, out=positive_logit[rows])
         col_out = (col_max, col_sum) if needs_columns else (None, None)
-        statistics(s, rows, columns, first, (row_max[..., rows], row_sum[..., rows]), col_out)
+        statistics(s, rows, columns, first, _parts((row_max, row_sum), rows), col_out)
 
     def visit_half(scores, first):
         (s,) = scores
@@ -257,6 +257,12 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     if by_label.classes > 1:
         col_max, col_sum = col_max.new_empty(0), col_sum.new_empty(0)
     return row_max, row_sum.log(), col_max, col_sum.log(), positive_logit, kept
+
+
+def _parts(statistics, part: slice):
+    """``t[..., part]`` of each, or t itself if that is all of it: a small batch is one chunk, where slicing shows."""
+    count = part.stop - part.start
+    return [t if t is None or t.shape[-1] == count else t.narrow(-1, part.start, count) for t in statistics]
 
 
 def _merged(maxima, sums):
@@ -287,14 +293,12 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
 
     dscores_dot_s = a.new_zeros(a.shape[0], dtype=scale.dtype)  # Σ_j ds_ij s_ij [N]; their sum is dL/dκ
 
-    def part_of(statistics, part):
-        return (t[..., part] if t is not None else None for t in statistics)
+    row_statistics = row_max, row_log, drow
+    col_statistics = (col_max, col_log, dcol) if dcol is not None else (None, None, None)
 
-    def visit(s, rows, columns, first):
-        """Replace s by dscores; return Σ_j ds_ij s_ij of its rows."""
-        dot = dscores_dot_s.new_empty(s.shape[0])
-        row_part = part_of((row_max, row_log, drow), rows)
-        col_part = part_of((col_max, col_log, dcol) if dcol is not None else (None, None, None), columns)
+    def visit(s, rows, columns, first, dot):
+        """Replace s by dscores; write Σ_j ds_ij s_ij of its rows to dot."""
+        row_part, col_part = _parts(row_statistics, rows), _parts(col_statistics, columns)
         torch.ops.gssf.softmax_pass(s, scale, *by_label.part(rows, columns, first), *row_part, *col_part, dot)
         return dot
 
@@ -303,7 +307,7 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         diagonal = s.diagonal(first)
         pairs = slice(first, first + diagonal.shape[0])
         pairs_dot = diagonal * dpositive[pairs] if dpositive is not None else None
-        dscores_dot_s[rows] = visit(s, rows, slice(0, s.shape[1]), first)
+        visit(s, rows, slice(0, s.shape[1]), first, dscores_dot_s[rows])
         if pairs_dot is not None and dpositive is not None:
             diagonal.add_(dpositive[pairs])
             dscores_dot_s[pairs] += pairs_dot
@@ -313,9 +317,10 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         count = s.shape[0]
         rows, beyond = slice(first, first + count), slice(first + count, first + s.shape[1])
         pairs_dot = s.diagonal() * dpositive[rows] if dpositive is not None else None
-        dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0) / 2
+        dot, dot_beyond = dscores_dot_s.new_empty(2, count)
+        dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0, dot) / 2
         if count < s.shape[1]:
-            dscores_dot_s[rows] += visit(s[:, count:], rows, beyond, -count)
+            dscores_dot_s[rows] += visit(s[:, count:], rows, beyond, -count, dot_beyond)
         if pairs_dot is not None and dpositive is not None:
             s.diagonal().add_(dpositive[rows], alpha=2)
             dscores_dot_s[rows] += pairs_dot
