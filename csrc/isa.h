@@ -22,13 +22,14 @@
 
 #define GSSF_INLINE __attribute__((always_inline)) static inline
 
-// kRegisters: how many 64-byte vectors the registers of each target hold.
+// kRegisters: how many 64-byte vectors the registers of each target hold; kRegisterBytes: the size of one register.
 namespace gssf::plain {
 #ifdef __aarch64__
 constexpr int kRegisters = 8;
 #else
 constexpr int kRegisters = 4;
 #endif
+constexpr int kRegisterBytes = 16;
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::plain
@@ -38,7 +39,7 @@ constexpr int kRegisters = 4;
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace gssf::v3 {
-constexpr int kRegisters = 8;
+constexpr int kRegisters = 8, kRegisterBytes = 32;
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::v3
@@ -46,7 +47,7 @@ constexpr int kRegisters = 8;
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
 namespace gssf::v4 {
-constexpr int kRegisters = 32;
+constexpr int kRegisters = 32, kRegisterBytes = 64;
 #include "vector_base.h"
 #include GSSF_KERNELS
 }  // namespace gssf::v4

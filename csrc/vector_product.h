@@ -1,18 +1,25 @@
 // Matrix products: c [n, m] = a [n, k] b with b in panels (types.h). See isa.h.
 
-// A register tile: kTileRows rows of kTileVectors vectors, once for the sums and once for those of a chain. The other
-// registers hold kTileVectors vectors of a row of b, and an element of a.
-constexpr int kTileVectors = kRegisters >= 32 ? 2 : 1;
-constexpr int kTileRows = kRegisters >= 32 ? 6 : kRegisters >= 8 ? 3 : 1;
+// Vectors of one register each: the compiler keeps the parts of wider ones in memory.
+template <class A>
+struct Register {
+  typedef A Vector __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int64_t lanes = kRegisterBytes / sizeof(A);
+};
+
+// A register tile: kTileRows rows of kTileVectors vectors, the sums of a chain. Other registers hold kTileVectors
+// vectors of a row of b, and an element of a. The sums of all chains are in registers too if there are so many.
+constexpr int kTileVectors = 2;
+constexpr int kTileRows = kRegisters >= 8 ? 6 : 4;
 
 // sum [R, kTileVectors vectors] = Σ_l a[:, l] b[l, :] over `count` channels.
 template <class A, int R>
 GSSF_INLINE void chain(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t count,
-                       typename Simd<A>::Vector (&sum)[R][kTileVectors]) {
-  using V = typename Simd<A>::Vector;
+                       typename Register<A>::Vector (&sum)[R][kTileVectors]) {
+  using V = typename Register<A>::Vector;
   for (int64_t l = 0; l < count; ++l) {
     V y[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) y[v] = load<V>(b + l * kPanel<A> + v * Simd<A>::lanes);
+    for (int v = 0; v < kTileVectors; ++v) y[v] = load<V>(b + l * kPanel<A> + v * Register<A>::lanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -24,8 +31,8 @@ GSSF_INLINE void chain(const A* a, int64_t a_row, int64_t a_step, const A* b, in
 template <class A, int R>
 GSSF_INLINE void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t depth, A* c, int64_t c_row,
                       bool add) {
-  using V = typename Simd<A>::Vector;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  constexpr int64_t L = Register<A>::lanes;
   V total[R][kTileVectors];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < kTileVectors; ++v) total[r][v] = add ? load<V>(c + r * c_row + v * L) : V{};
@@ -45,7 +52,7 @@ GSSF_INLINE void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int
 template <class A, int R>
 GSSF_INLINE void tiles(const Product<A>& p, int64_t first, const A* a, const A* b, int64_t depth, A* c, int64_t width,
                        bool add) {
-  constexpr int64_t L = Simd<A>::lanes;
+  constexpr int64_t L = Register<A>::lanes;
   for (; first + R <= p.n; first += R) {
     const A* rows = a + first * p.a_row;
     for (int64_t j = 0; j < width; j += kTileVectors * L) {
