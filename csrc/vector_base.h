@@ -1,5 +1,15 @@
 // Loads, stores, conversions, a dot product and an exponential. See isa.h.
 
+// Vectors of one register each, for what has to stay in registers: the compiler keeps the parts of wider ones in
+// memory.
+template <class A>
+struct Register {
+  using Lane = typename Simd<A>::Lane;
+  typedef A Vector __attribute__((vector_size(kRegisterBytes)));
+  typedef Lane Index __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int64_t lanes = kRegisterBytes / sizeof(A);
+};
+
 template <class V>
 GSSF_INLINE V load(const void* p) {
   V v;
@@ -51,19 +61,23 @@ GSSF_INLINE auto sum_lanes(const V& v) {
   return total;
 }
 
-// Sum of x[k] * y[k] in A, for x and y already in A.
+// Sum of x[k] * y[k] in A, for x and y already in A. Its bits are the same with registers of any size.
 template <class A>
 GSSF_INLINE A dot(const A* x, const A* y, int64_t n) {
-  using V = typename Simd<A>::Vector;
-  constexpr int64_t L = Simd<A>::lanes;
-  V sum0{}, sum1{};
+  using V = typename Register<A>::Vector;
+  constexpr int64_t L = Register<A>::lanes, kStep = Simd<A>::lanes, kParts = kStep / L;
+  V sum[2 * kParts] = {};
+  const auto add = [&](int64_t k, int64_t parts) {
+    for (int64_t v = 0; v < parts; ++v) sum[v] += load<V>(x + k + v * L) * load<V>(y + k + v * L);
+  };
   int64_t k = 0;
-  for (; k + 2 * L <= n; k += 2 * L) {
-    sum0 += load<V>(x + k) * load<V>(y + k);
-    sum1 += load<V>(x + k + L) * load<V>(y + k + L);
+  for (; k + 2 * kStep <= n; k += 2 * kStep) add(k, 2 * kParts);
+  for (; k + kStep <= n; k += kStep) add(k, kParts);
+  A total = 0;
+  for (int64_t v = 0; v < kParts; ++v) {
+    const V both = sum[v] + sum[v + kParts];
+    for (int64_t l = 0; l < L; ++l) total = v == 0 && l == 0 ? both[0] : total + both[l];
   }
-  for (; k + L <= n; k += L) sum0 += load<V>(x + k) * load<V>(y + k);
-  A total = sum_lanes(sum0 + sum1);
   for (; k < n; ++k) total += x[k] * y[k];
   return total;
 }
@@ -89,10 +103,9 @@ struct ExpOf<double> {
 
 // e^x for x <= 0, to an ulp or two: x = n log 2 + r, |r| <= log 2 / 2, and Taylor's series of e^r. 0 where it would
 // be subnormal; NaN stays NaN.
-template <class A>
-GSSF_INLINE typename Simd<A>::Vector exp_of(const typename Simd<A>::Vector& x) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
+template <class A, class V>
+GSSF_INLINE V exp_of(const V& x) {
+  using I = decltype(x < x);
   using E = ExpOf<A>;
   constexpr double inverse_factorial[] = {
       1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,

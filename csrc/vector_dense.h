@@ -4,7 +4,7 @@
 // p[0:count], at most a vector; the other lanes are zero.
 template <class V, class A>
 GSSF_INLINE V load_lanes(const A* p, int64_t count) {
-  if (count >= Simd<A>::lanes) return load<V>(p);
+  if (count >= Register<A>::lanes) return load<V>(p);
   V v{};
   std::memcpy(&v, p, count * sizeof(A));
   return v;
@@ -12,29 +12,30 @@ GSSF_INLINE V load_lanes(const A* p, int64_t count) {
 
 template <class V, class A>
 GSSF_INLINE void store_lanes(A* p, const V& v, int64_t count) {
-  if (count >= Simd<A>::lanes) store(p, v);
+  if (count >= Register<A>::lanes) store(p, v);
   else std::memcpy(p, &v, count * sizeof(A));
 }
 
 template <class A>
-GSSF_INLINE typename Simd<A>::Index lane_numbers() {
-  typename Simd<A>::Index lane;
-  for (int64_t k = 0; k < Simd<A>::lanes; ++k) lane[k] = static_cast<typename Simd<A>::Lane>(k);
+GSSF_INLINE typename Register<A>::Index lane_numbers() {
+  typename Register<A>::Index lane;
+  for (int64_t k = 0; k < Register<A>::lanes; ++k) lane[k] = static_cast<typename Register<A>::Lane>(k);
   return lane;
 }
 
 // e^x, and +inf for x > -kLeast; x is positive only where the maximum is infinite.
 template <class A>
-GSSF_INLINE typename Simd<A>::Vector exp_of_any(const typename Simd<A>::Vector& x) {
-  using V = typename Simd<A>::Vector;
+GSSF_INLINE typename Register<A>::Vector exp_of_any(const typename Register<A>::Vector& x) {
+  using V = typename Register<A>::Vector;
   return x > -ExpOf<A>::kLeast ? V{} + std::numeric_limits<A>::infinity() : exp_of<A>(x);
 }
 
 // t of scores, and dt/ds into slope; weights that depend on s are constant to autograd.
 template <Score kScore, class A>
-GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, const typename Simd<A>::Index& positive,
-                                           const std::array<A, 3>& constants, typename Simd<A>::Vector& slope) {
-  using V = typename Simd<A>::Vector;
+GSSF_INLINE typename Register<A>::Vector logit(const typename Register<A>::Vector& s,
+                                               const typename Register<A>::Index& positive,
+                                               const std::array<A, 3>& constants, typename Register<A>::Vector& slope) {
+  using V = typename Register<A>::Vector;
   if constexpr (kScore == Score::scaled) {
     slope = V{} + constants[0];
     return constants[0] * s;
@@ -54,15 +55,15 @@ GSSF_INLINE typename Simd<A>::Vector logit(const typename Simd<A>::Vector& s, co
 // For the scores of row i from column j on: which are positives, and which count for their row and for their column.
 template <class A>
 struct Members {
-  typename Simd<A>::Index positive, row, col;
+  typename Register<A>::Index positive, row, col;
 };
 
 template <Score kScore, class A>
-GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, const typename Simd<A>::Vector& s) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, const typename Register<A>::Vector& s) {
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   const I lane = lane_numbers<A>();
   I inside = tile.m - j >= L ? I{} - 1 : lane < static_cast<Lane>(tile.m - j);
   if constexpr (classes(kScore) == 1) return {I{}, inside, inside};
@@ -83,9 +84,9 @@ GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, c
 // Maxima of t over the rows and columns of one tile, by class, and Σ e^(t - maximum).
 template <Score kScore, class A>
 GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kScore)>& out) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  constexpr int64_t L = Register<A>::lanes;
   constexpr int C = classes(kScore);
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const int64_t n = tile.n, m = tile.m;
@@ -158,10 +159,10 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
 // difference is exact where e^… is not small, and the logarithm is small. products [n] = Σ of it times s per row.
 template <Score kScore, class A>
 GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, const Softmax<A>& cols, A* products) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   constexpr int C = classes(kScore);
   const auto lane = lane_numbers<A>();
   for (int64_t i = 0; i < tile.n; ++i) {
@@ -208,8 +209,8 @@ GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, 
 
 // log(1 + e) for e in [0, 1], to an ulp or two: 2 artanh(z), z = e / (2 + e) <= 1/3, by its series.
 template <class A>
-GSSF_INLINE typename Simd<A>::Vector log1p_of(const typename Simd<A>::Vector& e) {
-  using V = typename Simd<A>::Vector;
+GSSF_INLINE typename Register<A>::Vector log1p_of(const typename Register<A>::Vector& e) {
+  using V = typename Register<A>::Vector;
   constexpr int kTerms = sizeof(A) == 4 ? 8 : 17;
   const V z = e / (e + A(2)), square = z * z;
   V p = V{} + A(1) / A(2 * kTerms + 1);
@@ -219,8 +220,9 @@ GSSF_INLINE typename Simd<A>::Vector log1p_of(const typename Simd<A>::Vector& e)
 
 // f(t), and its derivative into slope. NaN stays NaN.
 template <Kind kKind, class A>
-GSSF_INLINE typename Simd<A>::Vector pointwise(const typename Simd<A>::Vector& t, typename Simd<A>::Vector& slope) {
-  using V = typename Simd<A>::Vector;
+GSSF_INLINE typename Register<A>::Vector pointwise(const typename Register<A>::Vector& t,
+                                                   typename Register<A>::Vector& slope) {
+  using V = typename Register<A>::Vector;
   const V zero{}, one = zero + A(1);
   if constexpr (kKind == Kind::hinge) {
     slope = t < zero ? zero : one;
@@ -240,10 +242,10 @@ GSSF_INLINE typename Simd<A>::Vector pointwise(const typename Simd<A>::Vector& t
 
 template <Kind kKind, class A>
 GSSF_INLINE void sum_tile(const SumTile<A>& tile, Sums<A>& out) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   const auto lane = lane_numbers<A>();
   const auto first_lanes = [&](int64_t count) {
     return count >= L ? I{} - 1 : count <= 0 ? I{} : lane < static_cast<Lane>(count);
@@ -308,10 +310,10 @@ GSSF_INLINE void sum_tile_of_kind(Kind kind, const SumTile<A>& tile, Sums<A>& ou
 
 template <Kind kKind, class A>
 GSSF_INLINE void relation_tile(const RelationTile<A>& tile, RelationSums<A>& out) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   const auto lane = lane_numbers<A>();
   const V one = V{} + A(1), two = V{} + A(2);
   for (int64_t i = 0; i < tile.n; ++i) {

@@ -9,12 +9,12 @@ GSSF_INLINE auto displaces(const T& v, const T& m) {
 // Row and column maxima of s [n, m]. Unless col_id is null, scores of equal row_id and col_id first become -inf. The
 // padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
 template <class A>
-GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
-                             const typename Simd<A>::Lane* col_id, TileMaxima<A>& out) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Register<A>::Lane* row_id,
+                             const typename Register<A>::Lane* col_id, TileMaxima<A>& out) {
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   constexpr A kNone = -std::numeric_limits<A>::infinity();
   const V none = V{} + kNone;
   I lane;

@@ -1,12 +1,5 @@
 // Matrix products: c [n, m] = a [n, k] b with b in panels (types.h). See isa.h.
 
-// Vectors of one register each: the compiler keeps the parts of wider ones in memory.
-template <class A>
-struct Register {
-  typedef A Vector __attribute__((vector_size(kRegisterBytes)));
-  static constexpr int64_t lanes = kRegisterBytes / sizeof(A);
-};
-
 // A register tile: kTileRows rows of kTileVectors vectors, the sums of a chain. Other registers hold kTileVectors
 // vectors of a row of b, and an element of a. The sums of all chains are in registers too if there are so many.
 constexpr int kTileVectors = 2;

@@ -4,8 +4,8 @@
 template <class A, int R, int NV>
 GSSF_INLINE void product_tile(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb,
                               int64_t depth, int64_t last) {
-  using V = typename Simd<A>::Vector;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  constexpr int64_t L = Register<A>::lanes;
   V sum[R][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
     V row[NV];
@@ -24,18 +24,22 @@ GSSF_INLINE void product_tile(A* c, int64_t ldc, const A* a, int64_t a_row, int6
     }
 }
 
+constexpr int kProjectRows = kRegisters >= 32 ? 8 : 6;  // of a register tile
+
 // c [m, n] += a [m, depth] b [depth, n], a by strides. Reads of b run up to a vector past its rows' ends.
 template <class A>
 GSSF_INLINE void add_product(A* c, int64_t ldc, const A* a, int64_t a_row, int64_t a_depth, const A* b, int64_t ldb,
                              int64_t m, int64_t depth, int64_t n) {
-  constexpr int64_t L = Simd<A>::lanes;
+  constexpr int64_t L = Register<A>::lanes;
   for (int64_t j = 0; j < n;) {
     const bool two = n - j > L;
     const int64_t last = std::min(L, n - j - (two ? L : 0));
     int64_t i = 0;
-    for (; i + 8 <= m; i += 8) {
-      if (two) product_tile<A, 8, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
-      else product_tile<A, 8, 1>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
+    for (; i + kProjectRows <= m; i += kProjectRows) {
+      if (two)
+        product_tile<A, kProjectRows, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
+      else
+        product_tile<A, kProjectRows, 1>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);
     }
     for (; i < m; ++i) {
       if (two) product_tile<A, 1, 2>(c + i * ldc + j, ldc, a + i * a_row, a_row, a_depth, b + j, ldb, depth, last);

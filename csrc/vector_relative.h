@@ -2,11 +2,11 @@
 
 // Adds the lanes of v that `member` marks to the sums of an anchor whose maximum is `maximum`.
 template <class A, bool kDistances>
-GSSF_INLINE void add_terms(const typename Simd<A>::Vector& v, const typename Simd<A>::Vector& maximum,
-                           const typename Simd<A>::Index& member, A beta, typename Simd<A>::Vector& sum,
-                           typename Simd<A>::Index& count, typename Simd<A>::Index& ties) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
+GSSF_INLINE void add_terms(const typename Register<A>::Vector& v, const typename Register<A>::Vector& maximum,
+                           const typename Register<A>::Index& member, A beta, typename Register<A>::Vector& sum,
+                           typename Register<A>::Index& count, typename Register<A>::Index& ties) {
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
   count -= member;
   if constexpr (kDistances) {
     const I tie = member & (v == maximum);
@@ -22,10 +22,10 @@ GSSF_INLINE void add_terms(const typename Simd<A>::Vector& v, const typename Sim
 template <class A, bool kDistances>
 GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, A beta,
                             TileTerms<A>& out) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  using Lane = typename Simd<A>::Lane;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  using Lane = typename Register<A>::Lane;
+  constexpr int64_t L = Register<A>::lanes;
   I lane;
   for (int64_t k = 0; k < L; ++k) lane[k] = static_cast<Lane>(k);
 
