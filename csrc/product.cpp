@@ -12,6 +12,7 @@ using at::Tensor;
 
 // The most rows and columns of c per task: its rows of a and panels of b fit in the L2 cache together.
 constexpr int64_t kTaskRows = 256, kTaskCols = 256;
+constexpr int64_t kRowStep = 12;  // a task's rows are whole register tiles, of 4 or 6 rows
 
 Tensor pack(const Tensor& y, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(y.dim() == 2 && at::isFloatingType(y.scalar_type()), "pack: expected a matrix, got ", y.sizes());
@@ -50,6 +51,12 @@ void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
     const auto tasks = [&] { return ceil_div(n, rows) * ceil_div(m, cols); };
     while (tasks() < 4 * at::get_num_threads() && cols > P) cols /= 2;
     while (tasks() < 4 * at::get_num_threads() && rows > 64) rows /= 2;
+    // Of one size, for threads get equal numbers of them.
+    const auto even = [](int64_t count, int64_t most, int64_t step) {
+      const int64_t parts = std::max<int64_t>(ceil_div(count, most), 1);
+      return std::max(ceil_div(ceil_div(count, parts), step) * step, step);
+    };
+    rows = even(n, rows, kRowStep), cols = even(m, cols, P);
     const int64_t across = ceil_div(m, cols);
     // If channels of x are not adjacent, kDepth channels at a time are copied.
     const bool columns = x.stride(1) != 1 && n > 1;

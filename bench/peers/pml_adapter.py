@@ -64,11 +64,20 @@ def sum_hinge():
     return variant
 
 
+def _no_normalization():
+    """Products of rows as they are. The default normalises them, and its gradient is orthogonal to each row."""
+    from pytorch_metric_learning.distances import CosineSimilarity
+
+    distance = CosineSimilarity()  # which the losses insist on, and which takes no other choice
+    distance.normalize_embeddings = False
+    return distance
+
+
 def circle():
     from pytorch_metric_learning.losses import CircleLoss
     from pytorch_metric_learning.reducers import MeanReducer
 
-    loss = CircleLoss(m=labels.MARGIN, gamma=labels.SCALE, reducer=MeanReducer())
+    loss = CircleLoss(m=labels.MARGIN, gamma=labels.SCALE, distance=_no_normalization(), reducer=MeanReducer())
     return lambda problem: loss(problem.x, problem.places)
 
 
@@ -76,7 +85,9 @@ def _multi_similarity():
     from pytorch_metric_learning.losses import MultiSimilarityLoss
     from pytorch_metric_learning.reducers import MeanReducer
 
-    return MultiSimilarityLoss(labels.ALPHA, labels.BETA, labels.BASE, reducer=MeanReducer())
+    return MultiSimilarityLoss(
+        labels.ALPHA, labels.BETA, labels.BASE, distance=_no_normalization(), reducer=MeanReducer()
+    )
 
 
 def multi_similarity():
@@ -87,7 +98,7 @@ def multi_similarity():
 def multi_similarity_mined():
     from pytorch_metric_learning.miners import MultiSimilarityMiner
 
-    loss, miner = _multi_similarity(), MultiSimilarityMiner(labels.EPSILON)
+    loss, miner = _multi_similarity(), MultiSimilarityMiner(labels.EPSILON, distance=_no_normalization())
     return lambda problem: loss(problem.x, problem.places, miner(problem.x, problem.places))
 
 
