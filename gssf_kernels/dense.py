@@ -79,14 +79,16 @@ def keeps(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
 
 
-def halves(n: int, limit: int, step: int) -> Iterable[tuple[int, int]]:
-    """(first row, rows) of each chunk of a symmetric s [n, n]: a multiple of ``step`` rows, at most ``limit`` scores.
+def halves(n: int, limit: int, step: int, most: int) -> Iterable[tuple[int, int]]:
+    """(first row, rows) of each chunk of a symmetric s [n, n].
+
+    Rows are a multiple of ``step``, at most ``most``, with at most ``limit`` scores; but at least ``step``.
 
     `explain` replaces this function, as it does `plan.starts`, and runs only a few of the chunks.
     """
     first = 0
     while first < n:
-        count = min(max(limit // (n - first) // step, 1) * step, n - first)
+        count = min(max(min(limit // (n - first), most) // step, 1) * step, n - first)
         yield first, count
         first += count
 
@@ -112,19 +114,21 @@ def triangle(inputs: Sequence[Tensor], visit: Callable[[list[Tensor], int], None
     rights = [Right(x.mT, dtype) for x in lefts]
     x, channels = lefts[0], Right(lefts[0], dtype) if need else None
     limit = max(2 * chunk_rows(x, x) * n // (1 + len(inputs)), 1)  # scores of a chunk of one s_k
+    most = max(plan.SQUARE_ROWS.get(_checks.device_type(x), n), n // 16)
     step = max(right.width for right in rights)
     buffers = x.new_empty(len(inputs), min(max(limit, step * n), n * n), dtype=dtype)
     dx = x.new_zeros(x.shape, dtype=dtype) if need else None
-    for first, count in halves(n, limit, step):
+    for first, count in halves(n, limit, step, most):
         width, rows = n - first, slice(first, first + count)
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):
-            right.after(column=first).product(left[rows], s)
+            right.part(column=first).product(left[rows], s)
         visit(scores, first)
         if channels is not None and dx is not None:
             ds = gradient(scores[0], x)
-            channels.after(row=first).product(ds, dx[rows], add=True)
-            Right(x[rows], dtype).product(ds[:, count:].mT, dx[rows.stop :], add=True)
+            channels.part(row=first).product(ds, dx[rows], add=True)
+            if rows.stop < n:
+                channels.part(row=first, stop=rows.stop).product(ds[:, count:].mT, dx[rows.stop :], add=True)
     return dx
 
 
@@ -163,13 +167,13 @@ class Right:
         rough = dtype == torch.float32 and fp32_products(_checks.device_type(y)) == "bf16"
         unit = on_bf16_unit(y)
         self.packed = unit or (_checks.device_type(y) == "cpu" and EXTENSION_ERROR is None and not rough)
-        self.width = 64 if unit else 32  # `after` takes multiples of it
+        self.width = 64 if unit else 32  # `part` takes multiples of it
         self.y = torch.ops.gssf.pack(y, y.dtype if unit else dtype) if self.packed else operand(y, dtype)
 
-    def after(self, row: int = 0, column: int = 0) -> "Right":
-        """y[row:, column:], not copied. Both are multiples of ``width``."""
+    def part(self, row: int = 0, stop: int | None = None, column: int = 0) -> "Right":
+        """y[row:stop, column:], not copied. All are multiples of ``width``."""
         part = copy.copy(self)
-        part.y = self.y[column // self.y.shape[2] :, row:] if self.packed else self.y[row:, column:]
+        part.y = self.y[column // self.y.shape[2] :, row:stop] if self.packed else self.y[row:stop, column:]
         return part
 
     def product(self, x: Tensor, out: Tensor, add: bool = False) -> None:

@@ -40,6 +40,8 @@ ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # for other dtypes PyTorch's pro
 # 3 % longer, and twice as much was not faster. A GPU needs larger chunks to be busy.
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
+# The most rows of a chunk of a symmetric s, or N / 16: half of the square on the diagonal is computed twice.
+SQUARE_ROWS = {"cpu": 256}
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 

@@ -90,7 +90,7 @@ def test_parts_of_a_packed_factor(dtype):
     x, y = torch.randn(9, 140).to(dtype), torch.randn(140, 200).to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     row = 64 if dtype == BF16 else 11
-    part, out = Right(y, wide).after(row=row, column=64), torch.empty(9, 136, dtype=wide)
+    part, out = Right(y, wide).part(row=row, column=64), torch.empty(9, 136, dtype=wide)
     part.product(dense.operand(x[:, row:], wide), out)
     torch.testing.assert_close(out, (x[:, row:].double() @ y[row:, 64:].double()).to(wide), rtol=1e-4, atol=1e-4)
 

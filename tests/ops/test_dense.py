@@ -10,6 +10,7 @@ import torch
 from dense_cases import LOSSES, SCALARS, X, Y, assert_same, leaves, sample, value_and_gradients
 
 import gssf_kernels as gk
+from gssf_kernels import dense
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -101,3 +102,26 @@ def test_sides_are_checked(name):
         LOSSES[name](X, torch.randn(6, 9), *SCALARS[name])
     with pytest.raises(TypeError, match=rf"^{which[1]}: expected .*torch.float32"):
         LOSSES[name](X, Y.double(), *SCALARS[name])
+
+
+@pytest.mark.parametrize(("n", "limit", "most"), [(700, 1 << 22, 256), (1000, 40_000, 256), (33, 1, 1), (0, 9, 9)])
+def test_a_triangles_chunks_are_all_rows_once(n, limit, most):
+    chunks = list(dense.halves(n, limit, 32, most))
+    assert [first for first, _ in chunks] == [sum(count for _, count in chunks[:k]) for k in range(len(chunks))]
+    assert sum(count for _, count in chunks) == n
+    for first, count in chunks:
+        assert first % 32 == 0  # as `Right.part` needs
+        assert count <= max(most, 32)
+        assert count * (n - first) <= limit or count <= 32
+
+
+def test_no_square_of_a_symmetric_matrix_is_large():
+    """Its half is computed twice: of 1,024 rows, a quarter of half the matrix at most, not all of it."""
+    scores = 0
+
+    def visit(parts, first):
+        nonlocal scores
+        scores += parts[0].numel()
+
+    dense.triangle((torch.randn(1024, 8),), visit, False)
+    assert scores <= 1.25 * 1024 * 1025 / 2
