@@ -119,16 +119,16 @@ def _terms() -> Iterator[Case]:
     goals = [f"goal {triplet} {pair}" for triplet in ("con", "nca", "cir") for pair in ("con", "lin", "sig")]
     every = [(formula, "sum") for formula in goals]
     every += [("goal nca con", "none"), ("goal cir sig", "mean")]
-    every += [(formula, reduction) for reduction in ("sum", "mean", "none") for formula in ("hinge", *CONTRAST)]
+    every += [(formula, reduction) for reduction in ("sum", "mean", "none") for formula in ("hinge", *INFO_NCE)]
     for formula, reduction in every:
         call = formula.partition(",")[0], _statistics(formula, reduction), _constants(formula), reduction
-        kernels: tuple[str, ...] = ("line_terms_kernel",)
-        yield Case(f"line_terms {formula} {reduction}", OPS["line_terms"].on_cuda, partial(tuple, call), kernels)
+        kernels: tuple[str, ...] = ("anchor_terms_kernel",)
+        yield Case(f"anchor_terms {formula} {reduction}", OPS["anchor_terms"].on_cuda, partial(tuple, call), kernels)
     for formula, reduction in (*every, *(("weights", reduction) for reduction in ("sum", "mean", "none"))):
         grad = torch.zeros(_anchors(reduction) if reduction == "none" else ())
         call = formula.partition(",")[0], _statistics(formula, reduction), _constants(formula), reduction
-        make, kernels = partial(tuple, (grad, *call)), ("line_terms_backward_kernel",)
-        yield Case(f"line_terms_backward {formula} {reduction}", OPS["line_terms_backward"].on_cuda, make, kernels)
+        make, kernels = partial(tuple, (grad, *call)), ("anchor_terms_backward_kernel",)
+        yield Case(f"anchor_terms_backward {formula} {reduction}", OPS["anchor_terms_backward"].on_cuda, make, kernels)
     for formula, reduction in every:
         if formula.startswith("goal"):
             options = (formula, _constants(formula), reduction)
@@ -137,7 +137,7 @@ def _terms() -> Iterator[Case]:
             yield Case(name, launcher, make, ("sweep_kernel", "merge_kernel"))
 
 
-CONTRAST = ("contrast, both targets", "contrast, one target", "contrast, rows")
+INFO_NCE = ("info_nce, both targets", "info_nce, one target", "info_nce, rows")
 
 
 def _anchors(reduction: str) -> int:
@@ -152,10 +152,10 @@ def _statistics(formula: str, reduction: str) -> list[torch.Tensor | None]:
     n = _anchors(reduction)
     if formula == "weights":
         return [torch.zeros(4, n), torch.zeros(n + 7)]
-    if not formula.startswith("contrast"):
+    if not formula.startswith("info_nce"):
         return [*zeros(n, n, n + 7)]
     rows, cols = zeros(n, n, n), zeros(n + 7, n + 7, n)
-    shown = {"contrast, both targets": 3, "contrast, one target": 2, "contrast, rows": 0}[formula]
+    shown = {"info_nce, both targets": 3, "info_nce, one target": 2, "info_nce, rows": 0}[formula]
     return [*rows, *cols[:shown], *[None] * (3 - shown)]
 
 

@@ -22,7 +22,7 @@ import torch
 from bench.calls import CASES
 from bench.case import PRODUCTS, Case
 
-RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "contrast", "none")
+RAGGED = ("ragged", "b=3", "b=16", "blocks alone", "D=100", "columns", "rows", "hinge", "info_nce", "none")
 FIRST = {"gradients_kernel", "relation_loss_kernel"}  # tiles.GRADIENTS: 4 warps, BK = 32
 FIRST_SWEEP = "hardest_negatives narrow"  # the persistent sweep of 4 warps; BK = 32 in tf32
 TENSOR_CORES = ("bf16", "tf32", "fp16")

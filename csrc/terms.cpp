@@ -1,4 +1,4 @@
-// gssf::line_terms and its gradient on the CPU: see gssf_kernels/ops/terms.py.
+// gssf::anchor_terms and its gradient on the CPU: see gssf_kernels/ops/terms.py.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <torch/library.h>
@@ -185,13 +185,13 @@ struct LogSums {
   }
 };
 
-Tensor contrast_terms(const Statistics& statistics, const Reduction& how) {
+Tensor info_nce_terms(const Statistics& statistics, const Reduction& how) {
   const LogSums sums(statistics);
   const Tensor row_max = sums.at_least(statistics, 0, "row_max");
   const Tensor row_target = sums.at_least(statistics, 2, "row_target");
   const Tensor col_max = sums.both ? sums.at_least(statistics, 3, "col_max") : row_max;
   const Tensor col_target = sums.both && !sums.shared ? sums.at_least(statistics, 5, "col_target") : row_target;
-  return AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "line_terms", [&] {
+  return AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "anchor_terms", [&] {
     using A = scalar_t;
     const A *rm = row_max.const_data_ptr<A>(), *rl = sums.row_log.const_data_ptr<A>();
     const A *rt = row_target.const_data_ptr<A>(), *cm = col_max.const_data_ptr<A>();
@@ -204,11 +204,11 @@ Tensor contrast_terms(const Statistics& statistics, const Reduction& how) {
 }
 
 // Gradients of row_log [N], of either target [N], and of col_log [M], empty without columns.
-Gradients contrast_backward(const Tensor& grad_out, const Statistics& statistics, const Reduction& how) {
+Gradients info_nce_backward(const Tensor& grad_out, const Statistics& statistics, const Reduction& how) {
   const LogSums sums(statistics);
   const Tensor drow = at::empty({sums.n}, sums.row_log.options()), dtarget = at::empty_like(drow);
   const Tensor dcol = at::empty({sums.m}, sums.row_log.options());
-  AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "line_terms_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(sums.row_log.scalar_type(), "anchor_terms_backward", [&] {
     using A = scalar_t;
     const std::vector<A> g = how.gradient<A>(grad_out, sums.n, sums.row_log, A(sums.both ? 2 : 1));
     A *dr = drow.mutable_data_ptr<A>(), *dt = dtarget.mutable_data_ptr<A>(), *dc = dcol.mutable_data_ptr<A>();
@@ -229,7 +229,7 @@ Gradients weights_backward(const Tensor& grad_out, const Statistics& statistics,
   TORCH_CHECK_VALUE(m >= n, "statistics: expected at least ", n, " columns, got ", m);
   const Tensor dpositive = at::empty({n}, weights.options()), drow = at::empty({n}, weights.options());
   const Tensor dcol = at::empty({m}, weights.options());
-  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "line_terms_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(weights.scalar_type(), "anchor_terms_backward", [&] {
     using A = scalar_t;
     const std::vector<A> g = how.gradient<A>(grad_out, n, weights, A(1));
     const A* const w = weights.const_data_ptr<A>();
@@ -244,13 +244,13 @@ Gradients weights_backward(const Tensor& grad_out, const Statistics& statistics,
   return {dpositive, drow, dcol};
 }
 
-Tensor line_terms(std::string_view formula, const Statistics& statistics, at::ArrayRef<double> constants,
-                  std::string_view reduction) {
+Tensor anchor_terms(std::string_view formula, const Statistics& statistics, at::ArrayRef<double> constants,
+                    std::string_view reduction) {
   const Reduction how(reduction);
-  if (formula == "contrast") return contrast_terms(statistics, how);
+  if (formula == "info_nce") return info_nce_terms(statistics, how);
   const Anchors anchors(statistics);
   Tensor out;
-  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "line_terms", [&] {
+  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "anchor_terms", [&] {
     using A = scalar_t;
     const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
     const A* col = anchors.col.const_data_ptr<A>();
@@ -262,15 +262,15 @@ Tensor line_terms(std::string_view formula, const Statistics& statistics, at::Ar
   return out;
 }
 
-Gradients line_terms_backward(const Tensor& grad_out, std::string_view formula, const Statistics& statistics,
-                              at::ArrayRef<double> constants, std::string_view reduction) {
+Gradients anchor_terms_backward(const Tensor& grad_out, std::string_view formula, const Statistics& statistics,
+                                at::ArrayRef<double> constants, std::string_view reduction) {
   const Reduction how(reduction);
-  if (formula == "contrast") return contrast_backward(grad_out, statistics, how);
+  if (formula == "info_nce") return info_nce_backward(grad_out, statistics, how);
   if (formula == "weights") return weights_backward(grad_out, statistics, how);
   const Anchors anchors(statistics);
   const Tensor dpositive = at::empty_like(anchors.positive), drow = at::empty_like(anchors.row);
   const Tensor dcol = at::empty_like(anchors.col);
-  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "line_terms_backward", [&] {
+  AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "anchor_terms_backward", [&] {
     using A = scalar_t;
     const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
     const A* col = anchors.col.const_data_ptr<A>();
@@ -293,8 +293,8 @@ Gradients line_terms_backward(const Tensor& grad_out, std::string_view formula, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("line_terms", line_terms);
-  library.impl("line_terms_backward", line_terms_backward);
+  library.impl("anchor_terms", anchor_terms);
+  library.impl("anchor_terms_backward", anchor_terms_backward);
 }
 
 }  // namespace gssf

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
-from gssf_kernels.ops.info_nce import Options, contrast_loss
+from gssf_kernels.ops.info_nce import Options, info_nce_of_factors
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -70,7 +70,7 @@ def info_nce_loss(
     x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, "x_ids", "y_ids")
     kappa = _checks.scale(scale, x)
 
-    return contrast_loss(x, y, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
+    return info_nce_of_factors(x, y, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
 
 
 class InfoNCELoss(nn.Module):

@@ -9,7 +9,7 @@ from gssf_kernels.ops.hardest import (
     rescored_candidates,
 )
 from gssf_kernels.ops.hardest_terms import hardest_terms
-from gssf_kernels.ops.info_nce import contrast_loss
+from gssf_kernels.ops.info_nce import info_nce_of_factors
 from gssf_kernels.ops.logsumexp import logsumexp_scores
 from gssf_kernels.ops.pairs import pair_scores
 from gssf_kernels.ops.positives import hardest_positives
@@ -21,11 +21,11 @@ __all__ = [
     "anchor_terms",
     "batch_hard_of_factors",
     "batch_hard_terms",
-    "contrast_loss",
     "hardest_negatives",
     "hardest_positives",
     "hardest_terms",
     "hinge_terms",
+    "info_nce_of_factors",
     "logsumexp_scores",
     "pair_scores",
     "paired_hardest_negatives",

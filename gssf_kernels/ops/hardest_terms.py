@@ -90,7 +90,7 @@ def _hardest_terms(call):
         return _relative_goal(call)
     *results, _ = torch.ops.gssf.hardest_negatives(*call[:4])
     statistics = [results[0], results[1], results[3]]
-    loss = torch.ops.gssf.line_terms(call.formula, statistics, call.constants, call.reduction)
+    loss = torch.ops.gssf.anchor_terms(call.formula, statistics, call.constants, call.reduction)
     return loss, *results, loss.new_empty(0)
 
 

@@ -72,7 +72,7 @@ class BackwardCall(NamedTuple):
     kept: Tensor | None = None
 
 
-def contrast_loss(
+def info_nce_of_factors(
     a: Tensor,
     b: Tensor,
     scale: Tensor | float | _checks.Logarithm,
@@ -136,7 +136,7 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
     if call.epsilon and call.symmetric:
         col_target = torch.lerp(col_target, kappa * _mean_scores(b[:count], a), call.epsilon)
     col_statistics = (*cols, None if col_target is row_target else col_target) if call.symmetric else (None, None, None)
-    loss = torch.ops.gssf.line_terms("contrast", [*rows, row_target, *col_statistics], [], call.reduction)
+    loss = torch.ops.gssf.anchor_terms("info_nce", [*rows, row_target, *col_statistics], [], call.reduction)
     return loss, *statistics, row_count, col_count, kept
 
 
@@ -148,7 +148,9 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     one_hot = call.a_ids is None and not call.epsilon  # the target is the positive alone
     col_statistics = (None, call.col_log if call.symmetric else None, None if one_hot else call.row_log)
     statistics = [None, call.row_log, None, *col_statistics]
-    drow, dtarget, dcol = torch.ops.gssf.line_terms_backward(call.grad_out, "contrast", statistics, [], call.reduction)
+    drow, dtarget, dcol = torch.ops.gssf.anchor_terms_backward(
+        call.grad_out, "info_nce", statistics, [], call.reduction
+    )
     dcol, dpositive, target_grads = dcol if call.symmetric else None, dtarget, None
     if not one_hot:
         dpositive, *target_grads = _target_gradients(call, dtarget)

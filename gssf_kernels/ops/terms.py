@@ -3,11 +3,11 @@
 hinge      terms_i = [m + row_i − p_i]₊ + [m + col_i − p_i]₊,      i < N
 goal       terms_i = value(p_i, row_i) + value(p_i, col_i), each 0 where there is no negative
            dL/dp = −w⁺(p, row) − w⁺(p, col),   dL/drow = w⁻(p, row),   dL/dcol = w⁻(p, col)     (``goal.py``)
-contrast   terms_i = ½ [(row_max_i − row_target_i) + row_log_i] + ½ [(col_max_i − col_target_i) + col_log_i]
+info_nce   terms_i = ½ [(row_max_i − row_target_i) + row_log_i] + ½ [(col_max_i − col_target_i) + col_log_i]
 weights    only a backward: the gradients of ``goal`` from weights that the forward has stored
 
 p: positive_score; row, col: the hardest negatives of row i and column i. On a GPU each pass is one launch.
-Sources: VSE++, arXiv 1707.05612 (hinge); GOAL, arXiv 2210.13188; InfoNCE, arXiv 1807.03748 (contrast).
+Sources: VSE++, arXiv 1707.05612 (hinge); GOAL, arXiv 2210.13188; InfoNCE, arXiv 1807.03748 (info_nce).
 """
 
 from collections.abc import Callable
@@ -23,24 +23,24 @@ from gssf_kernels.reference import AnchorStatistics
 
 
 class AnchorTermsCall(NamedTuple):
-    """The arguments of ``line_terms``."""
+    """The arguments of ``anchor_terms``."""
 
-    # "hinge", "goal <triplet> <pair>" or "contrast"
+    # "hinge", "goal <triplet> <pair>" or "info_nce"
     formula: str
     # hinge, goal: positive_score [N], row_score [N], col_score [M], of which the first N count.
-    # contrast: row_max, row_log, row_target [N], col_max, col_log [M], col_target [N]. Without columns (None) the terms
+    # info_nce: row_max, row_log, row_target [N], col_max, col_log [M], col_target [N]. Without columns (None) the terms
     # are those of the rows, not halved. Without col_target, row_target is the target of both directions.
     statistics: list[Tensor | None]
-    constants: list[float]  # hinge: the margin; goal: τ, α, β, λ; contrast: none
+    constants: list[float]  # hinge: the margin; goal: τ, α, β, λ; info_nce: none
     reduction: str
 
 
 class AnchorTermsBackwardCall(NamedTuple):
-    """The arguments of ``line_terms_backward``."""
+    """The arguments of ``anchor_terms_backward``."""
 
     grad_out: Tensor  # [] or [N]
     formula: str  # also "weights"
-    # As in the forward. contrast reads only the lengths of row_log and col_log, and which statistics are None.
+    # As in the forward. info_nce reads only the lengths of row_log and col_log, and which statistics are None.
     # weights: w⁺ and w⁻ of the rows, w⁺ and w⁻ of the columns [4, N], and any vector of M entries.
     statistics: list[Tensor | None]
     constants: list[float]
@@ -65,7 +65,7 @@ def hinge_terms(positive_score: Tensor, row_score: Tensor, col_score: Tensor, ma
 class _AnchorTerms(Function):
     @staticmethod
     def forward(positive_score, row_score, col_score, formula, constants, reduction):
-        return torch.ops.gssf.line_terms(formula, [positive_score, row_score, col_score], constants, reduction)
+        return torch.ops.gssf.anchor_terms(formula, [positive_score, row_score, col_score], constants, reduction)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -80,8 +80,8 @@ class _AnchorTerms(Function):
 
 
 def anchor_term_gradients(grad_out, formula, constants, reduction, *statistics) -> tuple[Tensor, Tensor, Tensor]:
-    """``line_terms_backward`` with the statistics as separate arguments."""
-    return torch.ops.gssf.line_terms_backward(grad_out, formula, list(statistics), constants, reduction)
+    """``anchor_terms_backward`` with the statistics as separate arguments."""
+    return torch.ops.gssf.anchor_terms_backward(grad_out, formula, list(statistics), constants, reduction)
 
 
 def _hinge(call):
@@ -125,7 +125,7 @@ def _goal_backward(dterms, call):
     return -(row_positive + col_positive), drow, _padded(dcol, col_score.shape[0])
 
 
-def _contrast(call):
+def _info_nce(call):
     row_max, row_log, row_target, col_max, col_log, col_target = call.statistics
     terms = (row_max - row_target) + row_log
     if col_log is not None:
@@ -135,7 +135,7 @@ def _contrast(call):
     return terms
 
 
-def _contrast_backward(dterms, call):
+def _info_nce_backward(dterms, call):
     _, row_log, _, _, col_log, col_target = call.statistics
     dterms = dterms.expand(row_log.shape[0])
     drow = dterms.clone() if col_log is None else dterms / 2
@@ -156,10 +156,10 @@ def _padded(gradient, length):
 
 
 # call -> terms [N]
-_TERMS: dict[str, Callable] = {"hinge": _hinge, "goal": _goal, "contrast": _contrast}
+_TERMS: dict[str, Callable] = {"hinge": _hinge, "goal": _goal, "info_nce": _info_nce}
 # (dL/dterms [] or [N], call) -> the gradients with respect to positive_score or row_target [N], rows [N], columns [M]
 _GRADIENTS: dict[str, Callable] = {
-    "hinge": _hinge_backward, "goal": _goal_backward, "contrast": _contrast_backward, "weights": _weights_backward,
+    "hinge": _hinge_backward, "goal": _goal_backward, "info_nce": _info_nce_backward, "weights": _weights_backward,
 }  # fmt: skip
 
 
@@ -183,26 +183,26 @@ def _fake_anchor_terms_backward(call):
         weights, columns = call.statistics
         sizes = (weights.shape[1], weights.shape[1], columns.shape[0])
     else:
-        like, columns = call.statistics[1], call.statistics[4 if call.formula == "contrast" else 2]
+        like, columns = call.statistics[1], call.statistics[4 if call.formula == "info_nce" else 2]
         sizes = (like.shape[0], like.shape[0], 0 if columns is None else columns.shape[0])
     return tuple(call.grad_out.new_empty(size) for size in sizes)
 
 
 register(
-    "line_terms",
+    "anchor_terms",
     AnchorTermsCall,
     "Tensor",
     composite=_anchor_terms,
     fake=_fake_anchor_terms,
-    launcher="terms.line_terms",
+    launcher="terms.anchor_terms",
     plans=plan.kernel,
 )
 register(
-    "line_terms_backward",
+    "anchor_terms_backward",
     AnchorTermsBackwardCall,
     "(Tensor, Tensor, Tensor)",
     composite=_anchor_terms_backward,
     fake=_fake_anchor_terms_backward,
-    launcher="terms.line_terms_backward",
+    launcher="terms.anchor_terms_backward",
     plans=plan.kernel,
 )

@@ -298,7 +298,7 @@ def log_ratio(top, log, target, i, inside):
 
 
 @triton.jit
-def contrast_terms(statistics, constants, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
+def info_nce_terms(statistics, constants, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
     row_max, row_log, row_target, col_max, col_log, col_target = statistics
     terms = log_ratio(row_max, row_log, row_target, i, i < N)
     if col_log is not None:
@@ -311,7 +311,7 @@ def contrast_terms(statistics, constants, i, N, TRIPLET: tl.constexpr, PAIR: tl.
 
 
 @triton.jit
-def contrast_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
+def info_nce_gradients(statistics, constants, g, i, N, TRIPLET: tl.constexpr, PAIR: tl.constexpr):
     """Gradients of row_log, of either target, and of col_log."""
     _, _, _, _, col_log, col_target = statistics
     g = tl.where(i < N, g, 0.0)

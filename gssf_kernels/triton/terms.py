@@ -47,7 +47,7 @@ def upstream(grad_out, stride, i, N, SUM: tl.constexpr, MEAN: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
-def line_terms_kernel(
+def anchor_terms_kernel(
     statistics, out, constants, N, TERMS: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     SUM: tl.constexpr, MEAN: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def line_terms_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "M"])
-def line_terms_backward_kernel(
+def anchor_terms_backward_kernel(
     grad_out, statistics, gradients, constants, grad_out_stride, N, M,
     GRADIENTS: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr,
     BT: tl.constexpr,
@@ -89,7 +89,7 @@ class Formula(NamedTuple):
 FORMULAS = {
     "hinge": Formula(score_functions.hinge, score_functions.hinge_terms, score_functions.hinge_gradients),
     "goal": Formula(score_functions.goal, score_functions.goal_terms, score_functions.goal_gradients),
-    "contrast": Formula(None, score_functions.contrast_terms, score_functions.contrast_gradients),
+    "info_nce": Formula(None, score_functions.info_nce_terms, score_functions.info_nce_gradients),
     "weights": Formula(None, None, score_functions.weights_gradients),
 }
 
@@ -105,7 +105,7 @@ def _contiguous(statistics: list[torch.Tensor | None]) -> tuple[torch.Tensor | N
     return tuple(t.contiguous() if t is not None else None for t in statistics)
 
 
-def line_terms(call: Any, plan: Any) -> torch.Tensor:
+def anchor_terms(call: Any, plan: Any) -> torch.Tensor:
     """Return the terms [N] fp32, or with reduction "sum" or "mean" a scalar; statistics are fp32."""
     statistics = _contiguous(call.statistics)
     formula, modes = formula_of(call.formula)
@@ -115,14 +115,14 @@ def line_terms(call: Any, plan: Any) -> torch.Tensor:
         return like.new_zeros(() if summed else 0)
     out = like.new_empty(() if summed else N)
     with torch.cuda.device_of(like):
-        line_terms_kernel[(1 if summed else triton.cdiv(N, BT),)](
+        anchor_terms_kernel[(1 if summed else triton.cdiv(N, BT),)](
             statistics, out, tuple(call.constants), N, TERMS=formula.terms, **modes,
             SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
 
 
-def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def anchor_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of three statistics, fp32; that of columns is empty where there are none."""
     statistics, summed, BT = call.statistics, call.reduction != "none", tiles.TERMS
     formula, modes = formula_of(call.formula)
@@ -130,7 +130,7 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
         like, columns = statistics[0], statistics[1]
         N, statistics = like.shape[1], statistics[:1]
     else:
-        like, columns = statistics[1], statistics[4 if call.formula == "contrast" else 2]
+        like, columns = statistics[1], statistics[4 if call.formula == "info_nce" else 2]
         N = len(like)
     statistics = _contiguous(statistics)
     M = len(columns) if columns is not None else 0
@@ -138,7 +138,7 @@ def line_terms_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tenso
     columns_grad = like.new_empty(M) if columns is not None else None
     if max(N, M) > 0:
         with torch.cuda.device_of(like):
-            line_terms_backward_kernel[(triton.cdiv(max(N, M), BT),)](
+            anchor_terms_backward_kernel[(triton.cdiv(max(N, M), BT),)](
                 call.grad_out, statistics, (first, second, columns_grad), tuple(call.constants),
                 0 if summed else call.grad_out.stride(0), N, M, GRADIENTS=formula.gradients, **modes,
                 SUM=summed, MEAN=call.reduction == "mean", BT=BT, num_warps=4, num_stages=2,

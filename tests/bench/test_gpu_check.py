@@ -267,6 +267,7 @@ def collected(tmp_path_factory):
         environment = {**os.environ, "CARD": card, "LISTED": str(folder / "listed"), "TRITON_INTERPRET": ""}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
         command = [sys.executable, "-m", "pytest", "-p", "collector", "-p", "no:cacheprovider", "-q", "--collect-only"]
+        command.append("--assert=plain")  # rewriting assertions takes half of the time
         done = subprocess.run([*command, "tests"], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         rows = map(json.loads, (folder / "listed").read_text().splitlines())
@@ -341,14 +342,13 @@ def test_failures_are_kept_by_a_run_that_is_killed(tmp_path):
     while not failures.exists() or failures.read_text().count("== test_planted.py::") < 2:
         assert time.monotonic() < until
         time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=60)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
     text = failures.read_text()
     assert re.search(r"^== test_planted.py::test_fails \(call, \d", text, re.MULTILINE)
     assert "assert (1 + 1) == 3" in text
     assert re.search(r"^== test_planted.py::test_takes_its_process_down \(", text, re.MULTILINE)
     assert "test_passes" not in text
-    assert "2 failed" in said
 
 
 def test_a_file_that_does_not_import_is_a_failure(tmp_path):

@@ -137,7 +137,7 @@ FAULTS = [
     Fault(
         "close: columns past N get a gradient",
         "gssf_kernels/triton/terms.py",
-        "line_terms_backward_kernel",
+        "anchor_terms_backward_kernel",
         "tl.where(i < N, three, 0.0)",
         "g + three",
         tests=CAUGHT_BY,
@@ -191,7 +191,7 @@ FAULTS = [
         tests=CAUGHT_BY,
     ),
     Fault(
-        "sums and contrast: GOAL's columns have the rows' terms",
+        "sums and InfoNCE: GOAL's columns have the rows' terms",
         "gssf_kernels/triton/score_functions.py",
         "both_directions",
         "FUNCTION(p, col, constants",

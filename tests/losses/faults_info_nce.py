@@ -91,7 +91,7 @@ FAULTS = [
     Fault(
         "dense: InfoNCE is the sum of its directions",
         "csrc/terms.cpp",
-        "contrast_terms",
+        "info_nce_terms",
         "+ cl[i])) / 2 :",
         "+ cl[i])) :",
     ),

@@ -15,7 +15,7 @@ FAULTS = [
     Fault(
         "direction: columns give the rows' terms",
         TERMS_CPP,
-        "line_terms",
+        "anchor_terms",
         "function.term(p[i], col[i])",
         "function.term(p[i], row[i])",
         tests=CAUGHT_BY,

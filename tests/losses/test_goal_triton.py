@@ -64,12 +64,12 @@ def check_goal(statistics, triplet, pair, reduction):
     grad = torch.randn(len(statistics[0])) if reduction == "none" else torch.tensor(0.75)
     loss, gradients = goal_truth(statistics, triplet, pair, reduction, grad)
     arguments = f"goal {triplet} {pair}", on_device(*statistics), [*NUMBERS], reduction
-    got = device_ops.line_terms(*arguments)
+    got = device_ops.anchor_terms(*arguments)
     assert got.shape == loss.shape
     size = torch.cat(statistics).nan_to_num(0, 0, 0).square().sum() if reduction == "sum" else 1.0
     torch.testing.assert_close(got.cpu().double(), loss, rtol=4e-6, atol=4e-6 * float(size), equal_nan=True)
     for got, expected, line in zip(
-        device_ops.line_terms_backward(grad.to(DEVICE), *arguments), gradients, statistics, strict=True
+        device_ops.anchor_terms_backward(grad.to(DEVICE), *arguments), gradients, statistics, strict=True
     ):
         assert got.shape == line.shape
         torch.testing.assert_close(got.cpu().double(), expected, rtol=2e-5, atol=1e-7, equal_nan=True)
@@ -89,13 +89,13 @@ def test_goal_of_special_values(triplet, pair):
 def test_goal_takes_expanded_gradients_and_an_empty_batch():
     statistics, formula, numbers = goal_lines(20, 23), "goal nca con", [*NUMBERS]
     on, grad = on_device(*statistics), torch.tensor(0.5).expand(20).to(DEVICE)
-    got = device_ops.line_terms_backward(grad, formula, on, numbers, "none")
+    got = device_ops.anchor_terms_backward(grad, formula, on, numbers, "none")
     for one, expected in zip(got, goal_truth(statistics, "nca", "con", "none", torch.full((20,), 0.5))[1], strict=True):
         torch.testing.assert_close(one.cpu().double(), expected, rtol=2e-5, atol=1e-7)
     nothing = [on[0][:0], on[1][:0], on[2]]
-    assert device_ops.line_terms(formula, nothing, numbers, "mean").tolist() == 0
-    assert device_ops.line_terms(formula, nothing, numbers, "none").shape == (0,)
-    assert not device_ops.line_terms_backward(on[0][0], formula, nothing, numbers, "mean")[2].any()
+    assert device_ops.anchor_terms(formula, nothing, numbers, "mean").tolist() == 0
+    assert device_ops.anchor_terms(formula, nothing, numbers, "none").shape == (0,)
+    assert not device_ops.anchor_terms_backward(on[0][0], formula, nothing, numbers, "mean")[2].any()
 
 
 def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
@@ -104,7 +104,7 @@ def check_hardest_goal(a, b, a_ids, b_ids, triplet, pair, reduction):
     known = device_ops.hardest_negatives(*on)
     for got, expected in zip(results, known, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    expected = device_ops.line_terms(formula, [known[0], known[1], known[3]], [*NUMBERS], reduction)
+    expected = device_ops.anchor_terms(formula, [known[0], known[1], known[3]], [*NUMBERS], reduction)
     assert loss.dtype == torch.float32
     assert loss.shape == expected.shape
     torch.testing.assert_close(loss, expected, rtol=2e-6, atol=1e-6, equal_nan=True)
@@ -147,7 +147,7 @@ def test_what_is_large_or_empty_is_declined(monkeypatch):
 def test_fp64_is_refused():
     x = torch.randn(4, dtype=torch.float64)
     with pytest.raises(TypeError, match="float64"):
-        device_ops.launch("line_terms", "goal con con", [x, x, x], [*NUMBERS], "sum")
+        device_ops.launch("anchor_terms", "goal con con", [x, x, x], [*NUMBERS], "sum")
 
 
 # With relative terms
@@ -170,7 +170,7 @@ def eighths(n, m, d, dtype=torch.float32, ids=False):
 
 def backward_of_weights(grad, weights, columns, reduction):
     """Gradients of the pairs' scores and of the hardest, whose weights [4, N] are known."""
-    return device_ops.line_terms_backward(grad, "weights", [weights, weights.new_empty(columns)], [], reduction)
+    return device_ops.anchor_terms_backward(grad, "weights", [weights, weights.new_empty(columns)], [], reduction)
 
 
 def check_relative_goal(a, b, a_ids, b_ids, triplet, pair, reduction, numbers=RELATIVE_NUMBERS, near=NEAR):
@@ -332,7 +332,7 @@ def test_backward_takes_expanded_gradients():
     got = backward_of_weights(torch.tensor(0.5).expand(20).to(DEVICE), weights, 23, "none")
     for one, known in zip(
         got,
-        torch.ops.gssf.line_terms_backward(torch.tensor(0.5), "weights", [weights.cpu(), torch.empty(23)], [], "sum"),
+        torch.ops.gssf.anchor_terms_backward(torch.tensor(0.5), "weights", [weights.cpu(), torch.empty(23)], [], "sum"),
         strict=True,
     ):
         torch.testing.assert_close(one.cpu(), known)
@@ -401,7 +401,7 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 def test_what_a_metric_launches():
     kernels = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
     assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert kernels[1] == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert kernels[1] == ["anchor_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted
@@ -419,4 +419,4 @@ def test_what_goal_with_relative_terms_launches(pair, reduction, metric):
     )
     sides = ["sides_kernel"] if metric else []
     assert forward == [*sides, "sweep_kernel", "relative_goal_kernel"]
-    assert backward == ["line_terms_backward_kernel", "scan_kernel", *sides]
+    assert backward == ["anchor_terms_backward_kernel", "scan_kernel", *sides]

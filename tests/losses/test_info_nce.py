@@ -179,7 +179,7 @@ def ids_in_common(n, m, ids):
     return (torch.arange(n) % 5 - 2**40, (torch.arange(m) + 1) % 7 - 2**40) if ids else (None, None)
 
 
-class Contrast:
+class OpCall:
     """A call of `info_nce` and its truth in fp64, by the definition."""
 
     def __init__(self, n, m, d, dtype, reduction="mean", ids=False, epsilon=0.0, symmetric=True, learnable=True,
@@ -253,8 +253,8 @@ class Contrast:
 @every_reduction
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("n", "m", "d"), PAIRED)
-def test_contrast(n, m, d, symmetric, reduction, dtype):
-    Contrast(n, m, d, dtype, reduction, symmetric=symmetric, learnable=n % 2 == 0).check()
+def test_op(n, m, d, symmetric, reduction, dtype):
+    OpCall(n, m, d, dtype, reduction, symmetric=symmetric, learnable=n % 2 == 0).check()
 
 
 @few
@@ -262,36 +262,36 @@ def test_contrast(n, m, d, symmetric, reduction, dtype):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("ids", "epsilon"), [(True, 0.0), (False, 0.25), (True, 0.25)])
 @pytest.mark.parametrize(("n", "m", "d"), PAIRED)
-def test_contrast_of_soft_targets(n, m, d, ids, epsilon, symmetric, dtype):
-    Contrast(n, m, d, dtype, "none" if n == 33 else "mean", ids, epsilon, symmetric, learnable=n % 2 == 1).check()
+def test_op_of_soft_targets(n, m, d, ids, epsilon, symmetric, dtype):
+    OpCall(n, m, d, dtype, "none" if n == 33 else "mean", ids, epsilon, symmetric, learnable=n % 2 == 1).check()
 
 
 @few
 @every_dtype
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("n", [1, 16, 33, 50])
-def test_contrast_of_one_side_twice(n, symmetric, dtype):
-    Contrast(n, n, 24, dtype, symmetric=symmetric, twice=True).check()
-    Contrast(n, n, 24, dtype, "none", True, 0.1, symmetric, twice=True).check()
+def test_op_of_one_side_twice(n, symmetric, dtype):
+    OpCall(n, n, 24, dtype, symmetric=symmetric, twice=True).check()
+    OpCall(n, n, 24, dtype, "none", True, 0.1, symmetric, twice=True).check()
 
 
 @few
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
-def test_what_is_not_wanted_of_contrast_is_empty(needs):
-    Contrast(33, 50, 24, torch.float32).check(needs=needs)
+def test_what_is_not_wanted_of_the_op_is_empty(needs):
+    OpCall(33, 50, 24, torch.float32).check(needs=needs)
 
 
 @few
-def test_contrast_of_a_logarithm():
+def test_op_of_a_logarithm():
     for dtype in DTYPES:
-        Contrast(33, 50, 24, dtype, ids=True).check(logarithm=True)
+        OpCall(33, 50, 24, dtype, ids=True).check(logarithm=True)
 
 
 @few
-def test_contrast_takes_expanded_gradients_and_small_ones():
+def test_op_takes_expanded_gradients_and_small_ones():
     for dtype in DTYPES:
-        Contrast(33, 50, 24, dtype, "none").check(expanded=True)
-        call = Contrast(33, 50, 24, dtype)
+        OpCall(33, 50, 24, dtype, "none").check(expanded=True)
+        call = OpCall(33, 50, 24, dtype)
         call.a, call.b = call.a / 512, call.b * 512
         call.check(needs=(True, False, True), size=1e-6)
 
@@ -300,9 +300,9 @@ def test_contrast_takes_expanded_gradients_and_small_ones():
 @every_reduction
 @pytest.mark.parametrize("special", [INF, -INF, NAN])
 @pytest.mark.parametrize("place", ["row", "column", "extra column"])
-def test_contrast_of_special_values(place, special, reduction):
+def test_op_of_special_values(place, special, reduction):
     for ids in (False, True):
-        call = Contrast(40, 70, 8, torch.float32, reduction, ids)
+        call = OpCall(40, 70, 8, torch.float32, reduction, ids)
         call.a[:, 0], call.b[:, 0] = call.a[:, 0].abs(), call.b[:, 0].abs()
         (call.a if place == "row" else call.b)[{"row": 17, "column": 33, "extra column": 66}[place], 0] = special
         (value, *_), _ = call.run()
@@ -313,9 +313,9 @@ def test_contrast_of_special_values(place, special, reduction):
 
 
 @few
-def test_contrast_of_a_trained_model_keeps_a_small_loss():
+def test_op_of_a_trained_model_keeps_a_small_loss():
     """A difference of large numbers, of which nothing may be left but what they differ by."""
-    call = Contrast(40, 50, 8, torch.float32, "none")
+    call = OpCall(40, 50, 8, torch.float32, "none")
     call.a = torch.nn.functional.normalize(call.a, dim=1)
     call.b[:40] = call.a
     call.b[40:] = torch.nn.functional.normalize(call.b[40:], dim=1)
@@ -332,7 +332,7 @@ def test_contrast_of_a_trained_model_keeps_a_small_loss():
 def test_what_is_too_large_or_empty_is_declined(monkeypatch):
     monkeypatch.setattr(plan, "SMALL", 40 * 50)
     for n, m, declined in ((40, 50, False), (40, 51, True), (0, 5, True)):
-        call = Contrast(n, m, 8, torch.float32)
+        call = OpCall(n, m, 8, torch.float32)
         inputs = (call.a, call.b, call.scale, 1.0, None, None, *call.options)
         assert (device_ops.route("info_nce", *inputs) == "composite") == declined
         statistics = [torch.zeros(size) for size in (n, n, m, m, 0, 0)]
@@ -342,7 +342,7 @@ def test_what_is_too_large_or_empty_is_declined(monkeypatch):
 
 @few
 def test_the_same_inputs_give_the_same_bits():
-    call = Contrast(50, 97, 24, torch.float32, ids=True, epsilon=0.1)
+    call = OpCall(50, 97, 24, torch.float32, ids=True, epsilon=0.1)
     grad = torch.ones(())
     for x, y in zip(*((*results, *gradients) for results, gradients in (call.run(grad), call.run(grad))), strict=True):
         assert torch.equal(x, y)
@@ -352,7 +352,7 @@ def test_the_same_inputs_give_the_same_bits():
 @pytest.mark.parametrize("sides", ["both", "both of one target", "rows"])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize(("N", "M"), [(1, 1), (7, 9), (70, 100)])
-def test_contrast_terms(N, M, reduction, sides):
+def test_terms_of_statistics(N, M, reduction, sides):
     statistics = [torch.randn(n) for n in (N, N, N, M, M, N)]
     both, shared = sides != "rows", sides == "both of one target"
     statistics = [*statistics[:5], None] if shared else statistics if both else [*statistics[:3], None, None, None]
@@ -364,10 +364,10 @@ def test_contrast_terms(N, M, reduction, sides):
     grad = torch.randn(truth.shape)
     truth.backward(grad.double())
     on = [t if t is None else t.to(DEVICE) for t in statistics]
-    results = device_ops.line_terms("contrast", on, [], reduction)
+    results = device_ops.anchor_terms("info_nce", on, [], reduction)
     torch.testing.assert_close(results.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-5)
     log_sums = [None, on[1], None, None, on[4], None if shared else on[1]]
-    drow, dtarget, dcol = device_ops.line_terms_backward(grad.to(DEVICE), "contrast", log_sums, [], reduction)
+    drow, dtarget, dcol = device_ops.anchor_terms_backward(grad.to(DEVICE), "info_nce", log_sums, [], reduction)
     wanted = (exact[1], exact[2], exact[4]) if both else (exact[1], exact[2])
     for got, leaf in zip((drow, dtarget, dcol), wanted, strict=both):
         torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)

@@ -255,9 +255,9 @@ def test_hinge_terms(N, M, reduction):
         truth.backward(grad.double())
         on = [t.to(DEVICE) for t in (positive, row, col)]
         arguments = "hinge", on, [0.25], reduction
-        results = device_ops.line_terms(*arguments)
+        results = device_ops.anchor_terms(*arguments)
         torch.testing.assert_close(results.cpu().double(), truth.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
-        for got, leaf in zip(device_ops.line_terms_backward(grad.to(DEVICE), *arguments), exact, strict=True):
+        for got, leaf in zip(device_ops.anchor_terms_backward(grad.to(DEVICE), *arguments), exact, strict=True):
             torch.testing.assert_close(got.cpu().double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -265,13 +265,13 @@ def test_hinge_terms(N, M, reduction):
 def test_hinge_terms_take_expanded_gradients_and_an_empty_batch():
     statistics = [t.to(DEVICE) for t in (torch.zeros(9), torch.zeros(9), torch.zeros(12))]
     grad = torch.tensor(2.0).expand(9).to(DEVICE)
-    dpositive, drow, dcol = device_ops.line_terms_backward(grad, "hinge", statistics, [0.25], "none")
+    dpositive, drow, dcol = device_ops.anchor_terms_backward(grad, "hinge", statistics, [0.25], "none")
     assert (dpositive.tolist(), drow.tolist(), dcol.tolist()) == ([-4.0] * 9, [2.0] * 9, [2.0] * 9 + [0.0] * 3)
     nothing = [*(t[:0] for t in statistics[:2]), statistics[2]]
-    assert device_ops.line_terms("hinge", nothing, [0.25], "mean").tolist() == 0
-    assert device_ops.line_terms("hinge", nothing, [0.25], "none").shape == (0,)
+    assert device_ops.anchor_terms("hinge", nothing, [0.25], "mean").tolist() == 0
+    assert device_ops.anchor_terms("hinge", nothing, [0.25], "none").shape == (0,)
     one = torch.ones(()).to(DEVICE)
-    assert device_ops.line_terms_backward(one, "hinge", nothing, [0.25], "mean")[2].tolist() == [0.0] * 12
+    assert device_ops.anchor_terms_backward(one, "hinge", nothing, [0.25], "mean")[2].tolist() == [0.0] * 12
 
 
 # How many kernels a step launches: (forward, backward); t is learned too
@@ -310,8 +310,8 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 @counted
 def test_what_the_triplet_launches():
     forward, backward = launches(STEPS["triplet"][0], 128)
-    assert forward == ["sweep_kernel", "merge_kernel", "line_terms_kernel"]
-    assert backward == ["line_terms_backward_kernel", "scan_kernel"]
+    assert forward == ["sweep_kernel", "merge_kernel", "anchor_terms_kernel"]
+    assert backward == ["anchor_terms_backward_kernel", "scan_kernel"]
 
 
 @counted
@@ -331,7 +331,7 @@ def test_a_metric_takes_as_few(n):
         lambda x, y, t, **options: gk.triplet_loss(x, y, **options), n, metric=metric_of(torch.float32)
     )
     assert forward == ["sides_kernel", "sweep_kernel", "merge_kernel"]
-    assert backward == ["line_terms_backward_kernel", "scan_kernel", "sides_kernel"]
+    assert backward == ["anchor_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted

@@ -70,24 +70,24 @@ def _op_samples():
         yield "hardest_negatives_backward", (*lines, *places, a, b, *metric, True, [True] * 4)
         yield "hardest_negatives_backward", (*lines, *places, a, b, *none, True, [False, True, False, False])
         for reduction in ("sum", "mean", "none"):
-            above = lines[0] if reduction == "none" else lines[0][0].clone()
+            grad_out = lines[0] if reduction == "none" else lines[0][0].clone()
             cols = [randn(g, n).to(lines[0]) for n in (14, 14, 9)]
             rows_of = (*lines[:2], lines[0].flip(0))
             for of_cols in (cols, [None, None, None], [*cols[:2], None]):
-                yield "line_terms", ("contrast", [*rows_of, *of_cols], [], reduction)
-                yield "line_terms_backward", (above, "contrast", [*rows_of, *of_cols], [], reduction)
+                yield "anchor_terms", ("info_nce", [*rows_of, *of_cols], [], reduction)
+                yield "anchor_terms_backward", (grad_out, "info_nce", [*rows_of, *of_cols], [], reduction)
             for formula, constants in (("hinge", [0.2]), ("goal cir sig", [1.0, 2.0, 10.0, 0.5])):
                 yield "hardest_terms", (a, b, *ids, formula, constants, reduction)
-                yield "line_terms", (formula, lines, constants, reduction)
-                yield "line_terms_backward", (above, formula, lines, constants, reduction)
-            for pair, given in (("lin_ms", ids), ("sig_ms", (None, None))):
+                yield "anchor_terms", (formula, lines, constants, reduction)
+                yield "anchor_terms_backward", (grad_out, formula, lines, constants, reduction)
+            for pair, pair_ids in (("lin_ms", ids), ("sig_ms", (None, None))):
                 constants = [1.0, 2.0, 10.0, 0.5, 0.1, 0.1]
-                yield "hardest_terms", (a, b, *given, f"goal nca {pair}", constants, reduction)
+                yield "hardest_terms", (a, b, *pair_ids, f"goal nca {pair}", constants, reduction)
             weights = torch.stack([lines[k % 2] for k in range(4)])
-            yield "line_terms_backward", (above, "weights", [weights, lines[2]], [], reduction)
+            yield "anchor_terms_backward", (grad_out, "weights", [weights, lines[2]], [], reduction)
             yield "batch_hard", (a, ids[0], 0.2, reduction)
             partners = torch.randint(-1, 9, (2, 9), generator=g).unbind()
-            yield "batch_hard_backward", (above, *lines[:2], *partners, a, 0.2, reduction)
+            yield "batch_hard_backward", (grad_out, *lines[:2], *partners, a, 0.2, reduction)
         yield from _dense_samples(a, b, g)
 
 
@@ -126,17 +126,17 @@ def _dense_samples(a, b, g):
     ids = torch.arange(n) // 2, torch.arange(m) // 2
     counts = rows[0].new_ones(2, n).unbind()
     for reduction, epsilon, symmetric in (("mean", 0.0, True), ("none", 0.2, True), ("sum", 0.2, False)):
-        above = rows[2] if reduction == "none" else rows[2][0].clone()
+        grad_out = rows[2] if reduction == "none" else rows[2][0].clone()
         options, known = (epsilon, symmetric, reduction), (*lines, *counts)
         yield "info_nce", (a, b, scale, 1.0, None, None, *options, True)
         yield "info_nce", (a, b, scale, None, *ids, *options)
         yield "info_nce", (a, None, None, 0.5, ids[0], ids[0].clone(), *options)
-        yield "info_nce_backward", (above, a, b, scale, None, *ids, *options, *known, [True] * 3)
+        yield "info_nce_backward", (grad_out, a, b, scale, None, *ids, *options, *known, [True] * 3)
         empty = (rows[0].new_empty(0), rows[0].new_empty(0))
         plain = (a, b, scale, 1.0, None, None, *options, *lines, *empty)
-        yield "info_nce_backward", (above, *plain, [True, False, True], chunk)
+        yield "info_nce_backward", (grad_out, *plain, [True, False, True], chunk)
         same = (a, None, None, 0.5, ids[0], ids[0].clone(), *options, *square, *counts)
-        yield "info_nce_backward", (above, *same, [True, False, False])
+        yield "info_nce_backward", (grad_out, *same, [True, False, False])
     for kind, positives in (("hinge", "exclude"), ("softplus", "negate"), ("abs", "include")):
         weights = (rows[0], rows[1], cols[0][:n], cols[1][:n]) if kind == "hinge" else (rows[0], None, None, None)
         relative = kind == "hinge"

@@ -532,14 +532,14 @@ def test_a_planned_op_gives_its_plan(monkeypatch):
 def test_nested_ops_stand_under_the_one_that_calls_them():
     explanation = gk.explain(gk.info_nce_loss, *sides(4096), scale=2.0)
     (loss,) = explanation.forward.ops
-    assert [op.name for op in loss.ops] == ["logsumexp_scores", "line_terms"]
+    assert [op.name for op in loss.ops] == ["logsumexp_scores", "anchor_terms"]
     lines = str(explanation).splitlines()
     assert lines[0] == "info_nce_loss on cuda, compute capability 9.0, 132 multiprocessors"
     assert lines[1].startswith(f"forward: {explanation.forward.launches} launches, 34.36 GFLOP, ")
     assert [len(line) - len(line.lstrip()) for line in lines[2:5]] == [2, 4, 6]
     assert any(line.startswith("backward: ") for line in lines)
     as_dict = json.loads(json.dumps(explanation.as_dict()))
-    assert as_dict["forward"]["ops"][0]["ops"][1]["name"] == "line_terms"
+    assert as_dict["forward"]["ops"][0]["ops"][1]["name"] == "anchor_terms"
     assert as_dict["forward"]["launches"] == sum(as_dict["forward"]["kernels"].values())
 
 

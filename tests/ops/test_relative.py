@@ -1,5 +1,6 @@
 """GOAL's relative negatives, on the CPU and by Triton, against `relative_loops.py`: loops over single rows in fp64."""
 
+import functools
 import math
 
 import device_ops
@@ -88,19 +89,27 @@ def test_every_line_to_rounding(dtype, beta):
         torch.testing.assert_close(results[name].double(), exact[name], rtol=rtol, atol=0)
 
 
+@functools.cache  # for all dtypes
+def whole_numbers(n, m):
+    """[(a, b, threshold, (a_ids, b_ids), the truth)], all of whole numbers that fp16 and bf16 hold."""
+    problems = []
+    for d in (1, 3):
+        a, b = torch.randint(-3, 4, (n, d)).double(), torch.randint(-3, 4, (m, d)).double()
+        ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
+        for pair_ids in ((None, None), ids):
+            for threshold in (-100.0, 0.0, 2.0, 8.0, 100.0):
+                problems.append((a, b, threshold, pair_ids, truth(a, b, threshold, None, *pair_ids)))
+    return problems
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 2), (15, 17), (40, 130), (600, 1100), (1030, 1031)])
 def test_whole_numbers_are_exact(n, m, dtype):
     """Scores, distances and sums are whole, so that but one rounding is left; and nearly every maximum is tied."""
-    for d in (1, 3):
-        a, b = torch.randint(-3, 4, (n, d)).to(dtype), torch.randint(-3, 4, (m, d)).to(dtype)
-        ids = torch.randint(0, n, (n,)), torch.randint(0, n, (m,))
-        for a_ids, b_ids in ((None, None), ids):
-            for threshold in (-100.0, 0.0, 2.0, 8.0, 100.0):
-                results = run(a, b, threshold, None, a_ids, b_ids)
-                exact = truth(a, b, threshold, None, a_ids, b_ids)
-                for name, expected in exact.items():
-                    assert torch.equal(results[name], expected.to(results[name].dtype)), name
+    for a, b, threshold, pair_ids, exact in whole_numbers(n, m):
+        results = run(a.to(dtype), b.to(dtype), threshold, None, *pair_ids)
+        for name, expected in exact.items():
+            assert torch.equal(results[name], expected.to(results[name].dtype)), name
 
 
 @pytest.mark.parametrize("beta", BETAS, ids=str)

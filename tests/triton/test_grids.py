@@ -117,12 +117,12 @@ def formulas(n):
     line = zeros(n)
     for formula, statistics, constants in (
         ("hinge", [line] * 3, [0.2]),
-        ("contrast", [line] * 6, []),
+        ("info_nce", [line] * 6, []),
         ("goal nca sig", [line] * 3, [1.0, 2.0, 3.0, 0.5]),
     ):
-        device_ops.line_terms(formula, statistics, constants, "none")
-        device_ops.line_terms_backward(line, formula, statistics, constants, "none")
-    device_ops.line_terms_backward(line, "weights", [zeros(4, n), line], [], "none")
+        device_ops.anchor_terms(formula, statistics, constants, "none")
+        device_ops.anchor_terms_backward(line, formula, statistics, constants, "none")
+    device_ops.anchor_terms_backward(line, "weights", [zeros(4, n), line], [], "none")
 
 
 def scaled(n, d):
