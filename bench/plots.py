@@ -11,31 +11,33 @@ COLORS = {"ours": "#c2410c", "naive": "#1f2937", "compile": "#6b7280"}
 
 def curves(book: dict) -> dict[tuple, dict[str, list[tuple[int, float]]]]:
     """``{(op, d, dtype, device): {variant or "floor": [(n, ms)]}}`` for what was measured at three sizes or more."""
-    found: dict[tuple, dict[str, dict[int, float]]] = {}
+    panels: dict[tuple, dict[str, dict[int, float]]] = {}
     for row in book["rows"]:
-        took = results.spread(results.both_ms(row))
-        if took is None:
+        time_ms = results.spread(results.both_ms(row))
+        if time_ms is None:
             continue
-        panel = found.setdefault((row["op"], row["d"], row["dtype"], row["device"]), {})
-        panel.setdefault(row["variant"], {})[row["n"]] = took.median
+        panel = panels.setdefault((row["op"], row["d"], row["dtype"], row["device"]), {})
+        panel.setdefault(row["variant"], {})[row["n"]] = time_ms.median
         floor = report.floor_ms(book, row)
         if floor:
             panel.setdefault("floor", {})[row["n"]] = sum(floor)
-    lines = {key: {name: sorted(at.items()) for name, at in panel.items()} for key, panel in found.items()}
-    return {key: panel for key, panel in lines.items() if max(len(line) for line in panel.values()) >= 3}
+    sorted_panels = {
+        key: {name: sorted(points.items()) for name, points in panel.items()} for key, panel in panels.items()
+    }
+    return {key: panel for key, panel in sorted_panels.items() if max(map(len, panel.values())) >= 3}
 
 
 def roofs(book: dict) -> dict[tuple, dict[str, list[tuple[float, float, str, int]]]]:
     """``{(dtype, device): {variant: [(FLOP per byte, TFLOP/s, op, n)]}}``, both of the op's minimal work."""
-    found: dict[tuple, dict[str, list[tuple[float, float, str, int]]]] = {}
+    panels: dict[tuple, dict[str, list[tuple[float, float, str, int]]]] = {}
     for row in book["rows"]:
         work, rate = report.work_of(row), report.tflop_per_s(row)
         if work is None or not rate:
             continue
         intensity = (work.forward_flop + work.backward_flop) / (work.forward_bytes + work.backward_bytes)
-        panel = found.setdefault((row["dtype"], row["device"]), {})
+        panel = panels.setdefault((row["dtype"], row["device"]), {})
         panel.setdefault(row["variant"], []).append((intensity, rate, row["op"], row["n"]))
-    return found
+    return panels
 
 
 def draw_roofline(book: dict, path: Path) -> bool:

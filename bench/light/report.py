@@ -34,10 +34,10 @@ def _facts(facts: list[dict[str, Any]]) -> str:
 def _smoke(smoke: list[dict[str, Any]], planned: list[str]) -> str:
     if not planned:
         return ""
-    said = {finding["name"]: finding for finding in smoke}
+    finding_of = {finding["name"]: finding for finding in smoke}
     lines = []
     for name in planned:
-        finding = said.get(name)
+        finding = finding_of.get(name)
         if finding is None:
             lines.append(f"{name}: NOT RUN")
         elif finding.get("right"):
@@ -110,10 +110,10 @@ def _exceptions(kinds: dict[str, list[dict[str, Any]]]) -> str:
     lines = [f"## Raised or died: {len(raised)}"]
     for finding, *others in list(alike.values())[:EXCEPTIONS]:
         again = f" ({finding['again']})" if "again" in finding else ""
-        also = f" (and {len(others)} more alike)" if others else ""
+        others_alike = f" (and {len(others)} more alike)" if others else ""
         words = [line.strip() for line in finding["error"].splitlines() if line.strip()]
-        said = words[0] if len(words) == 1 else f"{words[0]} … {words[-1]}"
-        lines.append(f"- {finding['item']}{again}{also}: {said[:400]}")
+        message = words[0] if len(words) == 1 else f"{words[0]} … {words[-1]}"
+        lines.append(f"- {finding['item']}{again}{others_alike}: {message[:400]}")
         if finding.get("launches"):
             last = finding["launches"][-1]
             lines.append(f"  last launch: {last['kernel']} grid {last['grid']} {str(last['constexprs'])[:200]}")

@@ -181,18 +181,18 @@ def _agreement(
     item: Item, place: Card | Dry, inputs: tuple, exact: compare.Results, plain: compare.Results, first: compare.Results
 ) -> dict[str, str]:
     """Whether other ways of going from tile to tile are right, or wrong in the same bits."""
-    said = {}
+    verdicts = {}
     for name, variation in VARIATIONS.items():
         try:
             with variation():
                 results = place.results(item, inputs)
         except Exception as error:
-            said[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            verdicts[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             continue
         right = all(verdict.share <= 1 for verdict in compare.judge(item, inputs[0], results, exact, plain))
-        same = "the same bits" if compare.equal_bits(first, results) else "other bits"
-        said[name] = "right" if right else f"wrong, {same}"
-    return said
+        bits = "the same bits" if compare.equal_bits(first, results) else "other bits"
+        verdicts[name] = "right" if right else f"wrong, {bits}"
+    return verdicts
 
 
 def bits_of_the_cpu(item: Item, ours: compare.Results) -> bool | None:
