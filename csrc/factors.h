@@ -9,9 +9,6 @@
 
 namespace gssf {
 
-// Column blocks of a sweep begin at multiples of this: whole panels of every kind of product.
-constexpr int64_t kBlockStep = 64;
-
 // Whether x and y have the same memory, shape, strides and dtype.
 inline bool same(const at::Tensor& x, const at::Tensor& y) {
   return x.const_data_ptr() == y.const_data_ptr() && x.sizes() == y.sizes() && x.strides() == y.strides() &&

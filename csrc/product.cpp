@@ -51,25 +51,21 @@ void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
     const auto tasks = [&] { return ceil_div(n, rows) * ceil_div(m, cols); };
     while (tasks() < 4 * at::get_num_threads() && cols > P) cols /= 2;
     while (tasks() < 4 * at::get_num_threads() && rows > 64) rows /= 2;
-    // Of one size, for threads get equal numbers of them.
-    const auto even = [](int64_t count, int64_t most, int64_t step) {
-      const int64_t parts = std::max<int64_t>(ceil_div(count, most), 1);
-      return std::max(ceil_div(ceil_div(count, parts), step) * step, step);
-    };
-    rows = even(n, rows, kRowStep), cols = even(m, cols, P);
-    const int64_t across = ceil_div(m, cols);
+    const Blocks row_blocks(n, rows, kRowStep), col_blocks(m, cols, P);  // of one size: each thread gets as many
     // If channels of x are not adjacent, kDepth channels at a time are copied.
     const bool columns = x.stride(1) != 1 && n > 1;
-    at::parallel_for(0, tasks(), 1, [&](int64_t task, int64_t end) {
-      std::vector<A> copy(columns ? rows * kDepth : 0);
+    at::parallel_for(0, row_blocks.count * col_blocks.count, 1, [&](int64_t task, int64_t end) {
+      std::vector<A> copy(columns ? row_blocks.size * kDepth : 0);
       for (; task < end; ++task) {
-        const int64_t i = task / across * rows, j = task % across * cols, count = std::min(rows, n - i);
+        const int64_t row_block = task / col_blocks.count, col_block = task % col_blocks.count;
+        const int64_t i = row_blocks.begin(row_block), j = col_blocks.begin(col_block);
+        const int64_t count = row_blocks.length(row_block);
         Product<A> product{.a = a + i * x.stride(0),
                            .panels = b + j / P * panels.stride(0),
                            .c = c + i * out.stride(0) + j,
                            .n = count,
                            .k = k,
-                           .m = std::min(cols, m - j),
+                           .m = col_blocks.length(col_block),
                            .a_row = x.stride(0),
                            .a_step = x.stride(1),
                            .panel = panels.stride(0),

@@ -26,17 +26,6 @@
 
 namespace gssf {
 
-// One dimension divided into blocks of nearly equal size, which is a multiple of kBlockStep but for the last.
-struct Blocks {
-  int64_t total, size, count;
-  Blocks(int64_t total, int64_t max_size) : total(total) {
-    size = ceil_div(ceil_div(total, ceil_div(total, max_size)), kBlockStep) * kBlockStep;
-    count = ceil_div(total, size);
-  }
-  int64_t begin(int64_t block) const { return block * size; }
-  int64_t length(int64_t block) const { return std::min(size, total - block * size); }
-};
-
 // Slots of a slab per thread, unless one block of rows has more tiles than all threads have slots: so many that threads
 // rarely wait for the last tile of a slab, and about as much memory as the thread's tile (a slot has 8 KiB and up, a
 // tile 1 MiB).

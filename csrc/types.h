@@ -35,6 +35,20 @@ struct Simd<double> {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+// Blocks of a sweep begin at multiples of this: whole panels of every kind of product.
+constexpr int64_t kBlockStep = 64;
+
+// One dimension divided into blocks of nearly equal size, which is a multiple of `step` but for the last.
+struct Blocks {
+  int64_t total, size, count;
+  Blocks(int64_t total, int64_t max_size, int64_t step = kBlockStep) : total(total) {
+    size = ceil_div(ceil_div(total, std::max<int64_t>(ceil_div(total, max_size), 1)), step) * step;
+    count = size > 0 ? ceil_div(total, size) : 0;
+  }
+  int64_t begin(int64_t block) const { return block * size; }
+  int64_t length(int64_t block) const { return std::min(size, total - block * size); }
+};
+
 // The one table of CPU tile sizes. 512 x 512 fp32 scores fill 1 MiB of a 2 MiB L2; for small problems tiles are
 // narrower (tall tiles suit the product better), so that there are enough for all threads. Tile sizes depend on the
 // problem alone, never on the thread count, which therefore cannot change a bit of the result.

@@ -73,10 +73,10 @@ GSSF_INLINE A dot(const A* x, const A* y, int64_t n) {
   int64_t k = 0;
   for (; k + 2 * kStep <= n; k += 2 * kStep) add(k, 2 * kParts);
   for (; k + kStep <= n; k += kStep) add(k, kParts);
-  A total = 0;
-  for (int64_t v = 0; v < kParts; ++v) {
+  A total = sum_lanes(sum[0] + sum[kParts]);
+  for (int64_t v = 1; v < kParts; ++v) {
     const V both = sum[v] + sum[v + kParts];
-    for (int64_t l = 0; l < L; ++l) total = v == 0 && l == 0 ? both[0] : total + both[l];
+    for (int64_t l = 0; l < L; ++l) total += both[l];
   }
   for (; k < n; ++k) total += x[k] * y[k];
   return total;

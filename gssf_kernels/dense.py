@@ -79,16 +79,16 @@ def keeps(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
 
 
-def halves(n: int, limit: int, step: int, most: int) -> Iterable[tuple[int, int]]:
+def halves(n: int, limit: int, step: int, max_rows: int) -> Iterable[tuple[int, int]]:
     """(first row, rows) of each chunk of a symmetric s [n, n].
 
-    Rows are a multiple of ``step``, at most ``most``, with at most ``limit`` scores; but at least ``step``.
+    Rows are a multiple of ``step``: at most ``max_rows``, of at most ``limit`` scores, but never fewer than ``step``.
 
     `explain` replaces this function, as it does `plan.starts`, and runs only a few of the chunks.
     """
     first = 0
     while first < n:
-        count = min(max(min(limit // (n - first), most) // step, 1) * step, n - first)
+        count = min(max(min(limit // (n - first), max_rows) // step, 1) * step, n - first)
         yield first, count
         first += count
 
@@ -114,11 +114,11 @@ def triangle(inputs: Sequence[Tensor], visit: Callable[[list[Tensor], int], None
     rights = [Right(x.mT, dtype) for x in lefts]
     x, channels = lefts[0], Right(lefts[0], dtype) if need else None
     limit = max(2 * chunk_rows(x, x) * n // (1 + len(inputs)), 1)  # scores of a chunk of one s_k
-    most = max(plan.SQUARE_ROWS.get(_checks.device_type(x), n), n // 16)
+    max_rows = plan.square_rows(_checks.device_type(x), n)
     step = max(right.width for right in rights)
     buffers = x.new_empty(len(inputs), min(max(limit, step * n), n * n), dtype=dtype)
     dx = x.new_zeros(x.shape, dtype=dtype) if need else None
-    for first, count in halves(n, limit, step, most):
+    for first, count in halves(n, limit, step, max_rows):
         width, rows = n - first, slice(first, first + count)
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):

@@ -40,8 +40,7 @@ ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # for other dtypes PyTorch's pro
 # 3 % longer, and twice as much was not faster. A GPU needs larger chunks to be busy.
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
-# The most rows of a chunk of a symmetric s, or N / 16: half of the square on the diagonal is computed twice.
-SQUARE_ROWS = {"cpu": 256}
+SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 
@@ -111,6 +110,14 @@ def starts(length: int, step: int) -> Iterable[int]:
     All but the last have the same size. `explain` replaces this function and runs only a few of them.
     """
     return range(0, length, step)
+
+
+def square_rows(device_type: str, n: int) -> int:
+    """The most rows of a chunk of a symmetric s [n, n], which begins with a square on the diagonal.
+
+    Half of the square is computed twice. On a GPU nothing bounds it: fewer, larger products are taken.
+    """
+    return max(SQUARE_ROWS.get(device_type, n), n // 16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -308,7 +308,8 @@ def test_no_test_of_a_card_is_lost_for_its_name(collected):
 # What fails is written down at once.
 
 PLANTED = """
-import os, time
+import os, pathlib, time
+import pytest
 
 def test_passes():
     pass
@@ -319,7 +320,9 @@ def test_fails():
 def test_takes_its_process_down():
     os._exit(7)
 
-def test_hangs():
+@pytest.mark.parametrize("k", range(6))
+def test_hangs(k):
+    pathlib.Path(f"hanging-{os.getpid()}").touch()
     time.sleep(100)
 """
 
@@ -339,16 +342,18 @@ def test_failures_are_kept_by_a_run_that_is_killed(tmp_path):
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     until = time.monotonic() + 90
-    while not failures.exists() or failures.read_text().count("== test_planted.py::") < 2:
+    # Two workers hang: the one that replaces the dead one has started too, and pytest-xdist is told no sooner.
+    while len(list(tmp_path.glob("hanging-*"))) < 2 or failures.read_text().count("== test_planted.py::") < 2:
         assert time.monotonic() < until
         time.sleep(0.2)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
+    os.killpg(run.pid, signal.SIGINT)
+    said, _ = run.communicate(timeout=60)
     text = failures.read_text()
     assert re.search(r"^== test_planted.py::test_fails \(call, \d", text, re.MULTILINE)
     assert "assert (1 + 1) == 3" in text
     assert re.search(r"^== test_planted.py::test_takes_its_process_down \(", text, re.MULTILINE)
     assert "test_passes" not in text
+    assert "2 failed" in said
 
 
 def test_a_file_that_does_not_import_is_a_failure(tmp_path):

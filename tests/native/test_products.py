@@ -93,6 +93,9 @@ def test_parts_of_a_packed_factor(dtype):
     part, out = Right(y, wide).part(row=row, column=64), torch.empty(9, 136, dtype=wide)
     part.product(dense.operand(x[:, row:], wide), out)
     torch.testing.assert_close(out, (x[:, row:].double() @ y[row:, 64:].double()).to(wide), rtol=1e-4, atol=1e-4)
+    part, out = Right(y, wide).part(row=row, stop=128), torch.empty(9, 200, dtype=wide)
+    part.product(dense.operand(x[:, row:128], wide), out)
+    torch.testing.assert_close(out, (x[:, row:128].double() @ y[row:128].double()).to(wide), rtol=1e-4, atol=1e-4)
 
 
 @native

@@ -104,14 +104,14 @@ def test_sides_are_checked(name):
         LOSSES[name](X, Y.double(), *SCALARS[name])
 
 
-@pytest.mark.parametrize(("n", "limit", "most"), [(700, 1 << 22, 256), (1000, 40_000, 256), (33, 1, 1), (0, 9, 9)])
-def test_a_triangles_chunks_are_all_rows_once(n, limit, most):
-    chunks = list(dense.halves(n, limit, 32, most))
+@pytest.mark.parametrize(("n", "limit", "max_rows"), [(700, 1 << 22, 256), (1000, 40_000, 256), (33, 1, 1), (0, 9, 9)])
+def test_a_triangles_chunks_are_all_rows_once(n, limit, max_rows):
+    chunks = list(dense.halves(n, limit, 32, max_rows))
     assert [first for first, _ in chunks] == [sum(count for _, count in chunks[:k]) for k in range(len(chunks))]
     assert sum(count for _, count in chunks) == n
     for first, count in chunks:
         assert first % 32 == 0  # as `Right.part` needs
-        assert count <= max(most, 32)
+        assert count <= max(max_rows, 32)
         assert count * (n - first) <= limit or count <= 32
 
 
