@@ -61,7 +61,7 @@ inline int64_t tile_cols(int64_t total) { return std::clamp<int64_t>(total / 4, 
 // rather than of channels. kDepth channels of a panel stay in the L1 cache together.
 template <class A>
 constexpr int64_t kPanel = 2 * Simd<A>::lanes;
-constexpr int64_t kChain = 8, kDepth = 256;
+constexpr int64_t kChain = 16, kDepth = 256;
 
 // c [n, m] = a [n, k] b, or += it. Element (i, l) of a lies at i * a_row + l * a_step; panels are `panel` apart.
 template <class A>
