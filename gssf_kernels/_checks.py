@@ -10,6 +10,10 @@ from typing import NamedTuple
 import torch
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Of ids and labels. Not uint64, which has values that int64 has not.
+_LABELS = frozenset(
+    (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
+)
 # Computed at import: torch.compile of PyTorch 2.11 cannot trace this call.
 AUTOCAST_DEVICES = frozenset(
     d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(d)
@@ -93,7 +97,7 @@ def score_matrix(s, name: str) -> None:
 
 
 def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str) -> tuple:
-    """``(a_ids, b_ids)``, or ``(None, None)``. If N = M, the ids of one input serve both."""
+    """``(a_ids, b_ids)`` as int64, or ``(None, None)``. If N = M, the ids of one input serve both."""
     if a_ids is None and b_ids is None:
         return None, None
     rows, cols = a.shape[0], b.shape[0]
@@ -102,11 +106,20 @@ def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str
             f"{a_name if a_ids is None else b_name}: expected ids too, because the inputs have {rows} and {cols} rows "
             "(the ids of one serve both only if these are equal), got None"
         )
-    a_ids = b_ids if a_ids is None else a_ids
-    b_ids = a_ids if b_ids is None else b_ids
-    for value, name, count, device in ((a_ids, a_name, rows, a.device), (b_ids, b_name, cols, b.device)):
-        index(value, name, count, device)
-    return a_ids, b_ids
+    name = b_name if a_ids is None else a_name
+    first = labels(b_ids if a_ids is None else a_ids, name, rows, a.device)
+    shared = rows == cols and (a_ids is None or b_ids is None or a_ids is b_ids)
+    return first, first if shared else labels(b_ids, b_name, cols, b.device)
+
+
+def labels(value, name: str, count: int, device: torch.device) -> torch.Tensor:
+    """``value`` [count] on ``device``, of any integer dtype but uint64, or of bool, as int64."""
+    if isinstance(value, torch.Tensor) and value.dtype != torch.int64:
+        if value.dtype not in _LABELS:
+            raise TypeError(f"{name}: expected an integer dtype (not uint64) or bool, got {value.dtype}")
+        value = value.to(torch.int64)
+    index(value, name, count, device)
+    return value
 
 
 def index(value, name: str, count: int, device: torch.device | None = None) -> None:

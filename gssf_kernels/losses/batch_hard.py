@@ -28,7 +28,7 @@ def batch_hard_loss(
 
     Args:
         x: [N, D] float.
-        labels: [N] int64; rows of equal label are positives of one another.
+        labels: [N] integers; rows of equal label are positives of one another.
         margin: m, a finite number >= 0, in units of the score.
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
             divides by N in any case.
@@ -48,7 +48,7 @@ def batch_hard_loss(
     _checks.reduction(reduction)
     (x,) = _checks.autocast(x)
     _checks.embeddings(x, x, "x", "x")
-    _checks.index(labels, "labels", x.shape[0], x.device)
+    labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if metric is None:
         return batch_hard_terms(x, labels, margin, reduction)
     check_metric(metric)

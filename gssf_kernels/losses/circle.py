@@ -33,11 +33,11 @@ def circle_loss(
 
     Args:
         x: [N, D] float.
-        labels: [N] int64; rows of equal label are positives.
+        labels: [N] integers; rows of equal label are positives.
         margin: m >= 0, in units of the score.
         scale: γ > 0.
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
-        y_labels: [M] int64.
+        y_labels: [M] integers.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]). An anchor without a positive or without a negative
             contributes 0.

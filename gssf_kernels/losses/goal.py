@@ -77,8 +77,8 @@ def goal_loss(
         lam: λ, the score at which the exponents of sig and sig_ms are 0.
         positive_threshold: >= 0; p_k counts in r⁺_i if it is at most n_i plus this.
         negative_threshold: >= 0; s_ij counts in r⁻_i if it is at least the lowest p_k minus this.
-        x_ids: [N] int64. If N = M, the ids of one input serve both.
-        y_ids: [M] int64.
+        x_ids: [N] integers. If N = M, the ids of one input serve both.
+        y_ids: [M] integers.
         reduction: "sum" as in the authors' code, "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
         diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.
@@ -134,8 +134,8 @@ def goal_weights(
     Args:
         scores: [N, M] float, M >= N. Pairs are on the diagonal; columns past N are extra negatives.
         triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold: as in :func:`goal_loss`.
-        x_ids: [N] int64, of the rows. If N = M, the ids of one input serve both.
-        y_ids: [M] int64, of the columns.
+        x_ids: [N] integers, of the rows. If N = M, the ids of one input serve both.
+        y_ids: [M] integers, of the columns.
 
     Returns:
         a coalesced sparse COO tensor [N, M] of the scores' dtype with at most 3 N entries, without gradient:

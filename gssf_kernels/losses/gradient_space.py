@@ -55,8 +55,8 @@ def gradient_space_loss(
             ``n − p``, which falls as training succeeds, but is not the objective.
         relative: :class:`~gssf_kernels.RelativeTerms`, to compute the relative terms too: r⁺ by sorting in fp64, r⁻ in
             the same sweep. None: they are not computed.
-        x_ids: [N] int64. If N = M, the ids of one input serve both.
-        y_ids: [M] int64.
+        x_ids: [N] integers. If N = M, the ids of one input serve both.
+        y_ids: [M] integers.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
         diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.

@@ -42,8 +42,8 @@ def info_nce_loss(
         x: [N, D] float.
         y: [M, D] of x's dtype and device, M >= N.
         scale: κ, the inverse temperature: a number > 0 or a scalar tensor on x's device; never synchronises.
-        x_ids: [N] int64. If N = M, the ids of one input serve both.
-        y_ids: [M] int64.
+        x_ids: [N] integers. If N = M, the ids of one input serve both.
+        y_ids: [M] integers.
         label_smoothing: ε in [0, 1), the part of the target that is uniform over all candidates.
         symmetric: the mean of both directions; False: only the rows' direction.
         reduction: "mean" over the N pairs, "sum" or "none" ([N]).

@@ -35,14 +35,14 @@ def multi_similarity_loss(
 
     Args:
         x: [N, D] float.
-        labels: [N] int64; rows of equal label are positives.
+        labels: [N] integers; rows of equal label are positives.
         alpha, beta: α, β > 0, sharpness at positives and at negatives.
         base: λ, the score at which the exponents change sign.
         epsilon: ε >= 0, in units of the score, turns mining on. A positive counts if it scores less than the anchor's
             largest negative + ε, a negative if it scores greater than its least positive − ε. Without positives no
             negative counts, and without negatives no positive. None: all count.
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
-        y_labels: [M] int64.
+        y_labels: [M] integers.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]).
 

@@ -35,8 +35,8 @@ def sigmoid_loss(
         x: [N, D] float.
         y: [M, D] of x's dtype and device, M >= N.
         scale, bias: κ and β, numbers (κ > 0) or scalar tensors on x's device; never synchronises.
-        x_ids: [N] int64. If N = M, the ids of one input serve both.
-        y_ids: [M] int64.
+        x_ids: [N] integers. If N = M, the ids of one input serve both.
+        y_ids: [M] integers.
         reduction: "mean" (the sum over N), "sum" or "none" ([N]: the terms of row i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
 

@@ -47,8 +47,8 @@ def triplet_loss(
         negatives: "hardest", "all" or "semihard". "hardest" and "all" are sweeps that never store the N x M matrix; for
             their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. "semihard" is
             plain PyTorch and stores it.
-        x_ids: [N] int64. If N = M, the ids of one input serve both.
-        y_ids: [M] int64.
+        x_ids: [N] integers. If N = M, the ids of one input serve both.
+        y_ids: [M] integers.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is the same as with
             ``metric.factors(x, y)`` in place of x and y. With "hardest" the factors live only while the forward runs,

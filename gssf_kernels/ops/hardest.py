@@ -57,8 +57,8 @@ def hardest_negatives(
     Args:
         a: [N, D] float.
         b: [M, D] of a's dtype and device, M >= N. Rows past N are only negatives (a memory bank).
-        a_ids: [N] int64. If N = M, the ids of one input serve both.
-        b_ids: [M] int64.
+        a_ids: [N] integers. If N = M, the ids of one input serve both.
+        b_ids: [M] integers.
 
     Returns:
         named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``. Scores are fp32 (fp64 for fp64)

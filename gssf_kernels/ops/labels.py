@@ -28,9 +28,9 @@ def labelled_factors(
     symmetric = y is None
     x, y = _checks.autocast(x, x if y is None else y)
     _checks.embeddings(x, y, "x", "x" if symmetric else "y", paired=False)
-    _checks.index(labels, "labels", x.shape[0], x.device)
+    labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if y_labels is not None:
-        _checks.index(y_labels, "y_labels", y.shape[0], x.device)
+        y_labels = _checks.labels(y_labels, "y_labels", y.shape[0], x.device)
     a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
     return LabelledFactors(a, b, labels, labels if y_labels is None else y_labels, leave_out=symmetric)
 

@@ -50,8 +50,8 @@ def sum_scores(
         scale, bias: κ and β, numbers (κ > 0) or scalar tensors on a's device; never synchronises.
         positives: what pairs (i, i) and pairs of equal id contribute: f(κ s_ij + β) like all others ("include"),
             nothing ("exclude") or f(−κ s_ij − β) ("negate").
-        a_ids: [N] int64. If N = M, the ids of one input serve both.
-        b_ids: [M] int64.
+        a_ids: [N] integers. If N = M, the ids of one input serve both.
+        b_ids: [M] integers.
         reduction: "sum", or "none" for the row sums [N].
 
     Returns:
