@@ -16,6 +16,7 @@ from bench.case import PRODUCTS, Case, zeros
 from bench.dense_calls import DENSE_CASES
 from gssf_kernels import plan
 from gssf_kernels._library import OPS
+from gssf_kernels.ops.negatives import Negatives
 
 
 def _sweep(dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool = False) -> tuple:
@@ -24,6 +25,20 @@ def _sweep(dtype: torch.dtype, n: int, d: int, ids: str, *rest: Any, twice: bool
     first = int(ids == "off 16 bytes")
     labels = torch.zeros(n + first, dtype=torch.int64)[first:] if ids else None
     return (x, y, labels, labels, *rest)
+
+
+GENERAL = ("by ids", "listed", "listed with ids, limits and no columns")
+
+
+def _general(dtype: torch.dtype, n: int, d: int, kind: str, *rest: Any) -> tuple:
+    """A sweep with pairs by id or listed ones."""
+    x, y, a_ids, b_ids, *_ = _sweep(dtype, n, d, "on 16 bytes" if "ids" in kind else "")
+    negatives = Negatives(paired=False)
+    if "listed" in kind:
+        negatives = negatives._replace(pair_starts=torch.arange(n + 1), pair_cols=torch.arange(n))
+    if "limits" in kind:
+        negatives = negatives._replace(columns=False, row_limit=torch.zeros(n))
+    return (x, y, a_ids, b_ids, *(rest or ("",)), *negatives)
 
 
 def _sweeps() -> Iterator[Case]:
@@ -49,6 +64,9 @@ def _sweeps() -> Iterator[Case]:
         ):
             make = partial(_sweep, dtype, *shape, labels, "hinge", [0.2], reduction)
             yield Case(f"hardest_terms hinge {name}", OPS["hardest_terms"].on_cuda, make, kernels, product)
+        for kind in GENERAL:
+            make = partial(_general, dtype, *sizes["wide"], kind)
+            yield Case(f"hardest_negatives wide {kind}", launcher, make, kernels, product)
         if product == "ieee":
             yield from _certified(aligned)
         launcher = OPS["relative_negatives"].on_cuda
@@ -66,6 +84,9 @@ def _sweeps() -> Iterator[Case]:
             make = partial(_sweep, dtype, *shape, ids, torch.tensor(0.1), beta)
             words = (size, "with ids" if ids else "", "ragged" if shape is ragged[size] else "", f"beta={beta}")
             yield Case(f"relative_negatives {' '.join(filter(None, words))}", launcher, make, kernels, product)
+        for kind in GENERAL:
+            make = partial(_general, dtype, *sizes["wide"], kind, torch.tensor(0.1), 10.0)
+            yield Case(f"relative_negatives wide {kind}", launcher, make, kernels, product)
 
 
 def _certified(aligned: str) -> Iterator[Case]:

@@ -86,10 +86,13 @@ class Candidates {
     float score;
   };
 
-  // Ids are empty, or dense and padded to whole vectors.
+  // Ids are empty, or dense and padded to whole vectors. paired: the pairs (i, i) are positives. columns: columns are
+  // anchors too.
   Candidates(const Bf16Panels& factors, const Blocks& rows, const Blocks& cols, const std::vector<int32_t>& row_id,
-             const std::vector<int32_t>& col_id)
-      : rows_(rows),
+             const std::vector<int32_t>& col_id, bool paired = true, bool columns = true)
+      : paired_(paired),
+        columns_(columns),
+        rows_(rows),
         cols_(cols),
         row_error_(factors.a(), factors.b(), cols, factors.depth()),
         col_error_(factors.b(), factors.a(), rows, factors.depth()),
@@ -109,14 +112,16 @@ class Candidates {
     if (given_up_) return;
     const auto [i0, n, j0, m] = at;
     const int64_t width = ceil_div(m, Simd<float>::lanes) * Simd<float>::lanes;
-    for (int64_t i = std::max(i0, j0); i < std::min(i0 + n, j0 + m); ++i) s[(i - i0) * kTileMost + (i - j0)] = kNone;
+    for (int64_t i = std::max(i0, j0); paired_ && i < std::min(i0 + n, j0 + m); ++i)
+      s[(i - i0) * kTileMost + (i - j0)] = kNone;
     for (int64_t i = 0; i < n && width > m; ++i) std::fill(s + i * kTileMost + m, s + i * kTileMost + width, kNone);
     if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0);
 
     PerAnchor<float> row, col;
     GSSF_VECTORIZED(tile_tops_of, s, n, m, row.data(), col.data());
     for (int64_t i = 0; i < n; ++i) row[i] = least(row_low_[i0 + i], row[i], row_error_.of(i0 + i, j0 / cols_.size));
-    for (int64_t j = 0; j < m; ++j) col[j] = least(col_low_[j0 + j], col[j], col_error_.of(j0 + j, i0 / rows_.size));
+    for (int64_t j = 0; j < m; ++j)
+      col[j] = columns_ ? least(col_low_[j0 + j], col[j], col_error_.of(j0 + j, i0 / rows_.size)) : -kNone;
     std::fill(col.begin() + m, col.begin() + width, -kNone);
 
     const auto places = std::make_unique_for_overwrite<int32_t[]>(n * kTileMost);
@@ -158,10 +163,11 @@ class Candidates {
   void prune() {
     std::erase_if(candidates_, [&](const Candidate& c) {
       return c.score + row_error_.of(c.i, c.j / cols_.size) < row_low_[c.i] &&
-             c.score + col_error_.of(c.j, c.i / rows_.size) < col_low_[c.j];
+             (!columns_ || c.score + col_error_.of(c.j, c.i / rows_.size) < col_low_[c.j]);
     });
   }
 
+  bool paired_, columns_;
   const Blocks &rows_, &cols_;
   ErrorBound row_error_, col_error_;
   const std::vector<int32_t>&row_id_, &col_id_;

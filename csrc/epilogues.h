@@ -1,6 +1,7 @@
 // Epilogues of the sweep: hardest negatives and relative negatives.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -35,7 +36,18 @@ struct RunningMaxima {
   }
 };
 
-// Scores of the pairs (i, i), and the hardest negative of every row and column.
+// Which scores are negatives, besides those of different ids, and which results are wanted.
+template <class A>
+struct Negatives {
+  bool paired = true;   // the pair (i, i) is a positive
+  bool columns = true;  // columns are anchors too
+  // Pairs (i, cols[e]), starts[i] <= e < starts[i + 1], in the order of their columns, are positives. Null: none.
+  const int64_t *starts = nullptr, *cols = nullptr;
+  Limits<A> limits;
+  A* positive_score = nullptr;  // of the pairs (i, i), or of the listed pairs
+};
+
+// The hardest negative of every row and column, and the scores of the pairs.
 template <class A>
 class HardestNegatives {
   using Lane = typename Simd<A>::Lane;
@@ -45,9 +57,9 @@ class HardestNegatives {
   using Slot = TileMaxima<A>;
 
   // Ids are empty, or dense and padded to whole vectors.
-  HardestNegatives(const std::vector<Lane>& row_id, const std::vector<Lane>& col_id, A* positive_score,
+  HardestNegatives(const std::vector<Lane>& row_id, const std::vector<Lane>& col_id, const Negatives<A>& negatives,
                    RunningMaxima<A> rows, RunningMaxima<A> cols)
-      : row_id_(row_id), col_id_(col_id), positive_score_(positive_score), rows_(rows), cols_(cols) {}
+      : row_id_(row_id), col_id_(col_id), negatives_(negatives), rows_(rows), cols_(cols) {}
 
   const RunningMaxima<A>& rows() const { return rows_; }
   const RunningMaxima<A>& cols() const { return cols_; }
@@ -56,24 +68,39 @@ class HardestNegatives {
   void tile(A* s, const Tile& at, TileMaxima<A>& maxima) const {
     const auto [i0, n, j0, m] = at;
     // The diagonal crosses only tiles whose ranges of i and j overlap.
-    for (int64_t i = std::max(i0, j0); i < std::min(i0 + n, j0 + m); ++i) {
+    for (int64_t i = std::max(i0, j0); negatives_.paired && i < std::min(i0 + n, j0 + m); ++i) {
       A& score = s[(i - i0) * kTileMost + (i - j0)];
-      positive_score_[i] = score;
+      negatives_.positive_score[i] = score;
       score = kNone;
+    }
+    for (int64_t i = i0; negatives_.starts && i < i0 + n; ++i) {
+      const int64_t *const cols = negatives_.cols, *const end = cols + negatives_.starts[i + 1];
+      for (const int64_t* e = std::lower_bound(cols + negatives_.starts[i], end, j0); e < end && *e < j0 + m; ++e)
+        negatives_.positive_score[e - cols] = s[(i - i0) * kTileMost + (*e - j0)];
+      for (const int64_t* e = std::lower_bound(cols + negatives_.starts[i], end, j0); e < end && *e < j0 + m; ++e)
+        s[(i - i0) * kTileMost + (*e - j0)] = kNone;  // afterwards: a pair may be listed twice
     }
     for (int64_t i = 0; i < n && m % Simd<A>::lanes; ++i)
       std::fill(s + i * kTileMost + m, s + i * kTileMost + ceil_div(m, Simd<A>::lanes) * Simd<A>::lanes, kNone);
     const bool has_ids = !col_id_.empty();
     GSSF_VECTORIZED(tile_maxima_of, s, n, m, has_ids ? row_id_.data() + i0 : nullptr,
-                    has_ids ? col_id_.data() + j0 : nullptr, maxima);
+                    has_ids ? col_id_.data() + j0 : nullptr, limits(at), negatives_.columns, maxima);
   }
 
   void fold_rows(const Tile& at, const TileMaxima<A>& maxima) const { rows_.fold(at.i0, at.n, maxima.rows, at.j0); }
-  void fold_cols(const Tile& at, const TileMaxima<A>& maxima) const { cols_.fold(at.j0, at.m, maxima.cols, at.i0); }
+  void fold_cols(const Tile& at, const TileMaxima<A>& maxima) const {
+    if (columns()) cols_.fold(at.j0, at.m, maxima.cols, at.i0);
+  }
+
+  bool columns() const { return negatives_.columns; }
+  Limits<A> limits(const Tile& at) const {
+    const auto [rows, cols] = negatives_.limits;
+    return {rows ? rows + at.i0 : nullptr, cols ? cols + at.j0 : nullptr};
+  }
 
  private:
   const std::vector<Lane>&row_id_, &col_id_;
-  A* positive_score_;
+  Negatives<A> negatives_;
   RunningMaxima<A> rows_, cols_;
 };
 
@@ -110,7 +137,8 @@ class RelativeNegatives {
 
   void tile(A* s, const Tile& at, Slot& slot) const {
     hardest_.tile(s, at, slot.maxima);
-    GSSF_VECTORIZED(tile_terms_of, s, at.n, at.m, slot.maxima, least_, beta_ ? &tile_beta_ : nullptr, slot.terms);
+    GSSF_VECTORIZED(tile_terms_of, s, at.n, at.m, slot.maxima, least_, beta_ ? &tile_beta_ : nullptr,
+                    hardest_.limits(at), hardest_.columns(), slot.terms);
   }
 
   void fold_rows(const Tile& at, const Slot& slot) {
@@ -118,6 +146,7 @@ class RelativeNegatives {
     hardest_.fold_rows(at, slot.maxima);
   }
   void fold_cols(const Tile& at, const Slot& slot) {
+    if (!hardest_.columns()) return;
     fold(cols_.data() + at.j0, hardest_.cols().score + at.j0, at.m, slot.maxima.cols, slot.terms.cols);
     hardest_.fold_cols(at, slot.maxima);
   }

@@ -33,25 +33,51 @@ std::pair<std::vector<Lane>, std::vector<Lane>> dense_ids(const Tensor& a_ids, c
   return out;
 }
 
-void check(const char* name, const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
-           const std::optional<Tensor>& b_ids) {
-  const int64_t n = a.size(0), m = b.size(0);
-  TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && m >= n &&
-                        a.scalar_type() == b.scalar_type() && at::isFloatingType(a.scalar_type()),
-                    name, ": expected a [N, D] and b [M, D] of one floating dtype with M >= N, got ", a.sizes(),
-                    " and ", b.sizes());
-  TORCH_CHECK_VALUE(a_ids.has_value() == b_ids.has_value() && (!a_ids || (a_ids->numel() == n && b_ids->numel() == m)),
-                    name, ": expected a_ids [N] and b_ids [M], or neither");
-}
+// The op's arguments that say which scores are negatives, and whether columns are anchors. See `Negatives`.
+struct Arguments {
+  const std::optional<Tensor>&a_ids, &b_ids;
+  bool paired, columns;
+  const std::optional<Tensor>&pair_starts, &pair_cols, &row_limit, &col_limit;
+
+  void check(const char* name, const Tensor& a, const Tensor& b) const {
+    const int64_t n = a.size(0), m = b.size(0);
+    TORCH_CHECK_VALUE(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(1) && (m >= n || !paired) &&
+                          a.scalar_type() == b.scalar_type() && at::isFloatingType(a.scalar_type()),
+                      name, ": expected a [N, D] and b [M, D] of one floating dtype, with M >= N if paired, got ",
+                      a.sizes(), " and ", b.sizes());
+    const auto both = [](const auto& x, const auto& y, int64_t x_size, int64_t y_size) {
+      return x.has_value() == y.has_value() && (!x || (x->numel() == x_size && (y_size < 0 || y->numel() == y_size)));
+    };
+    TORCH_CHECK_VALUE(both(a_ids, b_ids, n, m), name, ": expected a_ids [N] and b_ids [M], or neither");
+    TORCH_CHECK_VALUE(both(pair_starts, pair_cols, n + 1, -1) && !(paired && pair_starts), name,
+                      ": expected pair_starts [N + 1] and pair_cols, or neither, and neither if paired");
+    TORCH_CHECK_VALUE((!row_limit || row_limit->numel() == n) && (!col_limit || col_limit->numel() == m), name,
+                      ": expected row_limit [N] and col_limit [M]");
+    if (!pair_starts) return;
+    const Tensor starts = pair_starts->contiguous(), cols = pair_cols->contiguous();
+    const int64_t *s = starts.const_data_ptr<int64_t>(), *c = cols.const_data_ptr<int64_t>(), pairs = cols.numel();
+    bool valid = s[0] == 0 && s[n] == pairs;
+    for (int64_t i = 0; i < n; ++i) valid = valid && s[i] <= s[i + 1];
+    for (int64_t e = 0; e < pairs; ++e) valid = valid && c[e] >= 0 && c[e] < m;
+    TORCH_CHECK_VALUE(valid, name, ": expected pair_starts from 0 to P, ascending, and pair_cols in 0..M-1");
+  }
+
+  // How many positive scores there are.
+  int64_t positives(int64_t n) const { return paired ? n : pair_cols ? pair_cols->numel() : 0; }
+  // Whether s is symmetric and the same scores of it count for its rows and for its columns.
+  bool symmetric(const Tensor& a, const Tensor& b) const {
+    return same(a, b) && (!a_ids || same(*a_ids, *b_ids)) && !pair_starts && !row_limit && !col_limit;
+  }
+};
 
 // The results of a sweep for hardest negatives, initialised to those of no scores.
 struct Hardest {
   Tensor positive_score, row_score, row_index, col_score, col_index;
 
-  Hardest(int64_t n, int64_t m, const at::TensorOptions& score) {
+  Hardest(int64_t n, int64_t m, int64_t positives, const at::TensorOptions& score) {
     const auto index = score.dtype(at::kLong);
     constexpr double none = -std::numeric_limits<double>::infinity();
-    positive_score = at::empty({n}, score);
+    positive_score = at::empty({positives}, score);
     row_score = at::full({n}, none, score), row_index = at::full({n}, -1, index);
     col_score = at::full({m}, none, score), col_index = at::full({m}, -1, index);
   }
@@ -88,15 +114,32 @@ bool rounds(const Tensor& a) {
 
 // Sweeps a and b with scores in A and the epilogue extended(HardestNegatives<A>), and returns that epilogue.
 template <class A, class Extend>
-auto run(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-         Hardest& out, Extend extended, bool symmetric = false) {
+auto run(const Tensor& a, const Tensor& b, const Arguments& of, Hardest& out, Extend extended, bool symmetric = false) {
   using Lane = typename Simd<A>::Lane;
   std::pair<std::vector<Lane>, std::vector<Lane>> ids;
-  if (a_ids) ids = dense_ids<Lane>(a_ids->contiguous(), b_ids->contiguous());
+  if (of.a_ids) ids = dense_ids<Lane>(of.a_ids->contiguous(), of.b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  auto epilogue = extended(HardestNegatives<A>(ids.first, ids.second, out.positive_score.mutable_data_ptr<A>(),
-                                               Hardest::maxima<A>(out.row_score, out.row_index),
-                                               Hardest::maxima<A>(out.col_score, out.col_index)));
+  const auto limit = [](const std::optional<Tensor>& t) {
+    std::vector<A> out;
+    if (!t) return out;
+    const Tensor values = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    out.assign(values.const_data_ptr<A>(), values.const_data_ptr<A>() + values.numel());
+    out.resize(out.size() + 64, std::numeric_limits<A>::infinity());
+    return out;
+  };
+  const std::vector<A> row_limit = limit(of.row_limit), col_limit = limit(of.col_limit);
+  const Tensor starts = of.pair_starts ? of.pair_starts->contiguous() : Tensor();
+  const Tensor pairs = of.pair_cols ? of.pair_cols->contiguous() : Tensor();
+  const Negatives<A> negatives{
+      of.paired,
+      of.columns || symmetric,
+      starts.defined() ? starts.const_data_ptr<int64_t>() : nullptr,
+      pairs.defined() ? pairs.const_data_ptr<int64_t>() : nullptr,
+      {row_limit.empty() ? nullptr : row_limit.data(), col_limit.empty() ? nullptr : col_limit.data()},
+      out.positive_score.mutable_data_ptr<A>()};
+  auto epilogue =
+      extended(HardestNegatives<A>(ids.first, ids.second, negatives, Hardest::maxima<A>(out.row_score, out.row_index),
+                                   Hardest::maxima<A>(out.col_score, out.col_index)));
   if constexpr (std::is_same_v<A, float>) {
     if (rounds(a)) {
       sweep(Bf16Panels(a, b), rows, cols, epilogue, symmetric);
@@ -131,20 +174,19 @@ std::vector<double> exact_scores(const Tensor& a, const Tensor& b, int64_t count
 
 // The hardest negatives of the exact scores of fp32 or fp16 inputs. Returns how many scores were computed in fp64: all
 // of them where the bound drops too few.
-int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids,
-                  const std::optional<Tensor>& b_ids, bool symmetric, Hardest& out) {
-  const int64_t n = a.size(0), m = b.size(0);
+int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool symmetric, Hardest& out) {
+  const int64_t n = a.size(0), m = b.size(0), positives = of.positives(n);
   std::pair<std::vector<int32_t>, std::vector<int32_t>> ids;
-  if (a_ids) ids = dense_ids<int32_t>(a_ids->contiguous(), b_ids->contiguous());
+  if (of.a_ids) ids = dense_ids<int32_t>(of.a_ids->contiguous(), of.b_ids->contiguous());
   const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
   const Bf16Panels factors(a, b);
-  Candidates candidates(factors, rows, cols, ids.first, ids.second);
+  Candidates candidates(factors, rows, cols, ids.first, ids.second, of.paired, of.columns || symmetric);
   if (!candidates.given_up()) sweep(factors, rows, cols, candidates, symmetric);
   if (candidates.given_up()) {
-    Hardest wide(n, m, a.options().dtype(at::kDouble));
+    Hardest wide(n, m, positives, a.options().dtype(at::kDouble));
     const auto epilogue = run<double>(
-        a.to(at::kDouble), b.to(at::kDouble), a_ids, b_ids, wide,
-        [](const HardestNegatives<double>& hardest) { return hardest; }, symmetric);
+        a.to(at::kDouble), b.to(at::kDouble), of, wide, [](const HardestNegatives<double>& hardest) { return hardest; },
+        symmetric);
     if (symmetric) merge_symmetric(epilogue.rows(), epilogue.cols(), n);
     for (auto [to, from] : {std::pair{&out.positive_score, &wide.positive_score},
                             {&out.row_score, &wide.row_score},
@@ -156,7 +198,7 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   }
   const auto& left = candidates.left();
   const auto count = static_cast<int64_t>(left.size());
-  const auto scores = exact_scores(a, b, count + n, [&](int64_t k) {
+  const auto scores = exact_scores(a, b, count + positives, [&](int64_t k) {
     return k < count ? std::pair<int64_t, int64_t>(left[k].i, left[k].j) : std::pair(k - count, k - count);
   });
   std::vector<ExactMaximum> row(n), col(m);
@@ -181,9 +223,11 @@ int64_t certified(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
 // The number of scores from which certified mining is faster. (That for AMX is not yet measured.)
 constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx ? 1 << 18 : 1 << 20; }
 
-bool certifies(const Tensor& a, const Tensor& b) {
+bool certifies(const Tensor& a, const Tensor& b, const Arguments& of) {
   const bool narrow = a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf;
-  return narrow && bf16_unit() != Bf16Unit::none && !rounds(a) && a.size(0) * b.size(0) >= certified_least(bf16_unit());
+  const bool plain = !of.pair_starts && !of.row_limit && !of.col_limit;
+  return narrow && plain && bf16_unit() != Bf16Unit::none && !rounds(a) &&
+         a.size(0) * b.size(0) >= certified_least(bf16_unit());
 }
 
 // Calls f(A()), where A is the type of the scores of a.
@@ -199,48 +243,56 @@ at::TensorOptions score_options(const Tensor& a) {
 
 // (positive_score, row_score, row_index, col_score, col_index, rescored). route: "sweep", "certified", or "" for the
 // faster. rescored: with "certified" how many scores were computed in fp64, else empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(const Tensor& a, const Tensor& b,
-                                                                             const std::optional<Tensor>& a_ids,
-                                                                             const std::optional<Tensor>& b_ids,
-                                                                             std::string_view route) {
-  check("gssf::hardest_negatives", a, b, a_ids, b_ids);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
+    std::string_view route, bool paired, bool columns, const std::optional<Tensor>& pair_starts,
+    const std::optional<Tensor>& pair_cols, const std::optional<Tensor>& row_limit,
+    const std::optional<Tensor>& col_limit) {
+  const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit};
+  of.check("gssf::hardest_negatives", a, b);
   TORCH_CHECK_VALUE(route.empty() || route == "sweep" || route == "certified",
                     "route: expected \"\", \"sweep\" or \"certified\", got ", route);
   const int64_t n = a.size(0), m = b.size(0);
-  Hardest out(n, m, score_options(a));
+  const bool symmetric = of.symmetric(a, b), any = n > 0 && m > 0;
+  Hardest out(n, columns || symmetric ? m : 0, of.positives(n), score_options(a));
   Tensor rescored = at::empty({0}, a.options().dtype(at::kLong));
-  const bool symmetric = same(a, b) && (!a_ids || same(*a_ids, *b_ids));
   if (route == "certified") {
     TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
                       "route: certified mining takes float32 or float16 and a processor with a bf16 unit");
+    TORCH_CHECK_VALUE(!pair_starts && !row_limit && !col_limit, "route: certified mining takes no pairs and no limits");
     rescored = at::zeros({}, rescored.options());
-    if (n > 0) rescored.fill_(certified(a, b, a_ids, b_ids, symmetric, out));
-  } else if (route.empty() && n > 0 && certifies(a, b)) {
-    certified(a, b, a_ids, b_ids, symmetric, out);
-  } else if (n > 0) {
+    if (any) rescored.fill_(certified(a, b, of, symmetric, out));
+  } else if (route.empty() && any && certifies(a, b, of)) {
+    certified(a, b, of, symmetric, out);
+  } else if (any) {
     dispatch(a, [&](auto type) {
       using A = decltype(type);
       const auto epilogue =
-          run<A>(a, b, a_ids, b_ids, out, [](const HardestNegatives<A>& hardest) { return hardest; }, symmetric);
+          run<A>(a, b, of, out, [](const HardestNegatives<A>& hardest) { return hardest; }, symmetric);
       if (symmetric) merge_symmetric(epilogue.rows(), epilogue.cols(), n);
     });
   }
+  if (!columns) out.col_score = at::empty({0}, out.col_score.options());
+  if (!columns) out.col_index = at::empty({0}, out.col_index.options());
   return {out.positive_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_negatives(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
-    const Tensor& threshold, std::optional<double> beta) {
-  check("gssf::relative_negatives", a, b, a_ids, b_ids);
+    const Tensor& threshold, std::optional<double> beta, bool paired, bool columns,
+    const std::optional<Tensor>& pair_starts, const std::optional<Tensor>& pair_cols,
+    const std::optional<Tensor>& row_limit, const std::optional<Tensor>& col_limit) {
+  const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit};
+  of.check("gssf::relative_negatives", a, b);
   TORCH_CHECK_VALUE(threshold.dim() == 0, "gssf::relative_negatives: expected a 0-d threshold, got ",
                     threshold.sizes());
-  const int64_t n = a.size(0), m = b.size(0);
-  Hardest out(n, m, score_options(a));
+  const int64_t n = a.size(0), m = columns ? b.size(0) : 0;
+  Hardest out(n, m, of.positives(n), score_options(a));
   Tensor row_relative = at::zeros({n}, score_options(a)), col_relative = at::zeros({m}, score_options(a));
-  if (n > 0)
+  if (n > 0 && b.size(0) > 0)
     dispatch(a, [&](auto type) {
       using A = decltype(type);
-      const auto epilogue = run<A>(a, b, a_ids, b_ids, out, [&](const HardestNegatives<A>& hardest) {
+      const auto epilogue = run<A>(a, b, of, out, [&](const HardestNegatives<A>& hardest) {
         return RelativeNegatives<A>(hardest, n, m, threshold.item<A>(), beta);
       });
       epilogue.finish(row_relative.mutable_data_ptr<A>(), col_relative.mutable_data_ptr<A>());

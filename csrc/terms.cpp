@@ -143,18 +143,21 @@ struct Reduction {
   }
 };
 
-// The statistics of N anchors: positive_score and row_score [N], and col_score [M], of which the first N are used.
+// The statistics of N anchors: positive_score and row_score [N], and col_score [M], of which the first N are used, or
+// none of columns.
 struct Anchors {
-  Tensor positive, row, col;
+  bool both;
+  Tensor positive, row, col;  // without columns, col is row, and not used
   int64_t n, m;
 
   explicit Anchors(const Statistics& statistics)
-      : positive(statistic(statistics, 0, "positive_score")),
+      : both(has(statistics, 2)),
+        positive(statistic(statistics, 0, "positive_score")),
         row(statistic(statistics, 1, "row_score")),
-        col(statistic(statistics, 2, "col_score")),
+        col(both ? statistic(statistics, 2, "col_score") : row),
         n(positive.size(0)),
-        m(col.size(0)) {
-    TORCH_CHECK_VALUE(row.size(0) == n && m >= n && row.scalar_type() == positive.scalar_type() &&
+        m(both ? col.size(0) : 0) {
+    TORCH_CHECK_VALUE(row.size(0) == n && (m >= n || !both) && row.scalar_type() == positive.scalar_type() &&
                           col.scalar_type() == positive.scalar_type(),
                       "positive_score, row_score, col_score: expected [N], [N] and [M] of one dtype, got ",
                       positive.sizes(), ", ", row.sizes(), " and ", col.sizes());
@@ -255,8 +258,10 @@ Tensor anchor_terms(std::string_view formula, const Statistics& statistics, at::
     const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
     const A* col = anchors.col.const_data_ptr<A>();
     with_function<A>(formula, constants, [&](const auto& function) {
-      out = how.terms<A>(anchors.n, anchors.positive.options(),
-                         [&](int64_t i) { return function.term(p[i], row[i]) + function.term(p[i], col[i]); });
+      out = how.terms<A>(anchors.n, anchors.positive.options(), [&](int64_t i) {
+        const A term = function.term(p[i], row[i]);
+        return anchors.both ? term + function.term(p[i], col[i]) : term;
+      });
     });
   });
   return out;
@@ -269,7 +274,7 @@ Gradients anchor_terms_backward(const Tensor& grad_out, std::string_view formula
   if (formula == "weights") return weights_backward(grad_out, statistics, how);
   const Anchors anchors(statistics);
   const Tensor dpositive = at::empty_like(anchors.positive), drow = at::empty_like(anchors.row);
-  const Tensor dcol = at::empty_like(anchors.col);
+  const Tensor dcol = at::empty({anchors.m}, anchors.row.options());
   AT_DISPATCH_FLOATING_TYPES(anchors.positive.scalar_type(), "anchor_terms_backward", [&] {
     using A = scalar_t;
     const A *p = anchors.positive.const_data_ptr<A>(), *row = anchors.row.const_data_ptr<A>();
@@ -279,13 +284,15 @@ Gradients anchor_terms_backward(const Tensor& grad_out, std::string_view formula
     with_function<A>(formula, constants, [&](const auto& function) {
       for (int64_t i = 0; i < anchors.n; ++i) {
         const auto [row_positive, row_negative] = function.weighted(p[i], row[i], g[i]);
+        dp[i] = -row_positive;
+        dr[i] = row_negative;
+        if (!anchors.both) continue;
         const auto [col_positive, col_negative] = function.weighted(p[i], col[i], g[i]);
         dp[i] = -(row_positive + col_positive);
-        dr[i] = row_negative;
         dc[i] = col_negative;
       }
     });
-    std::fill(dc + anchors.n, dc + anchors.m, A(0));
+    if (anchors.both) std::fill(dc + anchors.n, dc + anchors.m, A(0));
   });
   return {dpositive, drow, dcol};
 }

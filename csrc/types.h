@@ -111,6 +111,13 @@ struct TileMaxima {
   Maxima<A> rows, cols;
 };
 
+// The largest score of a negative that counts for each row of a tile, and for each column; null: all count. Those of
+// columns are followed by numbers up to a whole vector.
+template <class A>
+struct Limits {
+  const A *rows = nullptr, *cols = nullptr;
+};
+
 // Terms of the relative negatives of one tile's rows, or of its columns: over the scores that count, except the maximum
 // itself. `ties`: how many of them equal the maximum; only the mean of distances needs it.
 template <class A>

@@ -6,11 +6,12 @@ GSSF_INLINE auto displaces(const T& v, const T& m) {
   return (v > m) | ((v != v) & (m == m));
 }
 
-// Row and column maxima of s [n, m]. Unless col_id is null, scores of equal row_id and col_id first become -inf. The
-// padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
-template <class A>
+// Row and column maxima of s [n, m]; without kColumns those of rows alone. Unless col_id is null, scores of equal
+// row_id and col_id first become -inf. Scores above the limit of their row, or of their column, do not count for it.
+// The padding behind each row, up to a whole vector, must hold -inf. Ties keep the lowest index.
+template <class A, bool kColumns, bool kLimits>
 GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Register<A>::Lane* row_id,
-                             const typename Register<A>::Lane* col_id, TileMaxima<A>& out) {
+                             const typename Register<A>::Lane* col_id, const Limits<A>& limits, TileMaxima<A>& out) {
   using V = typename Register<A>::Vector;
   using I = typename Register<A>::Index;
   using Lane = typename Register<A>::Lane;
@@ -21,8 +22,10 @@ GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Register
   for (int64_t k = 0; k < L; ++k) lane[k] = static_cast<Lane>(k);
 
   const int64_t width = ceil_div(m, L) * L;
-  std::fill_n(out.cols.score.data(), width, kNone);
-  std::fill_n(out.cols.index.data(), width, Lane(-1));
+  if constexpr (kColumns) {
+    std::fill_n(out.cols.score.data(), width, kNone);
+    std::fill_n(out.cols.index.data(), width, Lane(-1));
+  }
   for (int64_t i = 0; i < n; ++i) {
     V maximum = none;
     I place = I{} - 1;
@@ -32,11 +35,15 @@ GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Register
         v = load<I>(col_id + j) == I{} + row_id[i] ? none : v;
         store(s + i * kTileMost + j, v);
       }
-      const V col = load<V>(out.cols.score.data() + j);
-      const I col_place = load<I>(out.cols.index.data() + j);
-      const I wins_col = displaces(v, col);
-      store(out.cols.score.data() + j, wins_col ? v : col);
-      store(out.cols.index.data() + j, wins_col ? I{} + static_cast<Lane>(i) : col_place);
+      if constexpr (kColumns) {
+        const V counted = kLimits && limits.cols ? (v > load<V>(limits.cols + j) ? none : v) : v;
+        const V col = load<V>(out.cols.score.data() + j);
+        const I col_place = load<I>(out.cols.index.data() + j);
+        const I wins_col = displaces(counted, col);
+        store(out.cols.score.data() + j, wins_col ? counted : col);
+        store(out.cols.index.data() + j, wins_col ? I{} + static_cast<Lane>(i) : col_place);
+      }
+      if (kLimits && limits.rows) v = v > V{} + limits.rows[i] ? none : v;
       const I wins_row = displaces(v, maximum);
       maximum = wins_row ? v : maximum;
       place = wins_row ? lane + static_cast<Lane>(j) : place;
@@ -52,12 +59,14 @@ GSSF_INLINE void tile_maxima(A* s, int64_t n, int64_t m, const typename Register
   }
 }
 
-static void tile_maxima_of(float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id,
-                           TileMaxima<float>& out) {
-  tile_maxima<float>(s, n, m, row_id, col_id, out);
-}
-
-static void tile_maxima_of(double* s, int64_t n, int64_t m, const int64_t* row_id, const int64_t* col_id,
-                           TileMaxima<double>& out) {
-  tile_maxima<double>(s, n, m, row_id, col_id, out);
-}
+#define GSSF_MAXIMA_KERNEL(A)                                                                                      \
+  static void tile_maxima_of(A* s, int64_t n, int64_t m, const Simd<A>::Lane* row_id, const Simd<A>::Lane* col_id, \
+                             const Limits<A>& limits, bool columns, TileMaxima<A>& out) {                          \
+    const bool limited = limits.rows || limits.cols;                                                               \
+    if (columns && !limited) tile_maxima<A, true, false>(s, n, m, row_id, col_id, limits, out);                    \
+    else if (columns) tile_maxima<A, true, true>(s, n, m, row_id, col_id, limits, out);                            \
+    else tile_maxima<A, false, true>(s, n, m, row_id, col_id, limits, out);                                        \
+  }
+GSSF_MAXIMA_KERNEL(float)
+GSSF_MAXIMA_KERNEL(double)
+#undef GSSF_MAXIMA_KERNEL

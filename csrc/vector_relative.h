@@ -18,10 +18,11 @@ GSSF_INLINE void add_terms(const typename Register<A>::Vector& v, const typename
 }
 
 // Sums of the terms of s [n, m], whose maxima are `maxima`, over the scores that are not below `least`, which is above
-// -inf, the mark of scores of no negative. Terms are distances to the maxima if kDistances, else e^{-beta distance}.
-template <class A, bool kDistances>
+// -inf, the mark of scores of no negative, nor above the limit of the row or column. Terms are distances to the maxima
+// if kDistances, else e^{-beta distance}. Without kColumns only those of rows are computed.
+template <class A, bool kDistances, bool kColumns, bool kLimits>
 GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, A beta,
-                            TileTerms<A>& out) {
+                            const Limits<A>& limits, TileTerms<A>& out) {
   using V = typename Register<A>::Vector;
   using I = typename Register<A>::Index;
   using Lane = typename Register<A>::Lane;
@@ -40,19 +41,30 @@ GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A
     V row_sum[kStrip] = {};
     I row_count[kStrip] = {}, row_ties[kStrip] = {};
     for (int64_t j = 0; j < width; j += L) {
-      const V col_maximum = load<V>(maxima.cols.score.data() + j);
-      const I col_index = load<I>(maxima.cols.index.data() + j), here = lane + static_cast<Lane>(j);
+      const I here = lane + static_cast<Lane>(j);
+      V col_maximum{};
+      I col_index{};
+      if constexpr (kColumns) {
+        col_maximum = load<V>(maxima.cols.score.data() + j);
+        col_index = load<I>(maxima.cols.index.data() + j);
+      }
+      const auto within = [&](const V& v, const V& limit) { return kLimits ? ~(v > limit) : I{} - 1; };
       V col_sum{};
       I col_count{}, col_ties{};
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = first + r;
         const V v = load<V>(s + i * kTileMost + j);
         const I close = ~(v < least);  // NaN is close to everything
-        add_terms<A, kDistances>(v, V{} + maxima.rows.score[i], close & (here != maxima.rows.index[i]), beta,
+        const I row_close = kLimits && limits.rows ? close & within(v, V{} + limits.rows[i]) : close;
+        add_terms<A, kDistances>(v, V{} + maxima.rows.score[i], row_close & (here != maxima.rows.index[i]), beta,
                                  row_sum[r], row_count[r], row_ties[r]);
-        add_terms<A, kDistances>(v, col_maximum, close & (col_index != static_cast<Lane>(i)), beta, col_sum, col_count,
-                                 col_ties);
+        if constexpr (kColumns) {
+          const I col_close = kLimits && limits.cols ? close & within(v, load<V>(limits.cols + j)) : close;
+          add_terms<A, kDistances>(v, col_maximum, col_close & (col_index != static_cast<Lane>(i)), beta, col_sum,
+                                   col_count, col_ties);
+        }
       }
+      if constexpr (!kColumns) continue;
       store(out.cols.sum.data() + j, load<V>(out.cols.sum.data() + j) + col_sum);
       store(out.cols.count.data() + j, load<I>(out.cols.count.data() + j) + col_count);
       store(out.cols.ties.data() + j, load<I>(out.cols.ties.data() + j) + col_ties);
@@ -65,11 +77,20 @@ GSSF_INLINE void tile_terms(const A* s, int64_t n, int64_t m, const TileMaxima<A
   }
 }
 
+template <class A, bool kDistances>
+GSSF_INLINE void terms_of_kind(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, A beta,
+                               const Limits<A>& limits, bool columns, TileTerms<A>& out) {
+  const bool limited = limits.rows || limits.cols;
+  if (columns && !limited) tile_terms<A, kDistances, true, false>(s, n, m, maxima, least, beta, limits, out);
+  else if (columns) tile_terms<A, kDistances, true, true>(s, n, m, maxima, least, beta, limits, out);
+  else tile_terms<A, kDistances, false, true>(s, n, m, maxima, least, beta, limits, out);
+}
+
 #define GSSF_RELATIVE_KERNEL(A)                                                                                    \
   static void tile_terms_of(const A* s, int64_t n, int64_t m, const TileMaxima<A>& maxima, A least, const A* beta, \
-                            TileTerms<A>& out) {                                                                   \
-    if (beta) tile_terms<A, false>(s, n, m, maxima, least, *beta, out);                                            \
-    else tile_terms<A, true>(s, n, m, maxima, least, A(0), out);                                                   \
+                            const Limits<A>& limits, bool columns, TileTerms<A>& out) {                            \
+    if (beta) terms_of_kind<A, false>(s, n, m, maxima, least, *beta, limits, columns, out);                        \
+    else terms_of_kind<A, true>(s, n, m, maxima, least, A(0), limits, columns, out);                               \
   }
 GSSF_RELATIVE_KERNEL(float)
 GSSF_RELATIVE_KERNEL(double)

@@ -5,15 +5,15 @@ Public functions call these before any work is done. Ops and kernels trust the s
 
 import numbers
 import sys
+import warnings
 from typing import NamedTuple
 
 import torch
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of ids and labels. Not uint64, which has values that int64 has not.
-_LABELS = frozenset(
-    (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
-)
+INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32))
+_LABELS = INTEGERS | {torch.bool}
 # Computed at import: torch.compile of PyTorch 2.11 cannot trace this call.
 AUTOCAST_DEVICES = frozenset(
     d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "xla") if torch.amp.is_autocast_available(d)
@@ -164,6 +164,16 @@ def readable(t: torch.Tensor) -> bool:
     return t.device.type == "cpu" and type(t) is torch.Tensor and not torch.compiler.is_compiling()
 
 
+_WARNED: set[str] = set()
+
+
+def warn_once(subject: str, message: str) -> None:
+    """Warn of ``subject`` at most once in a process."""
+    if subject not in _WARNED:
+        _WARNED.add(subject)
+        warnings.warn(message, UserWarning, stacklevel=5)
+
+
 def flag(value, name: str) -> None:
     """``value`` is True or False."""
     if not isinstance(value, bool):
@@ -185,6 +195,11 @@ def non_negative(value, name: str) -> float:
 def positive(value, name: str) -> float:
     """``value`` as a finite float > 0."""
     return _real(value, name, " > 0", lambda x: x > 0)
+
+
+def optional_non_negative(value, name: str) -> float | None:
+    """``value`` as a finite float >= 0, or None."""
+    return None if value is None else non_negative(value, name)
 
 
 _positive = positive  # for functions with an argument of that name

@@ -247,17 +247,30 @@ def hardest(call: Any) -> Iterator[Plan]:
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
         return
+    plain = call.negatives.plain
     symmetric = operands.same(call.a, call.b) and (
         call.a_ids is None or call.b_ids is None or operands.same(call.a_ids, call.b_ids)
     )
     routes = []
-    for option in hardest_sweeps(Scores(call.a, call.b), symmetric):
+    for option in hardest_sweeps(Scores(call.a, call.b), symmetric and plain):
+        if option.route == "certified" and not plain:  # its bounds know neither listed pairs nor limits
+            continue
+        if option.route == "hopper" and not (plain and call.paired and call.columns):
+            continue
+        if option.route == "sweep" and not plain:  # listed pairs and limits need registers, as sums do
+            option = dataclasses.replace(option, tile=Scores(call.a, call.b).tile("sums"))
+        option = one_tile_each(option) if call.pair_starts is not None else option
         routes.append(option.route)
         if call.route in ("", option.route):
             yield option
     if call.route and call.route not in routes:
         raise ValueError(f"route: expected one of {routes} for {call.a.dtype}, got {call.route!r}")
     yield Plan("reference", "forced")
+
+
+def one_tile_each(option: Plan) -> Plan:
+    """The same with one tile for each program: a loop over listed pairs does not join that over tiles."""
+    return option if option.tile is None else dataclasses.replace(option, tile=option.tile._replace(persistent=0))
 
 
 def hardest_backward(call: Any) -> Iterator[Plan]:
@@ -314,7 +327,8 @@ def relative_terms(call: Any) -> Iterator[Plan]:
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
         return
-    yield Plan("sweep", f"{scores}: one sweep that stores none", scores.tile("sums"))
+    sweep = Plan("sweep", f"{scores}: one sweep that stores none", scores.tile("sums"))
+    yield one_tile_each(sweep) if call.pair_starts is not None else sweep
     yield Plan("reference", "forced")
 
 
@@ -366,6 +380,9 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
         scores = Scores(a, call.b)
         if a.dtype == torch.float64:
             yield Plan("chunks", _FP64)
+            return
+        if getattr(call, "general", False):
+            yield Plan("chunks", f"{scores} with listed pairs, left-out scores or limits: masked in chunks")
             return
         if scores.small:
             why = f"{scores}, at most {SMALL:,}: the fewest launches; a backward stores dscores of all"

@@ -5,21 +5,51 @@
 Source: VSE++, arXiv 1707.05612, which calls it its predecessor.
 """
 
+import torch
 from torch import Tensor
 
+from gssf_kernels import reference
+from gssf_kernels.ops.masks import Mask
+from gssf_kernels.ops.mining import Sides, reduce_listed
+from gssf_kernels.ops.pairing import as_list, levels_of
+from gssf_kernels.ops.pairs import scores_of_pairs
+from gssf_kernels.ops.segments import gather
 from gssf_kernels.ops.sums import Term, score_sums
 
 
-def every_negative(
-    x: Tensor, y: Tensor, margin: float, x_ids: Tensor | None, y_ids: Tensor | None, reduction: str,
-    positive_score: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """``triplet_loss(negatives="all")`` of x [N, D] and y [M, D], which `triplet_loss` has checked.
+def every_negative(sides: Sides, margin: float, reduction: str) -> Tensor:
+    """``triplet_loss(negatives="all")``: a scalar, or a vector for "none"."""
+    x, y, pairing, symmetric, limits = sides
+    ids = pairing.x_ids, pairing.y_ids
+    if pairing.kind == "rows" and symmetric and limits == (None, None):
+        return score_sums(x, y, Term("hinge", "exclude", 1.0, margin), *ids, reduction, relative=True)
+    i = torch.arange(x.shape[0], device=x.device)
+    listed = as_list(pairing).listed
+    rows, cols = (i, i) if listed is None else (listed.rows, listed.cols)
+    terms = _rows(x, y, margin, rows, cols, pairing.kind, ids, limits[0])
+    if symmetric:
+        terms = terms + _rows(y, x, margin, cols, rows, pairing.kind, ids[::-1], limits[1])
+    if listed is None:
+        return reference.reduce(terms, reduction)
+    return reduce_listed(terms, listed, reduction, x.shape[0] if pairing.kind == "ids" else None)
 
-    positive_score: s_ii [N]; None: computed here.
 
-    Returns:
-        a scalar, or [N] for "none".
+def _rows(
+    x: Tensor, y: Tensor, margin: float, rows: Tensor, cols: Tensor, kind: str, ids: tuple, limit: Tensor | None
+) -> Tensor:
+    """The terms of the rows' direction, of each pair (rows, cols) [P], -1 for one that does not count.
+
+    A sweep compares with one positive score for each row, so there are as many sweeps as a row has pairs at most.
     """
-    term = Term("hinge", "exclude", 1.0, margin)
-    return score_sums(x, y, term, x_ids, y_ids, reduction, relative=True, positive_score=positive_score)
+    n, places = x.shape[0], torch.arange(rows.shape[0], device=x.device)
+    pairs = (rows, cols) if kind == "listed" else (None, None)
+    mask = Mask(kind == "rows", False, pairs[0], pairs[1], limit)
+    level, _, most = (torch.zeros_like(rows), n, 1) if kind == "rows" else levels_of(rows, n)
+    p = scores_of_pairs(x, y, rows, cols)
+    place = torch.where(rows >= 0, level * n + rows, most * n)
+    index = torch.full((most * n + 1,), -1, device=x.device).scatter_(0, place, places)
+    term, sums = Term("hinge", "exclude", 1.0, margin), [p[:0].sum()[None]]  # without a pair: 0
+    for pair in index[:-1].view(most, n):
+        positive_score = torch.where(pair < 0, torch.inf, gather(p, pair))  # without a pair there is no term
+        sums.append(score_sums(x, y, term, ids[0], ids[1], "none", True, positive_score, False, mask))
+    return gather(torch.cat(sums), torch.where(rows >= 0, place + 1, 0))

@@ -24,13 +24,17 @@ grad_out, which is wrong with loss scaling, loss weights and accumulation; here 
 five combinations, ids, extra rows of y and metrics are ours.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
-from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.diagnostics import diagnose, diagnose_pairs
+from gssf_kernels.losses.gradient_space import designed
 from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negatives
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
+from gssf_kernels.ops.mining import mine, pair_terms, sides_of
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
@@ -49,8 +53,11 @@ def goal_loss(
     lam: float = 0.5,
     positive_threshold: float = 0.1,
     negative_threshold: float = 0.1,
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "sum",
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
@@ -61,7 +68,8 @@ def goal_loss(
     there is no such loss, and the value is ``Σ (n − p)``. That falls as training succeeds, but it is not the objective:
     its finite differences are not the gradient.
 
-    Pairs, ids, extra rows of y, ``reduction`` and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`. The N x M
+    ``pairs``, ids, extra rows of y, ``symmetric``, ``false_negative_margin``, ``reduction`` and ``metric`` are as in
+    :func:`~gssf_kernels.triplet_loss`; lin_ms and sig_ms list the pairs of equal id. The N x M
     matrix is not stored, except on a GPU by lin_ms and sig_ms of at most 2²⁰ scores: 4 MiB while the forward runs. An
     anchor without a negative has value 0 and no gradient.
 
@@ -69,7 +77,7 @@ def goal_loss(
         x: [N, D] float, anchors. Rows should be L2-normalised, here or by the metric: thresholds, λ and the form of
             the weights are meant for cosines. P⁻ of sig_ms grows to e^{β(n − λ)}, 148 at n = 1, and is infinite in
             fp32 if β(n − λ) > 88.
-        y: [M, D] of x's dtype and device, M >= N.
+        y: [M, D] of x's dtype and device, M >= N without ``pairs``.
         triplet: T, one of "con", "nca", "cir".
         pair: P, one of "con", "lin", "sig", "lin_ms", "sig_ms".
         tau: τ > 0, sharpness of nca and cir.
@@ -97,7 +105,26 @@ def goal_loss(
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
+    _checks.flag(symmetric, "symmetric")
+    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     formula, settings = f"goal {triplet} {pair}", [*constants]
+    if pairs is not None or not symmetric or false_negative_margin is not None:
+        options: dict[str, Any] = {
+            "symmetric": symmetric,
+            "false_negative_margin": false_negative_margin,
+            "reduction": reduction,
+        }
+        sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        if relative is None:
+            mined = mine(sides)
+            loss = pair_terms(sides, mined, formula, settings, reduction)
+        else:
+
+            def weights(anchor):
+                return anchor_weights(anchor, triplet, pair, constants)
+
+            loss, mined = designed(sides, weights, None, relative, reduction)
+        return (loss, diagnose_pairs(x, y, 0.0, sides, mined)) if diagnostics else loss
     if relative is None and metric is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         statistics = positive_score, hardest.row_score, hardest.col_score
@@ -192,8 +219,8 @@ class GoalLoss(nn.Module):
     """:func:`goal_loss` as a module; with ``metric``, on its structured similarity.
 
     Args:
-        triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold, reduction, diagnostics: as in
-            :func:`goal_loss`.
+        triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold, symmetric,
+            false_negative_margin, reduction, diagnostics: as in :func:`goal_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's). None: the scores are x yᵀ.
 
@@ -214,6 +241,8 @@ class GoalLoss(nn.Module):
         negative_threshold: float = 0.1,
         reduction: str = "sum",
         metric: StructuredSimilarity | None = None,
+        symmetric: bool = True,
+        false_negative_margin: float | None = None,
         diagnostics: bool = False,
     ):
         super().__init__()
@@ -221,15 +250,23 @@ class GoalLoss(nn.Module):
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(diagnostics, "diagnostics")
+        _checks.flag(symmetric, "symmetric")
+        self.symmetric = symmetric
+        self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
         self.triplet, self.pair, self.reduction = triplet, pair, reduction
         self.tau, self.alpha, self.beta, self.lam = tau, alpha, beta, lam
         self.positive_threshold, self.negative_threshold = positive_threshold, negative_threshold
         self.metric, self.diagnostics = metric, diagnostics
 
     def forward(
-        self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_ids: Tensor | None = None,
+        y_ids: Tensor | None = None,
+        pairs: str | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Diagnostics]:
-        """The loss of x [N, D] and y [M, D], M >= N; see :func:`goal_loss`."""
+        """The loss of x [N, D] and y [M, D]; see :func:`goal_loss`."""
         return goal_loss(
             x,
             y,
@@ -241,8 +278,11 @@ class GoalLoss(nn.Module):
             lam=self.lam,
             positive_threshold=self.positive_threshold,
             negative_threshold=self.negative_threshold,
+            pairs=pairs,
             x_ids=x_ids,
             y_ids=y_ids,
+            symmetric=self.symmetric,
+            false_negative_margin=self.false_negative_margin,
             reduction=self.reduction,
             metric=self.metric,
             diagnostics=self.diagnostics,

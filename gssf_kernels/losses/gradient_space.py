@@ -9,14 +9,18 @@ Source: GOAL, arXiv 2210.13188; the general form with functions as arguments is 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
 from gssf_kernels._library import Function
-from gssf_kernels.diagnostics import diagnose
+from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.ops import paired_hardest_negatives, paired_relative_negatives, relative_positives
+from gssf_kernels.ops.mining import Mined, Sides, mine, pair_directions, reduce_listed, sides_of
+from gssf_kernels.ops.pairing import as_list
+from gssf_kernels.ops.segments import gather
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
@@ -31,16 +35,20 @@ def gradient_space_loss(
     *,
     value: Callable[[AnchorStatistics], Tensor] | None = None,
     relative: RelativeTerms | None = None,
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "sum",
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
     """A loss with gradients ``dL/dp = −positive_weight`` and ``dL/dn = +negative_weight``, independent of its value.
 
-    Pairs, ids, extra rows of y and ``metric`` are as in :func:`~gssf_kernels.triplet_loss`. The N x M matrix is not
-    stored. An anchor without a negative has value 0 and no gradient.
+    ``pairs``, ids, extra rows of y, ``symmetric``, ``false_negative_margin`` and ``metric`` are as in
+    :func:`~gssf_kernels.triplet_loss`; with ``pairs`` an anchor is a pair, and pairs of equal id are listed. The N x M
+    matrix is not stored. An anchor without a negative has value 0 and no gradient.
 
         loss = gk.gradient_space_loss(x, y, lambda anchor: (1 - anchor.positive, anchor.negative.relu()))
 
@@ -78,6 +86,17 @@ def gradient_space_loss(
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
+    _checks.flag(symmetric, "symmetric")
+    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
+    if pairs is not None or not symmetric or false_negative_margin is not None:
+        options: dict[str, Any] = {
+            "symmetric": symmetric,
+            "false_negative_margin": false_negative_margin,
+            "reduction": reduction,
+        }
+        sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        loss, mined = designed(sides, weights, value, relative, reduction)
+        return (loss, diagnose_pairs(x, y, 0.0, sides, mined)) if diagnostics else loss
     r_negative: tuple[Tensor | None, Tensor | None] = (None, None)  # r⁻ of the rows, of the columns
     if relative is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
@@ -92,12 +111,35 @@ def gradient_space_loss(
     return (loss, diagnose(x, y, 0.0, positive_score, hardest)) if diagnostics else loss
 
 
-def _terms(positive_score, negative, r_negative, weights, value, relative) -> Tensor:
-    """The terms [N] of one direction, which carry the designed gradient."""
+def designed(sides: Sides, weights, value, relative, reduction: str) -> tuple[Tensor, Mined]:
+    """(loss, hardest negatives) for pairs of any kind, which are listed: O(P) memory by ids too."""
+    by_ids, rows = sides.pairing.kind == "ids", sides.a.shape[0]
+    sides = sides._replace(pairing=as_list(sides.pairing))
+    mined = mine(sides, relative)
+    listed, functions = sides.pairing.listed, (weights, value, relative)
+    if listed is None:
+        terms = _terms(mined.positive_score, mined.row_score, mined.row_relative, *functions)
+        if sides.columns:
+            terms = terms + _terms(mined.positive_score, mined.col_score[:rows], mined.col_relative, *functions)
+        return reference.reduce(terms, reduction), mined
+    positive_score, row, col = pair_directions(mined, listed, sides.columns)
+    terms = positive_score * 0
+    for n, relative_negative, anchor in (
+        (row, mined.row_relative, listed.rows),
+        (col, mined.col_relative, listed.cols),
+    ):
+        if n is not None:
+            r = None if relative_negative is None else gather(relative_negative, anchor)
+            terms = terms + _terms(positive_score, n, r, *functions, listed.counted)
+    return reduce_listed(terms, listed, reduction, rows if by_ids else None), mined
+
+
+def _terms(positive_score, negative, r_negative, weights, value, relative, counted=None) -> Tensor:
+    """The terms [N] of one direction, which carry the designed gradient; counted: which anchors there are."""
     p, n = positive_score.detach(), negative.detach()
     anchor = AnchorStatistics(p, n)
     if relative is not None:
-        anchor = AnchorStatistics(p, n, relative_positives(p, n, relative), r_negative[: p.shape[0]])
+        anchor = AnchorStatistics(p, n, relative_positives(p, n, relative, counted), r_negative[: p.shape[0]])
     result = weights(anchor)
     if not isinstance(result, tuple | list) or len(result) != 2:
         got = f"{len(result)} of them" if isinstance(result, tuple | list) else type(result).__name__

@@ -7,16 +7,19 @@ sum over negatives in place of the maximum. "semihard" takes the hardest negativ
 (FaceNet, arXiv 1503.03832), or the hardest if there is none.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from gssf_kernels import _checks, reference
-from gssf_kernels._library import outside_autocast
-from gssf_kernels.diagnostics import diagnose
+from gssf_kernels import _checks
+from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.losses.every_negative import every_negative
-from gssf_kernels.ops import hardest_terms, hinge_terms, paired_hardest_negatives
+from gssf_kernels.ops import anchor_terms, hardest_terms, hinge_terms, paired_hardest_negatives
+from gssf_kernels.ops.mining import Mined, Sides, mine, pair_terms, reduce_listed, semihard, sides_of
+from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, paired_factors
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -28,65 +31,103 @@ def triplet_loss(
     *,
     margin: float = 0.2,
     negatives: str = "hardest",
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "sum",
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
-    """Triplet loss of paired embeddings, ``Σ [m + negative − positive]₊`` over rows and columns.
+    """Triplet loss of paired embeddings, ``Σ [m + negative − positive]₊`` over the pairs, in both directions.
 
-    Row i of x pairs with row i of y. Equal ids are positives too, and so never negatives. An anchor without a negative
-    contributes 0. Rows of y past N are extra negatives, but no anchors. Scores are the plain products ``x yᵀ``
-    (normalise first), or with ``metric`` its structured similarity.
+        Σ_{(i, j) ∈ P} [m + n_i − s_ij]₊ + [m + n'_j − s_ij]₊
+
+    n_i is the hardest negative of row i of x, n'_j that of row j of y. A pair is never a negative, nor is a score of
+    equal id. Where an anchor has no negative the term is 0. Scores are the plain products ``x yᵀ`` (normalise first),
+    or with ``metric`` its structured similarity.
 
     Args:
-        x: [N, D] float, anchors.
-        y: [M, D] of x's dtype and device, M >= N.
+        x: [N, D] float.
+        y: [M, D] of x's dtype and device. M >= N without ``pairs``; then rows of y past N are further negatives.
         margin: m, a finite number >= 0, in units of the score.
         negatives: "hardest", "all" or "semihard". "hardest" and "all" are sweeps that never store the N x M matrix; for
-            their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. "semihard" is
-            plain PyTorch and stores it.
+            their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. So is
+            "semihard", by two sweeps: the hardest negative that scores less than the pair, or the hardest if there is
+            none. With ``pairs``, "all" and "semihard" take a sweep for each pair that an anchor has at most, and list
+            the pairs of equal id.
+        pairs: P. None: (i, i), row i of x and row i of y. "ids": every (i, j) of equal id, so that pictures and their
+            captions need no repeated rows; (i, i) is then nothing special. Or a tensor [P, 2] of integers, (row of x,
+            row of y) each: exactly these; a pair that is listed again counts once.
         x_ids: [N] integers. If N = M, the ids of one input serve both.
         y_ids: [M] integers.
-        reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
+        symmetric: False leaves the second term out. Columns then cost nothing, as for rows of one rank against those of
+            all.
+        false_negative_margin: >= 0. A negative that scores more than its anchor's lowest positive score plus this is
+            left out, as a likely false negative (Qwen3-Embedding); an anchor without a positive leaves nothing out.
+        reduction: "sum", "mean" (the sum over the number of pairs) or "none": [N], with listed pairs [P], with
+            pairs="ids" (and symmetric=False) [N], the sum of each row's pairs.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is the same as with
-            ``metric.factors(x, y)`` in place of x and y. With "hardest" the factors live only while the forward runs,
-            and x and y are all of N x D that is kept for the backward.
+            ``metric.factors(x, y)`` in place of x and y. With "hardest" and no further option the factors live only
+            while the forward runs, and x and y are all of N x D that is kept for the backward.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`. "hardest" has the statistics
             that they need; "all" and "semihard" take a further sweep.
 
     Returns:
-        a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf
+        a scalar, or a vector for "none"; fp32 (fp64 for fp64). No pair gives a differentiable 0. NaN and Inf
         in the inputs propagate. Differentiable once.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, ``margin``, ``negatives`` or ``reduction`` is out of range.
+        ValueError: a shape, device, ``margin``, ``negatives``, ``reduction`` or (on the CPU) a pair is out of range.
 
-    Source: VSE++, arXiv 1707.05612.
+    Source: VSE++, arXiv 1707.05612; several positives for each anchor are ours.
     """
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
     _checks.reduction(reduction)
     check_metric(metric)
     _checks.flag(diagnostics, "diagnostics")
-    if negatives != "hardest":
-        a, b, positive_score = (x, y, None) if metric is None else paired_factors(metric, x, y, negatives == "all")
-        a, b = _checks.autocast(a, b)
-        _checks.embeddings(a, b, *_NAMES[:2])
-        x_ids, y_ids = _checks.ids(x_ids, y_ids, a, b, *_NAMES[2:])
-        if negatives == "all":
-            loss = every_negative(a, b, margin, x_ids, y_ids, reduction, positive_score)
-        else:
-            with outside_autocast(a.device):
-                loss = reference.triplet_loss(
-                    a, b, margin=margin, negatives=negatives, x_ids=x_ids, y_ids=y_ids, reduction=reduction
-                )
-        if not diagnostics:
-            return loss
-        positive_score, hardest = paired_hardest_negatives(a.detach(), b.detach(), x_ids, y_ids, names=_NAMES)
-        return loss, diagnose(x, y, margin, positive_score, hardest)
+    _checks.flag(symmetric, "symmetric")
+    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
+    if negatives == "hardest" and pairs is None and symmetric and false_negative_margin is None:
+        return _paired(x, y, margin, x_ids, y_ids, reduction, metric, diagnostics)
+    options: dict[str, Any] = {
+        "symmetric": symmetric,
+        "false_negative_margin": false_negative_margin,
+        "reduction": reduction,
+    }
+    sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+    mined = None
+    if negatives == "hardest":
+        mined = mine(sides)
+        loss = pair_terms(sides, mined, "hinge", [margin], reduction)
+    elif negatives == "semihard":
+        loss, mined = _semihard(sides, margin, reduction)
+    else:
+        loss = every_negative(sides, margin, reduction)
+    if not diagnostics:
+        return loss
+    if mined is None:
+        with torch.no_grad():
+            mined = mine(sides)
+    return loss, diagnose_pairs(x, y, margin, sides, mined)
+
+
+def _semihard(sides: Sides, margin: float, reduction: str) -> tuple[Tensor, Mined]:
+    by_ids = sides.pairing.kind == "ids"
+    sides = sides._replace(pairing=as_list(sides.pairing))
+    positive_score, row, col, mined = semihard(sides)
+    listed = sides.pairing.listed
+    if listed is None:
+        return anchor_terms(positive_score, row, col, "hinge", [margin], reduction), mined
+    terms = anchor_terms(positive_score, row, col, "hinge", [margin], "none")
+    return reduce_listed(terms, listed, reduction, sides.a.shape[0] if by_ids else None), mined
+
+
+def _paired(x, y, margin, x_ids, y_ids, reduction, metric, diagnostics):
+    """Hardest negatives of pairs (i, i), both directions: nothing of N x D is kept but x and y."""
     if metric is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         loss = hinge_terms(positive_score, hardest.row_score, hardest.col_score, margin, reduction)
@@ -100,7 +141,7 @@ class TripletLoss(nn.Module):
     """:func:`triplet_loss` as a module; with ``metric``, on its structured similarity.
 
     Args:
-        margin, negatives, reduction: as in :func:`triplet_loss`.
+        margin, negatives, reduction, symmetric, false_negative_margin: as in :func:`triplet_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's). None: the scores are x yᵀ.
         warmup: the number of warm-up steps, calls in training mode; only for negatives="hardest". During warm-up the
@@ -127,6 +168,8 @@ class TripletLoss(nn.Module):
         reduction: str = "sum",
         metric: StructuredSimilarity | None = None,
         *,
+        symmetric: bool = True,
+        false_negative_margin: float | None = None,
         warmup: int = 0,
         diagnostics: bool = False,
     ):
@@ -139,6 +182,9 @@ class TripletLoss(nn.Module):
         if warmup and negatives != "hardest":
             raise ValueError(f"warmup: expected 0 with negatives={negatives!r} (it leads to 'hardest'), got {warmup}")
         _checks.flag(diagnostics, "diagnostics")
+        _checks.flag(symmetric, "symmetric")
+        self.symmetric = symmetric
+        self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
         self.negatives, self.reduction, self.metric = negatives, reduction, metric
         self.warmup, self.diagnostics = warmup, diagnostics
         if warmup:
@@ -147,15 +193,21 @@ class TripletLoss(nn.Module):
             self.register_load_state_dict_post_hook(_read_step)
 
     def forward(
-        self, x: Tensor, y: Tensor, x_ids: Tensor | None = None, y_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_ids: Tensor | None = None,
+        y_ids: Tensor | None = None,
+        pairs: str | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Diagnostics]:
-        """The loss of x [N, D] and y [M, D], M >= N; see :func:`triplet_loss`."""
-        result = self._loss(x, y, x_ids, y_ids, self.negatives, self.diagnostics)
+        """The loss of x [N, D] and y [M, D]; see :func:`triplet_loss`."""
+        inputs = x, y, x_ids, y_ids, pairs
+        result = self._loss(*inputs, self.negatives, self.diagnostics)
         if not self.warmup or self._warm:
             return result
         hardest, *diagnostics = result if self.diagnostics else (result,)
         share = (self.step.to(hardest.dtype) / self.warmup).clamp(max=1)
-        loss = (1 - share) * self._loss(x, y, x_ids, y_ids, "all", False) + share * hardest
+        loss = (1 - share) * self._loss(*inputs, "all", False) + share * hardest
         if self.training:
             self.step.add_(1)
             if not torch.compiler.is_compiling():  # it would compile again for every value of the count
@@ -169,14 +221,17 @@ class TripletLoss(nn.Module):
             _read_step(self)
         return self
 
-    def _loss(self, x, y, x_ids, y_ids, negatives, diagnostics):
+    def _loss(self, x, y, x_ids, y_ids, pairs, negatives, diagnostics):
         return triplet_loss(
             x,
             y,
             margin=self.margin,
             negatives=negatives,
+            pairs=pairs,
             x_ids=x_ids,
             y_ids=y_ids,
+            symmetric=self.symmetric,
+            false_negative_margin=self.false_negative_margin,
             reduction=self.reduction,
             metric=self.metric,
             diagnostics=diagnostics,

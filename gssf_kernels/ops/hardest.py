@@ -14,6 +14,9 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, backends, distinct, last_derivative, register
+from gssf_kernels.ops.mining import Sides, mine
+from gssf_kernels.ops.negatives import Negatives, fake_results, statistics
+from gssf_kernels.ops.pairing import in_order, pairing_of
 from gssf_kernels.ops.relative import relative_sweep
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.project import pairs_project_backward
@@ -22,10 +25,21 @@ from gssf_kernels.reference import HardestNegatives, RelativeTerms
 
 class HardestNegativesCall(NamedTuple):
     a: Tensor  # [N, D]
-    b: Tensor  # [M, D], M >= N
+    b: Tensor  # [M, D], M >= N if paired
     a_ids: Tensor | None  # [N] int64
     b_ids: Tensor | None  # [M] int64
     route: str = ""  # "sweep" or "certified"; "" lets the plan choose
+    # The rest is `Negatives`.
+    paired: bool = True
+    columns: bool = True
+    pair_starts: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def negatives(self) -> Negatives:
+        return Negatives._make(self[5:])
 
 
 class HardestNegativesBackwardCall(NamedTuple):
@@ -46,23 +60,30 @@ class HardestNegativesBackwardCall(NamedTuple):
 
 
 def hardest_negatives(
-    a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    pairs: str | Tensor | None = None,
+    a_ids: Tensor | None = None,
+    b_ids: Tensor | None = None,
 ) -> HardestNegatives:
     """Row and column maxima of ``s = a bᵀ`` over negatives, with their indices, without storing s.
 
-    Pairs (i, i) and pairs of equal id are positives, never negatives. Ties go to the lowest index. If b is a, only the
+    Pairs and scores of equal id are never negatives. Ties go to the lowest index. If b is a, only the
     upper triangle is computed. NaN propagates: a NaN score wins, and the first of several. Where every negative scores
     -inf, or there is no negative, the score is -inf and the index -1.
 
     Args:
         a: [N, D] float.
-        b: [M, D] of a's dtype and device, M >= N. Rows past N are only negatives (a memory bank).
+        b: [M, D] of a's dtype and device. Without ``pairs`` M >= N, and rows past N are only negatives (a memory bank).
+        pairs: None: the pairs are (i, i). "ids": every (i, j) of equal id. Or [P, 2] integers, (row of a, row of b).
         a_ids: [N] integers. If N = M, the ids of one input serve both.
         b_ids: [M] integers.
 
     Returns:
-        named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M])``. Scores are fp32 (fp64 for fp64)
-        and differentiable once; indices are int64.
+        named tuple ``(row_score [N], row_index [N], col_score [M], col_index [M], pair_score)``. Scores are fp32 (fp64
+        for fp64) and differentiable once; indices are int64. pair_score has the scores of the pairs with the sweep's
+        own bits, so that a comparison with row_score is exact: [N], of listed pairs [P], or None for pairs="ids".
 
     Certified mining: large problems in fp32 are mined exactly, at about the cost of a bf16 product. The winners are
     those of the exact scores, which are returned rounded to fp32. On a CPU with a unit for bf16 products this holds for
@@ -81,7 +102,15 @@ def hardest_negatives(
     fp16 inputs one of a too; on a bf16 unit bf16 copies of a and, twice, of b. On a GPU also a fixed number of
     partials, and for certified mining bf16 copies of a and b.
     """
-    return paired_hardest_negatives(a, b, a_ids, b_ids, names=("a", "b", "a_ids", "b_ids"))[1]
+    names = ("a", "b", "a_ids", "b_ids")
+    if pairs is None:
+        positive_score, hardest = paired_hardest_negatives(a, b, a_ids, b_ids, names=names)
+        return hardest._replace(pair_score=positive_score)
+    a, b = _checks.autocast(a, b)
+    pairing = pairing_of(pairs, a_ids, b_ids, a, b, names)
+    mined = mine(Sides(a, b, pairing, True, (None, None)))
+    pair_score = None if pairing.listed is None else in_order(mined.positive_score, pairing.listed)
+    return HardestNegatives(mined.row_score, mined.row_index, mined.col_score, mined.col_index, pair_score)
 
 
 def paired_hardest_negatives(x, y, x_ids, y_ids, *, names, metric=None) -> tuple[Tensor, HardestNegatives]:
@@ -207,21 +236,15 @@ def _hardest_negatives(call):
     """The definition. Certified mining is implemented only in C++ and Triton."""
     if call.route == "certified":
         raise ValueError(f'route: expected "" or "sweep" for {call.a.dtype} on {call.a.device}, got "certified"')
-    hardest = reference.hardest_negatives(call.a, call.b, a_ids=call.a_ids, b_ids=call.b_ids)
-    return (reference.pair_scores(call.a, call.b), *hardest, call.a.new_empty(0, dtype=torch.int64))
-
-
-def fake_results(a, b):
-    """Empty positive_score, row_score, row_index [N], col_score and col_index [M]."""
-    score, index = accumulation_dtype(a.dtype), torch.int64
-    n, m = a.shape[0], b.shape[0]
-    return tuple(a.new_empty(size, dtype=dtype) for size, dtype in
-                 ((n, score), (n, score), (n, index), (m, score), (m, index)))  # fmt: skip
+    positive_score, rows, cols = statistics(call.a, call.b, call.a_ids, call.b_ids, call.negatives)
+    none = rows.new_empty(0), call.a.new_empty(0, dtype=torch.int64)
+    hardest = (*reference.maxima(rows, 1), *(none if cols is None else reference.maxima(cols, 1)))
+    return positive_score, *(t.clone() for t in hardest), call.a.new_empty(0, dtype=torch.int64)
 
 
 def _fake_hardest_negatives(call):
     rescored = call.a.new_empty(() if call.route == "certified" else 0, dtype=torch.int64)
-    return *fake_results(call.a, call.b), rescored
+    return *fake_results(call.a, call.b, call.negatives), rescored
 
 
 def _hardest_gradients(call):
@@ -240,7 +263,8 @@ def _fake_hardest_gradients(call):
     )
 
 
-# Results: positive_score, row_score, row_index [N]; col_score, col_index [M]; how many scores were computed again in
+# Results: positive_score [N], or [P] of listed pairs (of one listed twice the second may be -inf); row_score, row_index
+# [N]; col_score, col_index [M]; how many scores were computed again in
 # fp64, [] int64, with the route "certified", else empty.
 register(
     "hardest_negatives",

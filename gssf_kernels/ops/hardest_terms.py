@@ -16,7 +16,8 @@ from torch import Tensor
 from gssf_kernels import plan, reference
 from gssf_kernels._library import Function, last_derivative, register
 from gssf_kernels.ops.goal import RELATIVE, Constants, anchor_weights
-from gssf_kernels.ops.hardest import checked_inputs, fake_results, projected_factors
+from gssf_kernels.ops.hardest import checked_inputs, projected_factors
+from gssf_kernels.ops.negatives import fake_results
 from gssf_kernels.ops.relative import relative_positives, relative_sweep
 from gssf_kernels.ops.terms import anchor_term_gradients
 from gssf_kernels.reference import AnchorStatistics, HardestNegatives, RelativeTerms

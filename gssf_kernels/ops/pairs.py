@@ -62,6 +62,11 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
     return _PairScores.apply(a, b, torch.arange(a.shape[0], device=a.device), index)
 
 
+def scores_of_pairs(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """``a[rows_e] · b[cols_e]`` [E]; -inf, without gradient, where an index is -1. Differentiable once in a and b."""
+    return _PairScores.apply(*distinct(a, b), *distinct(rows, cols))
+
+
 class _PairScores(Function):
     @staticmethod
     def forward(a, b, rows, cols):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gssf_kernels import plan, reference
 from gssf_kernels._library import register
-from gssf_kernels.plan import accumulation_dtype
+from gssf_kernels.ops.negatives import Negatives, fake_results, statistics
 from gssf_kernels.reference import RelativeTerms
 
 
@@ -34,6 +34,17 @@ class RelativeNegativesCall(NamedTuple):
     b_ids: Tensor | None  # [M] int64
     threshold: Tensor  # [] of the scores' dtype; a tensor on a's device, so that nothing synchronises
     beta: float | None  # β; None: the linear kind
+    # The rest is `Negatives`.
+    paired: bool = True
+    columns: bool = True
+    pair_starts: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def negatives(self) -> Negatives:
+        return Negatives._make(self[6:])
 
 
 def relative_sweep(a, b, a_ids, b_ids, relative: RelativeTerms) -> tuple[Tensor, ...]:
@@ -47,24 +58,37 @@ def relative_sweep(a, b, a_ids, b_ids, relative: RelativeTerms) -> tuple[Tensor,
     return torch.ops.gssf.relative_negatives(a, b, a_ids, b_ids, threshold, beta)
 
 
-def relative_positives(positive_score: Tensor, negative: Tensor, relative: RelativeTerms) -> Tensor:
+def relative_positives(
+    positive_score: Tensor, negative: Tensor, relative: RelativeTerms, counted: Tensor | None = None
+) -> Tensor:
     """r⁺ [N] of N anchors, from positive_score [N] and the scores of their hardest negatives [N], in their dtype.
 
+    counted: [N] bool, which positive scores there are; None: all. The others are left out of every mean.
     O(N log N), in fp64. If a positive score is NaN, all of r⁺ is NaN.
     """
-    count = positive_score.shape[0]
-    if count < 2:
+    if positive_score.shape[0] < 2:
         return torch.zeros_like(positive_score)
     p = positive_score.double()
     bound = (negative + relative.positive_threshold).double()
-    ordered = p.sort().values
-    prefix = torch.searchsorted(ordered, bound, right=True)  # [N], how many scores are at most the bound of anchor i
+    if counted is None:
+        count, ordered = p.new_full((), p.shape[0], dtype=torch.int64), p.sort().values
+    else:  # those left out come last, as copies of the largest score; no prefix reaches them
+        count = counted.sum()
+        ordered = torch.where(counted, p, torch.inf).sort().values
+        last = ordered.gather(0, (count - 1).clamp_min(0)[None])
+        ordered = torch.where(torch.arange(p.shape[0], device=p.device) < count, ordered, last)
+        bound = torch.where(counted, bound, -torch.inf)
+
+    def at_most(score):  # how many of the scores are at most each of these
+        return torch.searchsorted(ordered, score, right=True).clamp_max(count)
+
+    prefix = at_most(bound)  # [N]
     inside = ~(p > bound)  # whether the score of anchor i is one of them
     least, second = ordered[0], ordered[1]
     if relative.kind == "linear":
         span = (ordered[-1] - least).clamp_min(torch.finfo(p.dtype).tiny)
         total = prefix * (p - least) - span * _prefix_sums((ordered - least) / span)[prefix]
-        ties = torch.searchsorted(ordered, p, right=True) - torch.searchsorted(ordered, p)  # i and its equals
+        ties = at_most(p) - torch.searchsorted(ordered, p).clamp_max(count)  # i and its equals
         size = prefix - inside * ties
     else:
         # The term k = i is subtracted from the sum. If p_i is the lowest score, that term may be so large that only
@@ -91,17 +115,19 @@ def _prefix_sums(terms: Tensor) -> Tensor:
 
 
 def _relative_negatives(call):
-    a, b, a_ids, b_ids, threshold, beta = call
-    hardest = reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)
-    relative = reference.relative_negatives(a, b, threshold, beta=beta, a_ids=a_ids, b_ids=b_ids)
-    return (reference.pair_scores(a, b), *hardest, *relative)
+    positive_score, rows, cols = statistics(call.a, call.b, call.a_ids, call.b_ids, call.negatives)
+    none = rows.new_empty(0), call.a.new_empty(0, dtype=torch.int64), rows.new_empty(0)
+    sides = (
+        none if s is None else (*reference.maxima(s, 1), reference.mean_distance(s, call.threshold, call.beta))
+        for s in (rows, cols)
+    )
+    (*row, row_relative), (*col, col_relative) = sides
+    return positive_score, *(t.clone() for t in (*row, *col)), row_relative, col_relative
 
 
 def _fake_relative_negatives(call):
-    score, index = accumulation_dtype(call.a.dtype), torch.int64
-    n, m = call.a.shape[0], call.b.shape[0]
-    return tuple(call.a.new_empty(size, dtype=dtype) for size, dtype in
-                 ((n, score), (n, score), (n, index), (m, score), (m, index), (n, score), (m, score)))  # fmt: skip
+    results = fake_results(call.a, call.b, call.negatives)
+    return *results, *(torch.empty_like(t) for t in (results[1], results[3]))
 
 
 # Results: positive_score, row_score, row_index [N]; col_score, col_index [M]; r⁻ of the rows [N], of the columns [M].

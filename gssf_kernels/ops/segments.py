@@ -78,6 +78,35 @@ class _SegmentSums(Function):
         return last_derivative(_sums, grad_out.contiguous(), target, source, ctx.total), None, None, None
 
 
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` [E] of values [N]; -1 gives -inf, without gradient. Deterministic, unlike indexing."""
+    return _Gather.apply(values, index)
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(values, index):
+        if values.shape[0] == 0:
+            return values.new_full(index.shape, -torch.inf)
+        return torch.where(index < 0, -torch.inf, values[index.clamp_min(0)])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, index = inputs
+        ctx.count = values.shape[0]
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        (index,) = ctx.saved_tensors
+        return last_derivative(_gathered_gradient, grad_out.contiguous(), index, ctx.count), None
+
+
+def _gathered_gradient(grad_out, index, count):
+    target = torch.arange(count, device=index.device)
+    return _sums(grad_out[:, None], index, target, count)[:, 0].clone()
+
+
 def _sums(values, source, target, total):
     """The sum of listed rows is the gradient of listed scores, each of weight 1."""
     ones = values.new_ones(values.shape[0])

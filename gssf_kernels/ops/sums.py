@@ -23,6 +23,7 @@ from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, triangle, unit_of
 from gssf_kernels.ops.logsumexp import kappa_of, scale_of
+from gssf_kernels.ops.masks import UNPAIRED, Mask, least, left_out, lower_listed
 from gssf_kernels.ops.score_functions import KINDS, pointwise
 from gssf_kernels.plan import accumulation_dtype
 
@@ -93,14 +94,20 @@ def score_sums(
     reduction: str,
     relative: bool = False,
     positive_score: Tensor | None = None,
+    columns: bool = True,
+    mask: Mask | None = None,
 ) -> Tensor:
     """``Σ_ij f(κ s_ij + β)`` ("sum"), the same divided by N ("mean"), or the row sums [N] ("none").
 
     relative: terms are relative to the positives: ``Σ_ij f(s_ij + β − s_ii) + Σ_{i, j < N} f(s_ij + β − s_jj)``, with
     M >= N and κ = 1. With "none" entry i has the terms of row i and of column i.
     positive_score: s_ii [N], for relative; None: computed here.
+    columns: with relative, whether columns have terms too. Without them positive_score is any score for each row, with
+        a gradient, and reduction is "none".
+    mask: which scores take part. With its limits a term of two scores' directions is left out where either limit says.
     """
-    symmetric = a is b and (reduction == "none" or (a_ids is b_ids and not relative))
+    mask = Mask() if mask is None else mask
+    symmetric = a is b and mask.plain and (reduction == "none" or (a_ids is b_ids and not relative))
     share = 1 / max(a.shape[0], 1) if reduction == "mean" else 1.0
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
@@ -109,7 +116,7 @@ def score_sums(
     scale, bias = distinct(scale, bias)
     reduction = "none" if reduction == "none" else "sum"
     needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (a, b)]
-    options = (term.kind, term.positives, relative, reduction, share, needs, positive_score)
+    options = (term.kind, term.positives, relative, reduction, share, needs, positive_score, columns, *mask)
     return _ScoreSums.apply(*Call(a, b, scale, bias, constant, offset, a_ids, b_ids, *options))[0]
 
 
@@ -131,6 +138,23 @@ class Call(NamedTuple):
     share: float  # the sum is multiplied by it: 1/N for "mean"
     needs: list[bool]  # whether the forward of "sum" computes the gradients of a and b
     positive_score: Tensor | None = None  # [N], for relative; None: computed here
+    columns: bool = True  # relative: also the terms of columns
+    # The rest is `Mask`. Listed pairs take part only where positives are "exclude" or "negate".
+    paired: bool = True
+    ignore: bool = False
+    pair_rows: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def mask(self) -> Mask:
+        return Mask._make(self[16:])
+
+    @property
+    def general(self) -> bool:
+        """Whether only the loop over chunks computes it."""
+        return not self.columns or not self.mask.plain
 
     @property
     def other(self) -> Tensor:
@@ -170,11 +194,25 @@ class BackwardCall(NamedTuple):
     share: float
     needs: list[bool]  # whether a and b need a gradient
     positive_score: Tensor | None = None
+    columns: bool = True
+    paired: bool = True
+    ignore: bool = False
+    pair_rows: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def general(self) -> bool:
+        return self.forward.general
 
     @property
     def forward(self) -> Call:
         """The arguments of the forward."""
         return Call(*self[5:])
+
+
+_POSITIVE = Call._fields.index("positive_score")
 
 
 class _ScoreSums(Function):
@@ -192,19 +230,27 @@ class _ScoreSums(Function):
         ctx.set_materialize_grads(False)
         positive_score = positive_score if call.positive_score is None else call.positive_score
         tensors = (call.a, call.b, call.scale, call.bias, call.a_ids, call.b_ids, positive_score)
-        ctx.save_for_backward(dscale, dbias, da, db, *tensors)
+        masks = call.pair_rows, call.pair_cols, call.row_limit, call.col_limit
+        ctx.save_for_backward(dscale, dbias, da, db, *tensors, *masks)
         ctx.numbers, ctx.options = (call.constant, call.offset), call[8:13]
+        ctx.flags = call.columns, call.paired, call.ignore
 
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * len(Call._fields)
-        *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = ctx.saved_tensors
+        *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = ctx.saved_tensors[:11]
         needs = ctx.needs_input_grad[:4]
         inputs = (a, b, scale, bias, *ctx.numbers, a_ids, b_ids)
-        call = BackwardCall._make((grad_out, *gradients, *inputs, *ctx.options, list(needs[:2]), positive_score))
+        mask = (*ctx.flags, *ctx.saved_tensors[11:])
+        call = BackwardCall._make((grad_out, *gradients, *inputs, *ctx.options, list(needs[:2]), positive_score, *mask))
         grads = last_derivative(torch.ops.gssf.score_sums_backward, *call)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 4))
+        *grads, dpositive = grads
+        empty = [None] * len(Call._fields)
+        empty[:4] = (g if need else None for g, need in zip(grads, needs, strict=True))
+        if not call.columns and ctx.needs_input_grad[_POSITIVE]:
+            empty[_POSITIVE] = dpositive
+        return tuple(empty)
 
 
 class _Sums(NamedTuple):
@@ -221,7 +267,7 @@ class _Sums(NamedTuple):
     @property
     def slope(self) -> Tensor:
         """Minus the gradient with respect to positive_score [N], where terms are relative to the positives."""
-        return self.row_slope + self.col_slope
+        return self.row_slope + self.col_slope if self.col_slope.numel() else self.row_slope
 
 
 def _by_chunks(call: Call) -> tuple[Tensor, ...]:
@@ -232,7 +278,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     new_positive = positive_score if call.positive_score is None and positive_score is not None else empty
     if call.reduction == "none":
         sums = _sweep(call, positive_score, [False, False])
-        rows = sums.rows + sums.cols if call.relative else sums.rows
+        rows = sums.rows + sums.cols if call.relative and call.columns else sums.rows
         return rows, empty.clone(), empty.clone(), empty.clone(), empty.clone(), new_positive
     sums = _sweep(call, positive_score, call.needs)
     if call.relative and any(call.needs):
@@ -249,7 +295,8 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
         kappa = kappa_of(call.scale, call.constant)
         factor, dscale = call.grad_out * call.share * kappa, call.grad_out * call.dscale
         dscale = dscale * kappa if call.constant is None else dscale
-        return (factor * call.da).to(a.dtype), (factor * call.db).to(a.dtype), dscale, call.grad_out * call.dbias
+        da, db = (factor * call.da).to(a.dtype), (factor * call.db).to(a.dtype)
+        return da, db, dscale, call.grad_out * call.dbias, dscale.new_empty(0)
     scale, _ = forward.scalars()
     needs = [call.needs[0], call.needs[0] if call.b is None else call.needs[1]]
     unit = unit_of(a.dtype, call.grad_out)
@@ -258,13 +305,14 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     # Every row has its weight, so dscores are not symmetric even if b is a: all of them are computed.
     sums = _sweep(forward._replace(b=call.a) if call.b is None else forward, call.positive_score, needs, weight)
     slopes = weight * (sums.slope if call.relative else sums.row_slope)
-    if call.relative and any(needs):
+    if call.relative and call.columns and any(needs):
         _add_pairs(sums, -slopes, forward, needs)
     da, db = one * scale * sums.da, one * scale * sums.db
     if call.b is None and needs[0]:
         da, db = da + db, db.new_empty(0)
     dscale, dbias = (one * t.sum(dtype=torch.float64).to(scale.dtype) for t in (sums.dscores_dot_s, slopes))
-    return da.to(a.dtype), db.to(a.dtype), dscale * scale if call.constant is None else dscale, dbias
+    dpositive = -one * slopes if call.relative and not call.columns else slopes.new_empty(0)
+    return da.to(a.dtype), db.to(a.dtype), dscale * scale if call.constant is None else dscale, dbias, dpositive
 
 
 def _pair_scores(a, b):
@@ -290,7 +338,9 @@ def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | No
     if call.b is None and call.reduction == "sum":
         return _symmetric(call, scale, bias, needs[0])
     a, b, n = call.a, call.other, call.a.shape[0]
-    columns = positive_score if call.relative else None
+    columns = positive_score if call.relative and call.columns else None
+    row_positive = positive_score if call.relative else None
+    mask = call.mask
     rows = scale.new_zeros(3, n)
     cols = scale.new_zeros(2, n if columns is not None else 0)
     a_ids, b_ids = (t.contiguous() if t is not None else None for t in (call.a_ids, call.b_ids))
@@ -298,15 +348,58 @@ def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | No
 
     def visit(s, first):
         part = slice(first, first + s.shape[0])
-        positive, row_weight, row_ids = (t[part] if t is not None else None for t in (columns, weight, a_ids))
-        terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, b_ids)
-        options = (first, call.kind, call.positives, any(needs))
+        positive, row_weight, row_ids = (t[part] if t is not None else None for t in (row_positive, weight, a_ids))
+        col_ids, listed = b_ids, None
+        if not mask.plain:
+            listed = _listed_terms(s, part, mask, call.positives, scale, bias, call.kind, row_weight)
+            out = left_out(s, first, row_ids, b_ids, mask)
+            if out is not None:
+                s.masked_fill_(out, least(s.dtype))
+            if listed is not None:
+                lower_listed(s, (listed.row, listed.col, listed.here), least(s.dtype))
+            if mask.ignore:
+                row_ids = col_ids = None
+        terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, col_ids)
+        options = (first if call.paired else UNPAIRED, call.kind, call.positives, any(needs))
         torch.ops.gssf.score_sums_pass(s, *terms, *options, rows[:, part], cols)
+        if listed is not None:
+            listed.add_to(rows[:, part], s if any(needs) else None)
 
     da, db = chunks(a, b, visit, tuple(needs))
     empty = rows.new_empty(0)
     statistics = (t.clone() for t in (*rows, *cols))
     return _Sums._make((*statistics, da if da is not None else empty, db if db is not None else empty.clone()))
+
+
+class _Listed(NamedTuple):
+    """The listed pairs of a chunk, which the pass leaves out, as terms of their own."""
+
+    row: Tensor  # [P], in the chunk
+    col: Tensor
+    here: Tensor  # [P] bool: in this chunk
+    statistics: Tensor  # [3, P]: f, f' and f' s
+    dscores: Tensor  # [P]
+
+    def add_to(self, rows: Tensor, s: Tensor | None) -> None:
+        """Add the sums of each row to rows [3, R], and the slopes to dscores s [R, M], which are 0 there."""
+        rows.index_add_(1, self.row, self.statistics)
+        if s is not None:
+            s.index_put_((self.row, self.col), self.dscores, accumulate=True)
+
+
+def _listed_terms(s, part, mask, positives, scale, bias, kind, row_weight) -> _Listed | None:
+    listed = mask.chunk(part.start, s.shape[0])
+    if listed is None:
+        return None
+    row, col, here = listed
+    score = s[row, col]
+    if positives == "negate":
+        f, slope = pointwise(-(score * scale + bias), kind)
+        f, slope = torch.where(here, f, 0), torch.where(here, -slope, 0)
+    else:
+        f = slope = torch.zeros_like(score)
+    dscores = slope if row_weight is None else slope * row_weight[row]
+    return _Listed(row, col, here, torch.stack((f, slope, torch.where(here, dscores * score, 0))), dscores)
 
 
 def _symmetric(call: Call, scale: Tensor, bias: Tensor, need: bool) -> _Sums:
@@ -328,7 +421,7 @@ def _symmetric(call: Call, scale: Tensor, bias: Tensor, need: bool) -> _Sums:
             col_ids = ids[first + start : first + stop] if ids is not None else None
             rows = total.new_zeros(3, count)
             terms = (scale, bias, None, None, None, None, row_ids, col_ids)
-            options = (-start, call.kind, call.positives, need)
+            options = (-start if call.paired else UNPAIRED, call.kind, call.positives, need)
             torch.ops.gssf.score_sums_pass(s[:, start:stop], *terms, *options, rows, no_columns)
             total[:, part] += times * rows
 
@@ -352,9 +445,11 @@ def _fake(call: Call) -> tuple[Tensor, ...]:
 def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
     if call.reduction == "sum":
         scalars = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
-        return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *scalars
+        return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *scalars, call.dscale.new_empty(0)
     shapes = (t.shape if need and t is not None else 0 for t, need in zip((call.a, call.b), call.needs, strict=True))
-    return *(call.a.new_empty(shape) for shape in shapes), *(call.grad_out.new_empty(()) for _ in range(2))
+    positives = call.a.shape[0] if call.relative and not call.columns else 0
+    sizes = ((), (), positives)
+    return *(call.a.new_empty(shape) for shape in shapes), *(call.grad_out.new_empty(size) for size in sizes)
 
 
 class PassCall(NamedTuple):
@@ -380,7 +475,8 @@ class PassCall(NamedTuple):
 def _pass(call: PassCall) -> None:
     s, positive = call.s, torch.zeros_like(call.s, dtype=torch.bool)
     if call.positives != "include":
-        positive.diagonal(call.first).fill_(True)
+        if call.first != UNPAIRED:
+            positive.diagonal(call.first).fill_(True)
         if call.row_ids is not None:
             positive |= call.row_ids[:, None] == call.col_ids
 
@@ -422,7 +518,7 @@ register(
 register(
     "score_sums_backward",
     BackwardCall,
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     composite=_backward,
     fake=_fake_backward,
     launcher="sums.score_sums_backward",

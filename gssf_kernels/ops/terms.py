@@ -27,7 +27,7 @@ class AnchorTermsCall(NamedTuple):
 
     # "hinge", "goal <triplet> <pair>" or "info_nce"
     formula: str
-    # hinge, goal: positive_score [N], row_score [N], col_score [M], of which the first N count.
+    # hinge, goal: positive_score [N], row_score [N], col_score [M], of which the first N count, or None.
     # info_nce: row_max, row_log, row_target [N], col_max, col_log [M], col_target [N]. Without columns (None) the terms
     # are those of the rows, not halved. Without col_target, row_target is the target of both directions.
     statistics: list[Tensor | None]
@@ -48,9 +48,12 @@ class AnchorTermsBackwardCall(NamedTuple):
 
 
 def anchor_terms(
-    positive_score: Tensor, row_score: Tensor, col_score: Tensor, formula: str, constants: list[float], reduction: str
-) -> Tensor:
+    positive_score: Tensor, row_score: Tensor, col_score: Tensor | None, formula: str, constants: list[float],
+    reduction: str,
+) -> Tensor:  # fmt: skip
     """The terms [N] of "hinge" or "goal <triplet> <pair>", or their sum or mean. Differentiable once.
+
+    col_score: None leaves the terms of columns out.
 
     NaN propagates, in the forward and in the backward. An anchor without a negative (score -inf) has term 0.
     """
@@ -84,45 +87,54 @@ def anchor_term_gradients(grad_out, formula, constants, reduction, *statistics) 
     return torch.ops.gssf.anchor_terms_backward(grad_out, formula, list(statistics), constants, reduction)
 
 
-def _hinge(call):
+def _directions(call):
+    """positive_score, row_score, and col_score of the first N columns unless columns are no anchors: [N] each."""
     positive_score, row_score, col_score = call.statistics
+    rows = positive_score, row_score
+    return rows if col_score is None else (*rows, col_score[: positive_score.shape[0]])
+
+
+def _column_gradient(gradients, call):
+    """The gradient of col_score [M], or an empty tensor; gradients: of each direction, [N]."""
+    col_score = call.statistics[2]
+    return gradients[0].new_empty(0) if col_score is None else _padded(gradients[1], col_score.shape[0])
+
+
+def _hinge(call):
+    positive_score, *negatives = _directions(call)
     (margin,) = call.constants
-    col_score = col_score[: positive_score.shape[0]]
-    return sum(reference.hinge(margin + negative - positive_score) for negative in (row_score, col_score))
+    return sum(reference.hinge(margin + negative - positive_score) for negative in negatives)
 
 
 def _hinge_backward(dterms, call):
-    positive_score, row_score, col_score = call.statistics
+    positive_score, *negatives = _directions(call)
     (margin,) = call.constants
-    count = positive_score.shape[0]
-    drow, dcol = (
-        torch.where(margin + negative - positive_score < 0, 0, dterms) for negative in (row_score, col_score[:count])
-    )
-    return -(drow + dcol), drow, _padded(dcol, col_score.shape[0])
+    gradients = [torch.where(margin + negative - positive_score < 0, 0, dterms) for negative in negatives]
+    return -sum(gradients), gradients[0], _column_gradient(gradients, call)
 
 
 def _goal(call):
-    positive_score, row_score, col_score = call.statistics
+    positive_score, *negatives = _directions(call)
     triplet, pair = call.formula.split()[1:]
 
     def terms(negative):
         values = anchor_values(AnchorStatistics(positive_score, negative), triplet, pair, Constants(*call.constants))
         return torch.where(negative != -torch.inf, values, 0)
 
-    return terms(row_score) + terms(col_score[: positive_score.shape[0]])
+    return sum(terms(negative) for negative in negatives)
 
 
 def _goal_backward(dterms, call):
-    positive_score, row_score, col_score = call.statistics
+    positive_score, *negatives = _directions(call)
     triplet, pair = call.formula.split()[1:]
 
     def gradients(negative):
         weights = anchor_weights(AnchorStatistics(positive_score, negative), triplet, pair, Constants(*call.constants))
-        return (dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)
+        return tuple(dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)
 
-    row_positive, drow = gradients(row_score)
-    col_positive, dcol = gradients(col_score[: positive_score.shape[0]])
-    return -(row_positive + col_positive), drow, _padded(dcol, col_score.shape[0])
+    positives, gradients_of_negatives = zip(*(gradients(negative) for negative in negatives), strict=True)
+    dcol = _column_gradient(gradients_of_negatives, call)
+    return -sum(positives), gradients_of_negatives[0], dcol
 
 
 def _info_nce(call):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_kernels.reference.statistics import accumulate, maxima, mean_distance, positives, scores
-from gssf_kernels.reference.triplet import diagnose, factors, reduce
+from gssf_kernels.reference.statistics import accumulate, maxima, mean_distance, scores
+from gssf_kernels.reference.triplet import diagnose, factors, masks, negatives_of, reduce_pairs
 
 
 class AnchorStatistics(NamedTuple):
@@ -47,25 +47,35 @@ def gradient_space_loss(
     *,
     value: Callable | None = None,
     relative: RelativeTerms | None = None,
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "sum",
     metric=None,
     diagnostics: bool = False,
 ):
     """A loss defined by the weights of its gradient; see :func:`gssf_kernels.gradient_space_loss`."""
     a, b = factors(x, y, metric)
-    s, same = scores(a, b), positives(a, b, x_ids, y_ids)
-    loss = reduce(_designed(s, same, weights, value, relative), reduction)
-    return (loss, diagnose(x, y, s, same, 0.0)) if diagnostics else loss
+    s, mask = scores(a, b), masks(a, b, x_ids, y_ids, pairs)
+    options = (symmetric, false_negative_margin)
+    per_pair, rows, cols = _designed(s, mask, weights, value, relative, *options)
+    loss = reduce_pairs(per_pair, rows, cols, pairs, s.shape, reduction)
+    return (loss, diagnose(x, y, s, pairs, mask, 0.0, *options)) if diagnostics else loss
 
 
-def _designed(s: Tensor, same: Tensor, weights: Callable, value: Callable | None, relative) -> Tensor:
-    """The terms [N] from s [N, M] and the mask of positives same [N, M]: row term i + column term i."""
-    count, positive_score = s.shape[0], s.diagonal()
-    masked = s.masked_fill(same, -torch.inf)
+def _designed(
+    s: Tensor, mask, weights: Callable, value: Callable | None, relative, symmetric=True, false_negative_margin=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the terms of all pairs [P]: row term + column term; their rows and columns) from s [N, M] and the masks."""
+    pair, same, positive = mask
+    rows, cols = pair.nonzero(as_tuple=True)
+    positive_score = s[rows, cols]
     per_pair = positive_score * 0
-    for anchor_scores in (masked, masked[:, :count].mT):  # [N, M] of the rows, [N, N] of the columns
+    directions = ((s, same, positive, rows), (s.mT, same.mT, positive.mT, cols))
+    for side, excluded, good, pair_anchors in directions[: 1 + symmetric]:
+        anchor_scores = negatives_of(side, excluded, good, false_negative_margin)[pair_anchors]  # [P, K]
         negative, _ = maxima(anchor_scores, 1)
         anchor, _ = anchor_statistics(positive_score.detach(), anchor_scores.detach(), relative)
         positive_weight, negative_weight = (w.detach() for w in weights(anchor))
@@ -76,7 +86,7 @@ def _designed(s: Tensor, same: Tensor, weights: Callable, value: Callable | None
         positive_weight, negative_weight, term, n = (torch.where(valid, t, 0) for t in tensors)
         surrogate = negative_weight * n - positive_weight * positive_score  # has the gradient; its value cancels
         per_pair = per_pair + term + (surrogate - surrogate.detach())
-    return per_pair
+    return per_pair, rows, cols
 
 
 def anchor_statistics(positive_score: Tensor, masked: Tensor, relative) -> tuple[AnchorStatistics, Tensor]:
@@ -114,17 +124,11 @@ def goal_loss(
     lam: float = 0.5,
     positive_threshold: float = 0.1,
     negative_threshold: float = 0.1,
-    x_ids: Tensor | None = None,
-    y_ids: Tensor | None = None,
-    reduction: str = "sum",
-    metric=None,
-    diagnostics: bool = False,
+    **options,
 ):
     """GOAL's fifteen losses; see :func:`gssf_kernels.goal_loss`."""
     mode = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
-    return gradient_space_loss(
-        x, y, **mode, x_ids=x_ids, y_ids=y_ids, reduction=reduction, metric=metric, diagnostics=diagnostics
-    )
+    return gradient_space_loss(x, y, **mode, **options)
 
 
 def goal_weights(
@@ -145,7 +149,7 @@ def goal_weights(
     mode = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
     s = accumulate(scores.detach()).requires_grad_()
     with torch.enable_grad():
-        loss = _designed(s, positives(s, s.mT, x_ids, y_ids), **mode).sum()
+        loss = _designed(s, masks(s, s.mT, x_ids, y_ids, None), **mode)[0].sum()
     return torch.autograd.grad(loss, s)[0].to(scores.dtype).to_sparse()
 
 

@@ -19,6 +19,7 @@ class HardestNegatives(NamedTuple):
     row_index: Tensor  # [N] int64, a row of b
     col_score: Tensor  # [M]
     col_index: Tensor  # [M] int64, a row of a
+    pair_score: Tensor | None = None  # [N] of the pairs (i, i), [P] of listed pairs; None for pairs by id
 
 
 def accumulate(t: Tensor) -> Tensor:
@@ -67,11 +68,29 @@ def scores(a: Tensor, b: Tensor) -> Tensor:
     return accumulate(a) @ accumulate(b).mT
 
 
-def positives(a: Tensor, b: Tensor, a_ids: Tensor | None = None, b_ids: Tensor | None = None) -> Tensor:
-    """``[N, M]`` bool: whether (i, j) is a positive, i = j or of equal ids. Positives are never negatives."""
-    same = torch.eye(a.shape[0], b.shape[0], dtype=torch.bool, device=a.device)
+def positives(
+    a: Tensor, b: Tensor, a_ids: Tensor | None = None, b_ids: Tensor | None = None, pairs: Tensor | str | None = None
+) -> Tensor:
+    """``[N, M]`` bool: whether (i, j) is a positive, or of equal ids. Neither is ever a negative.
+
+    Positives are i = j (pairs=None), those of equal ids (pairs="ids"), or the listed ``pairs`` [P, 2].
+    """
+    n, m = a.shape[0], b.shape[0]
+    same = torch.zeros(n, m, dtype=torch.bool, device=a.device)
+    if pairs is None:
+        same = torch.eye(n, m, dtype=torch.bool, device=a.device)
+    elif isinstance(pairs, Tensor):
+        same[pairs[:, 0], pairs[:, 1]] = True
     rows, cols = (b_ids if a_ids is None else a_ids), (a_ids if b_ids is None else b_ids)
     return same if rows is None or cols is None else same | (rows[:, None] == cols[None, :])
+
+
+def paired(
+    a: Tensor, b: Tensor, a_ids: Tensor | None = None, b_ids: Tensor | None = None, pairs: Tensor | str | None = None
+) -> Tensor:
+    """``[N, M]`` bool: whether (i, j) is a pair. Equal ids alone make none, unless ``pairs`` is "ids"."""
+    by_ids = isinstance(pairs, str)
+    return positives(a, b, a_ids if by_ids else None, b_ids if by_ids else None, pairs)
 
 
 def maxima(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -84,11 +103,18 @@ def maxima(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def hardest_negatives(
-    a: Tensor, b: Tensor, *, a_ids: Tensor | None = None, b_ids: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    pairs: str | Tensor | None = None,
+    a_ids: Tensor | None = None,
+    b_ids: Tensor | None = None,
 ) -> HardestNegatives:
     """Row and column maxima of ``s`` over negatives; see :func:`gssf_kernels.hardest_negatives`."""
-    masked = scores(a, b).masked_fill(positives(a, b, a_ids, b_ids), -torch.inf)
-    return HardestNegatives(*maxima(masked, 1), *maxima(masked, 0))
+    s = scores(a, b)
+    masked = s.masked_fill(positives(a, b, a_ids, b_ids, pairs), -torch.inf)
+    pair_score = None if isinstance(pairs, str) else s.diagonal() if pairs is None else s[pairs[:, 0], pairs[:, 1]]
+    return HardestNegatives(*maxima(masked, 1), *maxima(masked, 0), pair_score)
 
 
 def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:

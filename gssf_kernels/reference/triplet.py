@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gssf_kernels.reference.statistics import EPS, accumulate, maxima, positives, project, scores
+from gssf_kernels.reference.statistics import EPS, accumulate, maxima, paired, positives, project, scores
 
 
 class Diagnostics(NamedTuple):
@@ -27,34 +27,71 @@ def triplet_loss(
     *,
     margin: float = 0.2,
     negatives: str = "hardest",
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "sum",
     metric=None,
     diagnostics: bool = False,
 ):
     """Triplet loss over rows and columns; see :func:`gssf_kernels.triplet_loss`."""
     a, b = factors(x, y, metric)
-    count = a.shape[0]
     s = scores(a, b)  # [N, M]
-    same = positives(a, b, x_ids, y_ids)  # [N, M]
-    positive_score = s.diagonal()  # [N]
+    pair, same, positive = masks(a, b, x_ids, y_ids, pairs)
+    rows, cols = pair.nonzero(as_tuple=True)  # [P]
+    positive_score = s[rows, cols]
 
-    def terms(s, same):  # [N, K] scores of N anchors -> [N]
-        if s.shape[1] == 0:
-            return positive_score * 0
+    def terms(s, anchor, same, positive):  # of one direction: scores [N, K] of N anchors -> [P]
+        if anchor.shape[0] == 0:
+            return positive_score
+        left = negatives_of(s, same, positive, false_negative_margin)[anchor]  # [P, K], the pair's anchor's negatives
+        p = positive_score[:, None]
         if negatives == "all":
-            return hinge(margin + s - positive_score[:, None]).masked_fill(same, 0).sum(1)
-        masked = s.masked_fill(same, -torch.inf)
-        hardest = masked.max(1).values
+            return hinge(margin + left - p).masked_fill(left == -torch.inf, 0).sum(1)
+        hardest = left.max(1).values
         if negatives == "semihard":
-            semihard = masked.masked_fill(masked >= positive_score[:, None], -torch.inf).max(1).values
+            semihard = left.masked_fill(left >= p, -torch.inf).max(1).values
             hardest = torch.where(semihard == -torch.inf, hardest, semihard)
         return hinge(margin + hardest - positive_score)
 
-    per_pair = terms(s, same) + terms(s[:, :count].mT, same[:, :count].mT)
-    loss = reduce(per_pair, reduction)
-    return (loss, diagnose(x, y, s, same, margin)) if diagnostics else loss
+    per_pair = terms(s, rows, same, positive)
+    if symmetric:
+        per_pair = per_pair + terms(s.mT, cols, same.mT, positive.mT)
+    loss = reduce_pairs(per_pair, rows, cols, pairs, s.shape, reduction)
+    mask = pair, same, positive
+    return (loss, diagnose(x, y, s, pairs, mask, margin, symmetric, false_negative_margin)) if diagnostics else loss
+
+
+def masks(a, b, a_ids, b_ids, pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """(pairs, scores that are never negatives, positives of ``false_negative_margin``), [N, M] bool each."""
+    pair, same = paired(a, b, a_ids, b_ids, pairs), positives(a, b, a_ids, b_ids, pairs)
+    return pair, same, same if pairs is None else pair
+
+
+def negatives_of(s: Tensor, same: Tensor, positive: Tensor, false_negative_margin: float | None) -> Tensor:
+    """s [N, K] with -inf where a score is no negative of its row."""
+    left = s.masked_fill(same, -torch.inf)
+    if false_negative_margin is not None:
+        lowest = s.detach().masked_fill(~positive, torch.inf).min(1, keepdim=True).values
+        left = left.masked_fill(s > lowest + false_negative_margin, -torch.inf)
+    return left
+
+
+def reduce_pairs(per_pair: Tensor, rows: Tensor, cols: Tensor, pairs, shape, reduction: str) -> Tensor:
+    """The terms of all pairs, in the order of their rows and columns, reduced; "none": as the user listed them."""
+    if reduction != "none" or pairs is None:
+        return reduce(per_pair, reduction)
+    if isinstance(pairs, str):
+        return per_pair.new_zeros(shape[0]).index_add(0, rows, per_pair)
+    matrix = per_pair.new_zeros(shape).index_put((rows, cols), per_pair)
+    seen: set = set()
+    terms = []
+    for i, j in pairs.tolist():
+        terms.append(per_pair.new_zeros(()) if (i, j) in seen else matrix[i, j])
+        seen.add((i, j))
+    return torch.stack(terms) if terms else per_pair
 
 
 def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean", metric=None) -> Tensor:
@@ -69,18 +106,23 @@ def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction
     return reduce(torch.where(valid, terms, 0), reduction)
 
 
-def diagnose(x: Tensor, y: Tensor, s: Tensor, same: Tensor, margin: float) -> Diagnostics:
-    """The diagnostics of x and y, with scores s [N, M] and the mask of positives same [N, M]."""
-    s, count = s.detach(), s.shape[0]
-    masked = s.masked_fill(same, -torch.inf)
-    positive_score = s.diagonal()
-    negative = torch.stack((maxima(masked, 1)[0], maxima(masked, 0)[0][:count]))  # [2, N]
-    valid = negative != -torch.inf
+def diagnose(
+    x: Tensor, y: Tensor, s: Tensor, pairs, mask, margin: float, symmetric: bool = True, false_negative_margin=None
+) -> Diagnostics:
+    """The diagnostics of x and y, with scores s [N, M]; mask: the three of `masks`."""
+    s, (pair, same, positive) = s.detach(), mask
+    rows, cols = pair.nonzero(as_tuple=True)
+    directions = [(s, same, positive, rows), (s.mT, same.mT, positive.mT, cols)][: 1 + symmetric]
+    hardest = [maxima(negatives_of(*side[:3], false_negative_margin), 1)[0] for side in directions]
+    of_pairs = torch.stack([n[anchor] for n, (*_, anchor) in zip(hardest, directions, strict=True)])
+    count = max(rows.shape[0], 1)
+    anchors = of_pairs if pairs is None else torch.cat(hardest)
+    valid = anchors != -torch.inf
     points = F.normalize(torch.cat((accumulate(x.detach()), accumulate(y.detach()))), dim=1, eps=EPS)
     return Diagnostics(
-        active=(margin + negative - positive_score > 0).to(s).sum() / max(2 * count, 1),
-        positive=positive_score.sum() / max(count, 1),
-        negative=torch.where(valid, negative, 0).sum() / valid.sum().clamp_min(1),
+        active=(margin + of_pairs - s[rows, cols] > 0).to(s).sum() / (len(directions) * count),
+        positive=s[rows, cols].sum() / count,
+        negative=torch.where(valid, anchors, 0).sum() / valid.sum().clamp_min(1),
         spread=(1 - (points.sum(0) / max(points.shape[0], 1)).square().sum()).clamp_min(0),  # less than 0 is rounding
     )
 

@@ -92,11 +92,12 @@ def two_largest(s, position, partial, at, mask, axis: tl.constexpr):
 @triton.jit
 def two_largest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """The tile's two hardest negatives of each row and column."""
-    a_ids, b_ids, rows, cols = state
-    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, None, BN, BM)
+    negatives, rows, cols = state
+    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, negatives, None, BN, BM)
     row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
     two_largest(s, tl.arange(0, BM)[None, :], rows, row_at, None, 1)
-    two_largest(s, tl.arange(0, BN)[:, None], cols, col_at, inside, 0)
+    if cols is not None:
+        two_largest(s, tl.arange(0, BN)[:, None], cols, col_at, inside, 0)
 
 
 @triton.jit
@@ -192,7 +193,8 @@ def add_scores(score, index, new, j, counted):
 def rescore_kernel(
     x, y, x_stride, y_stride, x_ids, y_ids, norms, blocks, norms_stride, blocks_stride, partial,
     low, exact, score, place, rescored, D: tl.int32, anchors, others, first_anchor, first_other, length, partials,
-    ALL: tl.constexpr, WIDTH: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, UNROLL: tl.constexpr,
+    ALL: tl.constexpr, PAIRED: tl.constexpr, WIDTH: tl.constexpr, BL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Merge a slab's partials [partials, length] of the anchors x[first_anchor :] into (exact, score, place) [anchors].
 
@@ -232,7 +234,9 @@ def rescore_kernel(
             for c in range(0, WIDTH, BC):
                 beside = c + tl.arange(0, BC)[None, :]
                 j = begin[:, None] + beside  # [BL, BC]
-                counted = active[:, None] & (beside < WIDTH) & (j < others) & (j != i[:, None])
+                counted = active[:, None] & (beside < WIDTH) & (j < others)
+                if PAIRED:
+                    counted &= j != i[:, None]
                 if x_ids is not None:
                     id_i = tl.load(x_ids + i, mask=inside, other=0)[:, None]
                     counted &= id_i != tl.load(y_ids + j, mask=counted, other=0)
@@ -305,8 +309,11 @@ class Side(NamedTuple):
         """[2, blocks]: over each block of `size` rows the largest norm, and the largest norm of a rounding error."""
         return self.norms.view(2, -1, size).amax(2)[:, : triton.cdiv(len(self.values), size)]
 
-    def rescore(self, other: Side, blocks: torch.Tensor, partial: tuple, place: Slab) -> None:
-        """Merge a slab's partials into the anchors' maxima; blocks: [2, partials], `other.blocks` of the slab."""
+    def rescore(self, other: Side, blocks: torch.Tensor, partial: tuple, place: Slab, paired: bool) -> None:
+        """Merge a slab's partials into the anchors' maxima; blocks: [2, partials], `other.blocks` of the slab.
+
+        paired: the pair (i, i) is no negative.
+        """
         D = self.values.shape[1]
         for which, tile in tiles.RESCORE.items():
             rescore_kernel[(triton.cdiv(place.length, tile.BL),)](
@@ -314,7 +321,7 @@ class Side(NamedTuple):
                 self.norms, blocks, self.norms.stride(0), blocks.stride(0), partial,
                 self.low, self.exact, self.score, self.place, self.rescored,
                 D, len(self.values), len(other.values), *place[:3], blocks.shape[1],
-                ALL=which == "all", WIDTH=place.width,
+                ALL=which == "all", PAIRED=paired, WIDTH=place.width,
                 BL=tile.BL, BP=tile.BP, BC=tile.BC, UNROLL=tile.unroll, num_warps=tile.num_warps,
                 **planning.most_registers(D),
             )  # fmt: skip
@@ -325,8 +332,9 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 
     Only a call that names this route counts how many scores were computed in fp64.
     """
-    a, b, a_ids, b_ids, route = call
+    a, b, a_ids, b_ids, route = call[:5]
     symmetric, counted = plan.upper_triangle, route == "certified"
+    columns = call.columns or symmetric
     with torch.cuda.device_of(a):
         a_ids, b_ids = operands.contiguous(a_ids, b_ids)
         rows = Side.of(operands.rows(a), a_ids, counted)
@@ -334,20 +342,31 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         sweep = Sweep(rows.rounded, cols.rounded, plan.tile, upper_triangle=symmetric)
         BN, BM = sweep.tile.BN, sweep.tile.BM
         row_blocks, col_blocks = rows.blocks(BN), cols.blocks(BM)
-        by_row, by_col = sweep.empty_partials(torch.float32, torch.int16, torch.float32)
+        by_row, by_col = sweep.empty_partials(torch.float32, torch.int16, torch.float32, columns=columns)
+        negatives = (tl.constexpr(call.paired), (a_ids, b_ids, None))
         for first, blocks in sweep.slabs():
             for partial in (by_row, by_col):
                 for t in partial:
                     if symmetric and t is not None and t.is_floating_point():  # partials of tiles below the diagonal
                         t.fill_(float("-inf"))
-            sweep.run(two_largest_tile, (a_ids, b_ids, by_row, by_col), first, blocks)
-            rows.rescore(cols, col_blocks, by_row, Slab(first * BN, 0, blocks * BN, BM))
-            cols.rescore(rows, row_blocks[:, first : first + blocks], by_col, Slab(0, first * BN, len(b), BN))
-        positive_score, tile = a.new_empty(len(a), dtype=torch.float32), tiles.RESCORE["one"]
-        exact_positives_kernel[(triton.cdiv(len(a), tile.BL),)](
-            rows.values, cols.values, rows.values.stride(0), cols.values.stride(0), positive_score, len(a), a.shape[1],
-            BL=tile.BL, UNROLL=tile.unroll, num_warps=tile.num_warps,
-        )  # fmt: skip
-    results = (rows.score, rows.place, *((t.clone() if symmetric else t) for t in (cols.score, cols.place)))
-    counts = [side.rescored.sum() for side in ((rows,) if symmetric else (rows, cols)) if side.rescored is not None]
+            sweep.run(two_largest_tile, (negatives, by_row, by_col if columns else None), first, blocks)
+            rows.rescore(cols, col_blocks, by_row, Slab(first * BN, 0, blocks * BN, BM), call.paired)
+            if columns:
+                slab = Slab(0, first * BN, len(b), BN)
+                cols.rescore(rows, row_blocks[:, first : first + blocks], by_col, slab, call.paired)
+        positives, tile = call.negatives.positives(len(a)), tiles.RESCORE["one"]
+        positive_score = a.new_empty(positives, dtype=torch.float32)
+        if positives:
+            exact_positives_kernel[(triton.cdiv(len(a), tile.BL),)](
+                rows.values, cols.values, rows.values.stride(0), cols.values.stride(0), positive_score, len(a),
+                a.shape[1], BL=tile.BL, UNROLL=tile.unroll, num_warps=tile.num_warps,
+            )  # fmt: skip
+    col_results = (cols.score, cols.place)
+    if not call.columns:
+        col_results = (cols.score.new_empty(0), cols.place.new_empty(0))
+    elif symmetric:
+        col_results = (cols.score.clone(), cols.place.clone())
+    results = (rows.score, rows.place, *col_results)
+    sides = (rows, cols) if columns and not symmetric else (rows,)
+    counts = [side.rescored.sum() for side in sides if side.rescored is not None]
     return positive_score, *results, torch.stack(counts).sum() if counted else a.new_empty(0, dtype=torch.int64)

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels.ops.negatives import Negatives, fake_results
 from gssf_kernels.triton import certified, hopper, operands, tiles
-from gssf_kernels.triton.epilogues import only_negatives, partial_offsets
+from gssf_kernels.triton.epilogues import only_negatives, partial_offsets, within
 from gssf_kernels.triton.reductions import argmax, merge_kernel
 from gssf_kernels.triton.sweep import Sweep
 from gssf_kernels.triton.terms import formula_of
@@ -25,30 +26,45 @@ from gssf_kernels.triton.terms import formula_of
 @triton.jit
 def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """The tile's hardest negative of each row and column: its score, and its position in the tile."""
-    a_ids, b_ids, positive_score, row_score, row_place, col_score, col_place = state
-    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
+    negatives, limits, positive_score, row_score, row_place, col_score, col_place = state
+    i0, j0 = (first + tile_i) * BN, tile_j * BM
+    s = only_negatives(s, i0, j0, N, M, negatives, positive_score, BN, BM)
+    row_limit, col_limit = limits
 
     row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
 
-    score, place = argmax(s, tl.arange(0, BM)[None, :], 1)  # [BN]
+    row_s = within(s, row_limit, i0 + tl.arange(0, BN), N, 1)
+    score, place = argmax(row_s, tl.arange(0, BM)[None, :], 1)  # [BN]
     tl.store(row_score + row_at, score)
     tl.store(row_place + row_at, place.to(tl.int16))
 
-    score, place = argmax(s, tl.arange(0, BN)[:, None], 0)  # [BM]
-    tl.store(col_score + col_at, score, mask=inside)
-    tl.store(col_place + col_at, place.to(tl.int16), mask=inside)
+    if col_score is not None:
+        col_s = within(s, col_limit, j0 + tl.arange(0, BM), M, 0)
+        score, place = argmax(col_s, tl.arange(0, BN)[:, None], 0)  # [BM]
+        tl.store(col_score + col_at, score, mask=inside)
+        tl.store(col_place + col_at, place.to(tl.int16), mask=inside)
 
 
-def empty_results(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Empty positive_score, row_score, row_index, col_score, col_index; the columns' are filled if N = 0."""
-    N, M = len(a), len(b)
-    positive_score, row_score = (a.new_empty(N, dtype=torch.float32) for _ in range(2))  # no two share memory
-    col_score, col_index = a.new_empty(M, dtype=torch.float32), a.new_empty(M, dtype=torch.int64)
-    row_index = a.new_empty(N, dtype=torch.int64)
-    if N == 0:
-        col_score.fill_(float("-inf"))
-        col_index.fill_(-1)
-    return positive_score, row_score, row_index, col_score, col_index
+def empty_results(a: torch.Tensor, b: torch.Tensor, negatives: Negatives | None = None) -> tuple[torch.Tensor, ...]:
+    """Empty positive_score, row_score, row_index, col_score, col_index; filled where there are no scores."""
+    results = fake_results(a, b, negatives)  # no two share memory
+    if len(a) == 0 or len(b) == 0:
+        for t in results[1:]:
+            t.fill_(float("-inf") if t.is_floating_point() else -1)
+    return results
+
+
+def negatives_state(call: Any) -> tuple[tuple, tuple]:
+    """The arguments (negatives, limits) of epilogues, from an op's `Negatives` and its ids."""
+    listed = None
+    if call.pair_starts is not None:
+        listed = tuple(operands.contiguous(call.pair_starts, call.pair_cols))
+    ids = operands.contiguous(call.a_ids, call.b_ids)
+    limits = operands.contiguous(call.row_limit, call.col_limit)
+    return (tl.constexpr(call.paired), (*ids, listed)), tuple(limits)
+
+
+NO_LIMITS = (None, None)
 
 
 def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
@@ -58,27 +74,31 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     "certified", else empty.
     Raises TypeError unless a and b are fp32, bf16 or fp16.
     """
-    a, b, a_ids, b_ids, route = call
+    a, b, a_ids, b_ids, route = call[:5]
     rescored = a.new_empty(0, dtype=torch.int64)
     if plan.route == "hopper":
         return *hopper.hardest_negatives(a, b, a_ids, b_ids), rescored
-    if len(a) == 0:
-        return *empty_results(a, b), rescored if route != "certified" else rescored.new_zeros(())
+    if len(a) == 0 or len(b) == 0:
+        return *empty_results(a, b, call.negatives), rescored if route != "certified" else rescored.new_zeros(())
     if plan.route == "certified":
         return certified.hardest_negatives(call, plan)
-    positive_score, *results = empty_results(a, b)
+    columns = call.columns or plan.upper_triangle  # whose columns are its rows
+    positive_score, *results = empty_results(a, b, call.negatives._replace(columns=columns))
+    merged = (*results[:2], *(results[2:] if columns else (None, None)))
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile, upper_triangle=plan.upper_triangle)
-        rows, cols = sweep.empty_partials(torch.float32, torch.int16)
-        state = (*operands.contiguous(a_ids, b_ids), positive_score, *rows, *cols)
+        rows, cols = sweep.empty_partials(torch.float32, torch.int16, columns=columns)
+        state = (*negatives_state(call), positive_score if len(positive_score) else None, *rows, *cols)
         for first, blocks in sweep.slabs():
             for score in (rows[0], cols[0]):
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), tuple(results), None)
+            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None)
         if plan.upper_triangle:
             results = symmetric_results(*results)
+        if not call.columns:
+            results[2:] = (t.new_empty(0) for t in results[2:])
     return positive_score, *results, rescored
 
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import only_negatives
-from gssf_kernels.triton.hardest import empty_results, hardest_tile, merge_terms
+from gssf_kernels.triton.hardest import NO_LIMITS, empty_results, hardest_tile, merge_terms
 from gssf_kernels.triton.reductions import merge_argmax, merge_columns, merge_rows, smaller
 from gssf_kernels.triton.relative import close_terms, mean
 from gssf_kernels.triton.score_functions import goal, goal_weights
@@ -29,9 +29,9 @@ from gssf_kernels.triton.terms import add_or_store, formula_of, store_sum
 @triton.jit
 def stored_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """`hardest_tile`, which also stores the tile's scores: -inf wherever a score is no negative."""
-    a_ids, b_ids, positive_score, scores, stride, masked = state
+    negatives, positive_score, scores, stride, masked = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
-    s = only_negatives(s, i0, j0, N, M, a_ids, b_ids, positive_score, BN, BM)
+    s = only_negatives(s, i0, j0, N, M, negatives, positive_score, BN, BM)
     i, j = i0 + tl.arange(0, BN), j0 + tl.arange(0, BM)
     tl.store(scores + i.to(tl.int64)[:, None] * stride + j[None, :], s, mask=(i < N)[:, None] & (j < M)[None, :])
     hardest_tile(s, tile_i, tile_j, first, blocks, N, M, masked, BN, BM)
@@ -189,17 +189,18 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile)
         rows, cols = sweep.empty_partials(torch.float32, torch.int16)
-        partial, ids = (*rows, *cols), operands.contiguous(a_ids, b_ids)
+        partial = (*rows, *cols)
+        negatives = (tl.constexpr(True), (*operands.contiguous(a_ids, b_ids), None))
         if not formula.endswith("_ms"):
             weights = positive_score.new_empty(0)
-            sweep.run(hardest_tile, (*ids, positive_score, *partial), 0, sweep.row_blocks)
+            sweep.run(hardest_tile, (negatives, NO_LIMITS, positive_score, *partial), 0, sweep.row_blocks)
             loss = positive_score, out, tuple(constants)
             merge_terms(sweep, partial, tuple(results), loss, formula, reduction)
         else:
             weights, tile = positive_score.new_empty(4, N), tiles.CLOSE
             scores = positive_score.new_empty(N, M + -M % 4)  # rows on 16 bytes
-            masked = (None, None, None, *partial)  # scores are masked and positive_score is stored already
-            state = (*ids, positive_score, scores, scores.stride(0), masked)
+            done = (tl.constexpr(False), (None, None, None))  # scores are masked and positive_score is stored already
+            state = (negatives, positive_score, scores, scores.stride(0), (done, NO_LIMITS, None, *partial))
             sweep.run(stored_tile, state, 0, sweep.row_blocks)
             BL, BT = tile.BR, tiles.TERM_LANES
             programs = triton.cdiv(N, BL) + triton.cdiv(M, BL) + (1 if summed else triton.cdiv(N, BT))

@@ -117,7 +117,7 @@ def merge_kernel(
             merge_rows(
                 row_scores, row_places, row_score, row_index, lane, N, M, first, blocks, False, BN, BM, BP, BL
             )  # fmt: skip
-        else:
+        elif col_scores is not None:
             j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
             merge_columns(col_scores, col_places, col_score, col_index, j, M, first, blocks, BN, BP)
     else:

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gssf_kernels.triton import operands
-from gssf_kernels.triton.epilogues import only_negatives, partial_offsets
-from gssf_kernels.triton.hardest import empty_results
+from gssf_kernels.triton.epilogues import only_negatives, partial_offsets, within
+from gssf_kernels.triton.hardest import empty_results, negatives_state
 from gssf_kernels.triton.reductions import argmax, merge_kernel
 from gssf_kernels.triton.sweep import Sweep
 
@@ -58,20 +57,25 @@ def store_partial(partial, at, score, place, total, counts, mask):
 @triton.jit
 def relative_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """The tile's hardest negative of each row and column, and the terms of the other negatives relative to it."""
-    a_ids, b_ids, threshold, beta, positive_score, rows, cols = state
-    s = only_negatives(s, (first + tile_i) * BN, tile_j * BM, N, M, a_ids, b_ids, positive_score, BN, BM)
+    negatives, limits, threshold, beta, positive_score, rows, cols = state
+    i0, j0 = (first + tile_i) * BN, tile_j * BM
+    s = only_negatives(s, i0, j0, N, M, negatives, positive_score, BN, BM)
+    row_limit, col_limit = limits
     row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
     least = smallest(threshold)
 
     position = tl.arange(0, BM)[None, :]
-    score, place = argmax(s, position, 1)  # [BN]
-    total, counts = close_terms(s, score, place, position, least, beta, 1)
+    row_s = within(s, row_limit, i0 + tl.arange(0, BN), N, 1)
+    score, place = argmax(row_s, position, 1)  # [BN]
+    total, counts = close_terms(row_s, score, place, position, least, beta, 1)
     store_partial(rows, row_at, score, place, total, counts, None)
 
-    position = tl.arange(0, BN)[:, None]
-    score, place = argmax(s, position, 0)  # [BM]
-    total, counts = close_terms(s, score, place, position, least, beta, 0)
-    store_partial(cols, col_at, score, place, total, counts, inside)
+    if cols is not None:
+        position = tl.arange(0, BN)[:, None]
+        col_s = within(s, col_limit, j0 + tl.arange(0, BM), M, 0)
+        score, place = argmax(col_s, position, 0)  # [BM]
+        total, counts = close_terms(col_s, score, place, position, least, beta, 0)
+        store_partial(cols, col_at, score, place, total, counts, inside)
 
 
 @triton.jit
@@ -145,7 +149,7 @@ def relative_terms_kernel(
             total, count, ties, top, index, rows, lane, slab_rows, tl.cdiv(M, BM), 0, least, beta, BM, BP
         )
         tl.store(row_relative + i, mean(total, count, ties, beta), mask=inside)
-    else:
+    elif cols is not None:
         j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
         inside = j < M
         top = tl.load(col_score + j, mask=inside, other=float("-inf"))
@@ -173,19 +177,23 @@ def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     Scores and r⁻ are fp32. The threshold is read on the device, so the host never synchronises. Raises TypeError unless
     a and b are fp32, bf16 or fp16.
     """
-    a, b, a_ids, b_ids, threshold, beta = call
-    positive_score, *results = empty_results(a, b)
-    row_relative, col_relative = (x.new_zeros(len(x), dtype=torch.float32) for x in (a, b))
-    if len(a) > 0:
+    a, b, threshold, beta, columns = call.a, call.b, call.threshold, call.beta, call.columns
+    positive_score, *results = empty_results(a, b, call.negatives)
+    merged = (*results[:2], *(results[2:] if columns else (None, None)))
+    row_relative, col_relative = (torch.zeros_like(t) for t in (results[0], results[2]))
+    if len(a) > 0 and len(b) > 0:
         threshold = threshold.to(torch.float32)
         with torch.cuda.device_of(a):
             sweep = Sweep(a, b, plan.tile)
-            rows, cols = sweep.empty_partials(torch.float32, torch.int16, torch.float32, torch.int32)
+            dtypes = (torch.float32, torch.int16, torch.float32, torch.int32)
+            rows, cols = sweep.empty_partials(*dtypes, columns=columns)
             column_sums = (*col_relative.new_empty(2, len(b)), *col_relative.new_empty(2, len(b), dtype=torch.int32))
-            state = (*operands.contiguous(a_ids, b_ids), threshold, beta, positive_score, rows, cols)
+            relative = (row_relative, col_relative, column_sums) if columns else (row_relative, None, None)
+            col_state = cols if columns else None
+            positives = positive_score if len(positive_score) else None
+            state = (*negatives_state(call), threshold, beta, positives, rows, col_state)
             for first, blocks in sweep.slabs():
                 sweep.run(relative_tile, state, first, blocks)
-                sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), tuple(results), None)
-                relative = (row_relative, col_relative, column_sums)
-                sweep.merge(relative_terms_kernel, first, blocks, rows, cols, threshold, beta, *results, *relative)
+                sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), merged, None)
+                sweep.merge(relative_terms_kernel, first, blocks, rows, col_state, threshold, beta, *merged, *relative)
     return positive_score, *results, row_relative, col_relative

@@ -243,12 +243,15 @@ def goal_weighted(p, n, g, constants, TRIPLET: tl.constexpr, PAIR: tl.constexpr)
 
 
 @triton.jit
-def anchors(statistics, i, N):
-    """(positive_score, row_score, col_score) at i; past N as of an anchor without a negative."""
+def directions(statistics, i, N):
+    """(positive_score, row_score, col_score) at i; past N as of an anchor without a negative. No columns: row_score."""
     positive_score, row_score, col_score = statistics
     p = tl.load(positive_score + i, mask=i < N, other=0.0)
     row = tl.load(row_score + i, mask=i < N, other=float("-inf"))
-    col = tl.load(col_score + i, mask=i < N, other=float("-inf"))
+    if col_score is not None:  # noqa: SIM108
+        col = tl.load(col_score + i, mask=i < N, other=float("-inf"))
+    else:
+        col = row
     return p, row, col
 
 
@@ -256,17 +259,22 @@ def anchors(statistics, i, N):
 def both_directions(
     statistics, constants, i, N, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr
 ):  # fmt: skip
-    p, row, col = anchors(statistics, i, N)
-    return FUNCTION(p, row, constants, TRIPLET, PAIR) + FUNCTION(p, col, constants, TRIPLET, PAIR)
+    p, row, col = directions(statistics, i, N)
+    terms = FUNCTION(p, row, constants, TRIPLET, PAIR)
+    if statistics[2] is not None:
+        terms += FUNCTION(p, col, constants, TRIPLET, PAIR)
+    return terms
 
 
 @triton.jit
 def both_gradients(
     statistics, constants, g, i, N, WEIGHTED: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr
 ):  # fmt: skip
-    p, row, col = anchors(statistics, i, N)
+    p, row, col = directions(statistics, i, N)
     row_positive, row_negative = WEIGHTED(p, row, g, constants, TRIPLET, PAIR)
     col_positive, col_negative = WEIGHTED(p, col, g, constants, TRIPLET, PAIR)
+    if statistics[2] is None:
+        col_positive = tl.zeros_like(row_positive)
     return -(row_positive + col_positive), row_negative, col_negative
 
 

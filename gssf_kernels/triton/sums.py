@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels._library import outside_autocast
+from gssf_kernels.ops.masks import UNPAIRED
 from gssf_kernels.plan import Plan
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import partial_offsets
@@ -132,7 +133,7 @@ def _state(call: Any, output: str, positive_score: torch.Tensor | None, weight: 
     relative = (positive_score, positive_score, len(call.a)) if call.relative else (None, None, 0)
     weights = (weight, weight if call.relative else None, weight.stride(0) if weight is not None else 0)
     logit = (call.scale, call.constant, call.bias, call.offset)
-    return _options(call, output), logit, (*ids, 0), (*relative, *weights)
+    return _options(call, output), logit, (*ids, 0 if call.paired else UNPAIRED), (*relative, *weights)
 
 
 def _positive_score(call: Any) -> torch.Tensor | None:
@@ -233,8 +234,8 @@ def scaled_kernel(
         tl.store(bias_out, g * tl.load(dbias))
 
 
-def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of a, b, κ and β; b=None: b is a."""
+def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of a, b, κ and β, and an empty tensor; b=None: b is a."""
     a = call.a
     with torch.cuda.device_of(a):
         if call.reduction == "none":
@@ -243,7 +244,7 @@ def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tens
             logit_scale = {"scale": call.scale, "constant": call.constant}
             da, db, ends = gradients(dscores, a, call.b, call.needs, sums, **logit_scale, slopes=slopes)
             _, dbias, dscale = ends
-            return da, db, dscale, dbias
+            return da, db, dscale, dbias, dscale.new_empty(0)
         da, db = call.da.contiguous(), call.db.contiguous()
         out = torch.empty_like(da, dtype=a.dtype), torch.empty_like(db, dtype=a.dtype)
         ends = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
@@ -254,7 +255,7 @@ def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tens
             call.grad_out, da, db, call.dscale, call.dbias, call.scale, call.constant, call.share, *needed, *ends,
             da.numel(), db.numel(), BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
-    return *out, *ends
+    return *out, *ends, ends[0].new_empty(0)
 
 
 def score_sums_pass(call: Any, plan: Plan) -> None:

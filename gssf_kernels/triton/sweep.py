@@ -192,15 +192,19 @@ class Sweep:
         longest, shortest = (i * self.tile.BN // self.tile.BM for i in (first, first + 2 * rows - 1))
         return rows, 2 * self.column_blocks - longest - shortest
 
-    def empty_partials(self, *dtypes: torch.dtype | None) -> list[tuple[torch.Tensor | None, ...]]:
+    def empty_partials(
+        self, *dtypes: torch.dtype | None, columns: bool = True
+    ) -> list[tuple[torch.Tensor | None, ...]]:
         """Empty partials of a slab: of each dtype one value per row of every tile, and one per column; None for None.
+
+        Without ``columns`` those of columns are None.
 
         Those of rows are [column block, row of the slab], those of columns [row block of the slab, column].
         """
-        rows, columns = self.slab_blocks * self.tile.BN * self.column_blocks, self.slab_blocks * self.M
+        counts = self.slab_blocks * self.tile.BN * self.column_blocks, self.slab_blocks * self.M if columns else None
         return [
-            tuple(None if dtype is None else self.a.new_empty(count, dtype=dtype) for dtype in dtypes)
-            for count in (rows, columns)
+            tuple(None if dtype is None or count is None else self.a.new_empty(count, dtype=dtype) for dtype in dtypes)
+            for count in counts
         ]
 
     def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:

@@ -38,7 +38,7 @@ py::object tile_maxima(py::array& s, int64_t m, const std::optional<py::array>& 
   const int64_t n = tile_rows<A>(s, m);
   TileMaxima<A> maxima;
   Kernels::tile_maxima_of(written<A>("s", s, n * kTileMost), n, m, read<Lane>("row_id", row_id, n),
-                          read<Lane>("col_id", col_id, whole_vectors(m, Simd<A>::lanes)), maxima);
+                          read<Lane>("col_id", col_id, whole_vectors(m, Simd<A>::lanes)), Limits<A>{}, true, maxima);
   return py::make_tuple(array(maxima.rows.score.data(), n), array(maxima.rows.index.data(), n),
                         array(maxima.cols.score.data(), m), array(maxima.cols.index.data(), m));
 }
@@ -61,7 +61,7 @@ py::object tile_terms(const py::array& s, int64_t m, const py::array& row_score,
   std::fill(best.cols.score.begin() + m, best.cols.score.end(), -std::numeric_limits<A>::infinity());
   std::fill(best.cols.index.begin() + m, best.cols.index.end(), -1);
   Kernels::tile_terms_of(read<A>("s", s, n * kTileMost), n, m, best, static_cast<A>(least), beta ? &exponent : nullptr,
-                         terms);
+                         Limits<A>{}, true, terms);
   return py::make_tuple(array(terms.rows.sum.data(), n), array(terms.rows.count.data(), n),
                         array(terms.rows.ties.data(), n), array(terms.cols.sum.data(), m),
                         array(terms.cols.count.data(), m), array(terms.cols.ties.data(), m));

@@ -73,7 +73,7 @@ def total(*sides_and_term, share, needs, positive_score=None):
 def total_backward(grad_out, dscale, dbias, da, db, a, b, scale, bias, constant, share):
     """The gradients of a, b, κ and β of a sum."""
     options = (0.0, None, None, "square", "include", False, "sum", share, [False, False], None)
-    return on_cuda("score_sums_backward", grad_out, dscale, dbias, da, db, a, b, scale, bias, constant, *options)
+    return on_cuda("score_sums_backward", grad_out, dscale, dbias, da, db, a, b, scale, bias, constant, *options)[:4]
 
 
 def rows(*sides_and_term, positive_score=None):
@@ -86,4 +86,4 @@ def rows_backward(grad_out, *sides_and_term, positive_score, needs):
     """The gradients of a, b, κ and β of rows' sums."""
     of_forward = [grad_out.new_empty(0)] * 4  # read of "sum" alone
     arguments = (grad_out, *of_forward, *sides_and_term, "none", 1.0, needs, positive_score)
-    return on_cuda("score_sums_backward", *arguments)
+    return on_cuda("score_sums_backward", *arguments)[:4]

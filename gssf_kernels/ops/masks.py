@@ -1,0 +1,83 @@
+"""Which scores of a chunk take no part in a dense loss: neither positives nor negatives.
+
+    left out    scores of equal id that are no pair, if ids do not make positives ("ignore");
+                negatives above the limit of their anchor
+
+A score that takes no part is overwritten with LEAST before the passes over the chunk, where every dense loss has value
+and slope 0: e^{κ LEAST} = 0, and a hinge or softplus of it is 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The pair of a row is in no column: the argument `first` of passes where (i, i) is nothing special.
+UNPAIRED = -(1 << 30)
+
+
+class Mask(NamedTuple):
+    """``Mask()``: positives are (i, i) and equal ids, and every score takes part."""
+
+    paired: bool = True  # (i, i) is a positive
+    ignore: bool = False  # scores of equal id that are no pair are left out; else they are positives
+    # Pairs (i, pair_cols[e]), pair_starts[i] <= e < pair_starts[i + 1], by column, one of them -1 if listed again.
+    pair_rows: Tensor | None = None  # [P] int64
+    pair_cols: Tensor | None = None  # [P] int64
+    row_limit: Tensor | None = None  # [N], of the scores' dtype
+    col_limit: Tensor | None = None  # [M]
+
+    @property
+    def plain(self) -> bool:
+        """Whether every score takes part, and no pairs are listed."""
+        return not self.ignore and self.pair_rows is None and self.row_limit is None and self.col_limit is None
+
+    def chunk(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The listed pairs in rows first .. first + count: (row in the chunk [P], column, whether it is one of them).
+
+        The others are at (0, 0), with False. None: no pairs are listed.
+        """
+        if self.pair_rows is None or self.pair_cols is None:
+            return None
+        here = (self.pair_rows >= first) & (self.pair_rows < first + count)
+        return torch.where(here, self.pair_rows - first, 0), torch.where(here, self.pair_cols, 0), here
+
+
+def least(dtype: torch.dtype) -> float:
+    """LEAST: finite, so that 0 times it is 0."""
+    return torch.finfo(dtype).min
+
+
+def left_out(
+    s: Tensor, first: int, row_ids: Tensor | None, col_ids: Tensor | None, mask: Mask, directions: str = "both"
+) -> Tensor | None:
+    """Which scores of the chunk s [R, M], whose first row is row ``first``, take no part [R, M]; None: all take part.
+
+    row_ids: [R]; directions: whose limits hold, "rows", "cols", or "both": a score that either limit leaves out.
+    """
+    same = None if row_ids is None or col_ids is None else row_ids[:, None] == col_ids
+    out = same if mask.ignore else None
+    rows = slice(first, first + s.shape[0])
+    for limit, which in ((mask.row_limit, "rows"), (mask.col_limit, "cols")):
+        if limit is None or directions not in ("both", which):
+            continue
+        over = s > (limit[rows, None] if which == "rows" else limit)
+        if same is not None and not mask.ignore:
+            over &= ~same
+        out = over if out is None else out | over
+    if out is None:
+        return None
+    if mask.paired:
+        out.diagonal(first)[:] = False
+    listed = mask.chunk(first, s.shape[0])
+    if listed is not None:
+        lower_listed(out.view(torch.uint8), listed, 0)
+    return out
+
+
+def lower_listed(x: Tensor, listed: tuple[Tensor, Tensor, Tensor], value: float) -> None:
+    """Write ``value``, which is at most what is there, to x [R, M] at the listed pairs of a chunk."""
+    row, col, here = listed
+    highest = torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.inf
+    values = torch.full_like(row, highest, dtype=x.dtype).masked_fill_(here, value)
+    x.view(-1).scatter_reduce_(0, row * x.shape[1] + col, values, "amin")

@@ -1,0 +1,269 @@
+"""Hardest negatives for pairs of any kind, one direction or both, with or without limits; and the terms of their pairs.
+
+The general form of :mod:`gssf_kernels.ops.hardest`: pairs as :mod:`gssf_kernels.ops.pairing` has them, negatives as
+:mod:`gssf_kernels.ops.negatives`.
+
+    Σ_{(i, j) ∈ P} f(s_ij, n_i) + f(s_ij, n'_j)      f: the term of one direction, "hinge" or "goal <triplet> <pair>"
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gssf_kernels import _checks
+from gssf_kernels._library import Function, distinct, last_derivative
+from gssf_kernels.ops.pairing import ListedPairs, Pairing, levels_of, pairing_of
+from gssf_kernels.ops.segment_terms import lowest_of_pairs, segment_terms
+from gssf_kernels.ops.segments import gather, segment_sums, segments_of
+from gssf_kernels.ops.terms import anchor_terms
+from gssf_kernels.reference import RelativeTerms
+from gssf_kernels.similarity import StructuredSimilarity
+
+
+class Sides(NamedTuple):
+    """What a loss compares, checked."""
+
+    a: Tensor  # [N, D], the factors of the scores
+    b: Tensor  # [M, D]
+    pairing: Pairing
+    columns: bool  # columns are anchors too
+    limits: tuple[Tensor | None, Tensor | None]  # the largest score of a row's negatives [N], of a column's [M]
+
+
+def sides_of(
+    x: Tensor,
+    y: Tensor,
+    pairs: str | Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    *,
+    symmetric: bool,
+    false_negative_margin: float | None,
+    reduction: str,
+    metric: StructuredSimilarity | None,
+) -> Sides:
+    """The user's arguments of a two-sided loss, checked; ``reduction`` and ``metric`` are checked already."""
+    x, y = _checks.autocast(x, y)
+    pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
+    if reduction == "none" and pairing.kind == "ids" and symmetric:
+        raise ValueError('reduction: expected "sum" or "mean" with pairs="ids" and symmetric=True, got "none"')
+    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
+    return Sides(a, b, pairing, symmetric, limits_of(a, b, pairing, false_negative_margin, symmetric))
+
+
+class Mined(NamedTuple):
+    """The hardest negatives of rows and columns, and the scores of the pairs."""
+
+    positive_score: Tensor  # [N] of pairs (i, i), [P] of listed pairs in sorted order, or [0] by ids
+    row_score: Tensor  # [N]
+    row_index: Tensor
+    col_score: Tensor  # [M], or [0] if columns are no anchors
+    col_index: Tensor
+    row_relative: Tensor | None = None  # GOAL's r⁻
+    col_relative: Tensor | None = None
+
+
+def mine(sides: Sides, relative: RelativeTerms | None = None, route: str = "") -> Mined:
+    """One sweep. Differentiable once in a and b, through the scores."""
+    a, b, pairing, columns, limits = sides
+    negatives = pairing.negatives(columns, *limits)
+    listed = pairing.listed
+    edges = (None, None) if listed is None else (listed.rows, listed.cols)
+    extra: tuple = (route,)
+    if relative is not None:
+        lowest = lowest_positive(a, b, pairing)
+        beta = None if relative.kind == "linear" else relative.beta
+        extra = lowest - relative.negative_threshold, beta
+    a, b = distinct(a, b)
+    ids = distinct(pairing.x_ids, pairing.y_ids)
+    results = _Mine.apply(a, b, *ids, *edges, pairing.kind == "rows", negatives, extra)
+    return Mined(*results)
+
+
+def lowest_positive(a: Tensor, b: Tensor, pairing: Pairing) -> Tensor:
+    """The lowest score of all pairs, a scalar; +inf if there is none. No gradient."""
+    with torch.no_grad():
+        if pairing.kind == "ids":
+            assert pairing.x_ids is not None
+            assert pairing.y_ids is not None
+            scores, _ = lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
+        else:
+            scores = pair_scores_of(a, b, pairing)
+        return torch.cat((scores, scores.new_full((1,), torch.inf))).min()
+
+
+def pair_scores_of(a: Tensor, b: Tensor, pairing: Pairing) -> Tensor:
+    """The scores of the pairs (i, i) [N], or of listed pairs [P] with +inf for one listed again. No gradient."""
+    if pairing.listed is None:
+        i = torch.arange(a.shape[0], device=a.device)
+        return torch.ops.gssf.pair_scores(a.detach(), b.detach(), i, i)
+    scores = torch.ops.gssf.pair_scores(a.detach(), b.detach(), pairing.listed.rows, pairing.listed.cols)
+    return torch.where(pairing.listed.counted, scores, torch.inf)
+
+
+def lowest_positives(a: Tensor, b: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """The lowest score of each row's positives [N], and of each column's [M]; +inf for none. No gradient.
+
+    Positives are the pairs and, with pairs (i, i), the scores of equal id.
+    """
+    n, m = a.shape[0], b.shape[0]
+    if pairing.kind == "ids":
+        assert pairing.x_ids is not None
+        assert pairing.y_ids is not None
+        return lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
+    scores = pair_scores_of(a, b, pairing)
+    if pairing.listed is not None:
+        rows, cols = scores.new_full((n,), torch.inf), scores.new_full((m,), torch.inf)
+        index = pairing.listed.rows.clamp_min(0), pairing.listed.cols.clamp_min(0)
+        return tuple(t.scatter_reduce(0, i, scores, "amin") for t, i in zip((rows, cols), index, strict=True))  # type: ignore
+    padding = scores.new_full((m - n,), torch.inf)
+    rows, cols = scores, torch.cat((scores, padding))
+    if pairing.x_ids is not None and pairing.y_ids is not None:
+        by_id = lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
+        rows, cols = (torch.minimum(*both) for both in zip((rows, cols), by_id, strict=True))
+    return rows, cols
+
+
+class _Mine(Function):
+    @staticmethod
+    def forward(a, b, x_ids, y_ids, pair_rows, pair_cols, paired, negatives, extra):
+        if len(extra) == 1:
+            return torch.ops.gssf.hardest_negatives(a, b, x_ids, y_ids, *extra, *negatives)[:5]
+        return torch.ops.gssf.relative_negatives(a, b, x_ids, y_ids, *extra, *negatives)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, _, _, pair_rows, pair_cols, ctx.paired, _, _ = inputs
+        _, _, row_index, _, col_index, *relative = output
+        ctx.mark_non_differentiable(row_index, col_index, *relative)
+        ctx.save_for_backward(a, b, pair_rows, pair_cols, row_index, col_index)
+
+    @staticmethod
+    def backward(ctx, dpositive, drow, _drow_index, dcol, *_):
+        a, b, *indices = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
+        grads = last_derivative(_gradients, ctx.paired, needs, dpositive, drow, dcol, a, b, *indices)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7)
+
+
+def _gradients(paired, needs, dpositive, drow, dcol, a, b, pair_rows, pair_cols, row_index, col_index):
+    i = torch.arange(row_index.shape[0], device=a.device)
+    j = torch.arange(col_index.shape[0], device=a.device)
+    if paired:
+        pair_rows = pair_cols = i
+    elif pair_rows is None:
+        pair_rows = pair_cols = i[:0]
+    rows, cols = torch.cat((pair_rows, i, col_index)), torch.cat((pair_cols, row_index, j))
+    dscores = torch.cat((dpositive, drow, dcol))
+    return torch.ops.gssf.pair_scores_backward(dscores, rows, cols, a, b, needs)
+
+
+def pair_directions(mined: Mined, listed: ListedPairs, columns: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For each listed pair, in sorted order: its score, and the hardest negatives of its row and of its column [P].
+
+    A pair listed again has score 0 and no negative.
+    """
+    positive_score = torch.where(listed.counted, mined.positive_score, 0)
+    col = gather(mined.col_score, listed.cols) if columns else None
+    return positive_score, gather(mined.row_score, listed.rows), col
+
+
+def pair_terms(sides: Sides, mined: Mined, formula: str, constants: list[float], reduction: str) -> Tensor:
+    """The terms of all pairs, or their sum or mean. Differentiable once in a, b and the scores of `mined`.
+
+    "none": [N] of pairs (i, i), [P] of listed pairs in the user's order, and [N] by ids, the sum over each row's pairs,
+    for which columns are no anchors.
+    """
+    a, b, pairing, columns, _ = sides
+    if pairing.kind == "rows":
+        col_score = mined.col_score if columns else None
+        return anchor_terms(mined.positive_score, mined.row_score, col_score, formula, constants, reduction)
+    if pairing.listed is not None:
+        positive_score, row, col = pair_directions(mined, pairing.listed, columns)
+        terms = anchor_terms(positive_score, row, col, formula, constants, "none")
+        return reduce_listed(terms, pairing.listed, reduction)
+    assert pairing.x_ids is not None
+    assert pairing.y_ids is not None
+    scores = mined.row_score, mined.col_score if columns else None
+    each = reduction == "none"
+    total = segment_terms(a, b, pairing.x_ids, pairing.y_ids, *scores, formula, constants, each)
+    return total / pair_count(pairing, a.shape[0]).clamp_min(1) if reduction == "mean" else total
+
+
+def reduce_listed(terms: Tensor, listed: ListedPairs, reduction: str, rows: int | None = None) -> Tensor:
+    """terms [P] of listed pairs, which are 0 for a pair listed again, in the user's order; or their sum or mean.
+
+    rows: for "none" the sums over the pairs of each of so many rows instead.
+    """
+    if reduction == "none" and rows is not None:
+        return segment_sums(terms[:, None], listed.rows, torch.arange(rows, device=terms.device), rows)[:, 0]
+    if reduction == "none":
+        return torch.zeros_like(terms).index_copy(0, listed.order, terms)
+    total = terms.sum()
+    return total / listed.total.clamp_min(1) if reduction == "mean" else total
+
+
+def pair_count(pairing: Pairing, n: int) -> Tensor:
+    """How many pairs there are, a scalar."""
+    if pairing.listed is not None:
+        return pairing.listed.total
+    assert pairing.x_ids is not None
+    assert pairing.y_ids is not None
+    if pairing.kind == "rows" or n == 0:
+        return torch.full((), n, device=pairing.x_ids.device)
+    return segments_of(pairing.x_ids, pairing.y_ids).row_counts().sum()
+
+
+def limits_of(
+    a: Tensor, b: Tensor, pairing: Pairing, margin: float | None, columns: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The limits of ``false_negative_margin``: the lowest positive score of each anchor plus the margin."""
+    if margin is None:
+        return None, None
+    rows, cols = lowest_positives(a, b, pairing)
+    return rows + margin, cols + margin if columns else None
+
+
+def semihard(sides: Sides) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
+    """For each pair its score, the semi-hard negatives of its row and of its column [P], and the hardest negatives.
+
+    The semi-hard negative of a pair is the hardest one that scores less than the pair, or the hardest if there is none.
+    The pairing is of kind "rows" or "listed". A sweep compares with one score for each anchor, so there are as many
+    sweeps as an anchor has pairs at most, besides that for the hardest.
+    """
+    # One route for all sweeps: certified mining rounds scores in another way.
+    a, b, pairing, columns, limits = sides
+    hardest = mine(sides, route="sweep")
+    listed = pairing.listed
+    if listed is None:
+        p = below = hardest.positive_score
+        i = torch.arange(a.shape[0], device=a.device)
+        levels = [(i, torch.zeros_like(i), a.shape[0], 1), (i, torch.zeros_like(i), b.shape[0], 1)]
+        row, col = hardest.row_score, hardest.col_score[: a.shape[0]] if columns else None
+    else:
+        p, row, col = pair_directions(hardest, listed, columns)
+        levels = [(t, *levels_of(t, n)) for t, n in ((listed.rows, a.shape[0]), (listed.cols, b.shape[0]))]
+    below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for place in range(max(most for *_, most in levels[: 1 + columns])):
+        bounds = [_limit(place, below, limits[k], *levels[k]) for k in range(1 + columns)]
+        mined = mine(sides._replace(limits=(bounds[0], bounds[1] if columns else None)), route="sweep")
+        for scores, score in zip(found, (mined.row_score, mined.col_score), strict=True):
+            scores.append(score)
+    chosen = []
+    for scores, n, (anchor, level, count, _) in zip(found[: 1 + columns], (row, col), levels, strict=False):
+        assert n is not None
+        if scores:
+            semi = gather(torch.cat(scores), torch.where(anchor >= 0, level * count + anchor, -1))
+            n = torch.where(semi == -torch.inf, n, semi)
+        chosen.append(n)
+    return p, chosen[0], chosen[1] if columns else None, hardest
+
+
+def _limit(place: int, below: Tensor, limit: Tensor | None, anchor: Tensor, level: Tensor, count: int, _most: int):
+    """The limit of each anchor [count]: `below` of its pair number `place`, and at most its limit; +inf for no pair."""
+    here = (level == place) & (anchor >= 0)
+    limits = below.new_full((count,), torch.inf)
+    limits = limits.scatter_reduce(0, anchor.clamp_min(0), torch.where(here, below, torch.inf), "amin")
+    return limits if limit is None else torch.minimum(limits, limit)

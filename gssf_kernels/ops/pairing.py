@@ -1,0 +1,150 @@
+"""Which rows of x and y are pairs: the positives of the two-sided losses.
+
+    pairs=None      (i, i): row i of x and row i of y, M >= N
+    pairs="ids"     every (i, j) of equal id; (i, i) is nothing special
+    pairs=[P, 2]    exactly those listed; one listed twice counts once
+
+A pair is never a negative, and neither is a score of equal id. Nothing here synchronises: a pair that is listed again
+keeps its place in the list, marked with -1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gssf_kernels import _checks
+from gssf_kernels.ops.negatives import Negatives
+from gssf_kernels.ops.segments import gather
+
+
+class ListedPairs(NamedTuple):
+    """P pairs, sorted by row and then by column."""
+
+    rows: Tensor  # [P] int64; -1 for a pair that was listed before
+    cols: Tensor  # [P]
+    starts: Tensor  # [N + 1], where the pairs of each row begin
+    sorted_cols: Tensor  # [P], cols with no -1
+    order: Tensor  # [P], the place of each in the user's list
+    total: Tensor  # scalar, how many pairs are different
+
+    @property
+    def counted(self) -> Tensor:
+        """Which pairs count [P]."""
+        return self.rows >= 0
+
+
+class Pairing(NamedTuple):
+    """The pairs of x [N, D] and y [M, D], and their ids."""
+
+    kind: str  # "rows", "ids" or "listed"
+    x_ids: Tensor | None  # [N] int64
+    y_ids: Tensor | None  # [M] int64
+    listed: ListedPairs | None = None
+
+    def negatives(
+        self, columns: bool = True, row_limit: Tensor | None = None, col_limit: Tensor | None = None
+    ) -> Negatives:
+        """What this means for the ops for hardest negatives."""
+        starts, cols = (None, None) if self.listed is None else (self.listed.starts, self.listed.sorted_cols)
+        return Negatives(self.kind == "rows", columns, starts, cols, row_limit, col_limit)
+
+
+def pairing_of(pairs, x_ids, y_ids, x: Tensor, y: Tensor, names: tuple[str, str, str, str]) -> Pairing:
+    """The argument ``pairs`` and the ids of a loss, checked; names: those of x, y and the ids, for errors."""
+    if pairs is not None and not (isinstance(pairs, str) and pairs == "ids") and not isinstance(pairs, Tensor):
+        got = repr(pairs) if isinstance(pairs, str) else type(pairs).__name__
+        raise (ValueError if isinstance(pairs, str) else TypeError)(
+            f'pairs: expected None, "ids" or a tensor [P, 2] of integers, got {got}'
+        )
+    _checks.embeddings(x, y, *names[:2], paired=pairs is None)
+    x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
+    if pairs is None:
+        _warn_of_ids(x_ids, y_ids, names)
+        return Pairing("rows", x_ids, y_ids)
+    if isinstance(pairs, str):
+        if x_ids is None:
+            raise ValueError(f'{names[2]}: expected ids with pairs="ids", got None')
+        return Pairing("ids", x_ids, y_ids)
+    return Pairing("listed", x_ids, y_ids, _listed(pairs, x, y))
+
+
+def _warn_of_ids(x_ids, y_ids, names) -> None:
+    """Warn once if ids say that rows i of x and y, which are a pair, do not belong together."""
+    if x_ids is None or x_ids is y_ids or not _checks.readable(x_ids) or not _checks.readable(y_ids):
+        return
+    if bool((x_ids != y_ids[: x_ids.shape[0]]).any()):
+        _checks.warn_once(
+            "pairs",
+            f"{names[2]}, {names[3]}: row i of {names[0]} and row i of {names[1]} are a pair, but some of them have "
+            'different ids. If the ids are to say which rows are pairs, pass pairs="ids".',
+        )
+
+
+def _listed(pairs: Tensor, x: Tensor, y: Tensor) -> ListedPairs:
+    n, m = x.shape[0], y.shape[0]
+    if pairs.dtype not in _checks.INTEGERS:
+        raise TypeError(f"pairs: expected an integer dtype (not uint64 or bool), got {pairs.dtype}")
+    if pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs: expected shape [P, 2], got {list(pairs.shape)}")
+    if pairs.device != x.device:
+        raise ValueError(f"pairs: expected device {x.device}, got {pairs.device}")
+    rows, cols = pairs.to(torch.int64).unbind(1)
+    inside = (rows >= 0) & (rows < n) & (cols >= 0) & (cols < m)
+    if _checks.readable(pairs):
+        if not bool(inside.all()):
+            place = int((~inside).nonzero()[0])
+            raise ValueError(
+                f"pairs: expected (row of x, row of y) within 0..{n - 1} and 0..{m - 1}, got "
+                f"({int(rows[place])}, {int(cols[place])}) at place {place}"
+            )
+    elif pairs.device.type == "cuda":
+        torch._assert_async(inside.all(), "pairs: expected (row of x, row of y), got one out of range")
+        rows, cols = rows.clamp(0, max(n - 1, 0)), cols.clamp(0, max(m - 1, 0))
+    key, order = (rows * m + cols).sort(stable=True)
+    again = torch.zeros_like(key, dtype=torch.bool)
+    again[1:] = key[1:] == key[:-1]
+    rows, cols = rows[order].contiguous(), cols[order].contiguous()
+    starts = torch.searchsorted(rows, torch.arange(n + 1, device=rows.device))
+    marked_rows, marked_cols = (torch.where(again, -1, t) for t in (rows, cols))
+    return ListedPairs(marked_rows, marked_cols, starts, cols, order, (~again).sum())
+
+
+def in_order(scores: Tensor, listed: ListedPairs) -> Tensor:
+    """scores [P] in the user's order; a pair listed again has the score of its first place."""
+    places = torch.arange(scores.shape[0], device=scores.device)
+    first = torch.where(listed.counted, places, 0).cummax(0).values if scores.shape[0] else places
+    index = torch.empty_like(places).index_copy_(0, listed.order, first)
+    return gather(scores, index)
+
+
+def as_list(pairing: Pairing) -> Pairing:
+    """The same with pairs of equal id as a list: O(P) memory. Their number depends on values, so a GPU synchronises."""
+    return pairing if pairing.kind != "ids" else pairing._replace(kind="listed", listed=_listed_by_ids(pairing))
+
+
+def levels_of(anchor: Tensor, count: int) -> tuple[Tensor, int, int]:
+    """(the place of each pair among those of its anchor [P], count, the most pairs of an anchor).
+
+    anchor: [P], -1 for a pair that was listed before. A GPU synchronises.
+    """
+    order = anchor.argsort(stable=True)
+    starts = torch.searchsorted(anchor[order], torch.arange(count, device=anchor.device))
+    places = torch.arange(anchor.shape[0], device=anchor.device)
+    level = places - starts[anchor[order].clamp_min(0)] if count else places
+    level = torch.empty_like(anchor).index_copy_(0, order, torch.where(anchor[order] >= 0, level, 0))
+    return level, count, int(level.max()) + 1 if anchor.shape[0] else 0
+
+
+def _listed_by_ids(pairing: Pairing) -> ListedPairs:
+    assert pairing.x_ids is not None
+    assert pairing.y_ids is not None
+    x_ids, y_ids = pairing.x_ids.contiguous(), pairing.y_ids.contiguous()
+    ids, order = y_ids.sort(stable=True)
+    first, last = torch.searchsorted(ids, x_ids), torch.searchsorted(ids, x_ids, right=True)
+    counts = last - first
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    rows = torch.repeat_interleave(torch.arange(x_ids.shape[0], device=ids.device), counts)
+    places = torch.arange(rows.shape[0], device=ids.device)
+    cols = order[first[rows] + places - starts[rows]]
+    return ListedPairs(rows, cols, starts, cols, places, starts[-1])
