@@ -23,17 +23,31 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, keeps, triangle, unit_of
+from gssf_kernels.ops.masks import Taking, least
 from gssf_kernels.ops.score_functions import ByLabel, logit, members
 from gssf_kernels.plan import accumulation_dtype
 
 
-def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def logsumexp_scores(
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude_self: bool = False,
+    a_ids: Tensor | None = None,
+    b_ids: Tensor | None = None,
+    same_id: str = "positive",
+) -> tuple[Tensor, Tensor]:
     """``(log Σ_j e^{κ s_ij} [N], log Σ_i e^{κ s_ij} [M])`` with ``s = a bᵀ``, without storing s.
 
     Args:
         a: [N, D] float.
         b: [M, D] of a's dtype and device; any M.
         scale: κ, a number > 0 or a scalar tensor on a's device; never synchronises.
+        exclude_self: leave the scores (i, i) out, as for one set of rows compared with itself.
+        a_ids: [N] integers. If N = M, the ids of one input serve both.
+        b_ids: [M] integers.
+        same_id: "positive": ids change nothing. "ignore": scores of equal id are left out, but for (i, i).
 
     Returns:
         row_lse [N] and col_lse [M], fp32 (fp64 for fp64), differentiable once in a, b and scale. An empty sum gives
@@ -49,7 +63,13 @@ def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tu
     a, b = _checks.autocast(a, b)
     _checks.embeddings(a, b, "a", "b", paired=False)
     scale = _checks.scalar_or_number(scale, "scale", a, positive=True)
-    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale)
+    _checks.flag(exclude_self, "exclude_self")
+    _checks.choice(same_id, "same_id", SAME_ID)
+    a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
+    ignore = same_id == "ignore" and a_ids is not None
+    a_ids, b_ids = (a_ids, b_ids) if ignore else (None, None)
+    taking = Taking(exclude_self=exclude_self, a_ids=a_ids, b_ids=b_ids, ignore=ignore)
+    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale, taking)
     return row_max + row_log, col_max + col_log
 
 
@@ -70,14 +90,25 @@ def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
     return scale.exp() if constant is None else scale
 
 
-def paired_logsumexp(a: Tensor, b: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+SAME_ID = ("positive", "ignore")
+
+
+def paired_logsumexp(
+    a: Tensor, b: Tensor, scale: Tensor | float, taking: Taking | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, where positive_logit_i is t_ii.
 
     The maxima are constants to autograd: the whole gradient of a log-sum-exp goes through row_log and col_log.
     """
+    taking = Taking() if taking is None else taking
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale))
-    return _LogSumExp.apply(*Call(a, None if b is a else b, tensor, constant, keep))[:5]
+    symmetric = b is a and taking._replace(exclude_self=False).plain
+    a_ids, b_ids = distinct(taking.a_ids, taking.b_ids)
+    taking = taking._replace(a_ids=a_ids, b_ids=b_ids)
+    a, b = distinct(a, None if symmetric else b)
+    labels: tuple = ("scaled", [], None, None, None, False)
+    return _LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *taking)))[:5]
 
 
 class LabelledFactors(NamedTuple):
@@ -103,7 +134,7 @@ def logsumexp_by_label(
     keep = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
-    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out))
+    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Taking()))
     return _LogSumExp.apply(*call)[:2]
 
 
@@ -121,6 +152,27 @@ class Call(NamedTuple):
     b_labels: Tensor | None = None  # [M] int64
     bounds: Tensor | None = None  # [2, N]
     leave_out: bool = False
+    # Which scores take part, and what is added to the logits; see `Taking`.
+    columns: bool = True
+    exclude_self: bool = False
+    a_ids: Tensor | None = None
+    b_ids: Tensor | None = None
+    col_bias: Tensor | None = None
+    paired: bool = True
+    ignore: bool = False
+    pair_rows: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def taking(self) -> Taking:
+        return Taking._make(self[-11:])
+
+    @property
+    def general(self) -> bool:
+        """Whether only the loop over chunks computes it."""
+        return not self.taking.plain
 
     @property
     def kappa(self) -> Tensor:
@@ -148,7 +200,7 @@ class Call(NamedTuple):
         m = n if self.b is None else self.b.shape[0]
         if self.score != "scaled":
             return (2, n), (0,), 0
-        return (n,), (m,), torch.sym_min(n, m)
+        return (n,), (m if self.columns else 0,), torch.sym_min(n, m)
 
 
 class BackwardCall(NamedTuple):
@@ -173,12 +225,34 @@ class BackwardCall(NamedTuple):
     b_labels: Tensor | None = None
     bounds: Tensor | None = None
     leave_out: bool = False
+    # Which scores take part, and what is added to the logits; see `Taking`.
+    columns: bool = True
+    exclude_self: bool = False
+    a_ids: Tensor | None = None
+    b_ids: Tensor | None = None
+    col_bias: Tensor | None = None
+    paired: bool = True
+    ignore: bool = False
+    pair_rows: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def taking(self) -> Taking:
+        return Taking._make(self[-11:])
+
+    @property
+    def general(self) -> bool:
+        """Whether only the loop over chunks computes it."""
+        return not self.taking.plain
 
     @property
     def forward(self) -> Call:
         """The arguments of the forward."""
         inputs = self.a, self.b, self.scale, self.constant, False
-        return Call(*inputs, self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out)
+        labels = self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out
+        return Call._make((*inputs, *labels, *self.taking))
 
 
 class _LogSumExp(Function):
@@ -195,17 +269,22 @@ class _LogSumExp(Function):
         ctx.mark_non_differentiable(row_max, col_max, kept)
         ctx.set_materialize_grads(False)
         ctx.constant, ctx.by_label = call.constant, (call.score, call.constants, call.leave_out)
-        labels = call.a_labels, call.b_labels, call.bounds
-        ctx.save_for_backward(call.a, call.b, call.scale, row_max, row_log, col_max, col_log, kept, *labels)
+        labels, taking = (call.a_labels, call.b_labels, call.bounds), call.taking
+        ctx.flags = taking.columns, taking.exclude_self, taking.paired, taking.ignore
+        tensors = (*taking[2:5], *taking[7:])
+        ctx.save_for_backward(call.a, call.b, call.scale, row_max, row_log, col_max, col_log, kept, *labels, *tensors)
 
     @staticmethod
     def backward(ctx, _row_max, drow, _col_max, dcol, dpositive, _kept):
-        a, b, scale, *statistics, kept, a_labels, b_labels, bounds = ctx.saved_tensors
+        a, b, scale, *statistics, kept, a_labels, b_labels, bounds = ctx.saved_tensors[:11]
+        columns, exclude_self, paired, ignore = ctx.flags
+        a_ids, b_ids, col_bias, *mask = ctx.saved_tensors[11:]
+        taking = columns, exclude_self, a_ids, b_ids, col_bias, paired, ignore, *mask
         needs = list(ctx.needs_input_grad[:3])
         score, constants, leave_out = ctx.by_label
         labels = score, constants, a_labels, b_labels, bounds, leave_out
         inputs = drow, dcol, dpositive, a, b, scale, ctx.constant
-        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels))
+        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels, *taking))
         grads = last_derivative(torch.ops.gssf.logsumexp_scores_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
 
@@ -217,7 +296,8 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     row_max, row_sum = (a.new_empty(row_shape, dtype=dtype) for _ in range(2))
     positive_logit = a.new_empty(pairs, dtype=dtype)
     columns = (*row_shape[:-1], m)  # by label they are used only if b is a, where columns and rows are the same anchors
-    needs_columns = call.b is None or by_label.classes == 1
+    needs_columns = call.b is None or (by_label.classes == 1 and call.columns)
+    taking = call.taking
     col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
     kept = a.new_empty((n, m) if call.keep and keeps(a, call.b) else 0, dtype=dtype)
 
@@ -230,8 +310,12 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
             kept[rows] = s
         if pairs:
             torch.mul(s.diagonal(first), scale, out=positive_logit[rows])
-        col_out = (col_max, col_sum) if needs_columns else (None, None)
-        statistics(s, rows, columns, first, _parts((row_max, row_sum), rows), col_out)
+        col_out, row_out = (col_max, col_sum) if needs_columns else (None, None), _parts((row_max, row_sum), rows)
+        if taking.apart:  # the columns' pass overwrites statistics of rows that nobody reads
+            statistics(taking.logits(s, first, "cols", scale), rows, columns, first, row_out, col_out)
+            col_out = (None, None)
+        s = s if taking.plain else taking.logits(s, first, "rows", scale)
+        statistics(s, rows, columns, first, row_out, col_out)
 
     def visit_half(scores, first):
         (s,) = scores
@@ -239,6 +323,8 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         rows, beyond = slice(first, first + count), slice(first + count, n)
         if pairs:
             torch.mul(s.diagonal(), scale, out=positive_logit[rows])
+        if taking.exclude_self:
+            s.diagonal().fill_(least(s.dtype))
         # The scores of a row come in three parts: right of the square on the diagonal, the square, and left of it. The
         # last were columns of earlier chunks.
         square, right = (row_max.new_empty(2, *row_shape[:-1], count) for _ in range(2))
@@ -254,7 +340,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         col_max, col_sum = row_max.clone(), row_sum.clone()
     else:
         chunks(a, call.b, visit)
-    if by_label.classes > 1:
+    if by_label.classes > 1 or not call.columns:
         col_max, col_sum = col_max.new_empty(0), col_sum.new_empty(0)
     return row_max, row_sum.log(), col_max, col_sum.log(), positive_logit, kept
 
@@ -280,8 +366,11 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     lowest = torch.finfo(call.row_max.dtype).min
     row_max, row_log, col_max, col_log = (t.clamp_min(lowest) for t in call[7:11])
     drow, dcol, dpositive = call.drow, call.dcol, call.dpositive
+    taking = forward.taking
     if by_label.classes > 1:
         dcol = dpositive = None  # by label there are only row statistics
+    if not taking.columns:
+        dcol = None
     unit = unit_of(a.dtype, drow, dcol, dpositive)
     if unit is not None:
         drow, dcol, dpositive = (g / unit if g is not None else None for g in (drow, dcol, dpositive))
@@ -302,12 +391,38 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         torch.ops.gssf.softmax_pass(s, scale, *by_label.part(rows, columns, first), *row_part, *col_part, dot)
         return dot
 
+    def visit_apart(s, rows, first, dot):
+        """The same where the logits of the two directions differ: a pass for each."""
+        columns, ds = slice(0, s.shape[1]), torch.zeros_like(s)
+        for direction, statistics in (("rows", row_statistics), ("cols", col_statistics)):
+            if statistics[2] is None:
+                continue
+            t, of_direction = taking.logits(s, first, direction, scale), torch.zeros_like(dot)
+            by_direction = (statistics, None) if direction == "rows" else (None, statistics)
+            row_part, col_part = (
+                (None, None, None) if x is None else _parts(x, part)
+                for x, part in zip(by_direction, (rows, columns), strict=True)
+            )
+            row_part = (*_parts(row_statistics[:2], rows), None) if row_part[2] is None else row_part
+            torch.ops.gssf.softmax_pass(t, scale, *by_label, *row_part, *col_part, of_direction)
+            dot += of_direction
+            if taking.col_bias is not None and direction == "rows":
+                dot -= t @ (taking.col_bias / scale)
+            ds += t
+        s.copy_(ds)
+
     def visit_chunk(s, first):
         rows = slice(first, first + s.shape[0])
         diagonal = s.diagonal(first)
         pairs = slice(first, first + diagonal.shape[0])
         pairs_dot = diagonal * dpositive[pairs] if dpositive is not None else None
-        visit(s, rows, slice(0, s.shape[1]), first, dscores_dot_s[rows])
+        if taking.apart or taking.col_bias is not None:
+            dot = torch.zeros_like(dscores_dot_s[rows])
+            visit_apart(s, rows, first, dot)
+            dscores_dot_s[rows] = dot
+        else:
+            s = s if taking.plain else taking.logits(s, first, "rows", scale)
+            visit(s, rows, slice(0, s.shape[1]), first, dscores_dot_s[rows])
         if pairs_dot is not None and dpositive is not None:
             diagonal.add_(dpositive[pairs])
             dscores_dot_s[pairs] += pairs_dot
@@ -317,6 +432,8 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         count = s.shape[0]
         rows, beyond = slice(first, first + count), slice(first + count, first + s.shape[1])
         pairs_dot = s.diagonal() * dpositive[rows] if dpositive is not None else None
+        if taking.exclude_self:
+            s.diagonal().fill_(least(s.dtype))
         dot, dot_beyond = dscores_dot_s.new_empty(2, count)
         dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0, dot) / 2
         if count < s.shape[1]:

@@ -81,3 +81,50 @@ def lower_listed(x: Tensor, listed: tuple[Tensor, Tensor, Tensor], value: float)
     highest = torch.iinfo(x.dtype).max if not x.is_floating_point() else torch.inf
     values = torch.full_like(row, highest, dtype=x.dtype).masked_fill_(here, value)
     x.view(-1).scatter_reduce_(0, row * x.shape[1] + col, values, "amin")
+
+
+class Taking(NamedTuple):
+    """Which scores take part in the log-sums of ``t = κ s``, and of which direction. ``Taking()``: all, in both."""
+
+    columns: bool = True  # columns have statistics too
+    exclude_self: bool = False  # (i, i) takes no part
+    a_ids: Tensor | None = None  # [N] int64
+    b_ids: Tensor | None = None  # [M] int64
+    col_bias: Tensor | None = None  # [M], added to the logits of candidate j in the rows' direction; constant
+    # The rest is `Mask`.
+    paired: bool = True
+    ignore: bool = False
+    pair_rows: Tensor | None = None
+    pair_cols: Tensor | None = None
+    row_limit: Tensor | None = None
+    col_limit: Tensor | None = None
+
+    @property
+    def mask(self) -> Mask:
+        return Mask._make(self[5:])
+
+    @property
+    def plain(self) -> bool:
+        """Whether every score takes part in both directions."""
+        ordinary = self.columns and not self.exclude_self and self.col_bias is None
+        return ordinary and not self.ignore and self.row_limit is None and self.col_limit is None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the logits of the two directions differ."""
+        one_sided = (self.col_bias, self.row_limit, self.col_limit)
+        return self.columns and any(t is not None for t in one_sided)
+
+    def logits(self, s: Tensor, first: int, direction: str, kappa: Tensor) -> Tensor:
+        """s [R, M], or a copy for one of two directions that differ, so that κ times it are the direction's logits."""
+        rows = slice(first, first + s.shape[0])
+        row_ids = None if self.a_ids is None else self.a_ids[rows]
+        out = left_out(s, first, row_ids, self.b_ids, self.mask, direction)
+        result = s.clone() if self.apart else s
+        if self.col_bias is not None and direction == "rows":
+            result += self.col_bias / kappa
+        if out is not None:
+            result.masked_fill_(out, least(s.dtype))
+        if self.exclude_self:
+            result.diagonal(first).fill_(least(s.dtype))
+        return result

@@ -22,7 +22,6 @@ from torch import Tensor
 from gssf_kernels import plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import triangle
-from gssf_kernels.ops import sums
 from gssf_kernels.ops.score_functions import pointwise
 from gssf_kernels.plan import accumulation_dtype
 
@@ -102,8 +101,8 @@ def _scaled(grad_out, dlam, dtau, slope, dstudent, student, lam, tau):
     """
     gradients = (grad_out, dlam, dtau, dstudent, dstudent.new_empty(0))
     options = ("square", "include", False, "sum", 1.0, [False, False])
-    call = sums.BackwardCall._make((*gradients, student, None, slope, None, 1.0, 0.0, None, None, *options, None))
-    dstudent, _, dlam, dtau = torch.ops.gssf.score_sums_backward(*call)
+    inputs = (student, None, slope, None, 1.0, 0.0, None, None)
+    dstudent, _, dlam, dtau, _ = torch.ops.gssf.score_sums_backward(*gradients, *inputs, *options)
     return dstudent, dlam, dtau
 
 

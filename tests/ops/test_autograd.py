@@ -123,6 +123,7 @@ def _dense_samples(a, b, g):
         of_chunk = (score, constants, *labels, bounds, None, 0, False)
         yield "logsumexp_pass", (chunk, scale, *of_chunk, both[0].clone(), both[1].clone(), None, None)
         yield "softmax_pass", (chunk.clone(), scale, *of_chunk, *both, None, None, None, rows[3].clone())
+    yield from _samples_with_options(a, b, g)
     ids = torch.arange(n) // 2, torch.arange(m) // 2
     counts = rows[0].new_ones(2, n).unbind()
     for reduction, epsilon, symmetric in (("mean", 0.0, True), ("none", 0.2, True), ("sum", 0.2, False)):
@@ -162,6 +163,38 @@ def _dense_samples(a, b, g):
         square = [chunk[:, k : n + k].contiguous() for k in range(3)]
         yield "relation_pass", (*square, scale, kind, True, torch.zeros(3, n, dtype=wide))
     yield "softmax_pass", (chunk.clone(), scale, *scaled, *rows[:3], *cols[:2], None, rows[3].clone())
+
+
+def _samples_with_options(a, b, g):
+    """Ops with listed pairs, limits, one direction, and what else leaves scores out."""
+    wide = plan.accumulation_dtype(a.dtype)
+    n, m = a.shape[0], b.shape[0]
+    ids, limits = (torch.arange(n) // 2, torch.arange(m) // 2), (randn(g, n).to(wide), randn(g, m).to(wide))
+    rows = torch.arange(n)
+    listed = torch.arange(n + 1), torch.arange(n) % m
+    for columns in (True, False):
+        for tail in ((False, columns), (False, columns, *listed, *limits)):
+            yield "hardest_negatives", (a, b, *ids, "", *tail)
+            yield "relative_negatives", (a, b, *ids, torch.zeros((), dtype=wide), 2.0, *tail)
+    for formula, constants, col_score in (("hinge", [0.2], limits[1]), ("goal nca con", [1.0, 2.0, 3.0, 0.5], None)):
+        needs = [True, True]
+        yield "segment_terms", (a, b, *ids, limits[0], col_score, formula, constants, None, needs)
+    yield "segment_terms", (a, b, *ids, limits[0], None, "hinge", [0.2], limits[0].abs(), [True, True])
+    yield "segment_terms", (a, b, *ids, None, None, "lowest", [], None, [False, False])
+    mask = (True, rows, rows % m, *limits)  # ignore, listed pairs, limits
+    options = ("softplus", "negate", False, "sum", 0.5, [True, True], None, True, False, *mask)
+    yield "score_sums", (a, b, None, None, 2.0, 0.1, *ids, *options)
+    options = ("hinge", "exclude", True, "none", 1.0, [False, False], limits[0], False, False, False, None, None)
+    yield "score_sums", (a, b, None, None, 1.0, 0.1, *ids, *options, limits[0])
+    empty = limits[0].new_empty(4, 0).unbind()
+    yield "score_sums_backward", (limits[0], *empty, a, b, None, None, 1.0, 0.1, *ids, *options, limits[0])
+    for taking in ((True, True, *ids, limits[1], True, *mask), (False, False, None, None, limits[1])):
+        plain = ("scaled", [], None, None, None, False)
+        yield "logsumexp_scores", (a, b, None, 1.5, True, *plain, *taking)
+        columns = limits[1] if taking[0] else limits[1].new_empty(0)
+        statistics = (limits[0], limits[0].abs(), columns, columns.abs())
+        sides = (limits[0], limits[1] if taking[0] else None, None, a, b, None, 1.5)
+        yield "logsumexp_scores_backward", (*sides, *statistics, [True, True, False], None, *plain, *taking)
 
 
 @pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")
