@@ -112,6 +112,20 @@ def ids(a_ids, b_ids, a: torch.Tensor, b: torch.Tensor, a_name: str, b_name: str
     return first, first if shared else labels(b_ids, b_name, cols, b.device)
 
 
+def ids_of_pairs(x_ids, y_ids, x: torch.Tensor, y: torch.Tensor, x_name: str, y_name: str) -> tuple:
+    """:func:`ids` where row i of x and row i of y are a pair. Warns once, on the CPU, if their ids differ."""
+    x_ids, y_ids = ids(x_ids, y_ids, x, y, x_name, y_name)
+    if x_ids is not None and x_ids is not y_ids and readable(x_ids) and readable(y_ids):
+        rows = f"row i of {x_name.removesuffix('_ids')} and row i of {y_name.removesuffix('_ids')}"
+        if "pairs" not in _WARNED and bool((x_ids != y_ids[: x_ids.shape[0]]).any()):
+            warn_once(
+                "pairs",
+                f"{x_name}, {y_name}: {rows} are a pair, but some have different ids. If ids are to say which rows are "
+                'pairs, pass pairs="ids".',
+            )
+    return x_ids, y_ids
+
+
 def labels(value, name: str, count: int, device: torch.device) -> torch.Tensor:
     """``value`` [count] on ``device``, of any integer dtype but uint64, or of bool, as int64."""
     if isinstance(value, torch.Tensor) and value.dtype != torch.int64:
@@ -286,6 +300,18 @@ def scalar(value, name: str, like: torch.Tensor, *, positive: bool = False) -> t
             raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
         return value.reshape(()).to(dtype)
     return torch.full((), number(value, name, positive=positive), dtype=dtype, device=like.device)
+
+
+def bias_of_candidates(value, name: str, b: torch.Tensor) -> torch.Tensor | None:
+    """``value`` as a constant [M] in the dtype of the scores of b [M, D], or None."""
+    if value is None:
+        return None
+    floating(value, name, "[M]")
+    if value.shape[0] != b.shape[0]:
+        raise ValueError(f"{name}: expected shape [{b.shape[0]}], got {list(value.shape)}")
+    if value.device != b.device:
+        raise ValueError(f"{name}: expected device {b.device}, got {value.device}")
+    return value.detach().to(torch.float64 if b.dtype == torch.float64 else torch.float32)
 
 
 def number(value, name: str, *, positive: bool = False) -> float:

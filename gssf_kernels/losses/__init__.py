@@ -7,6 +7,7 @@ from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
 from gssf_kernels.losses.multi_similarity import MultiSimilarityLoss, multi_similarity_loss
+from gssf_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
 from gssf_kernels.losses.sigmoid import SigmoidLoss, sigmoid_loss
 from gssf_kernels.losses.triplet import TripletLoss, triplet_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "GoalLoss",
     "InfoNCELoss",
     "MultiSimilarityLoss",
+    "NTXentLoss",
     "RelationalDistillationLoss",
     "SigmoidLoss",
     "TripletLoss",
@@ -26,6 +28,7 @@ __all__ = [
     "gradient_space_loss",
     "info_nce_loss",
     "multi_similarity_loss",
+    "nt_xent_loss",
     "relational_distillation_loss",
     "sigmoid_loss",
     "triplet_loss",

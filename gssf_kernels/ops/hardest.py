@@ -175,7 +175,7 @@ def checked_inputs(x, y, x_ids, y_ids, names, metric):
     """
     x, y = _checks.autocast(x, y)
     _checks.embeddings(x, y, *names[:2])
-    x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
+    x_ids, y_ids = _checks.ids_of_pairs(x_ids, y_ids, x, y, *names[2:])
     x, y = distinct(x, y)
     x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:

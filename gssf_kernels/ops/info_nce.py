@@ -132,9 +132,9 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
     elif a_ids is not None:
         row_count, col_count = (positive_logit.new_empty(count) for _ in range(2))
     if call.epsilon:
-        row_target = torch.lerp(row_target, kappa * _mean_scores(a, b), call.epsilon)
+        row_target = torch.lerp(row_target, kappa * mean_scores(a, b), call.epsilon)
     if call.epsilon and call.symmetric:
-        col_target = torch.lerp(col_target, kappa * _mean_scores(b[:count], a), call.epsilon)
+        col_target = torch.lerp(col_target, kappa * mean_scores(b[:count], a), call.epsilon)
     col_statistics = (*cols, None if col_target is row_target else col_target) if call.symmetric else (None, None, None)
     loss = torch.ops.gssf.anchor_terms("info_nce", [*rows, row_target, *col_statistics], [], call.reduction)
     return loss, *statistics, row_count, col_count, kept
@@ -240,7 +240,7 @@ def _scores(a, b):
     return torch.ops.gssf.pair_scores(a, b, i, i)
 
 
-def _mean_scores(a, b):
+def mean_scores(a, b):
     """``mean_j a_i · b_j`` [N]."""
     dtype = accumulation_dtype(a.dtype)
     return a.to(dtype) @ b.mean(0, dtype=dtype)

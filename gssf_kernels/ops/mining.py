@@ -52,6 +52,27 @@ def sides_of(
     return Sides(a, b, pairing, symmetric, limits_of(a, b, pairing, false_negative_margin, symmetric))
 
 
+def contrastive_sides(
+    x: Tensor,
+    y: Tensor,
+    pairs: str | Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    same_id: str,
+    symmetric: bool,
+    false_negative_margin: float | None,
+    metric: StructuredSimilarity | None,
+) -> Sides:
+    """The same for losses over every score. With same_id="ignore" equal ids are no positives."""
+    x, y = _checks.autocast(x, y)
+    pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
+    if same_id == "ignore" and pairing.kind == "ids":
+        raise ValueError('same_id: expected "positive" with pairs="ids", got "ignore"')
+    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
+    positives = pairing._replace(x_ids=None, y_ids=None) if same_id == "ignore" else pairing
+    return Sides(a, b, pairing, symmetric, limits_of(a, b, positives, false_negative_margin, symmetric))
+
+
 class Mined(NamedTuple):
     """The hardest negatives of rows and columns, and the scores of the pairs."""
 

@@ -58,27 +58,14 @@ def pairing_of(pairs, x_ids, y_ids, x: Tensor, y: Tensor, names: tuple[str, str,
             f'pairs: expected None, "ids" or a tensor [P, 2] of integers, got {got}'
         )
     _checks.embeddings(x, y, *names[:2], paired=pairs is None)
-    x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
     if pairs is None:
-        _warn_of_ids(x_ids, y_ids, names)
-        return Pairing("rows", x_ids, y_ids)
+        return Pairing("rows", *_checks.ids_of_pairs(x_ids, y_ids, x, y, *names[2:]))
+    x_ids, y_ids = _checks.ids(x_ids, y_ids, x, y, *names[2:])
     if isinstance(pairs, str):
         if x_ids is None:
             raise ValueError(f'{names[2]}: expected ids with pairs="ids", got None')
         return Pairing("ids", x_ids, y_ids)
     return Pairing("listed", x_ids, y_ids, _listed(pairs, x, y))
-
-
-def _warn_of_ids(x_ids, y_ids, names) -> None:
-    """Warn once if ids say that rows i of x and y, which are a pair, do not belong together."""
-    if x_ids is None or x_ids is y_ids or not _checks.readable(x_ids) or not _checks.readable(y_ids):
-        return
-    if bool((x_ids != y_ids[: x_ids.shape[0]]).any()):
-        _checks.warn_once(
-            "pairs",
-            f"{names[2]}, {names[3]}: row i of {names[0]} and row i of {names[1]} are a pair, but some of them have "
-            'different ids. If the ids are to say which rows are pairs, pass pairs="ids".',
-        )
 
 
 def _listed(pairs: Tensor, x: Tensor, y: Tensor) -> ListedPairs:

@@ -8,6 +8,7 @@ several N x M matrices.
 from gssf_kernels.reference.dense import (
     info_nce_loss,
     logsumexp_scores,
+    nt_xent_loss,
     relational_distillation_loss,
     sigmoid_loss,
     sum_scores,
@@ -59,6 +60,7 @@ __all__ = [
     "maxima",
     "mean_distance",
     "multi_similarity_loss",
+    "nt_xent_loss",
     "pair_scores",
     "paired",
     "positives",

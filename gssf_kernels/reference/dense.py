@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gssf_kernels.reference.statistics import positives as _positives
 from gssf_kernels.reference.statistics import scores
-from gssf_kernels.reference.triplet import factors, hinge, reduce
+from gssf_kernels.reference.triplet import factors, hinge, masks, reduce
 
 
 def _compared(x: Tensor, y: Tensor, metric) -> Tensor:
@@ -17,10 +17,63 @@ def _compared(x: Tensor, y: Tensor, metric) -> Tensor:
     return scores(*factors(x, y, metric))
 
 
-def logsumexp_scores(a: Tensor, b: Tensor, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+def logsumexp_scores(
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    exclude_self: bool = False,
+    a_ids: Tensor | None = None,
+    b_ids: Tensor | None = None,
+    same_id: str = "positive",
+) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of the rows and columns of ``κ s``; see :func:`gssf_kernels.logsumexp_scores`."""
     t = scale * scores(a, b)
+    pair, same, _ = masks(a, b, a_ids, b_ids, None)
+    out = same & ~pair if same_id == "ignore" else torch.zeros_like(pair)
+    t = t.masked_fill(out | pair if exclude_self else out, -torch.inf)
     return t.logsumexp(1), t.logsumexp(0)
+
+
+def nt_xent_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric=None,
+    reduction: str = "mean",
+) -> Tensor:
+    """NT-Xent, or SupCon; see :func:`gssf_kernels.nt_xent_loss`."""
+    t = scale * _compared(x, x if y is None else y, metric)  # [N, M]
+    positive = labels[:, None] == (labels if y_labels is None else y_labels)
+    if y is None:
+        itself = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
+        t, positive = t.masked_fill(itself, -torch.inf), positive & ~itself
+    has = positive.any(1)
+    if t.shape[1] == 0:
+        return reduce(t.sum(1), reduction)
+    t = torch.where(has[:, None], t, 0)
+    terms = torch.where(has, t.logsumexp(1) - torch.where(positive, t, 0).sum(1) / positive.sum(1).clamp_min(1), 0)
+    if reduction == "none":
+        return terms
+    return terms.sum() / has.sum().clamp_min(1) if reduction == "mean" else terms.sum()
+
+
+def _contrasted(x, y, x_ids, y_ids, pairs, same_id) -> tuple[Tensor, Tensor]:
+    """(positives, scores that are left out), [N, M] bool each."""
+    pair, same, _ = masks(x, y, x_ids, y_ids, pairs)
+    positive = same if pairs is None and same_id == "positive" else pair
+    return positive, same & ~positive
+
+
+def _above(s: Tensor, positive: Tensor, margin: float | None) -> Tensor:
+    """Which scores [N, M] are above the lowest positive score of their row plus the margin, and no positives."""
+    if margin is None or s.shape[1] == 0:
+        return torch.zeros_like(positive)
+    lowest = s.detach().masked_fill(~positive, torch.inf).min(1, keepdim=True).values
+    return (s > lowest + margin) & ~positive
 
 
 def info_nce_loss(
@@ -28,29 +81,45 @@ def info_nce_loss(
     y: Tensor,
     *,
     scale: float | Tensor,
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same_id: str = "positive",
+    y_bias: Tensor | None = None,
     label_smoothing: float = 0.0,
     symmetric: bool = True,
+    false_negative_margin: float | None = None,
     reduction: str = "mean",
     metric=None,
 ) -> Tensor:
     """InfoNCE over rows and columns; see :func:`gssf_kernels.info_nce_loss`."""
-    t = scale * _compared(x, y, metric)  # [N, M]
-    same = _positives(x, y, x_ids, y_ids)
+    s = _compared(x, y, metric)  # [N, M]
+    positive, left_out = _contrasted(x, y, x_ids, y_ids, pairs, same_id)
     count = x.shape[0]
 
-    def terms(t, same):  # [K, C] logits of K anchors -> [K]
-        if t.shape[0] == 0:
-            return t.sum(1)
-        log_p = t.log_softmax(1)
-        loss = -torch.where(same, log_p, 0).sum(1) / same.sum(1)
-        return (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1) if label_smoothing else loss
+    def terms(s, positive, left_out, bias=None):  # [K, C] scores of K anchors -> [K], and which have a positive
+        if s.shape[0] == 0:
+            return s.sum(1), positive.any(1)
+        t = scale * s if bias is None else scale * s + bias
+        t = t.masked_fill(left_out | _above(s, positive, false_negative_margin), -torch.inf)
+        has = positive.any(1)
+        log_p = torch.where(has[:, None], t, 0).log_softmax(1)
+        loss = -torch.where(positive, log_p, 0).sum(1) / positive.sum(1).clamp_min(1)
+        if label_smoothing:
+            loss = (1 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
+        return torch.where(has, loss, 0), has
 
-    loss = terms(t, same)
-    if symmetric:
-        loss = (loss + terms(t[:, :count].mT, same[:, :count].mT)) / 2
-    return reduce(loss, reduction)
+    loss, has = terms(s, positive, left_out, None if y_bias is None else y_bias.detach())
+    if pairs is None:
+        if symmetric:
+            parts = (t[:, :count].mT for t in (s, positive, left_out))
+            loss = (loss + terms(*parts)[0]) / 2
+        return reduce(loss, reduction)
+    if reduction == "none":
+        return loss
+    sums = [(loss, has)] + ([terms(s.mT, positive.mT, left_out.mT)] if symmetric else [])
+    totals = [t.sum() / h.sum().clamp_min(1) if reduction == "mean" else t.sum() for t, h in sums]
+    return torch.stack(totals).mean()
 
 
 _POINTWISE = {
@@ -88,15 +157,26 @@ def sigmoid_loss(
     *,
     scale: float | Tensor,
     bias: float | Tensor,
+    pairs: str | Tensor | None = None,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same_id: str = "positive",
+    false_negative_margin: float | None = None,
     reduction: str = "mean",
     metric=None,
 ) -> Tensor:
     """``−Σ_j log σ(z_ij (κ s_ij + β))`` over pairs; see :func:`gssf_kernels.sigmoid_loss`."""
-    t = scale * _compared(x, y, metric) + bias  # [N, M]
-    z = torch.where(_positives(x, y, x_ids, y_ids), 1, -1)
-    return reduce(-F.logsigmoid(z * t).sum(1), reduction)
+    s = _compared(x, y, metric)
+    positive, left_out = _contrasted(x, y, x_ids, y_ids, pairs, same_id)
+    left_out = left_out | _above(s, positive, false_negative_margin)
+    left_out = left_out | _above(s.mT, positive.mT, false_negative_margin).mT
+    terms = -F.logsigmoid(torch.where(positive, 1, -1) * (scale * s + bias)).masked_fill(left_out, 0).sum(1)
+    if pairs is None:
+        return reduce(terms, reduction)
+    terms = torch.where(positive.any(1), terms, 0)
+    if reduction == "none":
+        return terms
+    return terms.sum() / positive.any(1).sum().clamp_min(1) if reduction == "mean" else terms.sum()
 
 
 def relational_distillation_loss(

@@ -1,0 +1,144 @@
+"""NT-Xent and supervised contrastive loss: one set of rows with labels, from one sweep.
+
+    L = mean_i −1/|P(i)| Σ_{p ∈ P(i)} [κ s_ip − log Σ_{j ≠ i} e^{κ s_ij}],     s = x xᵀ
+
+P(i) holds the other rows of row i's label. With two views of each sample, labelled by the sample, this is the loss of
+SimCLR. The mean is over the rows that have a positive. A row never meets itself: the diagonal is left out of the
+log-sum, and not subtracted from it, so the loss is exact at small temperatures too.
+
+Source: NT-Xent, SimCLR, arXiv 2002.05709; many positives, SupCon (L_out), arXiv 2004.11362. Anchors from x and
+candidates from y are ours.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gssf_kernels import _checks
+from gssf_kernels._modules import ScaledLoss
+from gssf_kernels.ops.labels import labelled_factors
+from gssf_kernels.ops.logsumexp import paired_logsumexp
+from gssf_kernels.ops.masks import Taking
+from gssf_kernels.ops.pairs import scores_of_pairs
+from gssf_kernels.ops.segments import segment_sums, segments_of
+from gssf_kernels.plan import accumulation_dtype
+from gssf_kernels.similarity import StructuredSimilarity, check_metric
+
+
+def nt_xent_loss(
+    x: Tensor,
+    labels: Tensor,
+    *,
+    scale: float | Tensor,
+    y: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    metric: StructuredSimilarity | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """NT-Xent (SupCon) of labelled embeddings, without the matrix of logits ``κ x xᵀ``.
+
+    Args:
+        x: [N, D] float, anchors, usually normalised.
+        labels: [N] integers; rows of equal label are positives of one another.
+        scale: κ, the inverse temperature: a number > 0 or a scalar tensor on x's device; never synchronises.
+        y: [M, D] of x's dtype and device, any M, with y_labels: the candidates. Then anchors are the rows of x alone,
+            and no score is left out. None: the rows of x are compared with one another, without themselves.
+        y_labels: [M] integers.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        reduction: "mean" over the anchors that have a positive, "sum" or "none" ([N]). Other anchors contribute 0.
+
+    Returns:
+        a scalar, or [N] for "none"; fp32 (fp64 for fp64). Without positives a differentiable 0. NaN and Inf in the
+        inputs propagate. Differentiable once, in x, y, scale and the metric's weights.
+
+    Raises:
+        TypeError, ValueError: the argument that is wrong, what was expected and what came.
+
+    Time: one product forward, three backward; half of each without y and metric. Extra memory: as
+    :func:`~gssf_kernels.logsumexp_scores`, and three N x D matrices.
+
+    Source: arXiv 2002.05709, 2004.11362.
+    """
+    _checks.reduction(reduction)
+    factors = labelled_factors(x, labels, y, y_labels, metric)
+    a, b = factors.a, factors.b
+    kappa = _checks.scale(scale, a)
+    kappa = kappa.tensor.exp() if isinstance(kappa, _checks.Logarithm) else kappa
+    row_max, row_log, *_ = paired_logsumexp(a, b, kappa, Taking(columns=False, exclude_self=factors.leave_out))
+    score, count = _positive_sums(a, b, factors.a_labels, factors.b_labels, factors.leave_out)
+    terms = (row_max - kappa * score / count.clamp_min(1)) + row_log
+    terms = torch.where(count > 0, terms, 0)
+    if reduction == "none":
+        return terms
+    total = terms.sum()
+    return total / (count > 0).sum().clamp_min(1) if reduction == "mean" else total
+
+
+def _positive_sums(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, leave_out: bool) -> tuple[Tensor, Tensor]:
+    """(Σ of the scores of each row's positives [N], how many there are)"""
+    dtype = accumulation_dtype(a.dtype)
+    places = torch.arange(a.shape[0], device=a.device)
+    if a.shape[0] == 0 or b.shape[0] == 0:
+        zero = (a.to(dtype) * 0).sum(1) + (b.to(dtype) * 0).sum()
+        return zero, torch.zeros_like(zero)
+    segments = segments_of(a_labels, b_labels)
+    table = b.to(dtype)
+    sums = segment_sums(table, segments.cols, segments.rows, segments.total)
+    counts = segments.row_counts()
+    if leave_out:
+        sums, counts = sums - table, counts - 1
+    return scores_of_pairs(a.to(dtype), sums, places, places), counts
+
+
+class NTXentLoss(ScaledLoss):
+    """:func:`nt_xent_loss` as a module, with a scale that is learned through its logarithm.
+
+    Args:
+        scale: the initial κ, or the constant one.
+        learnable: whether ``log_scale`` is a parameter. SimCLR's temperature is constant, so it is not by default.
+        max_scale: the largest κ, or None; see :class:`~gssf_kernels.InfoNCELoss`.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        reduction: as in :func:`nt_xent_loss`.
+        device, dtype: of ``log_scale``.
+
+    Attributes:
+        log_scale: scalar parameter, or buffer if not learnable; it stays fp32 when the module is cast to 16 bits.
+    """
+
+    def __init__(
+        self,
+        scale: float = 1 / 0.07,
+        learnable: bool = False,
+        metric: StructuredSimilarity | None = None,
+        reduction: str = "mean",
+        *,
+        max_scale: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _checks.reduction(reduction)
+        check_metric(metric)
+        self._learn_scale(scale, learnable, max_scale, device, dtype)
+        self.metric, self.reduction = metric, reduction
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        y: Tensor | None = None,
+        y_labels: Tensor | None = None,
+        *,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of x [N, D] with labels [N]; ``scale`` in place of the module's own; see :func:`nt_xent_loss`."""
+        options: dict[str, Any] = {"metric": self.metric, "reduction": self.reduction}
+        return nt_xent_loss(x, labels, scale=self._kappa(scale), y=y, y_labels=y_labels, **options)
+
+    def extra_repr(self) -> str:
+        learnable = isinstance(self.log_scale, nn.Parameter)
+        return f"learnable={learnable}, max_scale={self.max_scale}, reduction={self.reduction!r}"
+
+
+__all__ = ["NTXentLoss", "nt_xent_loss"]
