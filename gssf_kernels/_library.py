@@ -85,9 +85,9 @@ class Op(NamedTuple):
         return getattr(importlib.import_module(f"gssf_kernels.triton.{module}"), function)(call, plan)
 
     def plainly(self, call):
-        """The composite, with autocast disabled."""
+        """The composite, without autocast or autograd: an exported program calls ops outside of a Function."""
         device = next(t.device for t in _tensors(call))
-        with outside_autocast(device):
+        with outside_autocast(device), torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
             return self.composite(call)
 
 

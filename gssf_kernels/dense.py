@@ -74,9 +74,21 @@ def chunks(
     return da, db
 
 
-def keeps(a: Tensor, b: Tensor | None) -> bool:
-    """Whether s = a bᵀ is small enough to be kept for the backward. b=None means b is a: then s is never kept."""
-    return b is not None and a.shape[0] * b.shape[0] <= plan.KEPT_SCORES.get(_checks.device_type(a), 0)
+def may_keep(*inputs: object) -> bool:
+    """Whether a backward may follow that reads kept scores. An exported program has none."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+def kept_shape(a: Tensor, b: Tensor | None, keep: bool) -> tuple[int, int]:
+    """The shape of the scores that are kept for the backward: s = a bᵀ [N, M] if it is small, else [0, M].
+
+    b=None means b is a: then s is never kept. Traced sizes choose by arithmetic, so that no graph depends on them.
+    """
+    n, m = a.shape[0], a.shape[0] if b is None else b.shape[0]
+    most = plan.KEPT_SCORES.get(_checks.device_type(a), 0) if keep and b is not None else 0
+    return n * torch.sym_min(1, most // torch.sym_max(n * m, 1)), m
 
 
 def halves(n: int, limit: int, step: int, max_rows: int) -> Iterable[tuple[int, int]]:

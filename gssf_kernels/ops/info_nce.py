@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.dense import keeps
+from gssf_kernels.dense import kept_shape, may_keep
 from gssf_kernels.ops.logsumexp import kappa_of, scale_of
 from gssf_kernels.ops.segments import Segments, segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype
@@ -82,7 +82,7 @@ def info_nce_of_factors(
 ) -> Tensor:
     """The terms [N] of a [N, D] and b [M, D], M >= N, or their sum or mean. Differentiable once in a, b and scale."""
     tensor, constant = scale_of(scale)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, b, tensor))
+    keep = may_keep(a, b, tensor)
     a_ids, b_ids = distinct(a_ids, b_ids)
     return _InfoNCE.apply(*Call(a, None if b is a else b, tensor, constant, a_ids, b_ids, *options, keep))[0]
 
@@ -250,7 +250,7 @@ def _fake(call: Call) -> tuple[Tensor, ...]:
     n, dtype = call.a.shape[0], accumulation_dtype(call.a.dtype)
     m, counts = n if call.b is None else call.b.shape[0], n if call.a_ids is not None else 0
     loss = call.a.new_empty((n,) if call.reduction == "none" else (), dtype=dtype)
-    kept = (n, m) if call.keep and keeps(call.a, call.b) else 0
+    kept = kept_shape(call.a, call.b, call.keep)
     return loss, *(call.a.new_empty(size, dtype=dtype) for size in (n, n, m, m, counts, counts, kept))
 
 

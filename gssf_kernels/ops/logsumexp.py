@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.dense import chunks, keeps, triangle, unit_of
+from gssf_kernels.dense import chunks, kept_shape, may_keep, triangle, unit_of
 from gssf_kernels.ops.masks import Taking, least
 from gssf_kernels.ops.score_functions import ByLabel, logit, members
 from gssf_kernels.plan import accumulation_dtype
@@ -102,7 +102,7 @@ def paired_logsumexp(
     """
     taking = Taking() if taking is None else taking
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    keep = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (a, b, scale))
+    keep = may_keep(a, b, scale)
     symmetric = b is a and taking._replace(exclude_self=False).plain
     a_ids, b_ids = distinct(taking.a_ids, taking.b_ids)
     taking = taking._replace(a_ids=a_ids, b_ids=b_ids)
@@ -131,7 +131,7 @@ def logsumexp_by_label(
     greater than bounds[1, i]. Where none counts, both numbers are -inf. The maxima are constants to autograd.
     """
     a, b = factors.a, factors.b
-    keep = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    keep = may_keep(a, b)
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
     call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Taking()))
@@ -299,7 +299,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     needs_columns = call.b is None or (by_label.classes == 1 and call.columns)
     taking = call.taking
     col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
-    kept = a.new_empty((n, m) if call.keep and keeps(a, call.b) else 0, dtype=dtype)
+    kept = a.new_empty(kept_shape(a, call.b, call.keep), dtype=dtype)
 
     def statistics(s, rows, columns, first, out, col_out):
         torch.ops.gssf.logsumexp_pass(s, scale, *by_label.part(rows, columns, first), *out, *col_out)
@@ -460,8 +460,7 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
 def _fake(call: Call) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(call.a.dtype)
     rows, columns, pairs = call.sizes()
-    n = call.a.shape[0]
-    kept = (n, n if call.b is None else call.b.shape[0]) if call.keep and keeps(call.a, call.b) else 0
+    kept = kept_shape(call.a, call.b, call.keep)
     return tuple(call.a.new_empty(size, dtype=dtype) for size in (rows, rows, columns, columns, pairs, kept))
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
-from gssf_kernels._library import Function, last_derivative, register
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.ops.goal import Constants, anchor_values, anchor_weights
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import AnchorStatistics
@@ -57,6 +57,8 @@ def segment_terms(
     tensors = a, b, row_score, col_score
     needs = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)] * 2
     needs = [need and not each for need in needs]
+    a, b = distinct(a, b)
+    a_ids, b_ids = distinct(a_ids, b_ids)
     return _SegmentTerms.apply(a, b, a_ids, b_ids, row_score, col_score, formula, constants, each, needs)[0]
 
 

@@ -108,7 +108,7 @@ def score_sums(
     """
     mask = Mask() if mask is None else mask
     symmetric = a is b and mask.plain and (reduction == "none" or (a_ids is b_ids and not relative))
-    share = 1 / max(a.shape[0], 1) if reduction == "mean" else 1.0
+    share = None if reduction == "mean" else 1.0
     a, b = distinct(a, None if symmetric else b)
     a_ids, b_ids = distinct(a_ids, b_ids)
     scale, constant = scale_of(term.scale)
@@ -135,7 +135,7 @@ class Call(NamedTuple):
     positives: str
     relative: bool
     reduction: str  # "sum" or "none"
-    share: float  # the sum is multiplied by it: 1/N for "mean"
+    share: float | None  # the sum is multiplied by it; None: 1/N, a float that a traced graph would be bound to
     needs: list[bool]  # whether the forward of "sum" computes the gradients of a and b
     positive_score: Tensor | None = None  # [N], for relative; None: computed here
     columns: bool = True  # relative: also the terms of columns
@@ -155,6 +155,11 @@ class Call(NamedTuple):
     def general(self) -> bool:
         """Whether only the loop over chunks computes it."""
         return not self.columns or not self.mask.plain
+
+    @property
+    def factor(self) -> float:
+        """What the sum is multiplied by."""
+        return 1 / max(self.a.shape[0], 1) if self.share is None else self.share
 
     @property
     def other(self) -> Tensor:
@@ -191,7 +196,7 @@ class BackwardCall(NamedTuple):
     positives: str
     relative: bool
     reduction: str
-    share: float
+    share: float | None
     needs: list[bool]  # whether a and b need a gradient
     positive_score: Tensor | None = None
     columns: bool = True
@@ -205,6 +210,10 @@ class BackwardCall(NamedTuple):
     @property
     def general(self) -> bool:
         return self.forward.general
+
+    @property
+    def factor(self) -> float:
+        return self.forward.factor
 
     @property
     def forward(self) -> Call:
@@ -285,7 +294,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         _add_pairs(sums, -sums.slope, call, call.needs)
     slopes = torch.cat((sums.row_slope, sums.col_slope))
     totals = (t.sum(dtype=torch.float64) for t in (torch.cat((sums.rows, sums.cols)), sums.dscores_dot_s, slopes))
-    value, dscale, dbias = ((call.share * t).to(empty.dtype) for t in totals)
+    value, dscale, dbias = ((call.factor * t).to(empty.dtype) for t in totals)
     return value, dscale, dbias, sums.da, sums.db, empty.clone()
 
 
@@ -293,7 +302,7 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     a, forward = call.a, call.forward
     if call.reduction == "sum":
         kappa = kappa_of(call.scale, call.constant)
-        factor, dscale = call.grad_out * call.share * kappa, call.grad_out * call.dscale
+        factor, dscale = call.grad_out * call.factor * kappa, call.grad_out * call.dscale
         dscale = dscale * kappa if call.constant is None else dscale
         da, db = (factor * call.da).to(a.dtype), (factor * call.db).to(a.dtype)
         return da, db, dscale, call.grad_out * call.dbias, dscale.new_empty(0)

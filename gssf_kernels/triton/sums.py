@@ -161,7 +161,7 @@ def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
 
             with outside_autocast(a.device):
                 da, db, sums = gradients_by_row_panels(a, b, plan.tile, call.needs, 3, launch)
-            value, dbias, dscale = (call.share * sums).float().unbind()
+            value, dbias, dscale = (call.factor * sums).float().unbind()
             return value.clone(), dscale.clone(), dbias.clone(), da, db, empty
         positive_score = _positive_score(call)
         if call.reduction == "none":
@@ -170,7 +170,7 @@ def score_sums(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
             return rows, *(empty.new_empty(0) for _ in range(4)), new
         dscores, sums, slopes = _sweep(call, plan, positive_score, None)
         da, db, ends = gradients(
-            dscores, a, call.b, call.needs, sums, share=call.share, slopes=slopes, dtype=torch.float32
+            dscores, a, call.b, call.needs, sums, share=call.factor, slopes=slopes, dtype=torch.float32
         )
     value, dbias, dscale = ends
     return value, dscale, dbias, da, db, empty
@@ -252,7 +252,7 @@ def score_sums_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         BT = tiles.TERMS
         programs = max(triton.cdiv(max(da.numel(), db.numel()), BT), 1)
         scaled_kernel[(programs,)](
-            call.grad_out, da, db, call.dscale, call.dbias, call.scale, call.constant, call.share, *needed, *ends,
+            call.grad_out, da, db, call.dscale, call.dbias, call.scale, call.constant, call.factor, *needed, *ends,
             da.numel(), db.numel(), BT=BT, num_warps=4, num_stages=2,
         )  # fmt: skip
     return *out, *ends, ends[0].new_empty(0)

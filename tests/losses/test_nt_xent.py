@@ -62,10 +62,6 @@ def test_number_by_number(n, scale, two_sides):
 def test_gradients(two_sides, metric):
     x, labels = rows(30).requires_grad_(), torch.arange(30) % 8
     scale = torch.tensor(5.0, dtype=FP64, requires_grad=True)
-        rows(30).requires_grad_(),
-        torch.arange(30) % 8,
-        torch.tensor(5.0, dtype=FP64, requires_grad=True),
-    )
     y, y_labels = (rows(21, seed=3).requires_grad_(), torch.arange(21) % 8) if two_sides else (None, None)
     similarity = gk.StructuredSimilarity(6, 3, dtype=FP64) if metric else None
 
