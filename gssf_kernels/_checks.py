@@ -69,6 +69,15 @@ def alike(t: torch.Tensor, name: str, other: torch.Tensor, other_name: str) -> N
         raise ValueError(f"{name}: expected {other_name}'s device {other.device}, got {t.device}")
 
 
+def weight_of(t: torch.Tensor, name: str, x: torch.Tensor, x_name: str) -> None:
+    """``t``, a weight of a metric, has the dtype and device of ``x``, or is fp32 where x is fp16 or bf16."""
+    if t.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected {x_name}'s device {x.device}, got {t.device}")
+        return
+    alike(t, name, x, x_name)
+
+
 def embeddings(a, b, a_name: str, b_name: str, *, paired: bool = True) -> None:
     """``a [N, D]`` and ``b [M, D]`` have a product ``a bᵀ``; with ``paired``, M >= N."""
     floating(a, a_name, "[N, D]")
@@ -153,12 +162,12 @@ def metric_weights(x, diag, blocks, permutation, x_name: str = "x") -> None:
     dim = x.shape[-1]
     if diag is not None:
         floating(diag, "diag", "[D]")
-        alike(diag, "diag", x, x_name)
+        weight_of(diag, "diag", x, x_name)
         if diag.shape[0] != dim:
             raise ValueError(f"diag: expected shape [{dim}] to match {x_name} {list(x.shape)}, got {list(diag.shape)}")
     if blocks is not None:
         floating(blocks, "blocks", "[G, b, b]")
-        alike(blocks, "blocks", x, x_name)
+        weight_of(blocks, "blocks", x, x_name)
         groups, rows, cols = blocks.shape
         if rows != cols or rows == 0 or groups * rows != dim:
             raise ValueError(

@@ -31,7 +31,7 @@ def diagnose(x: Tensor, y: Tensor, margin: float, positive_score: Tensor, hardes
 
 def diagnose_pairs(x: Tensor, y: Tensor, margin: float, sides: Sides, mined: Mined) -> Diagnostics:
     """The same for pairs of any kind: shares and means are over pairs, and over anchors that have a negative."""
-    a, b, pairing, columns, _ = sides
+    a, b, pairing, columns, *_ = sides
     mined = Mined._make(t.detach() if t is not None else None for t in mined)
     anchors = [mined.row_score, mined.col_score][: 1 + columns]
     if pairing.listed is not None:

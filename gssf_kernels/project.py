@@ -61,14 +61,14 @@ def project(
 
     Args:
         x: [..., D] float, embeddings. All leading dimensions share the weights.
-        diag: [D] of x's dtype, the weight w of each channel.
-        blocks: [G, b, b] of x's dtype with G·b = D, one matrix for each block of b channels.
+        diag: [D] of x's dtype, or fp32 with fp16 or bf16 rows: the weight w of each channel.
+        blocks: [G, b, b] of such a dtype with G·b = D, one matrix for each block of b channels.
         permutation: [D] int64, the channels in the order of the blocks; contains each channel once. None: the
             identity. Its values are checked only on the CPU, because reading them on a GPU would synchronise.
         normalize: first divide each row by its L2 norm, as ``torch.nn.functional.normalize`` does.
 
     Returns:
-        [..., D] in x's dtype, summed in fp32 (fp64 for fp64). Inside ``torch.autocast`` all inputs take the region's
+        [..., D] in x's dtype, summed in fp32 (fp64 for fp64). Inside ``torch.autocast`` x takes the region's
         dtype. Differentiable once in x, diag and blocks; deterministic. Without weights and ``normalize``, x itself.
 
     Raises:
@@ -77,7 +77,7 @@ def project(
 
     Source: GSSF, arXiv 2410.15266; the docstring of this file says what is ours.
     """
-    x, diag, blocks = _checks.autocast(x, diag, blocks)
+    (x,) = _checks.autocast(x)
     if not isinstance(x, Tensor) or x.dim() == 0:
         got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise (ValueError if isinstance(x, Tensor) else TypeError)(f"x: expected a tensor [..., D], got {got}")

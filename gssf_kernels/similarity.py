@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels._modules import Fp32Module
 from gssf_kernels.project import project, project_both
 
 
@@ -40,7 +41,7 @@ def similarity(
     return project(x, diag, blocks, permutation=permutation, normalize=normalize) @ project(y, normalize=normalize).mT
 
 
-class StructuredSimilarity(nn.Module):
+class StructuredSimilarity(Fp32Module):
     """Learnable ``s = x̂ (diag(w) + blockdiag(B)) ŷᵀ`` with ``dim·(1 + block_size)`` weights.
 
     Args:
@@ -50,6 +51,8 @@ class StructuredSimilarity(nn.Module):
         normalize: L2-normalise x and y.
         permutation: [D] int64, the channels in the order of the blocks, for strided or learned groupings; a buffer.
         device, dtype: of the parameters.
+
+    The parameters stay fp32 when a model is cast to bf16 or fp16, and compare rows of either dtype.
 
     Training starts at cosine similarity: w = 1, B = 0. Without ``diagonal``, B starts at the identity instead.
 
@@ -136,9 +139,8 @@ def paired_factors(
     """
     x, y = _checks.autocast(x, y)
     _checks.embeddings(x, y, "x", "y", paired=pairs)
-    diag, blocks = _checks.autocast(metric.diag, metric.blocks)
-    _checks.metric_weights(x, diag, blocks, metric.permutation)
-    return project_both(x, y, diag, blocks, metric.permutation, metric.normalize, pairs)
+    _checks.metric_weights(x, metric.diag, metric.blocks, metric.permutation)
+    return project_both(x, y, metric.diag, metric.blocks, metric.permutation, metric.normalize, pairs)
 
 
 def check_metric(metric) -> None:

@@ -19,10 +19,11 @@ from gssf_kernels.ops.sums import Term, score_sums
 
 def every_negative(sides: Sides, margin: float, reduction: str) -> Tensor:
     """``triplet_loss(negatives="all")``: a scalar, or a vector for "none"."""
-    x, y, pairing, symmetric, limits = sides
+    x, y, pairing, symmetric, limits, positive_score = sides
     ids = pairing.x_ids, pairing.y_ids
     if pairing.kind == "rows" and symmetric and limits == (None, None):
-        return score_sums(x, y, Term("hinge", "exclude", 1.0, margin), *ids, reduction, relative=True)
+        term = Term("hinge", "exclude", 1.0, margin)
+        return score_sums(x, y, term, *ids, reduction, relative=True, positive_score=positive_score)
     i = torch.arange(x.shape[0], device=x.device)
     listed = as_list(pairing).listed
     rows, cols = (i, i) if listed is None else (listed.rows, listed.cols)

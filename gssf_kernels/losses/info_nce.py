@@ -102,7 +102,7 @@ def info_nce_loss(
 
 def _with_options(sides: Sides, kappa, ignore: bool, y_bias: Tensor | None, options: Options) -> Tensor:
     """The loss with pairs of any kind and scores that are left out, from log-sums and means over positives."""
-    a, b, pairing, columns, limits = sides
+    a, b, pairing, columns, limits, _ = sides
     by_row, limited = pairing.kind == "rows", limits[0] is not None
     left_out = pairing.x_ids is not None and (ignore or pairing.kind == "listed")
     if options.epsilon and (left_out or limited):

@@ -84,7 +84,7 @@ def sigmoid_loss(
 
 def _with_options(sides: Sides, term: Term, ignore: bool, reduction: str) -> Tensor:
     """The loss with pairs of any kind and scores that are left out. A row without a positive has no terms."""
-    a, b, pairing, _, limits = sides
+    a, b, pairing, _, limits, _ = sides
     ids = pairing.x_ids, pairing.y_ids
     left_out = pairing.x_ids is not None and (ignore or pairing.kind == "listed")
     listed = (None, None) if pairing.listed is None else pairing.listed[:2]

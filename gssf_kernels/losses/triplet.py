@@ -98,7 +98,7 @@ def triplet_loss(
         "false_negative_margin": false_negative_margin,
         "reduction": reduction,
     }
-    sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+    sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, scores=negatives == "all", **options)
     mined = None
     if negatives == "hardest":
         mined = mine(sides)
@@ -148,8 +148,8 @@ class TripletLoss(nn.Module):
             loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup, step = 0, 1, …, and afterwards
             ``L_hardest``. A step of warm-up is slower: L_all takes three products, L_hardest one. A module inside
             torch.compile stays slower until the next call of ``train()``, for example at the start of an epoch. In
-            evaluation mode the loss is that of the next step, and the step does not change. The step is the buffer
-            ``step`` and part of the state_dict.
+            evaluation mode, and without gradients, the loss is that of the next step, and the step does not change. The
+            step is the buffer ``step`` and part of the state_dict; a state_dict without it loads too.
         diagnostics: return ``(loss, Diagnostics)``; during warm-up they are those of the hardest negatives.
 
     Raises:
@@ -203,17 +203,39 @@ class TripletLoss(nn.Module):
         """The loss of x [N, D] and y [M, D]; see :func:`triplet_loss`."""
         inputs = x, y, x_ids, y_ids, pairs
         result = self._loss(*inputs, self.negatives, self.diagnostics)
-        if not self.warmup or self._warm:
+        if not self.warmup or self._warm or self.negatives != "hardest":
             return result
         hardest, *diagnostics = result if self.diagnostics else (result,)
         share = (self.step.to(hardest.dtype) / self.warmup).clamp(max=1)
         loss = (1 - share) * self._loss(*inputs, "all", False) + share * hardest
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # an evaluation without eval() is no step
             self.step.add_(1)
             if not torch.compiler.is_compiling():  # it would compile again for every value of the count
                 self._steps_seen += 1
                 self._warm = self._steps_seen >= self.warmup
         return (loss, *diagnostics) if self.diagnostics else loss
+
+    def set_negatives(self, negatives: str) -> None:
+        """Choose "hardest", "all" or "semihard" from now on, for a schedule of your own.
+
+        Raises:
+            ValueError: no such negatives, or others than "hardest" during a warm-up, which has its own schedule.
+        """
+        _checks.choice(negatives, "negatives", NEGATIVES)
+        if self.warmup and not self._warm and negatives != "hardest":
+            raise ValueError(
+                f"negatives: expected 'hardest' during the {self.warmup} steps of warm-up, got {negatives!r}"
+            )
+        self.negatives = negatives
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        """A state with a step loads into a loss without warm-up, and one without a step leaves the step as it is."""
+        key = prefix + "step"
+        if not self.warmup:
+            state_dict.pop(key, None)
+        elif key not in state_dict:
+            state_dict[key] = self.step
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def train(self, mode: bool = True):
         super().train(mode)

@@ -180,9 +180,8 @@ def checked_inputs(x, y, x_ids, y_ids, names, metric):
     x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:
         return (x, y, x_ids, y_ids), (None, None, None, False)
-    diag, blocks = _checks.autocast(metric.diag, metric.blocks)
-    _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
-    return (x, y, x_ids, y_ids), (diag, blocks, metric.permutation, metric.normalize)
+    _checks.metric_weights(x, metric.diag, metric.blocks, metric.permutation, names[0])
+    return (x, y, x_ids, y_ids), (metric.diag, metric.blocks, metric.permutation, metric.normalize)
 
 
 def projected_factors(x, y, diag, blocks, permutation, normalize):

@@ -18,7 +18,7 @@ from gssf_kernels.ops.segment_terms import lowest_of_pairs, segment_terms
 from gssf_kernels.ops.segments import gather, segment_sums, segments_of
 from gssf_kernels.ops.terms import anchor_terms
 from gssf_kernels.reference import RelativeTerms
-from gssf_kernels.similarity import StructuredSimilarity
+from gssf_kernels.similarity import StructuredSimilarity, paired_factors
 
 
 class Sides(NamedTuple):
@@ -29,6 +29,7 @@ class Sides(NamedTuple):
     pairing: Pairing
     columns: bool  # columns are anchors too
     limits: tuple[Tensor | None, Tensor | None]  # the largest score of a row's negatives [N], of a column's [M]
+    positive_score: Tensor | None = None  # [N] of pairs (i, i), detached, if the metric's projection made it
 
 
 def sides_of(
@@ -42,14 +43,22 @@ def sides_of(
     false_negative_margin: float | None,
     reduction: str,
     metric: StructuredSimilarity | None,
+    scores: bool = False,
 ) -> Sides:
-    """The user's arguments of a two-sided loss, checked; ``reduction`` and ``metric`` are checked already."""
+    """The user's arguments of a two-sided loss, checked; ``reduction`` and ``metric`` are checked already.
+
+    scores: whether positive_score is wanted, where the metric's projection can make it.
+    """
     x, y = _checks.autocast(x, y)
     pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
     if reduction == "none" and pairing.kind == "ids" and symmetric:
         raise ValueError('reduction: expected "sum" or "mean" with pairs="ids" and symmetric=True, got "none"')
-    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
-    return Sides(a, b, pairing, symmetric, limits_of(a, b, pairing, false_negative_margin, symmetric))
+    a, b, positive_score = x, y, None
+    if metric is not None:
+        a, b, positive_score = paired_factors(metric, x, y, scores and pairing.kind == "rows")
+        a, b = _checks.autocast(a, b)
+    limits = limits_of(a, b, pairing, false_negative_margin, symmetric)
+    return Sides(a, b, pairing, symmetric, limits, positive_score)
 
 
 def contrastive_sides(
@@ -87,7 +96,7 @@ class Mined(NamedTuple):
 
 def mine(sides: Sides, relative: RelativeTerms | None = None, route: str = "") -> Mined:
     """One sweep. Differentiable once in a and b, through the scores."""
-    a, b, pairing, columns, limits = sides
+    a, b, pairing, columns, limits, _ = sides
     negatives = pairing.negatives(columns, *limits)
     listed = pairing.listed
     edges = (None, None) if listed is None else (listed.rows, listed.cols)
@@ -196,7 +205,7 @@ def pair_terms(sides: Sides, mined: Mined, formula: str, constants: list[float],
     "none": [N] of pairs (i, i), [P] of listed pairs in the user's order, and [N] by ids, the sum over each row's pairs,
     for which columns are no anchors.
     """
-    a, b, pairing, columns, _ = sides
+    a, b, pairing, columns, *_ = sides
     if pairing.kind == "rows":
         col_score = mined.col_score if columns else None
         return anchor_terms(mined.positive_score, mined.row_score, col_score, formula, constants, reduction)
@@ -254,7 +263,7 @@ def semihard(sides: Sides) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
     sweeps as an anchor has pairs at most, besides that for the hardest.
     """
     # One route for all sweeps: certified mining rounds scores in another way.
-    a, b, pairing, columns, limits = sides
+    a, b, pairing, columns, limits, _ = sides
     hardest = mine(sides, route="sweep")
     listed = pairing.listed
     if listed is None:
