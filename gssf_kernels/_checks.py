@@ -197,6 +197,27 @@ def warn_once(subject: str, message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=5)
 
 
+_MEASURED: set[str] = set()
+_NORM_ROWS = 256  # of each input, whose norms are looked at
+
+
+def norms(loss: str, *sides) -> None:
+    """At the first call of ``loss``, on the CPU, warn if the rows' mean norm says that they were not normalised."""
+    if torch.compiler.is_compiling() or loss in _MEASURED:  # in this order: a graph must not depend on the set
+        return
+    for t in sides:
+        if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dim() != 2 or not readable(t):
+            continue
+        _MEASURED.add(loss)
+        mean = float(t.detach()[:_NORM_ROWS].double().norm(dim=1).mean()) if t.numel() else 1.0
+        if not 0.5 <= mean <= 2.0:
+            warn_once(
+                f"norms of {loss}",
+                f"{loss}: the rows have a mean norm of {mean:.3g}, and scores are plain products. If they are meant to "
+                "be cosines, pass normalize=True, or normalise the rows first.",
+            )
+
+
 def flag(value, name: str) -> None:
     """``value`` is True or False."""
     if not isinstance(value, bool):

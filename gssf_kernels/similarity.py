@@ -143,6 +143,23 @@ def paired_factors(
     return project_both(x, y, metric.diag, metric.blocks, metric.permutation, metric.normalize, pairs)
 
 
+_COSINE = StructuredSimilarity(1, block_size=None, diagonal=False)  # without weights, it compares rows of any width
+
+
+def metric_of(metric, normalize, loss: str, *sides: Tensor | None) -> StructuredSimilarity | None:
+    """The arguments ``metric`` and ``normalize`` of ``loss``, checked: what to compare by, None for plain products.
+
+    sides: the rows that are compared. At the loss's first call, their norms are looked at if nothing normalises them.
+    """
+    check_metric(metric)
+    _checks.flag(normalize, "normalize")
+    if normalize and metric is not None:
+        raise ValueError("normalize: expected False with a metric, which has its own, got True")
+    if not normalize and (metric is None or not metric.normalize):
+        _checks.norms(loss, *sides)
+    return _COSINE if normalize else metric
+
+
 def check_metric(metric) -> None:
     """The argument ``metric`` is a StructuredSimilarity or None."""
     if metric is not None and not isinstance(metric, StructuredSimilarity):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def batch_hard_loss(
@@ -18,6 +18,7 @@ def batch_hard_loss(
     *,
     margin: float = 0.2,
     reduction: str = "mean",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
 ) -> Tensor:
     """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
@@ -33,6 +34,7 @@ def batch_hard_loss(
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
             divides by N in any case.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates. Ties go to
@@ -45,13 +47,13 @@ def batch_hard_loss(
     Source: arXiv 1703.07737.
     """
     margin = _checks.non_negative(margin, "margin")
+    metric = metric_of(metric, normalize, "batch_hard_loss", x)
     _checks.reduction(reduction)
     (x,) = _checks.autocast(x)
     _checks.embeddings(x, x, "x", "x")
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if metric is None:
         return batch_hard_terms(x, labels, margin, reduction)
-    check_metric(metric)
     a, b = _checks.autocast(*metric.factors(x, x))
     return batch_hard_of_factors(a, b, labels, margin, reduction)
 
@@ -62,21 +64,33 @@ class BatchHardLoss(nn.Module):
     Args:
         margin, reduction: as in :func:`batch_hard_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
     """
 
-    def __init__(self, margin: float = 0.2, reduction: str = "mean", metric: StructuredSimilarity | None = None):
+    def __init__(
+        self,
+        margin: float = 0.2,
+        reduction: str = "mean",
+        metric: StructuredSimilarity | None = None,
+        *,
+        normalize: bool = False,
+    ):
         super().__init__()
         self.margin = _checks.non_negative(margin, "margin")
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         self.reduction, self.metric = reduction, metric
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         """The loss of x [N, D] with labels [N]; see :func:`batch_hard_loss`."""
-        return batch_hard_loss(x, labels, margin=self.margin, reduction=self.reduction, metric=self.metric)
+        return batch_hard_loss(
+            x, labels, margin=self.margin, reduction=self.reduction, metric=self.metric, normalize=self.normalize
+        )
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}, reduction={self.reduction!r}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.ops.labels import labelled_factors, log_sums
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def circle_loss(
@@ -25,6 +25,7 @@ def circle_loss(
     y_labels: Tensor | None = None,
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """Circle loss of labelled embeddings, without the matrix of scores.
 
@@ -39,6 +40,7 @@ def circle_loss(
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
         y_labels: [M] integers.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]). An anchor without a positive or without a negative
             contributes 0.
 
@@ -54,6 +56,7 @@ def circle_loss(
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]
     _checks.reduction(reduction)
+    metric = metric_of(metric, normalize, "circle_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
     positive_lse, negative_lse = log_sums(factors, "circle", constants)
     valid = (positive_lse != -torch.inf) & (negative_lse != -torch.inf)
@@ -67,6 +70,7 @@ class CircleLoss(nn.Module):
     Args:
         margin, scale, reduction: as in :func:`circle_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -78,10 +82,14 @@ class CircleLoss(nn.Module):
         scale: float = 80.0,
         metric: StructuredSimilarity | None = None,
         reduction: str = "mean",
+        *,
+        normalize: bool = False,
     ):
         super().__init__()
         self.margin, self.scale = _checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.reduction(reduction)
         self.metric, self.reduction = metric, reduction
 
@@ -95,6 +103,7 @@ class CircleLoss(nn.Module):
             y=y,
             y_labels=y_labels,
             metric=self.metric,
+            normalize=self.normalize,
             reduction=self.reduction,
         )
 

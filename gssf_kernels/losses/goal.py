@@ -36,7 +36,7 @@ from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negativ
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
 from gssf_kernels.ops.mining import mine, pair_terms, sides_of
 from gssf_kernels.reference import Diagnostics, RelativeTerms
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 _NAMES = ("x", "y", "x_ids", "y_ids")
 
@@ -59,6 +59,7 @@ def goal_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "sum",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
@@ -89,6 +90,7 @@ def goal_loss(
         y_ids: [M] integers.
         reduction: "sum" as in the authors' code, "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
@@ -103,7 +105,7 @@ def goal_loss(
     """
     constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
     _checks.reduction(reduction)
-    check_metric(metric)
+    metric = metric_of(metric, normalize, "goal_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -223,6 +225,7 @@ class GoalLoss(nn.Module):
             false_negative_margin, reduction, diagnostics: as in :func:`goal_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's). None: the scores are x yᵀ.
+        normalize: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -244,11 +247,14 @@ class GoalLoss(nn.Module):
         symmetric: bool = True,
         false_negative_margin: float | None = None,
         diagnostics: bool = False,
+        normalize: bool = False,
     ):
         super().__init__()
         _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.flag(diagnostics, "diagnostics")
         _checks.flag(symmetric, "symmetric")
         self.symmetric = symmetric
@@ -285,6 +291,7 @@ class GoalLoss(nn.Module):
             false_negative_margin=self.false_negative_margin,
             reduction=self.reduction,
             metric=self.metric,
+            normalize=self.normalize,
             diagnostics=self.diagnostics,
         )
 

@@ -22,7 +22,7 @@ from gssf_kernels.ops.mining import Mined, Sides, mine, pair_directions, reduce_
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.ops.segments import gather
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, metric_of
 
 KINDS = ("exponential", "linear")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -41,6 +41,7 @@ def gradient_space_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "sum",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
@@ -67,6 +68,7 @@ def gradient_space_loss(
         y_ids: [M] integers.
         reduction: "sum", "mean" (the sum over N) or "none" ([N]: row term i + column term i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)`` with margin 0; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
@@ -84,7 +86,7 @@ def gradient_space_loss(
         _checks.function(value, "value")
     _check_relative(relative)
     _checks.reduction(reduction)
-    check_metric(metric)
+    metric = metric_of(metric, normalize, "gradient_space_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")

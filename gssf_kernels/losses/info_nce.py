@@ -22,7 +22,7 @@ from gssf_kernels.ops.logsumexp import SAME_ID, paired_logsumexp
 from gssf_kernels.ops.masks import Mask, Taking
 from gssf_kernels.ops.mining import Sides, contrastive_sides
 from gssf_kernels.ops.positive_means import PositiveMeans, positive_means
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def info_nce_loss(
@@ -39,6 +39,7 @@ def info_nce_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
 ) -> Tensor:
     """InfoNCE of paired embeddings, without the matrix of logits ``κ x yᵀ``.
@@ -68,6 +69,7 @@ def info_nce_loss(
         reduction: "mean" over the N pairs, "sum" or "none" ([N]); with ``pairs`` see above, "sum" is half the sum of
             both directions, and "none" requires symmetric=False.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -83,7 +85,7 @@ def info_nce_loss(
     _checks.flag(symmetric, "symmetric")
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
-    check_metric(metric)
+    metric = metric_of(metric, normalize, "info_nce_loss", x, y)
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or y_bias is not None or false_negative_margin is not None:
         sides = contrastive_sides(x, y, pairs, x_ids, y_ids, same_id, symmetric, false_negative_margin, metric)
@@ -155,6 +157,7 @@ class InfoNCELoss(ScaledLoss):
             would raise it further.
         label_smoothing, symmetric, same_id, false_negative_margin, reduction: as in :func:`info_nce_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
         device, dtype: of ``log_scale``.
 
     Attributes:
@@ -175,12 +178,15 @@ class InfoNCELoss(ScaledLoss):
         false_negative_margin: float | None = None,
         device=None,
         dtype=None,
+        normalize: bool = False,
     ):
         super().__init__()
         self.label_smoothing = _checks.fraction(label_smoothing, "label_smoothing")
         _checks.flag(symmetric, "symmetric")
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.choice(same_id, "same_id", SAME_ID)
         self.same_id = same_id
         self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -213,6 +219,7 @@ class InfoNCELoss(ScaledLoss):
             symmetric=self.symmetric,
             reduction=self.reduction,
             metric=self.metric,
+            normalize=self.normalize,
         )
 
     def extra_repr(self) -> str:

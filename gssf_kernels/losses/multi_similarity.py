@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.ops.labels import labelled_factors, largest_logits, log_sums
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def multi_similarity_loss(
@@ -28,6 +28,7 @@ def multi_similarity_loss(
     y_labels: Tensor | None = None,
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """Multi-similarity loss of labelled embeddings, without the matrix of scores.
 
@@ -44,6 +45,7 @@ def multi_similarity_loss(
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
         y_labels: [M] integers.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]).
 
     Returns:
@@ -60,6 +62,7 @@ def multi_similarity_loss(
     constants = [alpha, beta, _checks.finite(base, "base")]
     epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
     _checks.reduction(reduction)
+    metric = metric_of(metric, normalize, "multi_similarity_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
     bounds = None
     if epsilon is not None:
@@ -78,6 +81,7 @@ class MultiSimilarityLoss(nn.Module):
     Args:
         alpha, beta, base, epsilon, reduction: as in :func:`multi_similarity_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -91,12 +95,16 @@ class MultiSimilarityLoss(nn.Module):
         epsilon: float | None = None,
         metric: StructuredSimilarity | None = None,
         reduction: str = "mean",
+        *,
+        normalize: bool = False,
     ):
         super().__init__()
         self.alpha, self.beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
         self.base = _checks.finite(base, "base")
         self.epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.reduction(reduction)
         self.metric, self.reduction = metric, reduction
 
@@ -112,6 +120,7 @@ class MultiSimilarityLoss(nn.Module):
             y=y,
             y_labels=y_labels,
             metric=self.metric,
+            normalize=self.normalize,
             reduction=self.reduction,
         )
 

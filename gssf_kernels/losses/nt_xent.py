@@ -23,7 +23,7 @@ from gssf_kernels.ops.masks import Taking
 from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segments import segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def nt_xent_loss(
@@ -35,6 +35,7 @@ def nt_xent_loss(
     y_labels: Tensor | None = None,
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """NT-Xent (SupCon) of labelled embeddings, without the matrix of logits ``κ x xᵀ``.
 
@@ -46,6 +47,7 @@ def nt_xent_loss(
             and no score is left out. None: the rows of x are compared with one another, without themselves.
         y_labels: [M] integers.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over the anchors that have a positive, "sum" or "none" ([N]). Other anchors contribute 0.
 
     Returns:
@@ -61,6 +63,7 @@ def nt_xent_loss(
     Source: arXiv 2002.05709, 2004.11362.
     """
     _checks.reduction(reduction)
+    metric = metric_of(metric, normalize, "nt_xent_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
     a, b = factors.a, factors.b
     kappa = _checks.scale(scale, a)
@@ -99,6 +102,7 @@ class NTXentLoss(ScaledLoss):
         learnable: whether ``log_scale`` is a parameter. SimCLR's temperature is constant, so it is not by default.
         max_scale: the largest κ, or None; see :class:`~gssf_kernels.InfoNCELoss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
         reduction: as in :func:`nt_xent_loss`.
         device, dtype: of ``log_scale``.
 
@@ -116,10 +120,13 @@ class NTXentLoss(ScaledLoss):
         max_scale: float | None = None,
         device=None,
         dtype=None,
+        normalize: bool = False,
     ):
         super().__init__()
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         self._learn_scale(scale, learnable, max_scale, device, dtype)
         self.metric, self.reduction = metric, reduction
 
@@ -133,7 +140,7 @@ class NTXentLoss(ScaledLoss):
         scale: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of x [N, D] with labels [N]; ``scale`` in place of the module's own; see :func:`nt_xent_loss`."""
-        options: dict[str, Any] = {"metric": self.metric, "reduction": self.reduction}
+        options: dict[str, Any] = {"metric": self.metric, "normalize": self.normalize, "reduction": self.reduction}
         return nt_xent_loss(x, labels, scale=self._kappa(scale), y=y, y_labels=y_labels, **options)
 
     def extra_repr(self) -> str:

@@ -16,7 +16,7 @@ from gssf_kernels.ops.mining import Sides, contrastive_sides
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.segments import segments_of
 from gssf_kernels.ops.sums import Term, score_sums
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
 def sigmoid_loss(
@@ -31,6 +31,7 @@ def sigmoid_loss(
     same_id: str = "positive",
     false_negative_margin: float | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
 ) -> Tensor:
     """Pairwise sigmoid loss of paired embeddings, without the matrix of logits ``κ x yᵀ + β``.
@@ -53,6 +54,7 @@ def sigmoid_loss(
         reduction: "mean" (the sum over N; with ``pairs`` over the rows that have a positive), "sum" or "none" ([N]: the
             terms of row i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -65,7 +67,7 @@ def sigmoid_loss(
     """
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
-    check_metric(metric)
+    metric = metric_of(metric, normalize, "sigmoid_loss", x, y)
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or false_negative_margin is not None:
         sides = contrastive_sides(x, y, pairs, x_ids, y_ids, same_id, True, false_negative_margin, metric)
@@ -120,6 +122,7 @@ class SigmoidLoss(ScaledLoss):
         max_scale: the largest κ, or None; see :class:`~gssf_kernels.InfoNCELoss`.
         same_id, false_negative_margin, reduction: as in :func:`sigmoid_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
+        normalize: as in the function.
         device, dtype: of ``log_scale`` and ``bias``.
 
     Attributes:
@@ -142,10 +145,13 @@ class SigmoidLoss(ScaledLoss):
         false_negative_margin: float | None = None,
         device=None,
         dtype=None,
+        normalize: bool = False,
     ):
         super().__init__()
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.choice(same_id, "same_id", SAME_ID)
         self.same_id = same_id
         self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -180,6 +186,7 @@ class SigmoidLoss(ScaledLoss):
             false_negative_margin=self.false_negative_margin,
             reduction=self.reduction,
             metric=self.metric,
+            normalize=self.normalize,
         )
 
     def extra_repr(self) -> str:

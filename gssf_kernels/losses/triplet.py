@@ -19,7 +19,7 @@ from gssf_kernels.ops import anchor_terms, hardest_terms, hinge_terms, paired_ha
 from gssf_kernels.ops.mining import Mined, Sides, mine, pair_terms, reduce_listed, semihard, sides_of
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 NEGATIVES = ("hardest", "all", "semihard")
 _NAMES = ("x", "y", "x_ids", "y_ids")
@@ -37,6 +37,7 @@ def triplet_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "sum",
+    normalize: bool = False,
     metric: StructuredSimilarity | None = None,
     diagnostics: bool = False,
 ) -> Tensor | tuple[Tensor, Diagnostics]:
@@ -71,6 +72,7 @@ def triplet_loss(
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by. The result is the same as with
             ``metric.factors(x, y)`` in place of x and y. With "hardest" and no further option the factors live only
             while the forward runs, and x and y are all of N x D that is kept for the backward.
+        normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`. "hardest" has the statistics
             that they need; "all" and "semihard" take a further sweep.
 
@@ -87,7 +89,7 @@ def triplet_loss(
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
     _checks.reduction(reduction)
-    check_metric(metric)
+    metric = metric_of(metric, normalize, "triplet_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -144,6 +146,7 @@ class TripletLoss(nn.Module):
         margin, negatives, reduction, symmetric, false_negative_margin: as in :func:`triplet_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this
             module's). None: the scores are x yᵀ.
+        normalize: as in the function.
         warmup: the number of warm-up steps, calls in training mode; only for negatives="hardest". During warm-up the
             loss is ``(1 − r) L_all + r L_hardest`` with r = step / warmup, step = 0, 1, …, and afterwards
             ``L_hardest``. A step of warm-up is slower: L_all takes three products, L_hardest one. A module inside
@@ -172,12 +175,15 @@ class TripletLoss(nn.Module):
         false_negative_margin: float | None = None,
         warmup: int = 0,
         diagnostics: bool = False,
+        normalize: bool = False,
     ):
         super().__init__()
         self.margin = _checks.non_negative(margin, "margin")
         _checks.choice(negatives, "negatives", NEGATIVES)
         _checks.reduction(reduction)
         check_metric(metric)
+        _checks.flag(normalize, "normalize")
+        self.normalize = normalize
         _checks.whole(warmup, "warmup", 0)
         if warmup and negatives != "hardest":
             raise ValueError(f"warmup: expected 0 with negatives={negatives!r} (it leads to 'hardest'), got {warmup}")
@@ -256,6 +262,7 @@ class TripletLoss(nn.Module):
             false_negative_margin=self.false_negative_margin,
             reduction=self.reduction,
             metric=self.metric,
+            normalize=self.normalize,
             diagnostics=diagnostics,
         )
 

@@ -12,9 +12,9 @@ from gssf_kernels.reference.statistics import scores
 from gssf_kernels.reference.triplet import factors, hinge, masks, reduce
 
 
-def _compared(x: Tensor, y: Tensor, metric) -> Tensor:
+def _compared(x: Tensor, y: Tensor, metric, normalize: bool) -> Tensor:
     """``s = x yᵀ`` [N, M], or the scores of ``metric``."""
-    return scores(*factors(x, y, metric))
+    return scores(*factors(x, y, metric, normalize))
 
 
 def logsumexp_scores(
@@ -44,9 +44,10 @@ def nt_xent_loss(
     y_labels: Tensor | None = None,
     metric=None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """NT-Xent, or SupCon; see :func:`gssf_kernels.nt_xent_loss`."""
-    t = scale * _compared(x, x if y is None else y, metric)  # [N, M]
+    t = scale * _compared(x, x if y is None else y, metric, normalize)  # [N, M]
     positive = labels[:, None] == (labels if y_labels is None else y_labels)
     if y is None:
         itself = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
@@ -90,10 +91,11 @@ def info_nce_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
     metric=None,
 ) -> Tensor:
     """InfoNCE over rows and columns; see :func:`gssf_kernels.info_nce_loss`."""
-    s = _compared(x, y, metric)  # [N, M]
+    s = _compared(x, y, metric, normalize)  # [N, M]
     positive, left_out = _contrasted(x, y, x_ids, y_ids, pairs, same_id)
     count = x.shape[0]
 
@@ -163,10 +165,11 @@ def sigmoid_loss(
     same_id: str = "positive",
     false_negative_margin: float | None = None,
     reduction: str = "mean",
+    normalize: bool = False,
     metric=None,
 ) -> Tensor:
     """``−Σ_j log σ(z_ij (κ s_ij + β))`` over pairs; see :func:`gssf_kernels.sigmoid_loss`."""
-    s = _compared(x, y, metric)
+    s = _compared(x, y, metric, normalize)
     positive, left_out = _contrasted(x, y, x_ids, y_ids, pairs, same_id)
     left_out = left_out | _above(s, positive, false_negative_margin)
     left_out = left_out | _above(s.mT, positive.mT, false_negative_margin).mT

@@ -53,11 +53,12 @@ def gradient_space_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "sum",
+    normalize: bool = False,
     metric=None,
     diagnostics: bool = False,
 ):
     """A loss defined by the weights of its gradient; see :func:`gssf_kernels.gradient_space_loss`."""
-    a, b = factors(x, y, metric)
+    a, b = factors(x, y, metric, normalize)
     s, mask = scores(a, b), masks(a, b, x_ids, y_ids, pairs)
     options = (symmetric, false_negative_margin)
     per_pair, rows, cols = _designed(s, mask, weights, value, relative, *options)

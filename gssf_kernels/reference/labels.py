@@ -11,10 +11,10 @@ from gssf_kernels.reference.triplet import factors, reduce
 
 
 def by_label(
-    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric
+    x: Tensor, labels: Tensor, y: Tensor | None, y_labels: Tensor | None, metric, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(s, positive, negative)`` [N, M], masks by label. Without y, b is a and the diagonal is in neither mask."""
-    s = scores(*factors(x, x if y is None else y, metric))
+    s = scores(*factors(x, x if y is None else y, metric, normalize))
     same = labels[:, None] == (labels if y_labels is None else y_labels)
     itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device) if y is None else torch.zeros_like(same)
     return s, same & ~itself, ~same
@@ -30,9 +30,10 @@ def circle_loss(
     y_labels: Tensor | None = None,
     metric=None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """Circle loss; see :func:`gssf_kernels.circle_loss`."""
-    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    s, positive, negative = by_label(x, labels, y, y_labels, metric, normalize)
     alpha_p, alpha_n = (1 + margin - s.detach()).relu(), (s.detach() + margin).relu()
     positive_lse = (-scale * alpha_p * (s - 1 + margin)).masked_fill(~positive, -torch.inf).logsumexp(1)
     negative_lse = (scale * alpha_n * (s - margin)).masked_fill(~negative, -torch.inf).logsumexp(1)
@@ -53,9 +54,10 @@ def multi_similarity_loss(
     y_labels: Tensor | None = None,
     metric=None,
     reduction: str = "mean",
+    normalize: bool = False,
 ) -> Tensor:
     """Multi-similarity loss; see :func:`gssf_kernels.multi_similarity_loss`."""
-    s, positive, negative = by_label(x, labels, y, y_labels, metric)
+    s, positive, negative = by_label(x, labels, y, y_labels, metric, normalize)
     if epsilon is not None and s.shape[1]:
         least_positive = s.detach().masked_fill(~positive, torch.inf).amin(1, keepdim=True)
         largest_negative = s.detach().masked_fill(~negative, -torch.inf).amax(1, keepdim=True)

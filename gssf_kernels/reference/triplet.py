@@ -33,11 +33,12 @@ def triplet_loss(
     symmetric: bool = True,
     false_negative_margin: float | None = None,
     reduction: str = "sum",
+    normalize: bool = False,
     metric=None,
     diagnostics: bool = False,
 ):
     """Triplet loss over rows and columns; see :func:`gssf_kernels.triplet_loss`."""
-    a, b = factors(x, y, metric)
+    a, b = factors(x, y, metric, normalize)
     s = scores(a, b)  # [N, M]
     pair, same, positive = masks(a, b, x_ids, y_ids, pairs)
     rows, cols = pair.nonzero(as_tuple=True)  # [P]
@@ -94,9 +95,11 @@ def reduce_pairs(per_pair: Tensor, rows: Tensor, cols: Tensor, pairs, shape, red
     return torch.stack(terms) if terms else per_pair
 
 
-def batch_hard_loss(x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean", metric=None) -> Tensor:
+def batch_hard_loss(
+    x: Tensor, labels: Tensor, *, margin: float = 0.2, reduction: str = "mean", normalize: bool = False, metric=None
+) -> Tensor:
     """Hardest positive against hardest negative, by label; see :func:`gssf_kernels.batch_hard_loss`."""
-    s = scores(*factors(x, x, metric))  # [N, N]
+    s = scores(*factors(x, x, metric, normalize))  # [N, N]
     same = labels[:, None] == labels[None, :]
     itself = torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
     positive = -maxima((-s).masked_fill(~same | itself, -torch.inf), 1)[0]  # [N], inf where there is none
@@ -127,10 +130,10 @@ def diagnose(
     )
 
 
-def factors(x: Tensor, y: Tensor, metric) -> tuple[Tensor, Tensor]:
-    """The factors ``(a, b)`` of the metric's scores ``a bᵀ``; x and y themselves without a metric."""
+def factors(x: Tensor, y: Tensor, metric, normalize: bool = False) -> tuple[Tensor, Tensor]:
+    """The factors ``(a, b)`` of the metric's scores ``a bᵀ``; x and y themselves, or normalised, without a metric."""
     if metric is None:
-        return x, y
+        return project(x, normalize=normalize), project(y, normalize=normalize)
     a = project(x, metric.diag, metric.blocks, permutation=metric.permutation, normalize=metric.normalize)
     return a, project(y, normalize=metric.normalize)
 

@@ -34,7 +34,7 @@ class Loss(torch.nn.Module):
 
 
 LOSSES = {
-    "triplet": (gk.triplet_loss, {}),
+    "triplet": (gk.triplet_loss, {"normalize": True}),
     "triplet, all": (gk.triplet_loss, {"negatives": "all", "reduction": "mean"}),
     "triplet, semihard": (gk.triplet_loss, {"negatives": "semihard"}),
     "triplet, rows": (gk.triplet_loss, {"symmetric": False, "reduction": "mean"}),
@@ -42,7 +42,7 @@ LOSSES = {
     "triplet, margin": (gk.triplet_loss, {"false_negative_margin": 0.1}),
     "goal": (gk.goal_loss, {"reduction": "mean"}),
     "goal, relative": (gk.goal_loss, {"pair": "sig_ms"}),
-    "info_nce": (gk.info_nce_loss, {"scale": None}),
+    "info_nce": (gk.info_nce_loss, {"scale": None, "normalize": True}),
     "info_nce, pairs": (gk.info_nce_loss, {"scale": None, "pairs": "ids"}),
     "info_nce, ignore": (gk.info_nce_loss, {"scale": None, "same_id": "ignore", "false_negative_margin": 0.1}),
     "sigmoid": (gk.sigmoid_loss, {"scale": None, "bias": -2.0}),
