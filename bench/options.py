@@ -1,0 +1,138 @@
+"""Options of the two-sided losses beside what they replace: forward and backward, in turns, on the CPU.
+
+    python -m bench.options [--turns 5] [--only NAME] [--out bench/results/cpu-options.json]
+
+Each comparison is of two or three functions that are run one after the other, several times; the ratios are medians of
+the turns' ratios, with the lowest and the highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gssf_kernels as gk
+from bench.results import machine
+
+Way = Callable[[], Tensor]
+
+
+def unit(n: int, d: int, seed: int = 0, grad: bool = True) -> Tensor:
+    rows = F.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
+    return rows.requires_grad_(grad)
+
+
+def pairs_by_id(loss: str) -> dict[str, Way]:
+    """1,638 pictures with five captions each, against the pictures repeated for every caption."""
+    pictures, captions = unit(1638, 1024), unit(8190, 1024, 1)
+    ids, caption_ids = torch.arange(1638), torch.arange(1638).repeat_interleave(5)
+    function = getattr(gk, loss)
+    scalars = {"scale": 20.0} if loss == "info_nce_loss" else {}
+
+    def repeated():
+        return function(pictures[caption_ids], captions, x_ids=caption_ids, y_ids=caption_ids, **scalars)
+
+    return {
+        'pairs="ids"': lambda: function(pictures, captions, pairs="ids", x_ids=ids, y_ids=caption_ids, **scalars),
+        "repeated rows": repeated,
+    }
+
+
+def false_negatives(loss: str, n: int = 4096) -> dict[str, Way]:
+    x, y = unit(n, 1024), unit(n, 1024, 1)
+    scalars = {"scale": 20.0} if loss == "info_nce_loss" else {}
+    function = getattr(gk, loss)
+    return {
+        "false_negative_margin": lambda: function(x, y, false_negative_margin=0.1, **scalars),
+        "without": lambda: function(x, y, **scalars),
+    }
+
+
+def queue(loss: str) -> dict[str, Way]:
+    """64 queries against a queue of 65,536 rows without gradient."""
+    x, y = unit(64, 256), unit(65536, 256, 1, grad=False)
+    target = torch.arange(64)
+
+    def plain_info_nce():
+        return F.cross_entropy(20 * x @ y.mT, target)
+
+    def plain_sigmoid():
+        t = 10 * x @ y.mT - 10
+        sign = torch.full_like(t, 1.0)
+        sign.fill_diagonal_(-1)
+        return F.softplus(sign * t).sum() / 64
+
+    if loss == "info_nce_loss":
+        return {"ours": lambda: gk.info_nce_loss(x, y, scale=20.0, symmetric=False), "plain PyTorch": plain_info_nce}
+    return {"ours": lambda: gk.sigmoid_loss(x, y, scale=10.0, bias=-10.0), "plain PyTorch": plain_sigmoid}
+
+
+def semihard(n: int = 8192) -> dict[str, Way]:
+    x, y = unit(n, 1024), unit(n, 1024, 1)
+    return {
+        "ours": lambda: gk.triplet_loss(x, y, negatives="semihard"),
+        "plain PyTorch": lambda: gk.reference.triplet_loss(x, y, negatives="semihard"),
+    }
+
+
+COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
+    "triplet, pairs by id": lambda: pairs_by_id("triplet_loss"),
+    "InfoNCE, pairs by id": lambda: pairs_by_id("info_nce_loss"),
+    "triplet, false negatives": lambda: false_negatives("triplet_loss"),
+    "InfoNCE, false negatives": lambda: false_negatives("info_nce_loss"),
+    "InfoNCE, queue": lambda: queue("info_nce_loss"),
+    "SigLIP, queue": lambda: queue("sigmoid_loss"),
+    "triplet, semi-hard": semihard,
+}
+
+
+def seconds(way: Way) -> float:
+    start = time.perf_counter()
+    way().backward()
+    return time.perf_counter() - start
+
+
+def compare(name: str, turns: int) -> dict:
+    """{way: milliseconds of every turn}, and the ratio of each way to the first."""
+    ways = COMPARISONS[name]()
+    for way in ways.values():
+        seconds(way)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(turns):
+        for way, function in ways.items():
+            times[way].append(1000 * seconds(function))
+    first = next(iter(times.values()))
+    ratios = {way: [t / f for t, f in zip(all_times, first, strict=True)] for way, all_times in times.items()}
+    return {"name": name, "ms": times, "times_the_first": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--only", default="", help="a part of the name of a comparison")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/cpu-options.json"))
+    arguments = parser.parse_args()
+    rows = []
+    for name in COMPARISONS:
+        if arguments.only not in name:
+            continue
+        row = compare(name, arguments.turns)
+        rows.append(row)
+        for way, ratios in row["times_the_first"].items():
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            print(f"{name:26} {way:24} {statistics.median(row['ms'][way]):9.1f} ms   {spread}", flush=True)
+    about = {**machine(), "turns": arguments.turns, "date": time.strftime("%Y-%m-%d")}
+    arguments.out.write_text(json.dumps({"about": about, "comparisons": rows}, indent=1) + "\n")
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
