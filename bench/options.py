@@ -103,8 +103,8 @@ def seconds(way: Way) -> float:
 def compare(name: str, turns: int) -> dict:
     """{way: milliseconds of every turn}, and the ratio of each way to the first."""
     ways = COMPARISONS[name]()
-    for way in ways.values():
-        seconds(way)
+    for function in ways.values():
+        seconds(function)
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(turns):
         for way, function in ways.items():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
-from gssf_kernels.ops.mining import Mined, Sides, pair_count, pair_directions
+from gssf_kernels.ops.mining import Mined, PairedInputs, pair_count, pair_directions
 from gssf_kernels.ops.segment_terms import segment_terms
 from gssf_kernels.reference import Diagnostics, HardestNegatives
 
@@ -29,9 +29,9 @@ def diagnose(x: Tensor, y: Tensor, margin: float, positive_score: Tensor, hardes
     return _diagnostics(x, y, margin, positive_score.detach(), negatives, negatives, max(count, 1))
 
 
-def diagnose_pairs(x: Tensor, y: Tensor, margin: float, sides: Sides, mined: Mined) -> Diagnostics:
+def diagnose_pairs(x: Tensor, y: Tensor, margin: float, inputs: PairedInputs, mined: Mined) -> Diagnostics:
     """The same for pairs of any kind: shares and means are over pairs, and over anchors that have a negative."""
-    a, b, pairing, columns, *_ = sides
+    a, b, pairing, columns, *_ = inputs
     mined = Mined._make(t.detach() if t is not None else None for t in mined)
     anchors = [mined.row_score, mined.col_score][: 1 + columns]
     if pairing.listed is not None:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from gssf_kernels import reference
 from gssf_kernels.ops.masks import Mask
-from gssf_kernels.ops.mining import Sides, reduce_listed
+from gssf_kernels.ops.mining import PairedInputs, reduce_listed
 from gssf_kernels.ops.pairing import as_list, levels_of
 from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segments import gather
 from gssf_kernels.ops.sums import Term, score_sums
 
 
-def every_negative(sides: Sides, margin: float, reduction: str) -> Tensor:
+def every_negative(inputs: PairedInputs, margin: float, reduction: str) -> Tensor:
     """``triplet_loss(negatives="all")``: a scalar, or a vector for "none"."""
-    x, y, pairing, symmetric, limits, positive_score = sides
+    x, y, pairing, symmetric, limits, positive_score = inputs
     ids = pairing.x_ids, pairing.y_ids
     if pairing.kind == "rows" and symmetric and limits == (None, None):
         term = Term("hinge", "exclude", 1.0, margin)

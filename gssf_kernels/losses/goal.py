@@ -34,7 +34,7 @@ from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.losses.gradient_space import designed
 from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negatives
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
-from gssf_kernels.ops.mining import mine, pair_terms, sides_of
+from gssf_kernels.ops.mining import mine, pair_terms, paired_inputs
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
@@ -116,17 +116,17 @@ def goal_loss(
             "false_negative_margin": false_negative_margin,
             "reduction": reduction,
         }
-        sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, **options)
         if relative is None:
-            mined = mine(sides)
-            loss = pair_terms(sides, mined, formula, settings, reduction)
+            mined = mine(inputs)
+            loss = pair_terms(inputs, mined, formula, settings, reduction)
         else:
 
             def weights(anchor):
                 return anchor_weights(anchor, triplet, pair, constants)
 
-            loss, mined = designed(sides, weights, None, relative, reduction)
-        return (loss, diagnose_pairs(x, y, 0.0, sides, mined)) if diagnostics else loss
+            loss, mined = designed(inputs, weights, None, relative, reduction)
+        return (loss, diagnose_pairs(x, y, 0.0, inputs, mined)) if diagnostics else loss
     if relative is None and metric is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES)
         statistics = positive_score, hardest.row_score, hardest.col_score

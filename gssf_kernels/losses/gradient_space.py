@@ -18,7 +18,7 @@ from gssf_kernels import _checks, reference
 from gssf_kernels._library import Function
 from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.ops import paired_hardest_negatives, paired_relative_negatives, relative_positives
-from gssf_kernels.ops.mining import Mined, Sides, mine, pair_directions, reduce_listed, sides_of
+from gssf_kernels.ops.mining import Mined, PairedInputs, mine, pair_directions, paired_inputs, reduce_listed
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.ops.segments import gather
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
@@ -96,9 +96,9 @@ def gradient_space_loss(
             "false_negative_margin": false_negative_margin,
             "reduction": reduction,
         }
-        sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, **options)
-        loss, mined = designed(sides, weights, value, relative, reduction)
-        return (loss, diagnose_pairs(x, y, 0.0, sides, mined)) if diagnostics else loss
+        inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        loss, mined = designed(inputs, weights, value, relative, reduction)
+        return (loss, diagnose_pairs(x, y, 0.0, inputs, mined)) if diagnostics else loss
     r_negative: tuple[Tensor | None, Tensor | None] = (None, None)  # r⁻ of the rows, of the columns
     if relative is None:
         positive_score, hardest = paired_hardest_negatives(x, y, x_ids, y_ids, names=_NAMES, metric=metric)
@@ -113,18 +113,18 @@ def gradient_space_loss(
     return (loss, diagnose(x, y, 0.0, positive_score, hardest)) if diagnostics else loss
 
 
-def designed(sides: Sides, weights, value, relative, reduction: str) -> tuple[Tensor, Mined]:
+def designed(inputs: PairedInputs, weights, value, relative, reduction: str) -> tuple[Tensor, Mined]:
     """(loss, hardest negatives) for pairs of any kind, which are listed: O(P) memory by ids too."""
-    by_ids, rows = sides.pairing.kind == "ids", sides.a.shape[0]
-    sides = sides._replace(pairing=as_list(sides.pairing))
-    mined = mine(sides, relative)
-    listed, functions = sides.pairing.listed, (weights, value, relative)
+    by_ids, rows = inputs.pairing.kind == "ids", inputs.a.shape[0]
+    inputs = inputs._replace(pairing=as_list(inputs.pairing))
+    mined = mine(inputs, relative)
+    listed, functions = inputs.pairing.listed, (weights, value, relative)
     if listed is None:
         terms = _terms(mined.positive_score, mined.row_score, mined.row_relative, *functions)
-        if sides.columns:
+        if inputs.columns:
             terms = terms + _terms(mined.positive_score, mined.col_score[:rows], mined.col_relative, *functions)
         return reference.reduce(terms, reduction), mined
-    positive_score, row, col = pair_directions(mined, listed, sides.columns)
+    positive_score, row, col = pair_directions(mined, listed, inputs.columns)
     terms = positive_score * 0
     for n, relative_negative, anchor in (
         (row, mined.row_relative, listed.rows),

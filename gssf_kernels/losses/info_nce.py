@@ -19,8 +19,8 @@ from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.info_nce import Options, info_nce_of_factors, mean_scores
 from gssf_kernels.ops.logsumexp import SAME_ID, paired_logsumexp
-from gssf_kernels.ops.masks import Mask, Taking
-from gssf_kernels.ops.mining import Sides, contrastive_sides
+from gssf_kernels.ops.masks import Mask, Selection
+from gssf_kernels.ops.mining import PairedInputs, contrastive_inputs
 from gssf_kernels.ops.positive_means import PositiveMeans, positive_means
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
@@ -88,10 +88,10 @@ def info_nce_loss(
     metric = metric_of(metric, normalize, "info_nce_loss", x, y)
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or y_bias is not None or false_negative_margin is not None:
-        sides = contrastive_sides(x, y, pairs, x_ids, y_ids, same_id, symmetric, false_negative_margin, metric)
-        kappa, options = _checks.scale(scale, sides.a), Options(epsilon, symmetric, reduction)
-        y_bias = _checks.bias_of_candidates(y_bias, "y_bias", sides.b)
-        return _with_options(sides, kappa, same_id == "ignore", y_bias, options)
+        inputs = contrastive_inputs(x, y, pairs, x_ids, y_ids, same_id, symmetric, false_negative_margin, metric)
+        kappa, options = _checks.scale(scale, inputs.a), Options(epsilon, symmetric, reduction)
+        y_bias = _checks.bias_of_candidates(y_bias, "y_bias", inputs.b)
+        return _with_options(inputs, kappa, same_id == "ignore", y_bias, options)
     if metric is not None:
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
@@ -102,9 +102,9 @@ def info_nce_loss(
     return info_nce_of_factors(x, y, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
 
 
-def _with_options(sides: Sides, kappa, ignore: bool, y_bias: Tensor | None, options: Options) -> Tensor:
+def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | None, options: Options) -> Tensor:
     """The loss with pairs of any kind and scores that are left out, from log-sums and means over positives."""
-    a, b, pairing, columns, limits, _ = sides
+    a, b, pairing, columns, limits, _ = inputs
     by_row, limited = pairing.kind == "rows", limits[0] is not None
     left_out = pairing.x_ids is not None and (ignore or pairing.kind == "listed")
     if options.epsilon and (left_out or limited):
@@ -115,8 +115,8 @@ def _with_options(sides: Sides, kappa, ignore: bool, y_bias: Tensor | None, opti
     ids = (pairing.x_ids, pairing.y_ids) if left_out or limited else (None, None)
     listed = (None, None) if pairing.listed is None else pairing.listed[:2]
     mask = Mask(by_row, left_out, listed[0], listed[1], *limits)
-    taking = Taking(columns, False, ids[0], ids[1], y_bias, *mask)
-    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, kappa, taking)
+    selection = Selection(columns, False, ids[0], ids[1], y_bias, *mask)
+    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, kappa, selection)
     count, mean_bias = a.shape[0], None if y_bias is None else y_bias.mean()
 
     def direction(top, log, means: PositiveMeans, others: Tensor, anchors: Tensor, bias) -> tuple[Tensor, Tensor]:

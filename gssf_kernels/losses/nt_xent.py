@@ -19,7 +19,7 @@ from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.labels import labelled_factors
 from gssf_kernels.ops.logsumexp import paired_logsumexp
-from gssf_kernels.ops.masks import Taking
+from gssf_kernels.ops.masks import Selection
 from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segments import segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype
@@ -68,7 +68,7 @@ def nt_xent_loss(
     a, b = factors.a, factors.b
     kappa = _checks.scale(scale, a)
     kappa = kappa.tensor.exp() if isinstance(kappa, _checks.Logarithm) else kappa
-    row_max, row_log, *_ = paired_logsumexp(a, b, kappa, Taking(columns=False, exclude_self=factors.leave_out))
+    row_max, row_log, *_ = paired_logsumexp(a, b, kappa, Selection(columns=False, exclude_self=factors.leave_out))
     score, count = _positive_sums(a, b, factors.a_labels, factors.b_labels, factors.leave_out)
     terms = (row_max - kappa * score / count.clamp_min(1)) + row_log
     terms = torch.where(count > 0, terms, 0)

@@ -12,7 +12,7 @@ from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.logsumexp import SAME_ID
 from gssf_kernels.ops.masks import Mask
-from gssf_kernels.ops.mining import Sides, contrastive_sides
+from gssf_kernels.ops.mining import PairedInputs, contrastive_inputs
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.segments import segments_of
 from gssf_kernels.ops.sums import Term, score_sums
@@ -70,9 +70,9 @@ def sigmoid_loss(
     metric = metric_of(metric, normalize, "sigmoid_loss", x, y)
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or false_negative_margin is not None:
-        sides = contrastive_sides(x, y, pairs, x_ids, y_ids, same_id, True, false_negative_margin, metric)
-        kappa, beta = _checks.scale(scale, sides.a), _checks.scalar_or_number(bias, "bias", sides.a)
-        return _with_options(sides, Term("softplus", "negate", kappa, beta), same_id == "ignore", reduction)
+        inputs = contrastive_inputs(x, y, pairs, x_ids, y_ids, same_id, True, false_negative_margin, metric)
+        kappa, beta = _checks.scale(scale, inputs.a), _checks.scalar_or_number(bias, "bias", inputs.a)
+        return _with_options(inputs, Term("softplus", "negate", kappa, beta), same_id == "ignore", reduction)
     if metric is not None:
         x, y = metric.factors(x, y)
     x, y = _checks.autocast(x, y)
@@ -84,9 +84,9 @@ def sigmoid_loss(
     return score_sums(x, y, Term("softplus", "negate", kappa, bias), x_ids, y_ids, reduction)
 
 
-def _with_options(sides: Sides, term: Term, ignore: bool, reduction: str) -> Tensor:
+def _with_options(inputs: PairedInputs, term: Term, ignore: bool, reduction: str) -> Tensor:
     """The loss with pairs of any kind and scores that are left out. A row without a positive has no terms."""
-    a, b, pairing, _, limits, _ = sides
+    a, b, pairing, _, limits, _ = inputs
     ids = pairing.x_ids, pairing.y_ids
     left_out = pairing.x_ids is not None and (ignore or pairing.kind == "listed")
     listed = (None, None) if pairing.listed is None else pairing.listed[:2]

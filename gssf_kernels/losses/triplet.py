@@ -16,7 +16,7 @@ from gssf_kernels import _checks
 from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.ops import anchor_terms, hardest_terms, hinge_terms, paired_hardest_negatives
-from gssf_kernels.ops.mining import Mined, Sides, mine, pair_terms, reduce_listed, semihard, sides_of
+from gssf_kernels.ops.mining import Mined, PairedInputs, mine, pair_terms, paired_inputs, reduce_listed, semihard
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
@@ -100,32 +100,32 @@ def triplet_loss(
         "false_negative_margin": false_negative_margin,
         "reduction": reduction,
     }
-    sides = sides_of(x, y, pairs, x_ids, y_ids, metric=metric, scores=negatives == "all", **options)
+    inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, scores=negatives == "all", **options)
     mined = None
     if negatives == "hardest":
-        mined = mine(sides)
-        loss = pair_terms(sides, mined, "hinge", [margin], reduction)
+        mined = mine(inputs)
+        loss = pair_terms(inputs, mined, "hinge", [margin], reduction)
     elif negatives == "semihard":
-        loss, mined = _semihard(sides, margin, reduction)
+        loss, mined = _semihard(inputs, margin, reduction)
     else:
-        loss = every_negative(sides, margin, reduction)
+        loss = every_negative(inputs, margin, reduction)
     if not diagnostics:
         return loss
     if mined is None:
         with torch.no_grad():
-            mined = mine(sides)
-    return loss, diagnose_pairs(x, y, margin, sides, mined)
+            mined = mine(inputs)
+    return loss, diagnose_pairs(x, y, margin, inputs, mined)
 
 
-def _semihard(sides: Sides, margin: float, reduction: str) -> tuple[Tensor, Mined]:
-    by_ids = sides.pairing.kind == "ids"
-    sides = sides._replace(pairing=as_list(sides.pairing))
-    positive_score, row, col, mined = semihard(sides)
-    listed = sides.pairing.listed
+def _semihard(inputs: PairedInputs, margin: float, reduction: str) -> tuple[Tensor, Mined]:
+    by_ids = inputs.pairing.kind == "ids"
+    inputs = inputs._replace(pairing=as_list(inputs.pairing))
+    positive_score, row, col, mined = semihard(inputs)
+    listed = inputs.pairing.listed
     if listed is None:
         return anchor_terms(positive_score, row, col, "hinge", [margin], reduction), mined
     terms = anchor_terms(positive_score, row, col, "hinge", [margin], "none")
-    return reduce_listed(terms, listed, reduction, sides.a.shape[0] if by_ids else None), mined
+    return reduce_listed(terms, listed, reduction, inputs.a.shape[0] if by_ids else None), mined
 
 
 def _paired(x, y, margin, x_ids, y_ids, reduction, metric, diagnostics):

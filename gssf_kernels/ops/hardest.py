@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, backends, distinct, last_derivative, register
-from gssf_kernels.ops.mining import Sides, mine
+from gssf_kernels.ops.mining import PairedInputs, mine
 from gssf_kernels.ops.negatives import Negatives, fake_results, statistics
 from gssf_kernels.ops.pairing import in_order, pairing_of
 from gssf_kernels.ops.relative import relative_sweep
@@ -108,7 +108,7 @@ def hardest_negatives(
         return hardest._replace(pair_score=positive_score)
     a, b = _checks.autocast(a, b)
     pairing = pairing_of(pairs, a_ids, b_ids, a, b, names)
-    mined = mine(Sides(a, b, pairing, True, (None, None)))
+    mined = mine(PairedInputs(a, b, pairing, True, (None, None)))
     pair_score = None if pairing.listed is None else in_order(mined.positive_score, pairing.listed)
     return HardestNegatives(mined.row_score, mined.row_index, mined.col_score, mined.col_index, pair_score)
 

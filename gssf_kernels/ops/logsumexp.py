@@ -23,7 +23,7 @@ from torch import Tensor
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import chunks, kept_shape, may_keep, triangle, unit_of
-from gssf_kernels.ops.masks import Taking, least
+from gssf_kernels.ops.masks import Selection, least
 from gssf_kernels.ops.score_functions import ByLabel, logit, members
 from gssf_kernels.plan import accumulation_dtype
 
@@ -68,8 +68,8 @@ def logsumexp_scores(
     a_ids, b_ids = _checks.ids(a_ids, b_ids, a, b, "a_ids", "b_ids")
     ignore = same_id == "ignore" and a_ids is not None
     a_ids, b_ids = (a_ids, b_ids) if ignore else (None, None)
-    taking = Taking(exclude_self=exclude_self, a_ids=a_ids, b_ids=b_ids, ignore=ignore)
-    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale, taking)
+    selection = Selection(exclude_self=exclude_self, a_ids=a_ids, b_ids=b_ids, ignore=ignore)
+    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, scale, selection)
     return row_max + row_log, col_max + col_log
 
 
@@ -94,21 +94,21 @@ SAME_ID = ("positive", "ignore")
 
 
 def paired_logsumexp(
-    a: Tensor, b: Tensor, scale: Tensor | float, taking: Taking | None = None
+    a: Tensor, b: Tensor, scale: Tensor | float, selection: Selection | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, where positive_logit_i is t_ii.
 
     The maxima are constants to autograd: the whole gradient of a log-sum-exp goes through row_log and col_log.
     """
-    taking = Taking() if taking is None else taking
+    selection = Selection() if selection is None else selection
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     keep = may_keep(a, b, scale)
-    symmetric = b is a and taking._replace(exclude_self=False).plain
-    a_ids, b_ids = distinct(taking.a_ids, taking.b_ids)
-    taking = taking._replace(a_ids=a_ids, b_ids=b_ids)
+    symmetric = b is a and selection._replace(exclude_self=False).plain
+    a_ids, b_ids = distinct(selection.a_ids, selection.b_ids)
+    selection = selection._replace(a_ids=a_ids, b_ids=b_ids)
     a, b = distinct(a, None if symmetric else b)
     labels: tuple = ("scaled", [], None, None, None, False)
-    return _LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *taking)))[:5]
+    return _LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *selection)))[:5]
 
 
 class LabelledFactors(NamedTuple):
@@ -134,7 +134,7 @@ def logsumexp_by_label(
     keep = may_keep(a, b)
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
-    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Taking()))
+    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Selection()))
     return _LogSumExp.apply(*call)[:2]
 
 
@@ -152,7 +152,7 @@ class Call(NamedTuple):
     b_labels: Tensor | None = None  # [M] int64
     bounds: Tensor | None = None  # [2, N]
     leave_out: bool = False
-    # Which scores take part, and what is added to the logits; see `Taking`.
+    # Which scores take part, and what is added to the logits; see `Selection`.
     columns: bool = True
     exclude_self: bool = False
     a_ids: Tensor | None = None
@@ -166,13 +166,13 @@ class Call(NamedTuple):
     col_limit: Tensor | None = None
 
     @property
-    def taking(self) -> Taking:
-        return Taking._make(self[-11:])
+    def selection(self) -> Selection:
+        return Selection._make(self[-11:])
 
     @property
     def general(self) -> bool:
         """Whether only the loop over chunks computes it."""
-        return not self.taking.plain
+        return not self.selection.plain
 
     @property
     def kappa(self) -> Tensor:
@@ -225,7 +225,7 @@ class BackwardCall(NamedTuple):
     b_labels: Tensor | None = None
     bounds: Tensor | None = None
     leave_out: bool = False
-    # Which scores take part, and what is added to the logits; see `Taking`.
+    # Which scores take part, and what is added to the logits; see `Selection`.
     columns: bool = True
     exclude_self: bool = False
     a_ids: Tensor | None = None
@@ -239,20 +239,20 @@ class BackwardCall(NamedTuple):
     col_limit: Tensor | None = None
 
     @property
-    def taking(self) -> Taking:
-        return Taking._make(self[-11:])
+    def selection(self) -> Selection:
+        return Selection._make(self[-11:])
 
     @property
     def general(self) -> bool:
         """Whether only the loop over chunks computes it."""
-        return not self.taking.plain
+        return not self.selection.plain
 
     @property
     def forward(self) -> Call:
         """The arguments of the forward."""
         inputs = self.a, self.b, self.scale, self.constant, False
         labels = self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out
-        return Call._make((*inputs, *labels, *self.taking))
+        return Call._make((*inputs, *labels, *self.selection))
 
 
 class _LogSumExp(Function):
@@ -269,9 +269,9 @@ class _LogSumExp(Function):
         ctx.mark_non_differentiable(row_max, col_max, kept)
         ctx.set_materialize_grads(False)
         ctx.constant, ctx.by_label = call.constant, (call.score, call.constants, call.leave_out)
-        labels, taking = (call.a_labels, call.b_labels, call.bounds), call.taking
-        ctx.flags = taking.columns, taking.exclude_self, taking.paired, taking.ignore
-        tensors = (*taking[2:5], *taking[7:])
+        labels, selection = (call.a_labels, call.b_labels, call.bounds), call.selection
+        ctx.flags = selection.columns, selection.exclude_self, selection.paired, selection.ignore
+        tensors = (*selection[2:5], *selection[7:])
         ctx.save_for_backward(call.a, call.b, call.scale, row_max, row_log, col_max, col_log, kept, *labels, *tensors)
 
     @staticmethod
@@ -279,12 +279,12 @@ class _LogSumExp(Function):
         a, b, scale, *statistics, kept, a_labels, b_labels, bounds = ctx.saved_tensors[:11]
         columns, exclude_self, paired, ignore = ctx.flags
         a_ids, b_ids, col_bias, *mask = ctx.saved_tensors[11:]
-        taking = columns, exclude_self, a_ids, b_ids, col_bias, paired, ignore, *mask
+        selection = columns, exclude_self, a_ids, b_ids, col_bias, paired, ignore, *mask
         needs = list(ctx.needs_input_grad[:3])
         score, constants, leave_out = ctx.by_label
         labels = score, constants, a_labels, b_labels, bounds, leave_out
         inputs = drow, dcol, dpositive, a, b, scale, ctx.constant
-        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels, *taking))
+        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels, *selection))
         grads = last_derivative(torch.ops.gssf.logsumexp_scores_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
 
@@ -297,7 +297,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
     positive_logit = a.new_empty(pairs, dtype=dtype)
     columns = (*row_shape[:-1], m)  # by label they are used only if b is a, where columns and rows are the same anchors
     needs_columns = call.b is None or (by_label.classes == 1 and call.columns)
-    taking = call.taking
+    selection = call.selection
     col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
     kept = a.new_empty(kept_shape(a, call.b, call.keep), dtype=dtype)
 
@@ -311,10 +311,10 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         if pairs:
             torch.mul(s.diagonal(first), scale, out=positive_logit[rows])
         col_out, row_out = (col_max, col_sum) if needs_columns else (None, None), _parts((row_max, row_sum), rows)
-        if taking.apart:  # the columns' pass overwrites statistics of rows that nobody reads
-            statistics(taking.logits(s, first, "cols", scale), rows, columns, first, row_out, col_out)
+        if selection.apart:  # the columns' pass overwrites statistics of rows that nobody reads
+            statistics(selection.logits(s, first, "cols", scale), rows, columns, first, row_out, col_out)
             col_out = (None, None)
-        s = s if taking.plain else taking.logits(s, first, "rows", scale)
+        s = s if selection.plain else selection.logits(s, first, "rows", scale)
         statistics(s, rows, columns, first, row_out, col_out)
 
     def visit_half(scores, first):
@@ -323,7 +323,7 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
         rows, beyond = slice(first, first + count), slice(first + count, n)
         if pairs:
             torch.mul(s.diagonal(), scale, out=positive_logit[rows])
-        if taking.exclude_self:
+        if selection.exclude_self:
             s.diagonal().fill_(least(s.dtype))
         # The scores of a row come in three parts: right of the square on the diagonal, the square, and left of it. The
         # last were columns of earlier chunks.
@@ -366,10 +366,10 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
     lowest = torch.finfo(call.row_max.dtype).min
     row_max, row_log, col_max, col_log = (t.clamp_min(lowest) for t in call[7:11])
     drow, dcol, dpositive = call.drow, call.dcol, call.dpositive
-    taking = forward.taking
+    selection = forward.selection
     if by_label.classes > 1:
         dcol = dpositive = None  # by label there are only row statistics
-    if not taking.columns:
+    if not selection.columns:
         dcol = None
     unit = unit_of(a.dtype, drow, dcol, dpositive)
     if unit is not None:
@@ -397,7 +397,7 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         for direction, statistics in (("rows", row_statistics), ("cols", col_statistics)):
             if statistics[2] is None:
                 continue
-            t, of_direction = taking.logits(s, first, direction, scale), torch.zeros_like(dot)
+            t, of_direction = selection.logits(s, first, direction, scale), torch.zeros_like(dot)
             by_direction = (statistics, None) if direction == "rows" else (None, statistics)
             row_part, col_part = (
                 (None, None, None) if x is None else _parts(x, part)
@@ -406,8 +406,8 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
             row_part = (*_parts(row_statistics[:2], rows), None) if row_part[2] is None else row_part
             torch.ops.gssf.softmax_pass(t, scale, *by_label, *row_part, *col_part, of_direction)
             dot += of_direction
-            if taking.col_bias is not None and direction == "rows":
-                dot -= t @ (taking.col_bias / scale)
+            if selection.col_bias is not None and direction == "rows":
+                dot -= t @ (selection.col_bias / scale)
             ds += t
         s.copy_(ds)
 
@@ -416,12 +416,12 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         diagonal = s.diagonal(first)
         pairs = slice(first, first + diagonal.shape[0])
         pairs_dot = diagonal * dpositive[pairs] if dpositive is not None else None
-        if taking.apart or taking.col_bias is not None:
+        if selection.apart or selection.col_bias is not None:
             dot = torch.zeros_like(dscores_dot_s[rows])
             visit_apart(s, rows, first, dot)
             dscores_dot_s[rows] = dot
         else:
-            s = s if taking.plain else taking.logits(s, first, "rows", scale)
+            s = s if selection.plain else selection.logits(s, first, "rows", scale)
             visit(s, rows, slice(0, s.shape[1]), first, dscores_dot_s[rows])
         if pairs_dot is not None and dpositive is not None:
             diagonal.add_(dpositive[pairs])
@@ -432,7 +432,7 @@ def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
         count = s.shape[0]
         rows, beyond = slice(first, first + count), slice(first + count, first + s.shape[1])
         pairs_dot = s.diagonal() * dpositive[rows] if dpositive is not None else None
-        if taking.exclude_self:
+        if selection.exclude_self:
             s.diagonal().fill_(least(s.dtype))
         dot, dot_beyond = dscores_dot_s.new_empty(2, count)
         dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0, dot) / 2

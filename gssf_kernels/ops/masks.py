@@ -83,8 +83,8 @@ def lower_listed(x: Tensor, listed: tuple[Tensor, Tensor, Tensor], value: float)
     x.view(-1).scatter_reduce_(0, row * x.shape[1] + col, values, "amin")
 
 
-class Taking(NamedTuple):
-    """Which scores take part in the log-sums of ``t = κ s``, and of which direction. ``Taking()``: all, in both."""
+class Selection(NamedTuple):
+    """Which scores take part in the log-sums of ``t = κ s``, and of which direction. ``Selection()``: all, in both."""
 
     columns: bool = True  # columns have statistics too
     exclude_self: bool = False  # (i, i) takes no part

@@ -21,7 +21,7 @@ from gssf_kernels.reference import RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, paired_factors
 
 
-class Sides(NamedTuple):
+class PairedInputs(NamedTuple):
     """What a loss compares, checked."""
 
     a: Tensor  # [N, D], the factors of the scores
@@ -32,7 +32,7 @@ class Sides(NamedTuple):
     positive_score: Tensor | None = None  # [N] of pairs (i, i), detached, if the metric's projection made it
 
 
-def sides_of(
+def paired_inputs(
     x: Tensor,
     y: Tensor,
     pairs: str | Tensor | None,
@@ -44,7 +44,7 @@ def sides_of(
     reduction: str,
     metric: StructuredSimilarity | None,
     scores: bool = False,
-) -> Sides:
+) -> PairedInputs:
     """The user's arguments of a two-sided loss, checked; ``reduction`` and ``metric`` are checked already.
 
     scores: whether positive_score is wanted, where the metric's projection can make it.
@@ -58,10 +58,10 @@ def sides_of(
         a, b, positive_score = paired_factors(metric, x, y, scores and pairing.kind == "rows")
         a, b = _checks.autocast(a, b)
     limits = limits_of(a, b, pairing, false_negative_margin, symmetric)
-    return Sides(a, b, pairing, symmetric, limits, positive_score)
+    return PairedInputs(a, b, pairing, symmetric, limits, positive_score)
 
 
-def contrastive_sides(
+def contrastive_inputs(
     x: Tensor,
     y: Tensor,
     pairs: str | Tensor | None,
@@ -71,7 +71,7 @@ def contrastive_sides(
     symmetric: bool,
     false_negative_margin: float | None,
     metric: StructuredSimilarity | None,
-) -> Sides:
+) -> PairedInputs:
     """The same for losses over every score. With same_id="ignore" equal ids are no positives."""
     x, y = _checks.autocast(x, y)
     pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
@@ -79,7 +79,7 @@ def contrastive_sides(
         raise ValueError('same_id: expected "positive" with pairs="ids", got "ignore"')
     a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
     positives = pairing._replace(x_ids=None, y_ids=None) if same_id == "ignore" else pairing
-    return Sides(a, b, pairing, symmetric, limits_of(a, b, positives, false_negative_margin, symmetric))
+    return PairedInputs(a, b, pairing, symmetric, limits_of(a, b, positives, false_negative_margin, symmetric))
 
 
 class Mined(NamedTuple):
@@ -94,9 +94,9 @@ class Mined(NamedTuple):
     col_relative: Tensor | None = None
 
 
-def mine(sides: Sides, relative: RelativeTerms | None = None, route: str = "") -> Mined:
+def mine(inputs: PairedInputs, relative: RelativeTerms | None = None, route: str = "") -> Mined:
     """One sweep. Differentiable once in a and b, through the scores."""
-    a, b, pairing, columns, limits, _ = sides
+    a, b, pairing, columns, limits, _ = inputs
     negatives = pairing.negatives(columns, *limits)
     listed = pairing.listed
     edges = (None, None) if listed is None else (listed.rows, listed.cols)
@@ -199,13 +199,13 @@ def pair_directions(mined: Mined, listed: ListedPairs, columns: bool) -> tuple[T
     return positive_score, gather(mined.row_score, listed.rows), col
 
 
-def pair_terms(sides: Sides, mined: Mined, formula: str, constants: list[float], reduction: str) -> Tensor:
+def pair_terms(inputs: PairedInputs, mined: Mined, formula: str, constants: list[float], reduction: str) -> Tensor:
     """The terms of all pairs, or their sum or mean. Differentiable once in a, b and the scores of `mined`.
 
     "none": [N] of pairs (i, i), [P] of listed pairs in the user's order, and [N] by ids, the sum over each row's pairs,
     for which columns are no anchors.
     """
-    a, b, pairing, columns, *_ = sides
+    a, b, pairing, columns, *_ = inputs
     if pairing.kind == "rows":
         col_score = mined.col_score if columns else None
         return anchor_terms(mined.positive_score, mined.row_score, col_score, formula, constants, reduction)
@@ -255,7 +255,7 @@ def limits_of(
     return rows + margin, cols + margin if columns else None
 
 
-def semihard(sides: Sides) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
+def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
     """For each pair its score, the semi-hard negatives of its row and of its column [P], and the hardest negatives.
 
     The semi-hard negative of a pair is the hardest one that scores less than the pair, or the hardest if there is none.
@@ -263,8 +263,8 @@ def semihard(sides: Sides) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
     sweeps as an anchor has pairs at most, besides that for the hardest.
     """
     # One route for all sweeps: certified mining rounds scores in another way.
-    a, b, pairing, columns, limits, _ = sides
-    hardest = mine(sides, route="sweep")
+    a, b, pairing, columns, limits, _ = inputs
+    hardest = mine(inputs, route="sweep")
     listed = pairing.listed
     if listed is None:
         p = below = hardest.positive_score
@@ -275,14 +275,14 @@ def semihard(sides: Sides) -> tuple[Tensor, Tensor, Tensor | None, Mined]:
         p, row, col = pair_directions(hardest, listed, columns)
         levels = [(t, *levels_of(t, n)) for t, n in ((listed.rows, a.shape[0]), (listed.cols, b.shape[0]))]
     below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    semihard_scores: tuple[list[Tensor], list[Tensor]] = ([], [])
     for place in range(max(most for *_, most in levels[: 1 + columns])):
         bounds = [_limit(place, below, limits[k], *levels[k]) for k in range(1 + columns)]
-        mined = mine(sides._replace(limits=(bounds[0], bounds[1] if columns else None)), route="sweep")
-        for scores, score in zip(found, (mined.row_score, mined.col_score), strict=True):
+        mined = mine(inputs._replace(limits=(bounds[0], bounds[1] if columns else None)), route="sweep")
+        for scores, score in zip(semihard_scores, (mined.row_score, mined.col_score), strict=True):
             scores.append(score)
     chosen = []
-    for scores, n, (anchor, level, count, _) in zip(found[: 1 + columns], (row, col), levels, strict=False):
+    for scores, n, (anchor, level, count, _) in zip(semihard_scores[: 1 + columns], (row, col), levels, strict=False):
         assert n is not None
         if scores:
             semi = gather(torch.cat(scores), torch.where(anchor >= 0, level * count + anchor, -1))

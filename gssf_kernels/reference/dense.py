@@ -69,7 +69,7 @@ def _contrasted(x, y, x_ids, y_ids, pairs, same_id) -> tuple[Tensor, Tensor]:
     return positive, same & ~positive
 
 
-def _above(s: Tensor, positive: Tensor, margin: float | None) -> Tensor:
+def _false_negatives(s: Tensor, positive: Tensor, margin: float | None) -> Tensor:
     """Which scores [N, M] are above the lowest positive score of their row plus the margin, and no positives."""
     if margin is None or s.shape[1] == 0:
         return torch.zeros_like(positive)
@@ -103,7 +103,7 @@ def info_nce_loss(
         if s.shape[0] == 0:
             return s.sum(1), positive.any(1)
         t = scale * s if bias is None else scale * s + bias
-        t = t.masked_fill(left_out | _above(s, positive, false_negative_margin), -torch.inf)
+        t = t.masked_fill(left_out | _false_negatives(s, positive, false_negative_margin), -torch.inf)
         has = positive.any(1)
         log_p = torch.where(has[:, None], t, 0).log_softmax(1)
         loss = -torch.where(positive, log_p, 0).sum(1) / positive.sum(1).clamp_min(1)
@@ -171,8 +171,8 @@ def sigmoid_loss(
     """``−Σ_j log σ(z_ij (κ s_ij + β))`` over pairs; see :func:`gssf_kernels.sigmoid_loss`."""
     s = _compared(x, y, metric, normalize)
     positive, left_out = _contrasted(x, y, x_ids, y_ids, pairs, same_id)
-    left_out = left_out | _above(s, positive, false_negative_margin)
-    left_out = left_out | _above(s.mT, positive.mT, false_negative_margin).mT
+    left_out = left_out | _false_negatives(s, positive, false_negative_margin)
+    left_out = left_out | _false_negatives(s.mT, positive.mT, false_negative_margin).mT
     terms = -F.logsigmoid(torch.where(positive, 1, -1) * (scale * s + bias)).masked_fill(left_out, 0).sum(1)
     if pairs is None:
         return reduce(terms, reduction)

@@ -39,7 +39,7 @@ FAULTS = [
         "warm-up: it goes from the hardest to all",
         "gssf_kernels/losses/triplet.py",
         "forward",
-        '(1 - share) * self._loss(x, y, x_ids, y_ids, "all", False) + share * hardest',
-        'share * self._loss(x, y, x_ids, y_ids, "all", False) + (1 - share) * hardest',
+        '(1 - share) * self._loss(*inputs, "all", False) + share * hardest',
+        'share * self._loss(*inputs, "all", False) + (1 - share) * hardest',
     ),
 ]

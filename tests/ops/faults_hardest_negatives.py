@@ -9,8 +9,8 @@ FAULTS = [
         "mask: the diagonal stays a negative",
         EPILOGUES_H,
         "tile",
-        "positive_score_[i] = score;\n      score = kNone;",
-        "positive_score_[i] = score;",
+        "negatives_.positive_score[i] = score;\n      score = kNone;",
+        "negatives_.positive_score[i] = score;",
         tests=CAUGHT_BY,
     ),
     Fault(

@@ -79,8 +79,8 @@ FAULTS = [
         "row panels: the gradients of κ and β are exchanged",
         SUMS_KERNELS,
         "score_sums",
-        "value, dbias, dscale = (call.share * sums)",
-        "value, dscale, dbias = (call.share * sums)",
+        "value, dbias, dscale = (call.factor * sums)",
+        "value, dscale, dbias = (call.factor * sums)",
     ),
     Fault(
         "score functions: a negated positive's slope has the sign of its score",
