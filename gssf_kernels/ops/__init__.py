@@ -1,6 +1,8 @@
 """Row and column statistics of ``s = a bᵀ``. One file per statistic has its op, composite and ``autograd.Function``."""
 
-from gssf_kernels.ops import hopper as _hopper  # noqa: F401 (registers its op)
+from gssf_kernels.ops import hopper as _hopper  # noqa: F401 (these modules register their ops)
+from gssf_kernels.ops import logsumexp_pass as _logsumexp_pass  # noqa: F401
+from gssf_kernels.ops import sums_pass as _sums_pass  # noqa: F401
 from gssf_kernels.ops.batch_hard import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.ops.hardest import (
     hardest_negatives,
