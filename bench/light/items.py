@@ -171,6 +171,13 @@ def _pairs(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return {"a": _unit(g, item.n, item.d), "b": _unit(g, item.m, item.d)}, {"index": index}
 
 
+def _listed(item: Item, g: torch.Generator) -> tuple[dict, dict]:
+    """Two pairs for each row of a, of which a few are the same."""
+    tensors, options = _sides(item, g, _whole, ("a", "b"))
+    rows = torch.arange(item.n).repeat(2)
+    return tensors, {**options, "pairs": torch.stack((rows, torch.randint(0, item.m, (2 * item.n,), generator=g)), 1)}
+
+
 def _labelled(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return {"x": _whole(g, item.n, item.d)}, {"labels": _labels(g, item.n, item.n // 3), "margin": 0.25}
 
@@ -210,6 +217,8 @@ CERTIFIED = {"square": (4096, 4096, 1024), "ragged": (2500, 3001, 77), "one chan
 FAMILIES = {
     "certified": Family("hardest_negatives", _two_sided(_unit, ("a", "b")), exact=True),
     "hardest_negatives": Family("hardest_negatives", _two_sided(_whole, ("a", "b")), exact=True),
+    "listed_pairs": Family("hardest_negatives", _listed, ("", "ids"), exact=True),
+    "pairs_by_id": Family("triplet_loss", _two_sided(_whole, margin=0.25, pairs="ids"), ("ids",), exact=True),
     "triplet": Family("triplet_loss", _two_sided(_whole, margin=0.25), exact=True),
     "triplet_metric": Family("triplet_loss", _metric, ("", "ids"), exact=True),
     "triplet_all": Family("triplet_loss", _two_sided(_whole, margin=0.25, negatives="all"), exact=True),
@@ -218,6 +227,8 @@ FAMILIES = {
     "batch_hard": Family("batch_hard_loss", _labelled, ("",), exact=True),
     "circle": Family("circle_loss", _by_label(margin=0.25, scale=4.0), ("", BETWEEN)),
     "multi_similarity": Family("multi_similarity_loss", _by_label(beta=5.0), ("", BETWEEN)),
+    "nt_xent": Family("nt_xent_loss", _by_label(scale=4.0), ("", BETWEEN)),
+    "contrast_by_id": Family("info_nce_loss", _two_sided(_unit, scale=4.0, pairs="ids"), ("ids",)),
     "info_nce": Family("info_nce_loss", _two_sided(_unit, scale=4.0)),
     "sigmoid": Family("sigmoid_loss", _two_sided(_unit, scale=10.0, bias=-5.0)),
     "logsumexp": Family("logsumexp_scores", _two_sided(_unit, ("a", "b"), scale=14.0), ("", TWICE)),
