@@ -245,6 +245,13 @@ def last_derivative(op: Callable, *arguments):
     return op(*arguments) if plain else _Once.apply(op, *arguments)
 
 
+def may_keep(*inputs: object) -> bool:
+    """Whether a backward may follow that reads kept scores. An exported program has none."""
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return False
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+
+
 def outside_autocast(device: torch.device):
     """A context that disables autocast: `_checks.autocast` has already cast, and ``@`` would cast again."""
     if device.type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device.type):

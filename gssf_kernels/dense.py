@@ -74,20 +74,16 @@ def chunks(
     return da, db
 
 
-def may_keep(*inputs: object) -> bool:
-    """Whether a backward may follow that reads kept scores. An exported program has none."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
-        return False
-    return any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
-
-
-def kept_shape(a: Tensor, b: Tensor | None, keep: bool) -> tuple[int, int]:
+def kept_shape(a: Tensor, b: Tensor | None, keep: bool) -> tuple[int, ...]:
     """The shape of the scores that are kept for the backward: s = a bᵀ [N, M] if it is small, else [0, M].
 
-    b=None means b is a: then s is never kept. Traced sizes choose by arithmetic, so that no graph depends on them.
+    [0] where none ever are: without ``keep``, and with b=None, which means that b is a. Traced sizes choose by
+    arithmetic, so that no graph depends on them.
     """
-    n, m = a.shape[0], a.shape[0] if b is None else b.shape[0]
-    most = plan.KEPT_SCORES.get(_checks.device_type(a), 0) if keep and b is not None else 0
+    most = plan.KEPT_SCORES.get(_checks.device_type(a), 0)
+    if not keep or b is None or not most:
+        return (0,)
+    n, m = a.shape[0], b.shape[0]
     return n * torch.sym_min(1, most // torch.sym_max(n * m, 1)), m
 
 

@@ -85,7 +85,10 @@ def info_nce_loss(
     _checks.flag(symmetric, "symmetric")
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
-    metric = metric_of(metric, normalize, "info_nce_loss", x, y)
+    if metric is None and normalize is False:
+        _checks.norms("info_nce_loss", x, y)
+    else:
+        metric = metric_of(metric, normalize, "info_nce_loss", x, y)
     false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or y_bias is not None or false_negative_margin is not None:
         inputs = contrastive_inputs(x, y, pairs, x_ids, y_ids, same_id, symmetric, false_negative_margin, metric)

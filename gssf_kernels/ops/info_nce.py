@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.dense import kept_shape, may_keep
+from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
+from gssf_kernels.dense import kept_shape
 from gssf_kernels.ops.logsumexp import kappa_of, scale_of
 from gssf_kernels.ops.segments import Segments, segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype

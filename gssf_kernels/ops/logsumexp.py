@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.dense import chunks, kept_shape, may_keep, triangle, unit_of
+from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
+from gssf_kernels.dense import chunks, kept_shape, triangle, unit_of
 from gssf_kernels.ops.masks import Selection, least
 from gssf_kernels.ops.score_functions import ByLabel
 from gssf_kernels.plan import accumulation_dtype
@@ -171,8 +171,9 @@ class Call(NamedTuple):
 
     @property
     def general(self) -> bool:
-        """Whether only the loop over chunks computes it."""
-        return not self.selection.plain
+        """Whether only the loop over chunks computes it: `Selection.plain` denied, written out, for plans ask often."""
+        selective = self.exclude_self or self.ignore or not self.columns
+        return selective or any(t is not None for t in (self.col_bias, self.row_limit, self.col_limit))
 
     @property
     def kappa(self) -> Tensor:
@@ -244,8 +245,9 @@ class BackwardCall(NamedTuple):
 
     @property
     def general(self) -> bool:
-        """Whether only the loop over chunks computes it."""
-        return not self.selection.plain
+        """Whether only the loop over chunks computes it: `Selection.plain` denied, written out, for plans ask often."""
+        selective = self.exclude_self or self.ignore or not self.columns
+        return selective or any(t is not None for t in (self.col_bias, self.row_limit, self.col_limit))
 
     @property
     def forward(self) -> Call:

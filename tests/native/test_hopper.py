@@ -72,7 +72,7 @@ def whole_numbers(n, m, d, dtype, low=-3, high=4):
 
 def truth(a, b, a_ids=None, b_ids=None):
     a, b = a.double(), b.double()
-    return [gk.reference.pair_scores(a, b), *gk.reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)]
+    return [gk.reference.pair_scores(a, b), *gk.reference.hardest_negatives(a, b, a_ids=a_ids, b_ids=b_ids)[:4]]
 
 
 def assert_exact(results, expected):

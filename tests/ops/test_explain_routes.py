@@ -5,7 +5,6 @@ import re
 import sys
 import types
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,14 +12,7 @@ from explained import D, absent, extra, kib, needs_extension, needs_triton, rout
 
 import gssf_kernels as gk
 from gssf_kernels import _library, dense, plan, work
-
-
-class Call(NamedTuple):
-    a: torch.Tensor
-    b: torch.Tensor
-    a_ids: torch.Tensor | None = None
-    b_ids: torch.Tensor | None = None
-    route: str = ""
+from gssf_kernels.ops.hardest import HardestNegativesCall
 
 
 @needs_triton
@@ -40,7 +32,7 @@ def test_a_planned_op_gives_its_plan(monkeypatch):
     module.mine = lambda call, chosen: seen.append(chosen) or made(call)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     overload = torch.ops.gssf.hardest_negatives.default
-    op = _library.Op("hardest_negatives", Call, made, made, "of_this_test.mine", plan.hardest, overload)
+    op = _library.Op("hardest_negatives", HardestNegativesCall, made, made, "of_this_test.mine", plan.hardest, overload)
     monkeypatch.setitem(_library.OPS, "hardest_negatives", op)
     x, y = sides(128)
     (explanation,) = gk.explain(gk.hardest_negatives, x, y).forward.ops
@@ -85,9 +77,9 @@ def test_what_the_cpu_mines_certified(unit, least, monkeypatch):
     assert mined(n - 1).why.endswith(f"of float32, fewer than {least:,}: a sweep that stores none")
     assert (mined(n, torch.float16).route, mined(n, torch.bfloat16).route) == ("certified", "c++")
     assert mined(n, torch.float64).why == f"{n:,} x {n:,} scores of float64: a sweep that stores none"
-    # bf16 rows of 64 channels (from 40), of both sides and in panels: besides five results of N.
+    # bf16 rows of 64 channels (from 40), of both sides and in panels: besides the results.
     explanation = gk.explain(gk.hardest_negatives, *absent(n, "cpu", d=40))
-    assert extra(explanation)[0] == kib(packed=(3 * n * 64, 2), pairs=(n, 4))
+    assert extra(explanation)[0] == kib(packed=(3 * n * 64, 2))
 
 
 def test_the_thresholds_are_those_of_csrc():

@@ -23,7 +23,7 @@ from gssf_kernels.device_path import DEVICE, device_path
 
 ROUTES = ("cpu", "composite", "triton")
 # Ops that write what they are given and return nothing.
-SILENT = {"logsumexp_pass", "softmax_pass", "score_sums_pass", "relation_pass"}
+SILENT = {"logsumexp_pass", "softmax_pass", "score_sums_pass", "relation_pass", "segment_terms"}
 
 
 def storages(values):
