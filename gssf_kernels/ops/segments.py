@@ -120,4 +120,4 @@ def _gather(table: Tensor, segments: Tensor) -> Tensor:
     """``table[segments]``, 0 where there is no segment."""
     rows = table[segments.clamp_min(0)]
     missing = (segments < 0).view(-1, *[1] * (table.dim() - 1))
-    return rows.masked_fill_(missing, 0)
+    return torch.where(missing, 0, rows)  # in place, PyTorch 2.11 compiles wrong gradients
