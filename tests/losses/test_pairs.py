@@ -10,38 +10,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from pair_problems import KINDS, SHAPES, allowed, normal, problem
 
 import gssf_kernels as gk
 from gssf_kernels import _checks, plan
 
-SHAPES = {"wide": (9, 14), "square": (12, 12), "tall": (21, 13), "one": (1, 3), "tiles": (70, 530)}
-
-
-def normal(n, d, seed, dtype=torch.float64):
-    return F.normalize(torch.randn(n, d, dtype=dtype, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def problem(shape, kind, dtype=torch.float64, d=6):
-    """(x, y, options): rows with ids, of which some have no partner; listed pairs with repetition, ids or neither."""
-    n, m = SHAPES[shape]
-    random = torch.Generator().manual_seed(n * m)
-    x, y = normal(n, d, n, dtype), normal(m, d, m + 1, dtype)
-    x_ids, y_ids = (torch.randint(0, max(k // 3, 2), (k,), generator=random) for k in (n, m))
-    if kind == "none":
-        return x, y, {}
-    if kind == "rows":
-        return x, y, {"x_ids": x_ids, "y_ids": y_ids}
-    if kind == "ids":
-        x_ids[0] = 99  # without a partner
-        return x, y, {"pairs": "ids", "x_ids": x_ids, "y_ids": y_ids}
-    count = n + m
-    pairs = torch.stack([torch.randint(0, k, (count,), generator=random) for k in (n, m)], 1)
-    pairs = torch.cat((pairs, pairs[:3]))  # listed again
-    ids = {"x_ids": x_ids, "y_ids": y_ids} if kind == "listed with ids" else {}
-    return x, y, {"pairs": pairs, **ids}
-
-
-KINDS = ["none", "rows", "ids", "listed", "listed with ids"]
 LOSSES = {
     "hardest": (gk.triplet_loss, {"margin": 0.3}),
     "all": (gk.triplet_loss, {"margin": 0.3, "negatives": "all"}),
@@ -71,13 +44,6 @@ def check(function, x, y, options, tolerance=1e-11, **settings):
         torch.testing.assert_close(ours.double(), right.double(), rtol=tolerance, atol=tolerance)
 
 
-def allowed(shape, kind, reduction="sum", symmetric=True):
-    n, m = SHAPES[shape]
-    if kind in ("none", "rows") and m < n:
-        return False
-    return not (kind == "ids" and reduction == "none" and symmetric)
-
-
 COMBINATIONS = [
     (shape, kind, symmetric, margin)
     for shape, kind, symmetric, margin in itertools.product(SHAPES, KINDS, (True, False), (None, 0.2))
@@ -93,8 +59,8 @@ def test_every_option_together(loss, shape, kind, symmetric, margin):
     x, y, options = problem(shape, kind)
     for reduction in ("sum", "mean", "none"):
         if allowed(shape, kind, reduction, symmetric):
-            more = {"symmetric": symmetric, "false_negative_margin": margin, "reduction": reduction}
-            check(function, x, y, options, diagnostics=True, **more, **settings)
+            switches = {"symmetric": symmetric, "false_negative_margin": margin, "reduction": reduction}
+            check(function, x, y, options, diagnostics=True, **switches, **settings)
 
 
 @pytest.mark.parametrize("kind", ["none", "ids", "listed", "listed with ids"])
@@ -143,15 +109,15 @@ def test_every_option_of_losses_over_every_score(loss, shape, kind, symmetric, m
     if (kind == "ids" and same_id == "ignore") or (loss == "sigmoid" and not symmetric):
         pytest.skip("no such combination")
     x, y, options = problem(shape, kind)
-    more = {"same_id": same_id, "false_negative_margin": margin}
+    switches = {"same_id": same_id, "false_negative_margin": margin}
     if loss == "info_nce":
-        more["symmetric"] = symmetric
+        switches["symmetric"] = symmetric
     for reduction in ("sum", "mean", "none"):
         if reduction == "none" and loss == "info_nce" and symmetric and "pairs" in options:
             with pytest.raises(ValueError, match=r"^reduction: .*symmetric=True"):
-                function(x, y, **options, **more, **settings, reduction="none")
+                function(x, y, **options, **switches, **settings, reduction="none")
             continue
-        check(function, x, y, options, **more, **settings, reduction=reduction)
+        check(function, x, y, options, **switches, **settings, reduction=reduction)
 
 
 @pytest.mark.filterwarnings("ignore:x_ids, y_ids")
@@ -166,10 +132,10 @@ def test_a_bias_of_candidates(kind, symmetric, margin, smoothing):
             gk.info_nce_loss(x, y, scale=6.0, label_smoothing=smoothing, **options)
         return
     bias = torch.linspace(-2, 1, len(y), dtype=x.dtype)
-    more = {"false_negative_margin": margin, "label_smoothing": smoothing, "symmetric": symmetric, "y_bias": bias}
-    check(gk.info_nce_loss, x, y, options, scale=6.0, **more)
-    plain = gk.info_nce_loss(x, y, scale=6.0, **options, **{**more, "y_bias": None})
-    assert not torch.isclose(plain, gk.info_nce_loss(x, y, scale=6.0, **options, **more))
+    switches = {"false_negative_margin": margin, "label_smoothing": smoothing, "symmetric": symmetric, "y_bias": bias}
+    check(gk.info_nce_loss, x, y, options, scale=6.0, **switches)
+    plain = gk.info_nce_loss(x, y, scale=6.0, **options, **{**switches, "y_bias": None})
+    assert not torch.isclose(plain, gk.info_nce_loss(x, y, scale=6.0, **options, **switches))
 
 
 SCALARS = {
