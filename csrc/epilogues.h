@@ -36,7 +36,7 @@ struct RunningMaxima {
   }
 };
 
-// Which scores are negatives, besides those of different ids, and which results are wanted.
+// Which scores are no negatives besides those of equal ids, and which results are wanted.
 template <class A>
 struct Negatives {
   bool paired = true;   // the pair (i, i) is a positive
@@ -75,10 +75,11 @@ class HardestNegatives {
     }
     for (int64_t i = i0; negatives_.starts && i < i0 + n; ++i) {
       const int64_t *const cols = negatives_.cols, *const end = cols + negatives_.starts[i + 1];
-      for (const int64_t* e = std::lower_bound(cols + negatives_.starts[i], end, j0); e < end && *e < j0 + m; ++e)
-        negatives_.positive_score[e - cols] = s[(i - i0) * kTileMost + (*e - j0)];
-      for (const int64_t* e = std::lower_bound(cols + negatives_.starts[i], end, j0); e < end && *e < j0 + m; ++e)
-        s[(i - i0) * kTileMost + (*e - j0)] = kNone;  // afterwards: a pair may be listed twice
+      const int64_t* const first = std::lower_bound(cols + negatives_.starts[i], end, j0);
+      A* const scores = s + (i - i0) * kTileMost;
+      for (const int64_t* e = first; e < end && *e < j0 + m; ++e) negatives_.positive_score[e - cols] = scores[*e - j0];
+      // Afterwards, because a pair may be listed twice.
+      for (const int64_t* e = first; e < end && *e < j0 + m; ++e) scores[*e - j0] = kNone;
     }
     for (int64_t i = 0; i < n && m % Simd<A>::lanes; ++i)
       std::fill(s + i * kTileMost + m, s + i * kTileMost + ceil_div(m, Simd<A>::lanes) * Simd<A>::lanes, kNone);

@@ -20,12 +20,12 @@ class Fp32Module(nn.Module):
     """
 
     def _apply(self, fn, recurse=True):
-        def kept(t):
+        def cast(t):
             result = fn(t)
             narrower = result.dtype in _HALF and t.is_floating_point() and t.dtype not in _HALF
             return t.to(result.device) if narrower else result
 
-        return super()._apply(kept, recurse)
+        return super()._apply(cast, recurse)
 
 
 class ScaledLoss(Fp32Module):
@@ -77,4 +77,4 @@ class _Ceiling(Function):
     @staticmethod
     def backward(ctx, grad_out):
         (t,) = ctx.saved_tensors
-        return torch.where((t < ctx.ceiling) | (grad_out > 0), grad_out, 0), None
+        return torch.where((t >= ctx.ceiling) & (grad_out <= 0), 0, grad_out), None

@@ -42,13 +42,13 @@ def diagnose_pairs(x: Tensor, y: Tensor, margin: float, inputs: PairedInputs, mi
         count = mined.positive_score.shape[0]
         of_pairs = [t[:count] for t in anchors]
         return _diagnostics(x, y, margin, mined.positive_score, of_pairs, of_pairs, max(count, 1))
-    ids, total = (pairing.x_ids, pairing.y_ids), pair_count(pairing, x.shape[0]).clamp_min(1)
-    assert ids[0] is not None
-    assert ids[1] is not None
-    a, b = a.detach(), b.detach()
+    assert pairing.x_ids is not None
+    assert pairing.y_ids is not None
+    inputs_of_terms = a.detach(), b.detach(), pairing.x_ids, pairing.y_ids
+    total = pair_count(pairing.x_ids, pairing.y_ids).clamp_min(1)
     columns_score = mined.col_score if columns else None
-    active = segment_terms(a, b, ids[0], ids[1], mined.row_score, columns_score, "active", [margin], False)
-    positive = segment_terms(a, b, ids[0], ids[1], torch.zeros_like(mined.row_score), None, "score", [], False)
+    active = segment_terms(*inputs_of_terms, mined.row_score, columns_score, "active", [margin], False)
+    positive = segment_terms(*inputs_of_terms, torch.zeros_like(mined.row_score), None, "score", [], False)
     negative, spread = _mean_negative(anchors), _spread(x, y)
     return Diagnostics(active / (total * (1 + columns)), positive / total, negative, spread.to(negative.dtype))
 

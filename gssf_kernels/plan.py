@@ -39,6 +39,8 @@ ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # for other dtypes PyTorch's pro
 # Scores of a chunk, by device type. On the CPU they are 16 MiB of fp32. With N = 8192 and D = 1024, half of that took
 # 3 % longer, and twice as much was not faster. A GPU needs larger chunks to be busy.
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
+SEGMENT_ROWS = 64  # rows of a tile of the scores of equal id, where ids may be read
+SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32

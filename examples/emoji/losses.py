@@ -3,8 +3,7 @@
 The hardest negative of an untrained model is noise, and pushing it away alone collapses all embeddings into
 one point. So `triplet` warms up on semi-hard negatives, the hardest among those already scored below the
 positive (FaceNet, arXiv 1503.03832), for the first WARM_UP of the run, and then takes the hardest (VSE++,
-arXiv 1707.05612). `goal` (arXiv 2210.13188) weighs the same hardest negatives, and warms up alike. Semi-hard
-negatives store the scores [N, N]; no other of these losses does.
+arXiv 1707.05612). `goal` (arXiv 2210.13188) weighs the same hardest negatives, and warms up alike.
 
 `triplet-all`, `infonce` (arXiv 2103.00020) and `siglip` (arXiv 2303.15343) take every score and need no warm-up.
 `distill` is `infonce` and, with weight 1, structure-aware distillation (arXiv 2412.10761) from two teachers of one

@@ -24,8 +24,6 @@ grad_out, which is wrong with loss scaling, loss weights and accumulation; here 
 five combinations, ids, extra rows of y and metrics are ours.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +32,7 @@ from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.losses.gradient_space import designed
 from gssf_kernels.ops import anchor_terms, hardest_terms, paired_hardest_negatives
 from gssf_kernels.ops.goal import PAIR, RELATIVE, TRIPLET, Constants, anchor_weights
-from gssf_kernels.ops.mining import mine, pair_terms, paired_inputs
+from gssf_kernels.ops.mining import check_reduction, mine, pair_terms, paired_inputs
 from gssf_kernels.reference import Diagnostics, RelativeTerms
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
@@ -70,9 +68,9 @@ def goal_loss(
     its finite differences are not the gradient.
 
     ``pairs``, ids, extra rows of y, ``symmetric``, ``false_negative_margin``, ``reduction`` and ``metric`` are as in
-    :func:`~gssf_kernels.triplet_loss`; lin_ms and sig_ms list the pairs of equal id. The N x M
-    matrix is not stored, except on a GPU by lin_ms and sig_ms of at most 2²⁰ scores: 4 MiB while the forward runs. An
-    anchor without a negative has value 0 and no gradient.
+    :func:`~gssf_kernels.triplet_loss`; lin_ms and sig_ms list the pairs of equal id, for which a GPU synchronises. The
+    N x M matrix is not stored, except on a GPU by lin_ms and sig_ms of at most 2²⁰ scores: 4 MiB while the forward
+    runs. An anchor without a negative has value 0 and no gradient.
 
     Args:
         x: [N, D] float, anchors. Rows should be L2-normalised, here or by the metric: thresholds, λ and the form of
@@ -104,19 +102,22 @@ def goal_loss(
     Source: GOAL, arXiv 2210.13188.
     """
     constants, relative = _mode(triplet, pair, tau, alpha, beta, lam, positive_threshold, negative_threshold)
-    _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "goal_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
-    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
+    check_reduction(reduction, pairs, symmetric)
     formula, settings = f"goal {triplet} {pair}", [*constants]
     if pairs is not None or not symmetric or false_negative_margin is not None:
-        options: dict[str, Any] = {
-            "symmetric": symmetric,
-            "false_negative_margin": false_negative_margin,
-            "reduction": reduction,
-        }
-        inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        inputs = paired_inputs(
+            x,
+            y,
+            pairs,
+            x_ids,
+            y_ids,
+            metric=metric,
+            symmetric=symmetric,
+            false_negative_margin=false_negative_margin,
+        )
         if relative is None:
             mined = mine(inputs)
             loss = pair_terms(inputs, mined, formula, settings, reduction)

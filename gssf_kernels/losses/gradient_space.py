@@ -9,7 +9,6 @@ Source: GOAL, arXiv 2210.13188; the general form with functions as arguments is 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,15 @@ from gssf_kernels import _checks, reference
 from gssf_kernels._library import Function
 from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.ops import paired_hardest_negatives, paired_relative_negatives, relative_positives
-from gssf_kernels.ops.mining import Mined, PairedInputs, mine, pair_directions, paired_inputs, reduce_listed
+from gssf_kernels.ops.mining import (
+    Mined,
+    PairedInputs,
+    check_reduction,
+    mine,
+    pair_directions,
+    paired_inputs,
+    reduce_listed,
+)
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.ops.segments import gather
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, RelativeTerms
@@ -85,18 +92,21 @@ def gradient_space_loss(
     if value is not None:
         _checks.function(value, "value")
     _check_relative(relative)
-    _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "gradient_space_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
-    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
+    check_reduction(reduction, pairs, symmetric)
     if pairs is not None or not symmetric or false_negative_margin is not None:
-        options: dict[str, Any] = {
-            "symmetric": symmetric,
-            "false_negative_margin": false_negative_margin,
-            "reduction": reduction,
-        }
-        inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, **options)
+        inputs = paired_inputs(
+            x,
+            y,
+            pairs,
+            x_ids,
+            y_ids,
+            metric=metric,
+            symmetric=symmetric,
+            false_negative_margin=false_negative_margin,
+        )
         loss, mined = designed(inputs, weights, value, relative, reduction)
         return (loss, diagnose_pairs(x, y, 0.0, inputs, mined)) if diagnostics else loss
     r_negative: tuple[Tensor | None, Tensor | None] = (None, None)  # r⁻ of the rows, of the columns

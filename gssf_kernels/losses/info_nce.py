@@ -20,7 +20,7 @@ from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.info_nce import Options, info_nce_of_factors, mean_scores
 from gssf_kernels.ops.logsumexp import SAME_ID, paired_logsumexp
 from gssf_kernels.ops.masks import Mask, Selection
-from gssf_kernels.ops.mining import PairedInputs, contrastive_inputs
+from gssf_kernels.ops.mining import PairedInputs, paired_inputs
 from gssf_kernels.ops.positive_means import PositiveMeans, positive_means
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
@@ -62,8 +62,8 @@ def info_nce_loss(
             autograd. The log-Q correction passes −log q of candidates that are drawn with probability q.
         label_smoothing: ε in [0, 1), the part of the target that is uniform over all candidates; 0 where scores may be
             left out.
-        symmetric: the mean of both directions; False: only the rows' direction, and columns cost nothing with
-            ``pairs``, ``y_bias``, ``false_negative_margin`` or same_id="ignore".
+        symmetric: the mean of both directions; False: only the rows' direction. With ``pairs``, ``y_bias``,
+            ``false_negative_margin`` or same_id="ignore" this also saves the time of the columns' statistics.
         false_negative_margin: >= 0. A score that is no positive is left out of its anchor's log-sum where it is above
             the anchor's lowest positive score plus this, both without scale and bias.
         reduction: "mean" over the N pairs, "sum" or "none" ([N]); with ``pairs`` see above, "sum" is half the sum of
@@ -89,9 +89,18 @@ def info_nce_loss(
         _checks.norms("info_nce_loss", x, y)
     else:
         metric = metric_of(metric, normalize, "info_nce_loss", x, y)
-    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or y_bias is not None or false_negative_margin is not None:
-        inputs = contrastive_inputs(x, y, pairs, x_ids, y_ids, same_id, symmetric, false_negative_margin, metric)
+        inputs = paired_inputs(
+            x,
+            y,
+            pairs,
+            x_ids,
+            y_ids,
+            metric=metric,
+            symmetric=symmetric,
+            false_negative_margin=false_negative_margin,
+            same_id=same_id,
+        )
         kappa, options = _checks.scale(scale, inputs.a), Options(epsilon, symmetric, reduction)
         y_bias = _checks.bias_of_candidates(y_bias, "y_bias", inputs.b)
         return _with_options(inputs, kappa, same_id == "ignore", y_bias, options)

@@ -10,8 +10,6 @@ Source: NT-Xent, SimCLR, arXiv 2002.05709; many positives, SupCon (L_out), arXiv
 candidates from y are ours.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +18,8 @@ from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.labels import labelled_factors
 from gssf_kernels.ops.logsumexp import paired_logsumexp
 from gssf_kernels.ops.masks import Selection
-from gssf_kernels.ops.pairs import scores_of_pairs
-from gssf_kernels.ops.segments import segment_sums, segments_of
-from gssf_kernels.plan import accumulation_dtype
+from gssf_kernels.ops.pairing import Pairing
+from gssf_kernels.ops.positive_means import positive_means
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -69,29 +66,14 @@ def nt_xent_loss(
     kappa = _checks.scale(scale, a)
     kappa = kappa.tensor.exp() if isinstance(kappa, _checks.Logarithm) else kappa
     row_max, row_log, *_ = paired_logsumexp(a, b, kappa, Selection(columns=False, exclude_self=factors.leave_out))
-    score, count = _positive_sums(a, b, factors.a_labels, factors.b_labels, factors.leave_out)
-    terms = (row_max - kappa * score / count.clamp_min(1)) + row_log
-    terms = torch.where(count > 0, terms, 0)
+    pairing = Pairing("ids", factors.a_labels, factors.b_labels)
+    means = positive_means(a, b, pairing, ids=True, rows=True, exclude_self=factors.leave_out)
+    assert means.present is not None  # only pairs (i, i) are there in any case
+    terms = torch.where(means.present, (row_max - kappa * means.score) + row_log, 0)
     if reduction == "none":
         return terms
     total = terms.sum()
-    return total / (count > 0).sum().clamp_min(1) if reduction == "mean" else total
-
-
-def _positive_sums(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, leave_out: bool) -> tuple[Tensor, Tensor]:
-    """(Σ of the scores of each row's positives [N], how many there are)"""
-    dtype = accumulation_dtype(a.dtype)
-    places = torch.arange(a.shape[0], device=a.device)
-    if a.shape[0] == 0 or b.shape[0] == 0:
-        zero = (a.to(dtype) * 0).sum(1) + (b.to(dtype) * 0).sum()
-        return zero, torch.zeros_like(zero)
-    segments = segments_of(a_labels, b_labels)
-    table = b.to(dtype)
-    sums = segment_sums(table, segments.cols, segments.rows, segments.total)
-    counts = segments.row_counts()
-    if leave_out:
-        sums, counts = sums - table, counts - 1
-    return scores_of_pairs(a.to(dtype), sums, places, places), counts
+    return total / means.present.sum().clamp_min(1) if reduction == "mean" else total
 
 
 class NTXentLoss(ScaledLoss):
@@ -140,8 +122,16 @@ class NTXentLoss(ScaledLoss):
         scale: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of x [N, D] with labels [N]; ``scale`` in place of the module's own; see :func:`nt_xent_loss`."""
-        options: dict[str, Any] = {"metric": self.metric, "normalize": self.normalize, "reduction": self.reduction}
-        return nt_xent_loss(x, labels, scale=self._kappa(scale), y=y, y_labels=y_labels, **options)
+        return nt_xent_loss(
+            x,
+            labels,
+            scale=self._kappa(scale),
+            y=y,
+            y_labels=y_labels,
+            metric=self.metric,
+            normalize=self.normalize,
+            reduction=self.reduction,
+        )
 
     def extra_repr(self) -> str:
         learnable = isinstance(self.log_scale, nn.Parameter)

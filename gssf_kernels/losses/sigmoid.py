@@ -12,7 +12,7 @@ from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
 from gssf_kernels.ops.logsumexp import SAME_ID
 from gssf_kernels.ops.masks import Mask
-from gssf_kernels.ops.mining import PairedInputs, contrastive_inputs
+from gssf_kernels.ops.mining import PairedInputs, paired_inputs
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.segments import segments_of
 from gssf_kernels.ops.sums import Term, score_sums
@@ -68,9 +68,17 @@ def sigmoid_loss(
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
     metric = metric_of(metric, normalize, "sigmoid_loss", x, y)
-    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     if pairs is not None or same_id == "ignore" or false_negative_margin is not None:
-        inputs = contrastive_inputs(x, y, pairs, x_ids, y_ids, same_id, True, false_negative_margin, metric)
+        inputs = paired_inputs(
+            x,
+            y,
+            pairs,
+            x_ids,
+            y_ids,
+            metric=metric,
+            false_negative_margin=false_negative_margin,
+            same_id=same_id,
+        )
         kappa, beta = _checks.scale(scale, inputs.a), _checks.scalar_or_number(bias, "bias", inputs.a)
         return _with_options(inputs, Term("softplus", "negate", kappa, beta), same_id == "ignore", reduction)
     if metric is not None:

@@ -7,8 +7,6 @@ sum over negatives in place of the maximum. "semihard" takes the hardest negativ
 (FaceNet, arXiv 1503.03832), or the hardest if there is none.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +14,16 @@ from gssf_kernels import _checks
 from gssf_kernels.diagnostics import diagnose, diagnose_pairs
 from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.ops import anchor_terms, hardest_terms, hinge_terms, paired_hardest_negatives
-from gssf_kernels.ops.mining import Mined, PairedInputs, mine, pair_terms, paired_inputs, reduce_listed, semihard
+from gssf_kernels.ops.mining import (
+    Mined,
+    PairedInputs,
+    check_reduction,
+    mine,
+    pair_terms,
+    paired_inputs,
+    reduce_listed,
+    semihard,
+)
 from gssf_kernels.ops.pairing import as_list
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
@@ -56,8 +63,8 @@ def triplet_loss(
         negatives: "hardest", "all" or "semihard". "hardest" and "all" are sweeps that never store the N x M matrix; for
             their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. So is
             "semihard", by two sweeps: the hardest negative that scores less than the pair, or the hardest if there is
-            none. With ``pairs``, "all" and "semihard" take a sweep for each pair that an anchor has at most, and list
-            the pairs of equal id.
+            none. With ``pairs``, "all" and "semihard" take a sweep for each pair that an anchor has at most, list the
+            pairs of equal id, and synchronise with the GPU.
         pairs: P. None: (i, i), row i of x and row i of y. "ids": every (i, j) of equal id, so that pictures and their
             captions need no repeated rows; (i, i) is then nothing special. Or a tensor [P, 2] of integers, (row of x,
             row of y) each: exactly these; a pair that is listed again counts once.
@@ -88,19 +95,23 @@ def triplet_loss(
     """
     margin = _checks.non_negative(margin, "margin")
     _checks.choice(negatives, "negatives", NEGATIVES)
-    _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "triplet_loss", x, y)
     _checks.flag(diagnostics, "diagnostics")
     _checks.flag(symmetric, "symmetric")
-    false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
+    check_reduction(reduction, pairs, symmetric)
     if negatives == "hardest" and pairs is None and symmetric and false_negative_margin is None:
         return _paired(x, y, margin, x_ids, y_ids, reduction, metric, diagnostics)
-    options: dict[str, Any] = {
-        "symmetric": symmetric,
-        "false_negative_margin": false_negative_margin,
-        "reduction": reduction,
-    }
-    inputs = paired_inputs(x, y, pairs, x_ids, y_ids, metric=metric, scores=negatives == "all", **options)
+    inputs = paired_inputs(
+        x,
+        y,
+        pairs,
+        x_ids,
+        y_ids,
+        metric=metric,
+        symmetric=symmetric,
+        false_negative_margin=false_negative_margin,
+        scores=negatives == "all",
+    )
     mined = None
     if negatives == "hardest":
         mined = mine(inputs)

@@ -245,9 +245,7 @@ class BackwardCall(NamedTuple):
 
     @property
     def general(self) -> bool:
-        """Whether only the loop over chunks computes it: `Selection.plain` denied, written out, for plans ask often."""
-        selective = self.exclude_self or self.ignore or not self.columns
-        return selective or any(t is not None for t in (self.col_bias, self.row_limit, self.col_limit))
+        return self.forward.general
 
     @property
     def forward(self) -> Call:

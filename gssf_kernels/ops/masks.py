@@ -21,7 +21,7 @@ class Mask(NamedTuple):
 
     paired: bool = True  # (i, i) is a positive
     ignore: bool = False  # scores of equal id that are no pair are left out; else they are positives
-    # Pairs (i, pair_cols[e]), pair_starts[i] <= e < pair_starts[i + 1], by column, one of them -1 if listed again.
+    # The listed pairs (pair_rows[e], pair_cols[e]); (-1, -1) for a pair that was listed before.
     pair_rows: Tensor | None = None  # [P] int64
     pair_cols: Tensor | None = None  # [P] int64
     row_limit: Tensor | None = None  # [N], of the scores' dtype

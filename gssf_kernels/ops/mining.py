@@ -39,47 +39,35 @@ def paired_inputs(
     x_ids: Tensor | None,
     y_ids: Tensor | None,
     *,
-    symmetric: bool,
-    false_negative_margin: float | None,
-    reduction: str,
     metric: StructuredSimilarity | None,
+    symmetric: bool = True,
+    false_negative_margin: float | None = None,
+    same_id: str = "positive",
     scores: bool = False,
 ) -> PairedInputs:
-    """The user's arguments of a two-sided loss, checked; ``reduction`` and ``metric`` are checked already.
+    """The user's arguments of a two-sided loss, checked, but for symmetric and metric, which are checked already.
 
-    scores: whether positive_score is wanted, where the metric's projection can make it.
+    same_id: with "ignore" equal ids are no positives. scores: whether positive_score is wanted, where the metric's
+    projection can make it.
     """
-    x, y = _checks.autocast(x, y)
-    pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
-    if reduction == "none" and pairing.kind == "ids" and symmetric:
-        raise ValueError('reduction: expected "sum" or "mean" with pairs="ids" and symmetric=True, got "none"')
-    a, b, positive_score = x, y, None
-    if metric is not None:
-        a, b, positive_score = paired_factors(metric, x, y, scores and pairing.kind == "rows")
-        a, b = _checks.autocast(a, b)
-    limits = limits_of(a, b, pairing, false_negative_margin, symmetric)
-    return PairedInputs(a, b, pairing, symmetric, limits, positive_score)
-
-
-def contrastive_inputs(
-    x: Tensor,
-    y: Tensor,
-    pairs: str | Tensor | None,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    same_id: str,
-    symmetric: bool,
-    false_negative_margin: float | None,
-    metric: StructuredSimilarity | None,
-) -> PairedInputs:
-    """The same for losses over every score. With same_id="ignore" equal ids are no positives."""
+    margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     x, y = _checks.autocast(x, y)
     pairing = pairing_of(pairs, x_ids, y_ids, x, y, ("x", "y", "x_ids", "y_ids"))
     if same_id == "ignore" and pairing.kind == "ids":
         raise ValueError('same_id: expected "positive" with pairs="ids", got "ignore"')
-    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
+    a, b, positive_score = x, y, None
+    if metric is not None:
+        a, b, positive_score = paired_factors(metric, x, y, scores and pairing.kind == "rows")
+        a, b = _checks.autocast(a, b)
     positives = pairing._replace(x_ids=None, y_ids=None) if same_id == "ignore" else pairing
-    return PairedInputs(a, b, pairing, symmetric, limits_of(a, b, positives, false_negative_margin, symmetric))
+    return PairedInputs(a, b, pairing, symmetric, limits_of(a, b, positives, margin, symmetric), positive_score)
+
+
+def check_reduction(reduction: str, pairs, symmetric: bool) -> None:
+    """Raise ValueError unless the loss can be reduced so: by id, the terms of both directions are no vector."""
+    _checks.reduction(reduction)
+    if reduction == "none" and isinstance(pairs, str) and pairs == "ids" and symmetric:
+        raise ValueError('reduction: expected "sum" or "mean" with pairs="ids" and symmetric=True, got "none"')
 
 
 class Mined(NamedTuple):
@@ -218,7 +206,7 @@ def pair_terms(inputs: PairedInputs, mined: Mined, formula: str, constants: list
     scores = mined.row_score, mined.col_score if columns else None
     each = reduction == "none"
     total = segment_terms(a, b, pairing.x_ids, pairing.y_ids, *scores, formula, constants, each)
-    return total / pair_count(pairing, a.shape[0]).clamp_min(1) if reduction == "mean" else total
+    return total / pair_count(pairing.x_ids, pairing.y_ids).clamp_min(1) if reduction == "mean" else total
 
 
 def reduce_listed(terms: Tensor, listed: ListedPairs, reduction: str, rows: int | None = None) -> Tensor:
@@ -234,15 +222,9 @@ def reduce_listed(terms: Tensor, listed: ListedPairs, reduction: str, rows: int 
     return total / listed.total.clamp_min(1) if reduction == "mean" else total
 
 
-def pair_count(pairing: Pairing, n: int) -> Tensor:
-    """How many pairs there are, a scalar."""
-    if pairing.listed is not None:
-        return pairing.listed.total
-    assert pairing.x_ids is not None
-    assert pairing.y_ids is not None
-    if pairing.kind == "rows" or n == 0:
-        return torch.full((), n, device=pairing.x_ids.device)
-    return segments_of(pairing.x_ids, pairing.y_ids).row_counts().sum()
+def pair_count(x_ids: Tensor, y_ids: Tensor) -> Tensor:
+    """How many pairs of equal id there are, a scalar."""
+    return segments_of(x_ids, y_ids).row_counts().sum() if x_ids.shape[0] else x_ids.sum()
 
 
 def limits_of(
@@ -262,12 +244,11 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
     The pairing is of kind "rows" or "listed". A sweep compares with one score for each anchor, so there are as many
     sweeps as an anchor has pairs at most, besides that for the hardest.
     """
-    # One route for all sweeps: certified mining rounds scores in another way.
     a, b, pairing, columns, limits, _ = inputs
-    hardest = mine(inputs, route="sweep")
+    hardest = mine(inputs, route="sweep")  # as the sweeps with limits, so that scores are rounded alike
     listed = pairing.listed
     if listed is None:
-        p = below = hardest.positive_score
+        p = hardest.positive_score
         i = torch.arange(a.shape[0], device=a.device)
         levels = [(i, torch.zeros_like(i), a.shape[0], 1), (i, torch.zeros_like(i), b.shape[0], 1)]
         row, col = hardest.row_score, hardest.col_score[: a.shape[0]] if columns else None
@@ -277,7 +258,7 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
     below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
     semihard_scores: tuple[list[Tensor], list[Tensor]] = ([], [])
     for place in range(max(most for *_, most in levels[: 1 + columns])):
-        bounds = [_limit(place, below, limits[k], *levels[k]) for k in range(1 + columns)]
+        bounds = [_limit(place, below, limits[k], *levels[k][:3]) for k in range(1 + columns)]
         mined = mine(inputs._replace(limits=(bounds[0], bounds[1] if columns else None)), route="sweep")
         for scores, score in zip(semihard_scores, (mined.row_score, mined.col_score), strict=True):
             scores.append(score)
@@ -291,7 +272,7 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
     return p, chosen[0], chosen[1] if columns else None, hardest
 
 
-def _limit(place: int, below: Tensor, limit: Tensor | None, anchor: Tensor, level: Tensor, count: int, _most: int):
+def _limit(place: int, below: Tensor, limit: Tensor | None, anchor: Tensor, level: Tensor, count: int):
     """The limit of each anchor [count]: `below` of its pair number `place`, and at most its limit; +inf for no pair."""
     here = (level == place) & (anchor >= 0)
     limits = below.new_full((count,), torch.inf)

@@ -4,8 +4,8 @@
     pairs="ids"     every (i, j) of equal id; (i, i) is nothing special
     pairs=[P, 2]    exactly those listed; one listed twice counts once
 
-A pair is never a negative, and neither is a score of equal id. Nothing here synchronises: a pair that is listed again
-keeps its place in the list, marked with -1.
+A pair is never a negative, and neither is a score of equal id. A pair that is listed again keeps its place in the list,
+marked with -1, so that the list's length depends on no value: only `as_list` and `levels_of` synchronise.
 """
 
 from typing import NamedTuple

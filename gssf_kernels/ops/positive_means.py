@@ -25,11 +25,18 @@ class PositiveMeans(NamedTuple):
 
 
 def positive_means(
-    a: Tensor, b: Tensor, pairing: Pairing, ids: bool, rows: bool, bias: Tensor | None = None
+    a: Tensor,
+    b: Tensor,
+    pairing: Pairing,
+    ids: bool,
+    rows: bool,
+    bias: Tensor | None = None,
+    exclude_self: bool = False,
 ) -> PositiveMeans:
     """The means of the rows' direction, or of the columns'. Differentiable once in a and b.
 
-    ids: with pairs (i, i), whether equal ids are positives too. bias: [M], of the rows of b, constant.
+    ids: with pairs (i, i), whether equal ids are positives too. bias: [M], of the rows of b, constant. exclude_self: by
+    ids, row i of b is no positive of row i of a, as for one set of rows compared with itself.
     """
     n, dtype = a.shape[0], accumulation_dtype(a.dtype)
     x, y = (a, b) if rows else (b, a)
@@ -51,17 +58,22 @@ def positive_means(
     if x.shape[0] == 0 or y.shape[0] == 0:
         zero = x.sum(1).to(dtype) * 0
         return _means(zero, torch.zeros_like(zero), None if bias is None else torch.zeros_like(zero))
-    ones = torch.ones(y.shape[0], 1, dtype=dtype, device=y.device)
-    further = [ones] if bias is None else [ones, bias[:, None].to(dtype)]
     segments, count = segments_of(x_ids, y_ids), n if pairing.kind == "rows" else x.shape[0]
-    table = torch.cat((y.to(dtype), *further), 1)
-    sums = segment_sums(table, segments.cols, segments.rows[:count], segments.total)
+    rows_of = segments.rows[:count]
+    tables = [y.to(dtype)] if bias is None else [y.to(dtype), bias[:, None].to(dtype)]
+    totals = [segment_sums(table, segments.cols, rows_of, segments.total) for table in tables]
+    counts = segments.row_counts()[:count]
     if pairing.kind == "rows":  # the pair too, if its ids differ
         missing = x_ids[:count] != y_ids[:count]
-        sums = sums + torch.where(missing[:, None], table[:count], 0)
-    d, places = x.shape[1], torch.arange(count, device=x.device)
-    score = scores_of_pairs(x[:count].to(dtype), sums[:, :d].contiguous(), places, places)
-    return _means(score, sums[:, d].detach(), sums[:, d + 1].detach() if bias is not None else None)
+        pairs = [torch.where(missing[:, None], table[:count], 0) for table in tables]
+        totals = [total + pair for total, pair in zip(totals, pairs, strict=True)]
+        counts = counts + missing
+    if exclude_self:
+        totals = [total - table for total, table in zip(totals, tables, strict=True)]
+        counts = counts - 1
+    places = torch.arange(count, device=x.device)
+    score = scores_of_pairs(x[:count].to(dtype), totals[0], places, places)
+    return _means(score, counts.to(dtype), None if bias is None else totals[1][:, 0].detach())
 
 
 def _means(sums: Tensor, counts: Tensor, biases: Tensor | None) -> PositiveMeans:

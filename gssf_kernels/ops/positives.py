@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks, plan
+from gssf_kernels import plan
 from gssf_kernels._library import register
+from gssf_kernels.ops.segments import segment_tiles
 from gssf_kernels.plan import accumulation_dtype
 
 _ROWS, _COLS = 128, 1024  # the size of a tile: 1 MiB of fp64 scores
@@ -49,12 +50,11 @@ def hardest_positives(x: Tensor, labels: Tensor, y: Tensor | None = None) -> Ten
 def _hardest_positives(call):
     x, labels = call.x, call.labels
     y = x if call.y is None else call.y
-    count, dtype = x.shape[0], accumulation_dtype(x.dtype)
+    dtype = accumulation_dtype(x.dtype)
     label, order = labels.sort(stable=True)  # stable: within a label, the lowest index comes first
-    starts = range(0, count, _ROWS)
     index = torch.full_like(order, -1)
-    for i0, first, end in zip(starts, *_bounds(label, starts), strict=True):
-        rows = slice(i0, i0 + _ROWS)
+    for i0, i1, first, end in segment_tiles(label, label, _ROWS):
+        rows = slice(i0, i1)
         anchors = x[order[rows]].double()  # [R, D]
         minimum = anchors.new_full((anchors.shape[0],), torch.inf, dtype=dtype)
         row_index = torch.full_like(order[rows], -1)
@@ -68,16 +68,6 @@ def _hardest_positives(call):
             minimum, row_index = torch.where(wins, least, minimum), torch.where(wins, order[cols][col], row_index)
         index[order[rows]] = row_index
     return index
-
-
-def _bounds(label, starts):
-    """For each tile of rows, where their labels begin and where they end among the sorted labels."""
-    count = label.shape[0]
-    if not _checks.readable(label):
-        return [0] * len(starts), [count] * len(starts)
-    first = torch.tensor(starts, dtype=torch.int64)
-    last = (first + _ROWS).clamp_max(count) - 1
-    return torch.searchsorted(label, label[first]).tolist(), torch.searchsorted(label, label[last], right=True).tolist()
 
 
 def _fake(call):

@@ -19,12 +19,9 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, distinct, last_derivative, register
-from gssf_kernels.ops.goal import Constants, anchor_values, anchor_weights
+from gssf_kernels.ops.segments import segment_tiles
+from gssf_kernels.ops.terms import direction_gradients, direction_value
 from gssf_kernels.plan import accumulation_dtype
-from gssf_kernels.reference import AnchorStatistics
-
-_ROWS = 64  # rows of a tile, where the ids may be read
-_SCORES = 1 << 18  # of a tile: 1 MiB of fp32
 
 
 class Call(NamedTuple):
@@ -39,7 +36,7 @@ class Call(NamedTuple):
     formula: str
     constants: list[float]
     row_weight: Tensor | None  # [N], of each row's terms in the sum whose gradients are computed; None: 1
-    needs: list[bool]  # whether the gradients with respect to a and b, and to both scores, are computed
+    gradients: bool  # whether they are computed
 
 
 def segment_terms(
@@ -55,26 +52,26 @@ def segment_terms(
 ) -> Tensor:
     """The sum of all terms; or, with ``each``, row_terms [N], for which col_score is None. Differentiable once."""
     tensors = a, b, row_score, col_score
-    needs = [torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)] * 2
-    needs = [need and not each for need in needs]
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    gradients = differentiable and not each  # with `each` the weights of the terms are known in the backward only
     a, b = distinct(a, b)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    return _SegmentTerms.apply(a, b, a_ids, b_ids, row_score, col_score, formula, constants, each, needs)[0]
+    return _SegmentTerms.apply(a, b, a_ids, b_ids, row_score, col_score, formula, constants, each, gradients)[0]
 
 
 def lowest_of_pairs(a: Tensor, b: Tensor, a_ids: Tensor, b_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest score of each row's pairs [N], and of each column's [M]; +inf for none. No gradient."""
-    call = Call(a.detach(), b.detach(), a_ids, b_ids, None, None, "lowest", [], None, [False, False])
+    call = Call(a.detach(), b.detach(), a_ids, b_ids, None, None, "lowest", [], None, False)
     rows, cols, *_ = torch.ops.gssf.segment_terms(*call)
     return rows, cols
 
 
 class _SegmentTerms(Function):
     @staticmethod
-    def forward(a, b, a_ids, b_ids, row_score, col_score, formula, constants, each, needs):
-        call = Call(a, b, a_ids, b_ids, row_score, col_score, formula, constants, None, needs)
-        rows, cols, *gradients = torch.ops.gssf.segment_terms(*call)
-        return rows if each else rows.sum() + cols.sum(), *gradients
+    def forward(a, b, a_ids, b_ids, row_score, col_score, formula, constants, each, gradients):
+        call = Call(a, b, a_ids, b_ids, row_score, col_score, formula, constants, None, gradients)
+        rows, cols, *results = torch.ops.gssf.segment_terms(*call)
+        return rows if each else rows.sum() + cols.sum(), *results
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -99,7 +96,7 @@ def _needed(ctx):
 def _gradients(grad_out, formula, constants, each, a, b, *saved):
     if each:
         a_ids, b_ids, row_score, _ = saved
-        call = Call(a, b, a_ids, b_ids, row_score, None, formula, constants, grad_out.contiguous(), [True, True])
+        call = Call(a, b, a_ids, b_ids, row_score, None, formula, constants, grad_out.contiguous(), True)
         _, _, da, db, drow, dcol = torch.ops.gssf.segment_terms(*call)
         return da.to(a.dtype), db.to(b.dtype), drow, dcol
     da, db, drow, dcol = saved
@@ -115,40 +112,24 @@ class _Tile(NamedTuple):
 
 def _tiles(a: Tensor, b: Tensor, a_ids: Tensor, b_ids: Tensor):
     """The tiles that hold all pairs; a, b and the ids are sorted by id."""
-    n, m = a.shape[0], b.shape[0]
-    if _checks.readable(a_ids) and _checks.readable(b_ids):
-        starts = torch.arange(0, n, _ROWS)
-        last = (starts + _ROWS).clamp_max(n) - 1
-        first = torch.searchsorted(b_ids, a_ids[starts]).tolist()
-        end = torch.searchsorted(b_ids, a_ids[last], right=True).tolist()
-        ranges = [(i, min(i + _ROWS, n), *bounds) for i, *bounds in zip(starts.tolist(), first, end, strict=True)]
-    else:
-        step = max(plan.CHUNK_SCORES.get(a.device.type, _SCORES) // max(m, 1), 1)
-        ranges = [(i, min(i + step, n), 0, m) for i in range(0, n, step)]
-    for i0, i1, j0, j1 in ranges:
-        step = max(j1 - j0, 1) if i1 - i0 > _ROWS else max(_SCORES // (i1 - i0), 1)
+    readable = _checks.readable(a_ids) and _checks.readable(b_ids)
+    scores = plan.SEGMENT_SCORES if readable else plan.CHUNK_SCORES.get(a.device.type, plan.SEGMENT_SCORES)
+    rows = plan.SEGMENT_ROWS if readable else max(scores // max(b.shape[0], 1), 1)
+    for i0, i1, j0, j1 in segment_tiles(a_ids, b_ids, rows):
+        step = max(scores // (i1 - i0), 1)
         for j in range(j0, j1, step):
             cols = slice(j, min(j + step, j1))
             s = reference.accumulate(a[i0:i1]) @ reference.accumulate(b[cols]).mT
             yield _Tile(slice(i0, i1), cols, s, a_ids[i0:i1, None] == b_ids[cols])
 
 
-def _terms_of(call: Call, p: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(f(p, n), −df/dp, df/dn)`` of pairs with score p and negative n, each 0 where there is no negative."""
-    if call.formula == "hinge":
-        t = call.constants[0] + n - p
-        slope = torch.where(t < 0, 0, torch.ones_like(t))
-        results = torch.where(t < 0, 0, t), slope, slope
-    elif call.formula == "active":  # counts; it has no gradient
-        results = (call.constants[0] + n - p > 0).to(p.dtype), torch.zeros_like(p), torch.zeros_like(p)
-    elif call.formula == "score":
-        results = p, -torch.ones_like(p), torch.zeros_like(p)
-    else:
-        triplet, pair = call.formula.split()[1:]
-        anchor, constants = AnchorStatistics(p, n), Constants(*call.constants)
-        results = anchor_values(anchor, triplet, pair, constants), *anchor_weights(anchor, triplet, pair, constants)
-    value, positive_weight, negative_weight = (torch.where(n != -torch.inf, t, 0) for t in results)
-    return value, positive_weight, negative_weight
+def _values(call: Call, s: Tensor, n: Tensor) -> Tensor:
+    """f(s, n) of scores s and hardest negatives n; 0 where there is no negative."""
+    if call.formula == "active":
+        return torch.where(n != -torch.inf, (call.constants[0] + n - s > 0).to(s.dtype), 0)
+    if call.formula == "score":
+        return torch.where(n != -torch.inf, s, 0)
+    return direction_value(call.formula, call.constants, s, n)
 
 
 def _segment_terms(call: Call) -> tuple[Tensor, ...]:
@@ -159,12 +140,13 @@ def _segment_terms(call: Call) -> tuple[Tensor, ...]:
     has_columns = lowest or call.col_score is not None
     rows = a.new_full(a.shape[:1], torch.inf if lowest else 0, dtype=dtype)
     cols = a.new_full(b.shape[:1] if has_columns else (0,), torch.inf if lowest else 0, dtype=dtype)
-    need = any(call.needs)
-    da, db = (t.new_zeros(t.shape if need else 0, dtype=dtype) for t in (a, b))
-    drow, dcol = (t.new_zeros(t.shape if need else 0) for t in (rows, cols))
+    da, db = (t.new_zeros(t.shape if call.gradients else 0, dtype=dtype) for t in (a, b))
+    drow, dcol = (t.new_zeros(t.shape if call.gradients else 0) for t in (rows, cols))
     row_n = None if call.row_score is None else call.row_score[a_order]
     col_n = None if call.col_score is None else call.col_score[b_order]
-    weight = None if call.row_weight is None else call.row_weight[a_order]
+    row_weight, col_weight = torch.ones_like(rows), torch.ones_like(cols)
+    if call.row_weight is not None:
+        row_weight = call.row_weight[a_order]
     for tile in _tiles(sorted_a, sorted_b, a_ids, b_ids):
         if lowest:
             s = torch.where(tile.same, tile.s, torch.inf)
@@ -172,18 +154,21 @@ def _segment_terms(call: Call) -> tuple[Tensor, ...]:
             cols[tile.cols] = torch.minimum(cols[tile.cols], s.amin(0))
             continue
         ds = torch.zeros_like(tile.s)
-        sides = ((row_n, rows, drow, tile.rows, 1), (col_n, cols, dcol, tile.cols, 0))
-        for n, totals, dn, part, dim in sides:
+        sides = (
+            (row_n, row_weight, rows, drow, tile.rows, 1),
+            (col_n, col_weight, cols, dcol, tile.cols, 0),
+        )
+        for n, weight, totals, dn, part, dim in sides:
             if n is None:
                 continue
-            terms = _terms_of(call, tile.s, n[part].unsqueeze(dim))
-            value, positive_weight, negative_weight = (torch.where(tile.same, t, 0) for t in terms)
-            totals[part] += value.sum(dim)
-            if need:
-                scaled = 1 if weight is None else weight[part].unsqueeze(dim)  # only rows have weights
-                ds -= scaled * positive_weight
-                dn[part] += (scaled * negative_weight).sum(dim)
-        if need:
+            n_of_tile = n[part].unsqueeze(dim)
+            totals[part] += torch.where(tile.same, _values(call, tile.s, n_of_tile), 0).sum(dim)
+            if call.gradients:
+                dterms = weight[part].unsqueeze(dim)
+                dpositive, dnegative = direction_gradients(dterms, call.formula, call.constants, tile.s, n_of_tile)
+                ds -= torch.where(tile.same, dpositive, 0)
+                dn[part] += torch.where(tile.same, dnegative, 0).sum(dim)
+        if call.gradients:
             da[tile.rows] += ds @ reference.accumulate(sorted_b[tile.cols])
             db[tile.cols] += ds.mT @ reference.accumulate(sorted_a[tile.rows])
     unsorted = ((rows, a_order), (cols, b_order), (da, a_order), (db, b_order), (drow, a_order), (dcol, b_order))
@@ -193,9 +178,8 @@ def _segment_terms(call: Call) -> tuple[Tensor, ...]:
 def _fake(call: Call) -> tuple[Tensor, ...]:
     n, m, dtype = call.a.shape[0], call.b.shape[0], accumulation_dtype(call.a.dtype)
     columns = m if call.formula == "lowest" or call.col_score is not None else 0
-    need = any(call.needs)
     shapes = ((n,), (columns,), call.a.shape, call.b.shape, (n,), (columns,))
-    return tuple(call.a.new_empty(s if k < 2 or need else (0,), dtype=dtype) for k, s in enumerate(shapes))
+    return tuple(call.a.new_empty(s if k < 2 or call.gradients else (0,), dtype=dtype) for k, s in enumerate(shapes))
 
 
 # Results: the terms of rows [N] and of columns [M], or none; the gradients of a, b, row_score and col_score, or none.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gssf_kernels import _checks
 from gssf_kernels._library import Function, last_derivative
 
 
@@ -45,6 +46,21 @@ def segments_of(a_ids: Tensor, b_ids: Tensor) -> Segments:
     cols = torch.searchsorted(sorted_ids, b_ids).clamp_max(sorted_ids.shape[0] - 1)
     cols = torch.where(sorted_ids[cols] == b_ids, cols, -1)
     return Segments(torch.searchsorted(sorted_ids, a_ids), cols, sorted_ids.shape[0])
+
+
+def segment_tiles(a_ids: Tensor, b_ids: Tensor, rows: int) -> list[tuple[int, int, int, int]]:
+    """``(i0, i1, j0, j1)`` for every ``rows`` rows i0 .. i1 of sorted a_ids: all columns of their ids are in j0 .. j1.
+
+    Both are sorted. Where they cannot be read without synchronising, j0 .. j1 are all columns.
+    """
+    n, m = a_ids.shape[0], b_ids.shape[0]
+    starts = range(0, n, rows)
+    ends = [min(start + rows, n) for start in starts]
+    if not (_checks.readable(a_ids) and _checks.readable(b_ids)):
+        return [(i0, i1, 0, m) for i0, i1 in zip(starts, ends, strict=True)]
+    first, last = a_ids[list(starts)], a_ids[[end - 1 for end in ends]]
+    bounds = torch.searchsorted(b_ids, first).tolist(), torch.searchsorted(b_ids, last, right=True).tolist()
+    return list(zip(starts, ends, *bounds, strict=True))
 
 
 def segment_sums(values: Tensor, source: Tensor, target: Tensor, total: int) -> Tensor:

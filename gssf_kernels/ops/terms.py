@@ -100,41 +100,38 @@ def _column_gradient(gradients, call):
     return gradients[0].new_empty(0) if col_score is None else _padded(gradients[1], col_score.shape[0])
 
 
-def _hinge(call):
+def direction_value(formula: str, constants: list[float], positive: Tensor, negative: Tensor) -> Tensor:
+    """The terms of one direction, "hinge" or "goal <triplet> <pair>", of scores that broadcast."""
+    if formula == "hinge":
+        return reference.hinge(constants[0] + negative - positive)
+    triplet, pair = formula.split()[1:]
+    values = anchor_values(AnchorStatistics(positive, negative), triplet, pair, Constants(*constants))
+    return torch.where(negative != -torch.inf, values, 0)
+
+
+def direction_gradients(
+    dterms: Tensor, formula: str, constants: list[float], positive: Tensor, negative: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(−dL/dpositive, dL/dnegative)`` of the terms of one direction; dterms: dL/dterms."""
+    if formula == "hinge":
+        gradient = torch.where(constants[0] + negative - positive < 0, 0, dterms)
+        return gradient, gradient
+    triplet, pair = formula.split()[1:]
+    weights = anchor_weights(AnchorStatistics(positive, negative), triplet, pair, Constants(*constants))
+    positive_weight, negative_weight = (torch.where(negative != -torch.inf, w, 0) for w in weights)
+    return dterms * positive_weight, dterms * negative_weight
+
+
+def _of_directions(call):
     positive_score, *negatives = _directions(call)
-    (margin,) = call.constants
-    return sum(reference.hinge(margin + negative - positive_score) for negative in negatives)
+    return sum(direction_value(call.formula, call.constants, positive_score, negative) for negative in negatives)
 
 
-def _hinge_backward(dterms, call):
+def _of_directions_backward(dterms, call):
     positive_score, *negatives = _directions(call)
-    (margin,) = call.constants
-    gradients = [torch.where(margin + negative - positive_score < 0, 0, dterms) for negative in negatives]
-    return -sum(gradients), gradients[0], _column_gradient(gradients, call)
-
-
-def _goal(call):
-    positive_score, *negatives = _directions(call)
-    triplet, pair = call.formula.split()[1:]
-
-    def terms(negative):
-        values = anchor_values(AnchorStatistics(positive_score, negative), triplet, pair, Constants(*call.constants))
-        return torch.where(negative != -torch.inf, values, 0)
-
-    return sum(terms(negative) for negative in negatives)
-
-
-def _goal_backward(dterms, call):
-    positive_score, *negatives = _directions(call)
-    triplet, pair = call.formula.split()[1:]
-
-    def gradients(negative):
-        weights = anchor_weights(AnchorStatistics(positive_score, negative), triplet, pair, Constants(*call.constants))
-        return tuple(dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)
-
-    positives, gradients_of_negatives = zip(*(gradients(negative) for negative in negatives), strict=True)
-    dcol = _column_gradient(gradients_of_negatives, call)
-    return -sum(positives), gradients_of_negatives[0], dcol
+    gradients = [direction_gradients(dterms, call.formula, call.constants, positive_score, n) for n in negatives]
+    positives, gradients_of_negatives = zip(*gradients, strict=True)
+    return -sum(positives), gradients_of_negatives[0], _column_gradient(gradients_of_negatives, call)
 
 
 def _info_nce(call):
@@ -168,11 +165,14 @@ def _padded(gradient, length):
 
 
 # call -> terms [N]
-_TERMS: dict[str, Callable] = {"hinge": _hinge, "goal": _goal, "info_nce": _info_nce}
+_TERMS: dict[str, Callable] = {"hinge": _of_directions, "goal": _of_directions, "info_nce": _info_nce}
 # (dL/dterms [] or [N], call) -> the gradients with respect to positive_score or row_target [N], rows [N], columns [M]
 _GRADIENTS: dict[str, Callable] = {
-    "hinge": _hinge_backward, "goal": _goal_backward, "info_nce": _info_nce_backward, "weights": _weights_backward,
-}  # fmt: skip
+    "hinge": _of_directions_backward,
+    "goal": _of_directions_backward,
+    "info_nce": _info_nce_backward,
+    "weights": _weights_backward,
+}
 
 
 def _anchor_terms(call):

@@ -201,9 +201,9 @@ FAULTS = [
     Fault(
         "GOAL: an anchor without a negative is pulled",
         "gssf_kernels/ops/terms.py",
-        "_goal_backward",
-        "(dterms * torch.where(negative != -torch.inf, w, 0) for w in weights)",
-        "(dterms * w.nan_to_num(0, 0, 0) for w in weights)",
+        "direction_gradients",
+        "(torch.where(negative != -torch.inf, w, 0) for w in weights)",
+        "(w.nan_to_num(0, 0, 0) for w in weights)",
     ),
     Fault(
         "GOAL: what comes from above is dropped",

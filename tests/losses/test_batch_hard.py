@@ -14,7 +14,7 @@ from launch_counts import check_count, every_small_batch, ids_of
 from triton_checks import INF, NAN, assert_as_good, best, close, every_reduction, few, many, on_device
 
 import gssf_kernels as gk
-from gssf_kernels import plan, reference
+from gssf_kernels import _checks, plan, reference
 from gssf_kernels.ops import hardest_positives, positives
 
 BOTH = pytest.mark.parametrize("implementation", [gk, gk.reference], ids=["ours", "reference"])
@@ -130,7 +130,7 @@ def test_tiles_of_any_size_give_the_same(labels, rows, cols, monkeypatch):
 @pytest.mark.parametrize("labels", sorted(LABELS))
 def test_bounds_that_may_not_be_looked_at(labels, monkeypatch):
     """As on a GPU in fp64: all rows meet."""
-    monkeypatch.setattr(positives._checks, "readable", lambda t: False)
+    monkeypatch.setattr(_checks, "readable", lambda t: False)
     g = torch.Generator().manual_seed(0)
     for n in (1, 41, 300):
         x, chosen = torch.randint(-2, 3, (n, 3), generator=g).double(), LABELS[labels](g, n)

@@ -98,6 +98,8 @@ def test_a_scale_at_its_ceiling_can_only_fall(name):
         assert (gradient < 0) == raises  # a step of descent would raise the scale
         bound.backward()
         torch.testing.assert_close(module.log_scale.grad, torch.zeros(()) if raises else gradient * 8.0)
+        (nan,) = torch.autograd.grad(module(*inputs) * math.nan, module.log_scale)
+        assert nan.isnan()
         with torch.no_grad():
             module.log_scale.fill_(math.log(50.0))  # as an optimizer's momentum may leave it
         torch.testing.assert_close(module(*inputs), open_loss)

@@ -23,7 +23,7 @@ LOSSES = {
     "multi_similarity_loss": {},
 }
 ONE_SIDED = ("nt_xent_loss", "batch_hard_loss", "circle_loss", "multi_similarity_loss")
-MORE = {
+OPTIONS = {
     "triplet_loss": [{"negatives": "all"}, {"negatives": "semihard"}, {"symmetric": False}, {"diagnostics": True}],
     "goal_loss": [{"pair": "sig_ms"}, {"symmetric": False}],
     "info_nce_loss": [{"false_negative_margin": 0.2}],
@@ -39,13 +39,13 @@ def call(name, x, y, module=gk, **options):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_the_loss_of_cosines(name):
-    for more in ({}, *MORE.get(name, [])):
+    for options in ({}, *OPTIONS.get(name, [])):
         x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
         sides = {x} if name in ONE_SIDED else {x, y}
-        ours = call(name, x, y, normalize=True, **more)
-        right = call(name, F.normalize(x, dim=1), F.normalize(y, dim=1), **more)
+        ours = call(name, x, y, normalize=True, **options)
+        right = call(name, F.normalize(x, dim=1), F.normalize(y, dim=1), **options)
         torch.testing.assert_close(ours, right)
-        torch.testing.assert_close(call(name, x, y, gk.reference, normalize=True, **more), right)
+        torch.testing.assert_close(call(name, x, y, gk.reference, normalize=True, **options), right)
         for got, expected in zip(torch.autograd.grad(ours, sides), torch.autograd.grad(right, sides), strict=True):
             torch.testing.assert_close(got, expected)
 

@@ -177,10 +177,9 @@ def _samples_with_options(a, b, g):
             yield "hardest_negatives", (a, b, *ids, "", *tail)
             yield "relative_negatives", (a, b, *ids, torch.zeros((), dtype=wide), 2.0, *tail)
     for formula, constants, col_score in (("hinge", [0.2], limits[1]), ("goal nca con", [1.0, 2.0, 3.0, 0.5], None)):
-        needs = [True, True]
-        yield "segment_terms", (a, b, *ids, limits[0], col_score, formula, constants, None, needs)
-    yield "segment_terms", (a, b, *ids, limits[0], None, "hinge", [0.2], limits[0].abs(), [True, True])
-    yield "segment_terms", (a, b, *ids, None, None, "lowest", [], None, [False, False])
+        yield "segment_terms", (a, b, *ids, limits[0], col_score, formula, constants, None, True)
+    yield "segment_terms", (a, b, *ids, limits[0], None, "hinge", [0.2], limits[0].abs(), True)
+    yield "segment_terms", (a, b, *ids, None, None, "lowest", [], None, False)
     mask = (True, rows, rows % m, *limits)  # ignore, listed pairs, limits
     options = ("softplus", "negate", False, "sum", 0.5, [True, True], None, True, False, *mask)
     yield "score_sums", (a, b, None, None, 2.0, 0.1, *ids, *options)

@@ -157,11 +157,10 @@ def test_one_side_twice_without_pairs(columns):
     """s is symmetric, and (i, i) is a negative like any other."""
     a = torch.randint(-3, 4, (600, 9), generator=torch.Generator().manual_seed(1)).float()
     ids = torch.arange(600) // 3
-    for given in (None, ids):
-        expected = torch.ops.gssf.hardest_negatives(a, a.clone(), given, given, "", False, columns)
-        for ours, right in zip(
-            torch.ops.gssf.hardest_negatives(a, a, given, given, "", False, columns), expected, strict=True
-        ):
+    for a_ids in (None, ids):
+        options = a_ids, a_ids, "", False, columns
+        expected = torch.ops.gssf.hardest_negatives(a, a.clone(), *options)
+        for ours, right in zip(torch.ops.gssf.hardest_negatives(a, a, *options), expected, strict=True):
             assert torch.equal(ours, right)
 
 
