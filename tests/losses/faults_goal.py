@@ -204,6 +204,7 @@ FAULTS = [
         "direction_gradients",
         "(torch.where(negative != -torch.inf, w, 0) for w in weights)",
         "(w.nan_to_num(0, 0, 0) for w in weights)",
+        "losses/test_pairs",
     ),
     Fault(
         "GOAL: what comes from above is dropped",

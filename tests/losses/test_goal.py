@@ -152,9 +152,10 @@ def test_empty_relative_sets_leave_the_pair_weights(pair, expected, implementati
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("pair", PAIRS)
-def test_anchors_without_a_negative_are_left_out(pair, implementation):
+@pytest.mark.parametrize("triplet", TRIPLETS)
+def test_anchors_without_a_negative_are_left_out(pair, triplet, implementation):
     x, y, *_ = problem(6, 6)
-    value, dx, dy = run(implementation, x, y, pair=pair, x_ids=torch.zeros(6, dtype=torch.long))
+    value, dx, dy = run(implementation, x, y, pair=pair, triplet=triplet, x_ids=torch.zeros(6, dtype=torch.long))
     assert float(value) == 0
     assert not dx.any()
     assert not dy.any()

@@ -63,6 +63,17 @@ def test_every_option_together(loss, shape, kind, symmetric, margin):
             check(function, x, y, options, diagnostics=True, **switches, **settings)
 
 
+@pytest.mark.filterwarnings("ignore:x_ids, y_ids")
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_that_ties_with_the_pair_is_not_semihard(kind, symmetric):
+    """Whole numbers, so that ties are exact: a term of a tie would be the margin, and the next score's is less."""
+    _, _, options = problem("wide", kind)
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randint(-1, 2, (n, 3), generator=generator).double() for n in SHAPES["wide"])
+    check(gk.triplet_loss, x, y, options, margin=1.5, negatives="semihard", symmetric=symmetric)
+
+
 @pytest.mark.parametrize("kind", ["none", "ids", "listed", "listed with ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hardest_negatives(kind, dtype):
@@ -172,6 +183,18 @@ def test_no_pair_gives_a_differentiable_zero(function, pairs):
         loss = getattr(gk, function)(x, y, pairs=pairs, reduction=reduction, **ids, **scalars)
         loss.backward()
         assert loss == 0
+    assert not x.grad.any()
+    assert not y.grad.any()
+
+
+@pytest.mark.parametrize("triplet", ["con", "nca", "cir"])
+@pytest.mark.parametrize("pairs", ["ids", torch.tensor([[0, 1], [3, 6]])], ids=["ids", "listed"])
+def test_goal_of_anchors_without_a_negative_is_zero(pairs, triplet):
+    x, y = normal(4, 3, 1).requires_grad_(), normal(7, 3, 2).requires_grad_()
+    ids = {"x_ids": torch.zeros(4, dtype=torch.int64), "y_ids": torch.zeros(7, dtype=torch.int64)}
+    loss = gk.goal_loss(x, y, triplet=triplet, pair="lin", pairs=pairs, **ids)
+    loss.backward()
+    assert loss == 0
     assert not x.grad.any()
     assert not y.grad.any()
 
