@@ -32,6 +32,24 @@ def _logsumexp_small_backward(
 
 
 LINES = ("row", "col", "pair")
+_OF_ROWS: tuple = (
+    "scaled",
+    [],
+    None,
+    None,
+    None,
+    False,
+    False,
+)  # the arguments behind `keep`: columns have no statistics
+
+
+def _of_rows(*arguments: Any) -> tuple:
+    return (*_logsumexp_small(*arguments), "", *_OF_ROWS)
+
+
+def _of_rows_backward(dtype: torch.dtype, n: int, d: int, scaled: bool) -> tuple:
+    backward = _logsumexp_small_backward(dtype, n, d, scaled, False, "row pair", [True, True, True])
+    return (*backward, None, "", *_OF_ROWS)
 
 
 class _Term(NamedTuple):
@@ -150,6 +168,10 @@ def _small() -> Iterator[Case]:
             yield Case(
                 "logsumexp_scores_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product
             )
+        make, kernels = partial(_of_rows, dtype, 129, 200, True), ("sweep_kernel", "merge_logs_kernel")
+        yield Case("logsumexp_scores of rows", _launcher("logsumexp_scores"), make, kernels, product)
+        make, kernels = partial(_of_rows_backward, dtype, 129, 200, True), ("sweep_kernel", "gradients_kernel")
+        yield Case("logsumexp_scores_backward of rows", _launcher("logsumexp_scores_backward"), make, kernels, product)
         yield from _sums(product)
         yield from _distillations(product)
         yield from _info_nces(product)
@@ -172,14 +194,14 @@ def _by_label(dtype: torch.dtype, n: int, d: int, score: str, mined: bool, alone
     a, b = torch.zeros(n, d, dtype=dtype), None if alone else torch.zeros(n + 1, d, dtype=dtype)
     labels = torch.zeros(n, dtype=torch.int64), torch.zeros(n if alone else n + 1, dtype=torch.int64)
     bounds = torch.zeros(2, n) if mined else None
-    return a, b, None, 1.0, False, score, SCORES[score], *labels, bounds, alone
+    return a, b, None, 1.0, "", score, SCORES[score], *labels, bounds, alone
 
 
 def _by_label_backward(*arguments: Any) -> tuple:
     a, b, scale, constant, _, *by_label = _by_label(*arguments)
     statistics = torch.zeros(2, len(a)), torch.zeros(2, len(a)), *zeros(0, 0)
     needs = [True, b is not None, False]
-    return torch.zeros(2, len(a)), None, None, a, b, scale, constant, *statistics, needs, None, *by_label
+    return torch.zeros(2, len(a)), None, None, a, b, scale, constant, *statistics, needs, None, "", *by_label
 
 
 def _labelled(product: str) -> Iterator[Case]:

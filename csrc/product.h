@@ -18,6 +18,8 @@
 
 namespace gssf {
 
+constexpr int64_t kPackPanels = 8;
+
 // y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A.
 template <class A>
 at::Tensor packed(const at::Tensor& y) {
@@ -26,11 +28,19 @@ at::Tensor packed(const at::Tensor& y) {
   A* panels = out.mutable_data_ptr<A>();
   const auto pack = [&](const auto* data) {
     using T = std::remove_cvref_t<decltype(*data)>;
+    // If columns are adjacent, a task packs the panels of a few at once, row by row, as they lie in memory.
+    const bool by_rows = y.stride(1) == 1;
     at::parallel_for(0, count, ceil_div(1 << 14, std::max<int64_t>(k * kPanel<A>, 1)), [&](int64_t p, int64_t end) {
-      for (; p < end; ++p) {
+      for (int64_t next; p < end; p = next) {
+        next = by_rows ? std::min(p + kPackPanels, end) : p + 1;
         const int64_t j = p * kPanel<A>;
-        const Packing<T, A> packing{data + j * y.stride(1),     panels + j * k, k,
-                                    std::min(kPanel<A>, m - j), y.stride(0),    y.stride(1)};
+        const Packing<T, A> packing{.y = data + j * y.stride(1),
+                                    .panels = panels + j * k,
+                                    .k = k,
+                                    .width = std::min(next * kPanel<A>, m) - j,
+                                    .row = y.stride(0),
+                                    .col = y.stride(1),
+                                    .apart = k * kPanel<A>};
         GSSF_VECTORIZED(pack_of, packing);
       }
     });

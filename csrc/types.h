@@ -72,12 +72,12 @@ struct Product {
   bool add;
 };
 
-// `width` adjacent columns of a right operand [k, width], and the panel they become.
+// `width` adjacent columns of a right operand [k, width], and the panels they become, which are `apart` numbers apart.
 template <class T, class A>
 struct Packing {
   const T* y;
-  A* panel;
-  int64_t k, width, row, col;  // element (l, j) of y lies at l * row + j * col
+  A* panels;
+  int64_t k, width, row, col, apart;  // element (l, j) of y lies at l * row + j * col
 };
 
 // Operands of the bf16 unit hold channels in pairs, two bf16 in 32 bits, padded with zeros to whole matrix instructions

@@ -32,24 +32,50 @@ GSSF_INLINE void convert(To* out, const From* in, int64_t n) {
   }
 }
 
+// One step of a transpose: swaps the corners of all blocks of 2 kStep x 2 kStep.
+template <int kStep, class V, int L>
+GSSF_INLINE void swap_corners(V (&row)[L]) {
+  decltype(V{} < V{}) low, high;
+  for (int k = 0; k < L; ++k) low[k] = k & kStep ? L + k - kStep : k, high[k] = k & kStep ? L + k : k + kStep;
+#pragma GCC unroll 16
+  for (int r = 0; r < L; ++r)
+    if (!(r & kStep)) {
+      const V x = row[r], y = row[r + kStep];
+      row[r] = __builtin_shuffle(x, y, low), row[r + kStep] = __builtin_shuffle(x, y, high);
+    }
+  if constexpr (2 * kStep < L) swap_corners<2 * kStep>(row);
+}
+
+// Transposes all blocks of 4 x 4, by instructions that move nothing between 16-byte parts of a register.
+template <class V, int L>
+GSSF_INLINE void transpose_quads(V (&row)[L]) {
+  decltype(V{} < V{}) low, high, low_pairs, high_pairs;
+  for (int k = 0; k < L; ++k) {
+    const int part = k / 4 * 4, lane = k % 4;
+    low[k] = part + lane / 2 + lane % 2 * L, high[k] = low[k] + 2;
+    low_pairs[k] = part + lane % 2 + lane / 2 * L, high_pairs[k] = low_pairs[k] + 2;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < L; r += 4) {
+    const V x = __builtin_shuffle(row[r], row[r + 1], low), y = __builtin_shuffle(row[r], row[r + 1], high);
+    const V z = __builtin_shuffle(row[r + 2], row[r + 3], low), w = __builtin_shuffle(row[r + 2], row[r + 3], high);
+    row[r] = __builtin_shuffle(x, z, low_pairs), row[r + 1] = __builtin_shuffle(x, z, high_pairs);
+    row[r + 2] = __builtin_shuffle(y, w, low_pairs), row[r + 3] = __builtin_shuffle(y, w, high_pairs);
+  }
+}
+
 // to [L, L] = the transpose of from [L, L] in registers, where L is the number of lanes of V and to_row, from_row are
-// the strides of rows: each cache line is read or written once.
+// the strides of rows.
 template <class V, class T>
 GSSF_INLINE void transpose(const T* from, int64_t from_row, T* to, int64_t to_row) {
   constexpr int L = sizeof(V) / sizeof(T);
-  using Order = std::conditional_t<sizeof(T) == 4, Simd<float>::Index, Simd<double>::Index>;
   V row[L];
   for (int r = 0; r < L; ++r) row[r] = load<V>(from + r * from_row);
-#pragma GCC unroll 4
-  for (int step = 1; step < L; step *= 2) {  // swaps the corners of blocks of twice the step
-    Order low, high;
-    for (int k = 0; k < L; ++k) low[k] = k & step ? L + k - step : k, high[k] = k & step ? L + k : k + step;
-#pragma GCC unroll 16
-    for (int r = 0; r < L; ++r)
-      if (!(r & step)) {
-        const V x = row[r], y = row[r + step];
-        row[r] = __builtin_shuffle(x, y, low), row[r + step] = __builtin_shuffle(x, y, high);
-      }
+  if constexpr (sizeof(T) == 4) {
+    transpose_quads(row);
+    if constexpr (L > 4) swap_corners<4>(row);
+  } else {
+    swap_corners<1>(row);
   }
   for (int r = 0; r < L; ++r) store(to + r * to_row, row[r]);
 }

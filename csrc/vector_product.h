@@ -79,29 +79,46 @@ GSSF_INLINE void product(const Product<A>& p) {
   }
 }
 
+// Rows of y, whose columns are adjacent, to all panels.
 template <class T, class A>
-GSSF_INLINE void pack(const Packing<T, A>& p) {
+GSSF_INLINE void pack_rows(const Packing<T, A>& p) {
+  const int64_t whole = p.width / kPanel<A> * kPanel<A>, rest = p.width - whole;
+  for (int64_t l = 0; l < p.k; ++l) {
+    const T* row = p.y + l * p.row;
+    A* to = p.panels + l * kPanel<A>;
+    for (int64_t j = 0; j < whole; j += kPanel<A>, to += p.apart) convert(to, row + j, kPanel<A>);
+    if (rest == 0) continue;
+    convert(to, row + whole, rest);
+    std::fill_n(to + rest, kPanel<A> - rest, A(0));
+  }
+}
+
+// One panel, at most kPanel columns, from adjacent rows or any other order.
+template <class T, class A>
+GSSF_INLINE void pack_columns(const Packing<T, A>& p) {
   for (int64_t l0 = 0; l0 < p.k; l0 += kDepth) {  // kDepth channels of a panel stay in the cache
     const int64_t l1 = std::min(l0 + kDepth, p.k);
-    if (p.width < kPanel<A>) std::fill(p.panel + l0 * kPanel<A>, p.panel + l1 * kPanel<A>, A(0));
-    if (p.col == 1) {
-      for (int64_t l = l0; l < l1; ++l) convert(p.panel + l * kPanel<A>, p.y + l * p.row, p.width);
-      continue;
-    }
+    if (p.width < kPanel<A>) std::fill(p.panels + l0 * kPanel<A>, p.panels + l1 * kPanel<A>, A(0));
     int64_t j = 0;
-    if constexpr (std::is_same_v<T, A> && kRegisters >= 32) {
-      constexpr int64_t L = Simd<A>::lanes;
+    if constexpr (std::is_same_v<T, A>) {
+      constexpr int64_t L = Register<A>::lanes;
       for (; p.row == 1 && j + L <= p.width; j += L) {
         int64_t l = l0;
         for (; l + L <= l1; l += L)
-          transpose<typename Simd<A>::Vector>(p.y + l + j * p.col, p.col, p.panel + l * kPanel<A> + j, kPanel<A>);
+          transpose<typename Register<A>::Vector>(p.y + l + j * p.col, p.col, p.panels + l * kPanel<A> + j, kPanel<A>);
         for (; l < l1; ++l)
-          for (int64_t c = j; c < j + L; ++c) p.panel[l * kPanel<A> + c] = p.y[l + c * p.col];
+          for (int64_t c = j; c < j + L; ++c) p.panels[l * kPanel<A> + c] = p.y[l + c * p.col];
       }
     }
     for (; j < p.width; ++j)
-      for (int64_t l = l0; l < l1; ++l) p.panel[l * kPanel<A> + j] = static_cast<A>(p.y[l * p.row + j * p.col]);
+      for (int64_t l = l0; l < l1; ++l) p.panels[l * kPanel<A> + j] = static_cast<A>(p.y[l * p.row + j * p.col]);
   }
+}
+
+template <class T, class A>
+GSSF_INLINE void pack(const Packing<T, A>& p) {
+  if (p.col == 1) pack_rows(p);
+  else pack_columns(p);
 }
 
 typedef uint32_t Pairs __attribute__((vector_size(64)));  // of bf16

@@ -53,8 +53,9 @@ def chunks(
         (da [N, D], db [M, D]) in the scores' dtype, or None for what ``needs`` leaves out.
     """
     dtype, rows = accumulation_dtype(a.dtype), chunk_rows(a, b)
-    columns = Right(b.mT, dtype) if scores is None else None
-    channels = Right(b, dtype) if needs[0] else None
+    factor = OnceRight if a.shape[0] <= rows else Right
+    columns = factor(b.mT, dtype) if scores is None else None
+    channels = factor(b, dtype) if needs[0] else None
     buffer = a.new_empty(rows, b.shape[0], dtype=dtype)
     da = a.new_empty(a.shape, dtype=dtype) if needs[0] else None
     db = (b.new_empty if a.shape[0] else b.new_zeros)(b.shape, dtype=dtype) if needs[1] else None
@@ -74,17 +75,22 @@ def chunks(
     return da, db
 
 
-def kept_shape(a: Tensor, b: Tensor | None, keep: bool) -> tuple[int, ...]:
-    """The shape of the scores that are kept for the backward: s = a bᵀ [N, M] if it is small, else [0, M].
+def kept_shape(a: Tensor, b: Tensor | None, keep: str) -> tuple[int, ...]:
+    """The shape of what a forward keeps for the backward; `ops.logsumexp.kept_for` says what ``keep`` is.
 
-    [0] where none ever are: without ``keep``, and with b=None, which means that b is a. Traced sizes choose by
+    "scores": s = a bᵀ [N, M] if it is small, else [0, M]. "means": [N, D], or [0, D] where a kernel takes few launches
+    without them. [0] where nothing is kept, and with b=None, which means that b is a. Traced sizes choose by
     arithmetic, so that no graph depends on them.
     """
     most = plan.KEPT_SCORES.get(_checks.device_type(a), 0)
-    if not keep or b is None or not most:
+    if not keep or b is None or (keep == "scores" and not most):
         return (0,)
     n, m = a.shape[0], b.shape[0]
-    return n * torch.sym_min(1, most // torch.sym_max(n * m, 1)), m
+    if keep == "scores":
+        return n * torch.sym_min(1, most // torch.sym_max(n * m, 1)), m
+    if _checks.device_type(a) != "cuda":
+        return n, a.shape[1]
+    return n * torch.sym_min(1, n * m // (plan.SMALL + 1)), a.shape[1]
 
 
 def halves(n: int, limit: int, step: int, max_rows: int) -> Iterable[tuple[int, int]]:
@@ -190,6 +196,35 @@ class Right:
             torch.ops.gssf.multiply(x, self.y, out, add)
             return
         _library.product(x, self.y, out, add)
+
+
+class OnceRight:
+    """`Right` for one product: parts of y are packed one after the other, so that each is still in the cache.
+
+    What is packed is never more than `plan.PACKED_NUMBERS`, or one panel.
+    """
+
+    def __init__(self, y: Tensor, dtype: torch.dtype):
+        self.y, self.dtype = y, dtype
+
+    def product(self, x: Tensor, out: Tensor) -> None:
+        """``out = x y``, as `Right.product`, to the bit."""
+        (k, m), step = self.y.shape, plan.PACKED_NUMBERS
+        if _checks.device_type(self.y) != "cpu" or k * m <= step:
+            return Right(self.y, self.dtype).product(x, out)
+        if k <= m:  # few channels: parts of columns
+            for part in _parts(m, max(step // k, 1)):
+                Right(self.y[:, part], self.dtype).product(x, out[:, part])
+            return None
+        for part in _parts(k, max(step // m, 1)):
+            Right(self.y[part], self.dtype).product(x[:, part], out, add=part.start > 0)
+        return None
+
+
+def _parts(length: int, most: int) -> Iterable[slice]:
+    """Parts of at most ``most`` numbers, or of 64: whole panels, and whole chains of a sum (``csrc/types.h``)."""
+    step = max(most // 64, 1) * 64
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:

@@ -43,6 +43,7 @@ SEGMENT_ROWS = 64  # rows of a tile of the scores of equal id, where ids may be 
 SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
+PACKED_NUMBERS = 1 << 19  # of a factor that is packed for one product: 2 MiB of fp32, which stay in the cache
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 
@@ -386,6 +387,9 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
         if getattr(call, "general", False):
             yield Plan("chunks", f"{scores} with listed pairs, left-out scores or limits: masked in chunks")
             return
+        if getattr(call, "keep", "") == "means" and scores.count > SMALL:
+            yield Plan("chunks", f"{scores}, of which only a has a gradient: the forward computes it from its softmax")
+            return
         if scores.small:
             why = f"{scores}, at most {SMALL:,}: the fewest launches; a backward stores dscores of all"
             yield Plan("small", why, scores.tile(epilogue))
@@ -438,7 +442,7 @@ def info_nce(call: Any) -> Iterator[Plan]:
 def logsumexp(call: Any) -> Iterator[Plan]:
     """Plans of ``logsumexp_scores`` and its backward. The forward is a reduction, with the tile config "sums"."""
     forward = not hasattr(call, "needs")
-    if forward and call.score == "scaled" and call.a.dtype != torch.float64:
+    if forward and call.score == "scaled" and call.a.dtype != torch.float64 and call.columns and not call.general:
         b = call.a if call.b is None else call.b
         if hopper("logsumexp_scores", call.a, b):
             yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")

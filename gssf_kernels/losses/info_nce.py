@@ -62,8 +62,7 @@ def info_nce_loss(
             autograd. The log-Q correction passes −log q of candidates that are drawn with probability q.
         label_smoothing: ε in [0, 1), the part of the target that is uniform over all candidates; 0 where scores may be
             left out.
-        symmetric: the mean of both directions; False: only the rows' direction. With ``pairs``, ``y_bias``,
-            ``false_negative_margin`` or same_id="ignore" this also saves the time of the columns' statistics.
+        symmetric: the mean of both directions; False: only the rows' direction, as for queries against a queue.
         false_negative_margin: >= 0. A score that is no positive is left out of its anchor's log-sum where it is above
             the anchor's lowest positive score plus this, both without scale and bias.
         reduction: "mean" over the N pairs, "sum" or "none" ([N]); with ``pairs`` see above, "sum" is half the sum of
@@ -78,8 +77,9 @@ def info_nce_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`; with ids also a
-    few N x D matrices.
+    Time: one product forward, three backward; two in all with symmetric=False if y has no gradient. Extra memory:
+    as :func:`~gssf_kernels.logsumexp_scores`, whose copies of y then are at most 2 MiB if all scores are one chunk; with
+    ids also a few N x D matrices.
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
+from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.dense import kept_shape
-from gssf_kernels.ops.logsumexp import kappa_of, scale_of
+from gssf_kernels.ops.logsumexp import kappa_of, kept_for, scale_of
 from gssf_kernels.ops.segments import Segments, segment_sums, segments_of
 from gssf_kernels.plan import accumulation_dtype
 
@@ -46,7 +46,7 @@ class Call(NamedTuple):
     epsilon: float
     symmetric: bool
     reduction: str
-    keep: bool = False  # keep s for the backward, if it is small
+    keep: str = ""  # what to keep for the backward; see `kept_for`
 
 
 class BackwardCall(NamedTuple):
@@ -64,12 +64,13 @@ class BackwardCall(NamedTuple):
     reduction: str
     row_max: Tensor
     row_log: Tensor
-    col_max: Tensor
+    col_max: Tensor  # [M]; empty if the loss has only the rows' direction
     col_log: Tensor
     row_count: Tensor  # [N], positives of each row; empty without ids
     col_count: Tensor  # [N], positives of each of the first N columns; empty without ids
     needs: list[bool]  # whether a, b and scale need a gradient
     kept: Tensor | None = None
+    keep: str = ""
 
 
 def info_nce_of_factors(
@@ -82,7 +83,7 @@ def info_nce_of_factors(
 ) -> Tensor:
     """The terms [N] of a [N, D] and b [M, D], M >= N, or their sum or mean. Differentiable once in a, b and scale."""
     tensor, constant = scale_of(scale)
-    keep = may_keep(a, b, tensor)
+    keep = kept_for(a, b, tensor, options.symmetric)
     a_ids, b_ids = distinct(a_ids, b_ids)
     return _InfoNCE.apply(*Call(a, None if b is a else b, tensor, constant, a_ids, b_ids, *options, keep))[0]
 
@@ -98,6 +99,7 @@ class _InfoNCE(Function):
     def setup_context(ctx, inputs, output):
         call = Call(*inputs)
         ctx.constant, ctx.options = call.constant, (call.epsilon, call.symmetric, call.reduction)
+        ctx.keep = call.keep
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(call.a, call.b, call.scale, call.a_ids, call.b_ids, *output[1:])
@@ -108,7 +110,7 @@ class _InfoNCE(Function):
             return (None,) * len(Call._fields)
         (a, b, scale, a_ids, b_ids, *statistics, kept), needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
         inputs = (a, b, scale, ctx.constant, a_ids, b_ids)
-        call = BackwardCall._make((grad_out, *inputs, *ctx.options, *statistics, needs, kept))
+        call = BackwardCall._make((grad_out, *inputs, *ctx.options, *statistics, needs, kept, ctx.keep))
         grads = last_derivative(torch.ops.gssf.info_nce_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
 
@@ -117,7 +119,9 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
     a, b, a_ids, b_ids, count = call.a, call.b, call.a_ids, call.b_ids, call.a.shape[0]
     kappa = kappa_of(call.scale, call.constant)
     scale, constant = scale_of(kappa)
-    *statistics, positive_logit, kept = torch.ops.gssf.logsumexp_scores(a, b, scale, constant, call.keep)
+    *statistics, positive_logit, kept = torch.ops.gssf.logsumexp_scores(
+        a, b, scale, constant, call.keep, columns=call.symmetric
+    )
     rows, cols, b = statistics[:2], statistics[2:], a if b is None else b
     row_count, col_count = (positive_logit.new_empty(0) for _ in range(2))
     row_target = col_target = positive_logit
@@ -157,12 +161,13 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     log_sums = (call.row_max, call.row_log, call.col_max, call.col_log)
     inputs = (call.a, call.b, call.scale, call.constant)
     op = torch.ops.gssf.logsumexp_scores_backward
-    grads = op(drow, dcol, dpositive, *inputs, *log_sums, call.needs, call.kept)
+    what = call.needs, call.kept, call.keep
+    grads = op(drow, dcol, dpositive, *inputs, *log_sums, *what, columns=call.symmetric)
     if target_grads is None:
         return grads
     if call.b is None:
         da, db, dscale = target_grads
-        target_grads = (da + db, db, dscale)
+        target_grads = (None if da is None else da + db, db, dscale)
     return tuple(
         t if not t.numel() else t.add_(by_target) if t.dtype == by_target.dtype else (by_target + t).to(t.dtype)
         for t, by_target in zip(grads, target_grads, strict=True)
@@ -172,16 +177,17 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
 def _target_gradients(call: BackwardCall, dtarget):
     """The gradients through the targets of both directions; dtarget [N] is that with respect to each target.
 
-    Returns the gradients with respect to the positives' logits [N], a, b and scale.
+    Returns the gradients with respect to the positives' logits [N], a, b and scale; None for an input that needs none.
     """
     a, b, a_ids, b_ids, epsilon = call.a, call.b, call.a_ids, call.b_ids, call.epsilon
     kappa, counts = kappa_of(call.scale, call.constant), (call.row_count, call.col_count)
     factors, ids = _accumulated(a, a if b is None else b), (a_ids, b_ids)
+    needed = [call.needs[0], call.needs[0] if b is None else call.needs[1]]
     grads: list = [None, None]  # da and db
     dpositive, dscale, count = torch.zeros_like(dtarget), dtarget.new_zeros(()), a.shape[0]
     row_segments = segments_of(a_ids, b_ids) if a_ids is not None and b_ids is not None and count > 0 else None
     if row_segments is None:
-        grads = [torch.zeros_like(t) for t in factors]
+        grads = [torch.zeros_like(t) if need else None for t, need in zip(factors, needed, strict=True)]
     for k in (0, 1) if call.symmetric else (0,):  # the rows' direction, the columns'
         x, y, weight = factors[k], factors[1 - k], (1 - epsilon) * dtarget
         anchors = x[:count]
@@ -190,21 +196,24 @@ def _target_gradients(call: BackwardCall, dtarget):
             weight = weight / counts[k]
             further = _sum_of_further_positives(segments, x, y, x_ids, y_ids)
             dscale = dscale + weight @ _scores(anchors, further)
-            dfurther = (kappa * weight)[:, None] * anchors
-            dy = segment_sums(dfurther, segments.rows[:count], segments.cols, segments.total)
-            dy[:count] -= torch.where(_pair_in_segment(x_ids, y_ids, count)[:, None], dfurther, 0)
-            grads[1 - k] = dy if grads[1 - k] is None else grads[1 - k].add_(dy)
+            if needed[1 - k]:
+                dfurther = (kappa * weight)[:, None] * anchors
+                dy = segment_sums(dfurther, segments.rows[:count], segments.cols, segments.total)
+                dy[:count] -= torch.where(_pair_in_segment(x_ids, y_ids, count)[:, None], dfurther, 0)
+                grads[1 - k] = dy if grads[1 - k] is None else grads[1 - k].add_(dy)
             danchors = further.mul_((kappa * weight)[:, None])
-            if grads[k] is None:  # of a, whose rows all are anchors
+            if needed[k] and grads[k] is None:  # of a, whose rows all are anchors
                 grads[k] = danchors
-            else:
+            elif needed[k]:
                 grads[k][:count] += danchors
         dpositive += weight
         if epsilon:
             mean, weight = y.mean(0), epsilon * dtarget
-            grads[k][:count] += kappa * torch.outer(weight, mean)
             weighted_sum = weight @ anchors
-            grads[1 - k] += kappa / max(y.shape[0], 1) * weighted_sum
+            if needed[k]:
+                grads[k][:count] += kappa * torch.outer(weight, mean)
+            if needed[1 - k]:
+                grads[1 - k] += kappa / max(y.shape[0], 1) * weighted_sum
             dscale = dscale + weighted_sum @ mean
     return dpositive, *grads, dscale
 
@@ -249,6 +258,7 @@ def mean_scores(a, b):
 def _fake(call: Call) -> tuple[Tensor, ...]:
     n, dtype = call.a.shape[0], accumulation_dtype(call.a.dtype)
     m, counts = n if call.b is None else call.b.shape[0], n if call.a_ids is not None else 0
+    m = m if call.symmetric else 0
     loss = call.a.new_empty((n,) if call.reduction == "none" else (), dtype=dtype)
     kept = kept_shape(call.a, call.b, call.keep)
     return loss, *(call.a.new_empty(size, dtype=dtype) for size in (n, n, m, m, counts, counts, kept))

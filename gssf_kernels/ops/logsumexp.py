@@ -5,9 +5,11 @@
 
 One sweep computes both directions. A row is complete within its chunk; the columns' statistics are merged across chunks
 with a running maximum. The backward computes every chunk again (:mod:`gssf_kernels.dense`). That makes 4 products in
-all, or 3 on the CPU if s is at most 1 MiB, because it is then kept. If b is a, t is symmetric and only the upper
-triangle is computed. On a GPU (``triton/logsumexp.py``), a small problem takes two launches in each pass, and its
-backward stores all dscores. A large bf16 problem does the same in row panels.
+all, or 3 on the CPU if s is at most 1 MiB, because it is then kept. With the rows' log-sums alone and a b without
+gradient, as in a queue of negatives, the forward computes ``Σ_j softmax_ij b_j``, from which the gradient follows: 2
+products in all. If b is a, t is symmetric and only the upper triangle is computed. On a GPU (``triton/logsumexp.py``),
+a small problem takes two launches in each pass, and its backward stores all dscores. A large bf16 problem does the same
+in row panels.
 
 A log-sum-exp is stored as two numbers: the maximum, and the log of Σ e^{t − maximum}. A loss is the difference of two
 large numbers, from which the maximum cancels exactly.
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
-from gssf_kernels.dense import chunks, kept_shape, triangle, unit_of
-from gssf_kernels.ops.masks import Selection, least
+from gssf_kernels.dense import kept_shape
+from gssf_kernels.ops.logsumexp_chunks import by_chunks, gradients_by_chunks
+from gssf_kernels.ops.masks import Selection
 from gssf_kernels.ops.score_functions import ByLabel
 from gssf_kernels.plan import accumulation_dtype
 
@@ -93,6 +96,17 @@ def kappa_of(scale: Tensor | None, constant: float | None) -> Any:
 SAME_ID = ("positive", "ignore")
 
 
+def kept_for(a: Tensor, b: Tensor, scale: Any, columns: bool) -> str:
+    """What the forward keeps for the backward.
+
+    "": nothing. "scores": s, if it is small. "means": ``Σ_j softmax_ij(t) b_j`` [N, D], from which the gradients of a
+    and κ follow without another product, where b needs none and columns have no statistics.
+    """
+    if not may_keep(a, b, scale):
+        return ""
+    return "scores" if columns or b.requires_grad else "means"
+
+
 def paired_logsumexp(
     a: Tensor, b: Tensor, scale: Tensor | float, selection: Selection | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +116,7 @@ def paired_logsumexp(
     """
     selection = Selection() if selection is None else selection
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    keep = may_keep(a, b, scale)
+    keep = kept_for(a, b, scale, selection.columns)
     symmetric = b is a and selection._replace(exclude_self=False).plain
     a_ids, b_ids = distinct(selection.a_ids, selection.b_ids)
     selection = selection._replace(a_ids=a_ids, b_ids=b_ids)
@@ -131,7 +145,7 @@ def logsumexp_by_label(
     greater than bounds[1, i]. Where none counts, both numbers are -inf. The maxima are constants to autograd.
     """
     a, b = factors.a, factors.b
-    keep = may_keep(a, b)
+    keep = "scores" if may_keep(a, b) else ""
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
     call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Selection()))
@@ -145,7 +159,7 @@ class Call(NamedTuple):
     b: Tensor | None  # [M, D]; None: b is a
     scale: Tensor | None  # κ, a scalar; None: κ is constant
     constant: float
-    keep: bool = False  # keep s for the backward, if it is small
+    keep: str = ""  # what to keep for the backward; see `kept_for`
     score: str = "scaled"  # as in `ByLabel`
     constants: list[float] = []  # noqa: RUF012
     a_labels: Tensor | None = None  # [N] int64
@@ -171,8 +185,8 @@ class Call(NamedTuple):
 
     @property
     def general(self) -> bool:
-        """Whether only the loop over chunks computes it: `Selection.plain` denied, written out, for plans ask often."""
-        selective = self.exclude_self or self.ignore or not self.columns
+        """Whether only the loop over chunks computes it, because the kernels know no left-out scores and no biases."""
+        selective = self.exclude_self or self.ignore
         return selective or any(t is not None for t in (self.col_bias, self.row_limit, self.col_limit))
 
     @property
@@ -219,7 +233,8 @@ class BackwardCall(NamedTuple):
     col_max: Tensor
     col_log: Tensor
     needs: list[bool]  # whether a, b and scale need a gradient
-    kept: Tensor | None = None  # s [N, M], if the forward kept it; else None or empty
+    kept: Tensor | None = None  # what the forward kept; None or empty: nothing
+    keep: str = ""
     score: str = "scaled"
     constants: list[float] = []  # noqa: RUF012
     a_labels: Tensor | None = None
@@ -250,7 +265,7 @@ class BackwardCall(NamedTuple):
     @property
     def forward(self) -> Call:
         """The arguments of the forward."""
-        inputs = self.a, self.b, self.scale, self.constant, False
+        inputs = self.a, self.b, self.scale, self.constant, ""
         labels = self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out
         return Call._make((*inputs, *labels, *self.selection))
 
@@ -268,7 +283,7 @@ class _LogSumExp(Function):
         row_max, row_log, col_max, col_log, _, kept = output
         ctx.mark_non_differentiable(row_max, col_max, kept)
         ctx.set_materialize_grads(False)
-        ctx.constant, ctx.by_label = call.constant, (call.score, call.constants, call.leave_out)
+        ctx.constant, ctx.keep, ctx.by_label = call.constant, call.keep, (call.score, call.constants, call.leave_out)
         labels, selection = (call.a_labels, call.b_labels, call.bounds), call.selection
         ctx.flags = selection.columns, selection.exclude_self, selection.paired, selection.ignore
         tensors = (*selection[2:5], *selection[7:])
@@ -284,177 +299,9 @@ class _LogSumExp(Function):
         score, constants, leave_out = ctx.by_label
         labels = score, constants, a_labels, b_labels, bounds, leave_out
         inputs = drow, dcol, dpositive, a, b, scale, ctx.constant
-        call = BackwardCall._make((*inputs, *statistics, needs, kept, *labels, *selection))
+        call = BackwardCall._make((*inputs, *statistics, needs, kept, ctx.keep, *labels, *selection))
         grads = last_derivative(torch.ops.gssf.logsumexp_scores_backward, *call)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * (len(Call._fields) - 3))
-
-
-def _by_chunks(call: Call) -> tuple[Tensor, ...]:
-    a, dtype, scale, by_label = call.a, accumulation_dtype(call.a.dtype), call.kappa, call.by_label
-    row_shape, _, pairs = call.sizes()
-    n, m = a.shape[0], a.shape[0] if call.b is None else call.b.shape[0]
-    row_max, row_sum = (a.new_empty(row_shape, dtype=dtype) for _ in range(2))
-    positive_logit = a.new_empty(pairs, dtype=dtype)
-    columns = (*row_shape[:-1], m)  # by label they are used only if b is a, where columns and rows are the same anchors
-    needs_columns = call.b is None or (by_label.classes == 1 and call.columns)
-    selection = call.selection
-    col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
-    kept = a.new_empty(kept_shape(a, call.b, call.keep), dtype=dtype)
-
-    def statistics(s, rows, columns, first, out, col_out):
-        torch.ops.gssf.logsumexp_pass(s, scale, *by_label.part(rows, columns, first), *out, *col_out)
-
-    def visit(s, first):
-        rows, columns = slice(first, first + s.shape[0]), slice(0, m)
-        if kept.numel():
-            kept[rows] = s
-        if pairs:
-            torch.mul(s.diagonal(first), scale, out=positive_logit[rows])
-        col_out, row_out = (col_max, col_sum) if needs_columns else (None, None), _parts((row_max, row_sum), rows)
-        if selection.apart:  # the columns' pass overwrites statistics of rows that nobody reads
-            statistics(selection.logits(s, first, "cols", scale), rows, columns, first, row_out, col_out)
-            col_out = (None, None)
-        s = s if selection.plain else selection.logits(s, first, "rows", scale)
-        statistics(s, rows, columns, first, row_out, col_out)
-
-    def visit_half(scores, first):
-        (s,) = scores
-        count = s.shape[0]
-        rows, beyond = slice(first, first + count), slice(first + count, n)
-        if pairs:
-            torch.mul(s.diagonal(), scale, out=positive_logit[rows])
-        if selection.exclude_self:
-            s.diagonal().fill_(least(s.dtype))
-        # The scores of a row come in three parts: right of the square on the diagonal, the square, and left of it. The
-        # last were columns of earlier chunks.
-        square, right = (row_max.new_empty(2, *row_shape[:-1], count) for _ in range(2))
-        statistics(s[:, :count], rows, rows, 0, square, (None, None))
-        statistics(s[:, count:], rows, beyond, -count, right, (col_max[..., beyond], col_sum[..., beyond]))
-        left = col_max[..., rows], col_sum[..., rows]
-        row_max[..., rows], row_sum[..., rows] = _merged(
-            *(torch.stack(t) for t in zip(right, square, left, strict=True))
-        )
-
-    if call.b is None:
-        triangle((a,), visit_half, False)
-        col_max, col_sum = row_max.clone(), row_sum.clone()
-    else:
-        chunks(a, call.b, visit)
-    if by_label.classes > 1 or not call.columns:
-        col_max, col_sum = col_max.new_empty(0), col_sum.new_empty(0)
-    return row_max, row_sum.log(), col_max, col_sum.log(), positive_logit, kept
-
-
-def _parts(statistics, part: slice):
-    """``t[..., part]`` of each, or t itself if that is all of it: a small batch is one chunk, where slicing shows."""
-    count = part.stop - part.start
-    return [t if t is None or t.shape[-1] == count else t.narrow(-1, part.start, count) for t in statistics]
-
-
-def _merged(maxima, sums):
-    """Merge (maximum, Σ e^{t − maximum}) of P parts, [P, …] each. A maximum of +inf stands for NaN too."""
-    maximum = maxima.amax(0)
-    shift = torch.where(maximum.isfinite(), maximum, 0)
-    return maximum, torch.where(maxima == maximum, sums, sums * torch.exp(maxima - shift)).sum(0)
-
-
-def _backward_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    a, b, needs, forward = call.a, call.b, call.needs, call.forward
-    scale, by_label = forward.kappa, forward.by_label
-    # If all logits of a row are -inf, its maximum and log-sum are -inf too. Clamped to the lowest finite number l, they
-    # give e^{t − l − l} = 0 for its scores.
-    lowest = torch.finfo(call.row_max.dtype).min
-    row_max, row_log, col_max, col_log = (t.clamp_min(lowest) for t in call[7:11])
-    drow, dcol, dpositive = call.drow, call.dcol, call.dpositive
-    selection = forward.selection
-    if by_label.classes > 1:
-        dcol = dpositive = None  # by label there are only row statistics
-    if not selection.columns:
-        dcol = None
-    unit = unit_of(a.dtype, drow, dcol, dpositive)
-    if unit is not None:
-        drow, dcol, dpositive = (g / unit if g is not None else None for g in (drow, dcol, dpositive))
-    if b is None and (drow is not None or dcol is not None):  # rows and columns are the same anchors
-        directions = [g for g in (drow, dcol) if g is not None]
-        drow = dcol = directions[0] if len(directions) == 1 else directions[0] + directions[1]
-        col_max, col_log = row_max, row_log
-    drow, dcol = (g.contiguous() if g is not None else None for g in (drow, dcol))
-
-    dscores_dot_s = a.new_zeros(a.shape[0], dtype=scale.dtype)  # Σ_j ds_ij s_ij [N]; their sum is dL/dκ
-
-    row_statistics = row_max, row_log, drow
-    col_statistics = (col_max, col_log, dcol) if dcol is not None else (None, None, None)
-
-    def visit(s, rows, columns, first, dot):
-        """Replace s by dscores; write Σ_j ds_ij s_ij of its rows to dot."""
-        row_part, col_part = _parts(row_statistics, rows), _parts(col_statistics, columns)
-        torch.ops.gssf.softmax_pass(s, scale, *by_label.part(rows, columns, first), *row_part, *col_part, dot)
-        return dot
-
-    def visit_apart(s, rows, first, dot):
-        """The same where the logits of the two directions differ: a pass for each."""
-        columns, ds = slice(0, s.shape[1]), torch.zeros_like(s)
-        for direction, statistics in (("rows", row_statistics), ("cols", col_statistics)):
-            if statistics[2] is None:
-                continue
-            t, of_direction = selection.logits(s, first, direction, scale), torch.zeros_like(dot)
-            by_direction = (statistics, None) if direction == "rows" else (None, statistics)
-            row_part, col_part = (
-                (None, None, None) if x is None else _parts(x, part)
-                for x, part in zip(by_direction, (rows, columns), strict=True)
-            )
-            row_part = (*_parts(row_statistics[:2], rows), None) if row_part[2] is None else row_part
-            torch.ops.gssf.softmax_pass(t, scale, *by_label, *row_part, *col_part, of_direction)
-            dot += of_direction
-            if selection.col_bias is not None and direction == "rows":
-                dot -= t @ (selection.col_bias / scale)
-            ds += t
-        s.copy_(ds)
-
-    def visit_chunk(s, first):
-        rows = slice(first, first + s.shape[0])
-        diagonal = s.diagonal(first)
-        pairs = slice(first, first + diagonal.shape[0])
-        pairs_dot = diagonal * dpositive[pairs] if dpositive is not None else None
-        if selection.apart or selection.col_bias is not None:
-            dot = torch.zeros_like(dscores_dot_s[rows])
-            visit_apart(s, rows, first, dot)
-            dscores_dot_s[rows] = dot
-        else:
-            s = s if selection.plain else selection.logits(s, first, "rows", scale)
-            visit(s, rows, slice(0, s.shape[1]), first, dscores_dot_s[rows])
-        if pairs_dot is not None and dpositive is not None:
-            diagonal.add_(dpositive[pairs])
-            dscores_dot_s[pairs] += pairs_dot
-
-    def visit_half(scores, first):  # leaves dscores + dscoresᵀ
-        (s,) = scores
-        count = s.shape[0]
-        rows, beyond = slice(first, first + count), slice(first + count, first + s.shape[1])
-        pairs_dot = s.diagonal() * dpositive[rows] if dpositive is not None else None
-        if selection.exclude_self:
-            s.diagonal().fill_(least(s.dtype))
-        dot, dot_beyond = dscores_dot_s.new_empty(2, count)
-        dscores_dot_s[rows] = visit(s[:, :count], rows, rows, 0, dot) / 2
-        if count < s.shape[1]:
-            dscores_dot_s[rows] += visit(s[:, count:], rows, beyond, -count, dot_beyond)
-        if pairs_dot is not None and dpositive is not None:
-            s.diagonal().add_(dpositive[rows], alpha=2)
-            dscores_dot_s[rows] += pairs_dot
-
-    if b is None:
-        da, db = triangle((a,), visit_half, needs[0]), None
-    else:
-        kept = call.kept if call.kept is not None and call.kept.numel() else None
-        da, db = chunks(a, b, visit_chunk, needs[:2], kept)  # from dL/dt; multiplied by κ below
-    factor, total = scale, dscores_dot_s.sum(dtype=torch.float64)
-    if unit is not None:
-        factor, total = scale * unit, total * unit
-    return (
-        da.mul_(factor).to(a.dtype) if da is not None else a.new_empty(0),
-        db.mul_(factor).to(a.dtype) if db is not None else a.new_empty(0),
-        total.to(scale.dtype) if needs[2] else scale.new_empty(0),
-    )
 
 
 def _fake(call: Call) -> tuple[Tensor, ...]:
@@ -475,7 +322,7 @@ register(
     "logsumexp_scores",
     Call,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    composite=_by_chunks,
+    composite=by_chunks,
     fake=_fake,
     launcher="logsumexp.logsumexp_scores",
     plans=plan.logsumexp,
@@ -485,7 +332,7 @@ register(
     "logsumexp_scores_backward",
     BackwardCall,
     "(Tensor, Tensor, Tensor)",
-    composite=_backward_by_chunks,
+    composite=gradients_by_chunks,
     fake=_fake_backward,
     launcher="logsumexp.logsumexp_scores_backward",
     plans=plan.logsumexp,

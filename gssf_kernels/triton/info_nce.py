@@ -20,7 +20,7 @@ from gssf_kernels.triton.gradients import gradients
 from gssf_kernels.triton.logsumexp import SCALED, log_tile
 from gssf_kernels.triton.reductions import merge_logs, merge_sums
 from gssf_kernels.triton.score_functions import load_scalar, softmax, valid_and_positive
-from gssf_kernels.triton.sweep import Sweep, empty_dscores
+from gssf_kernels.triton.sweep import Sweep, empty_dscores, nothing_kept
 from gssf_kernels.triton.terms import store_sum, upstream
 
 
@@ -157,8 +157,8 @@ def info_nce_slope_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.co
 def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return (loss, row_max, row_log [N], col_max, col_log [M], row_count, col_count [N], an empty tensor), all fp32.
 
-    loss: the terms [N] or their sum or mean; a log-sum is max + log; counts are numbers of positives, empty without
-    ids; the last would be the scores, which this route does not store
+    loss: the terms [N] or their sum or mean; a log-sum is max + log, those of columns empty without their direction;
+    counts are numbers of positives, empty without ids; the last would be what is kept: this route keeps nothing
     """
     a, b, ids = call.a, call.a if call.b is None else call.b, call.a_ids is not None
     N, M, reduced = len(a), len(b), call.reduction != "none"
@@ -188,7 +188,9 @@ def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
             N, M, rows, down, across, BOTH=call.symmetric, SUM=reduced, MEAN=call.reduction == "mean",
             BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=8, num_stages=2,
         )  # fmt: skip
-    return out, *statistics, *counts, positive_logit.new_empty(0)
+    if not call.symmetric:  # the kernel wrote the columns' statistics too, but nobody reads them
+        statistics = (*statistics[:2], *(t.new_empty(0) for t in statistics[2:]))
+    return out, *statistics, *counts, nothing_kept(positive_logit, a, call.keep)
 
 
 def info_nce_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
 from gssf_kernels.triton.reductions import log_sums, merge_logs
 from gssf_kernels.triton.score_functions import load_scalar, logits, logsumexp_slope
-from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
+from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels, nothing_kept
 
 
 @triton.jit
@@ -156,8 +156,8 @@ def _by_label(call: Any) -> tuple | None:
 def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     """Return (row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)], an empty tensor), all fp32.
 
-    By label the rows' statistics are [2, N] and the others are empty. The last would be the scores, which this route
-    does not store.
+    By label the rows' statistics are [2, N] and the others are empty. Columns' statistics are empty if they are not
+    wanted. The last would be what is kept: this route keeps nothing.
     """
     a, b = call.a, call.a if call.b is None else call.b
     if plan.route == "hopper":
@@ -167,20 +167,20 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     col_max, col_log = (row_max.new_empty(col_shape) for _ in range(2))
     positive_logit = row_max.new_empty(pairs)
     labelled = call.score != "scaled"
-    count = 1 + labelled
+    count, columns = 1 + labelled, call.columns and not labelled
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile)
         partials = [sweep.empty_partials(torch.float32, torch.float32) for _ in range(count)]
         row_partial = tuple(rows for rows, _ in partials)
-        col_partial = None if labelled else tuple(columns for _, columns in partials)
-        rows, cols = classes(row_max, row_log), None if labelled else classes(col_max, col_log)
+        col_partial = tuple(of_columns for _, of_columns in partials) if columns else None
+        rows, cols = classes(row_max, row_log), classes(col_max, col_log) if columns else None
         score, label_state = score_options(call), _by_label(call)
         for first, blocks in sweep.slabs():
             outputs = (None if labelled else positive_logit, row_partial, col_partial)
             sweep.run(log_tile, (score, (call.scale, call.constant, label_state, *outputs)), first, blocks)
             sweep.merge(merge_logs_kernel, first, blocks, (row_partial, col_partial), rows, cols, LOG=True)
-    return row_max, row_log, col_max, col_log, positive_logit, positive_logit.new_empty(0)
+    return row_max, row_log, col_max, col_log, positive_logit, nothing_kept(positive_logit, a, call.keep)
 
 
 def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -190,6 +190,8 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
     drow, dcol, dpositive = (grad.contiguous() if grad is not None else None for grad in grads)
     if call.score != "scaled":
         dcol = dpositive = None
+    if not call.columns:
+        dcol = None
     rows = classes(call.row_max, call.row_log, drow)
     cols = classes(call.col_max, call.col_log, dcol)
     gradient = (call.scale, call.constant, _by_label(call), rows, cols, dpositive)

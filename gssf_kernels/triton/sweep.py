@@ -255,6 +255,11 @@ def aligned_rows(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return padded
 
 
+def nothing_kept(like: torch.Tensor, a: torch.Tensor, keep: str) -> torch.Tensor:
+    """What a kernel that keeps nothing returns: a tensor like ``like``, of the shape that `dense.kept_shape` gives."""
+    return like.new_empty((0, a.shape[1]) if keep == "means" else 0)
+
+
 def empty_dscores(a: torch.Tensor, M: int) -> torch.Tensor:
     """Empty dscores [N, M], fp32 for fp16 inputs, else in a's dtype; rows start on 16 bytes unless they are short."""
     dtype = a.dtype if a.dtype != torch.float16 else torch.float32

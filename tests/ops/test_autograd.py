@@ -98,12 +98,18 @@ def _dense_samples(a, b, g):
     rows, cols = randn(g, 4, n).to(wide).unbind(), randn(g, 4, m).to(wide).unbind()
     chunk = randn(g, n, m).to(wide)
     yield "logsumexp_scores", (a, b, scale, 1.0)
-    yield "logsumexp_scores", (a, b, scale, 1.0, True)
+    yield "logsumexp_scores", (a, b, scale, 1.0, "scores")
+    rows_only = ("scaled", [], None, None, None, False, False)
+    yield "logsumexp_scores", (a, b, scale, 1.0, "means", *rows_only)
+    sides, kept = (rows[2], None, rows[3], a, b, scale, 1.0, *rows[:2]), (chunk @ b.to(wide), "means")
+    empty = rows[0].new_empty(0), rows[0].new_empty(0)
+    yield "logsumexp_scores_backward", (*sides, *empty, [True, False, True], *kept, *rows_only)
     yield "logsumexp_scores", (a, None, None, 0.5)
     lines = (rows[0], rows[1].abs(), cols[0], cols[1].abs())
     yield "logsumexp_scores_backward", (rows[2], cols[2], rows[3], a, b, scale, 1.0, *lines, [True, True, True])
     yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [False, False, True])
-    yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [True, True, False], chunk)
+    kept = chunk, "scores"
+    yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [True, True, False], *kept)
     square = (lines[0], lines[1], lines[0], lines[1])
     yield "logsumexp_scores_backward", (rows[2], None, rows[3], a, None, None, 0.5, *square, [True, False, False])
     scaled = ("scaled", [], None, None, None, None, 0, False)
@@ -112,14 +118,14 @@ def _dense_samples(a, b, g):
         labels, bounds = (torch.arange(n) % 3, torch.arange(m) % 3), randn(g, 2, n).to(wide)
         both = randn(g, 3, 2, n).to(wide).unbind()
         by_label = (score, constants, *labels, bounds, False)
-        yield "logsumexp_scores", (a, b, None, 1.0, True, *by_label)
+        yield "logsumexp_scores", (a, b, None, 1.0, "scores", *by_label)
         statistics = (both[0], both[1].abs(), rows[0].new_empty(0), rows[0].new_empty(0))
         sides = (both[2], None, None, a, b, None, 1.0)
-        yield "logsumexp_scores_backward", (*sides, *statistics, [True, True, False], None, *by_label)
+        yield "logsumexp_scores_backward", (*sides, *statistics, [True, True, False], None, "", *by_label)
         alone = (score, constants, labels[0], labels[0].clone(), bounds, True)
-        yield "logsumexp_scores", (a, None, None, 1.0, False, *alone)
+        yield "logsumexp_scores", (a, None, None, 1.0, "", *alone)
         sides = (both[2], None, None, a, None, None, 1.0)
-        yield "logsumexp_scores_backward", (*sides, *statistics, [True, False, False], None, *alone)
+        yield "logsumexp_scores_backward", (*sides, *statistics, [True, False, False], None, "", *alone)
         of_chunk = (score, constants, *labels, bounds, None, 0, False)
         yield "logsumexp_pass", (chunk, scale, *of_chunk, both[0].clone(), both[1].clone(), None, None)
         yield "softmax_pass", (chunk.clone(), scale, *of_chunk, *both, None, None, None, rows[3].clone())
@@ -129,7 +135,8 @@ def _dense_samples(a, b, g):
     for reduction, epsilon, symmetric in (("mean", 0.0, True), ("none", 0.2, True), ("sum", 0.2, False)):
         grad_out = rows[2] if reduction == "none" else rows[2][0].clone()
         options, known = (epsilon, symmetric, reduction), (*lines, *counts)
-        yield "info_nce", (a, b, scale, 1.0, None, None, *options, True)
+        yield "info_nce", (a, b, scale, 1.0, None, None, *options, "scores")
+        yield "info_nce", (a, b, scale, 1.0, None, None, *options, "means")
         yield "info_nce", (a, b, scale, None, *ids, *options)
         yield "info_nce", (a, None, None, 0.5, ids[0], ids[0].clone(), *options)
         yield "info_nce_backward", (grad_out, a, b, scale, None, *ids, *options, *known, [True] * 3)
@@ -189,11 +196,11 @@ def _samples_with_options(a, b, g):
     yield "score_sums_backward", (limits[0], *empty, a, b, None, None, 1.0, 0.1, *ids, *options, limits[0])
     for taking in ((True, True, *ids, limits[1], True, *mask), (False, False, None, None, limits[1])):
         plain = ("scaled", [], None, None, None, False)
-        yield "logsumexp_scores", (a, b, None, 1.5, True, *plain, *taking)
+        yield "logsumexp_scores", (a, b, None, 1.5, "scores", *plain, *taking)
         columns = limits[1] if taking[0] else limits[1].new_empty(0)
         statistics = (limits[0], limits[0].abs(), columns, columns.abs())
         sides = (limits[0], limits[1] if taking[0] else None, None, a, b, None, 1.5)
-        yield "logsumexp_scores_backward", (*sides, *statistics, [True, True, False], None, *plain, *taking)
+        yield "logsumexp_scores_backward", (*sides, *statistics, [True, True, False], None, "", *plain, *taking)
 
 
 @pytest.mark.parametrize(("op", "arguments"), list(_op_samples()), ids=lambda v: v if isinstance(v, str) else "")
@@ -473,7 +480,12 @@ def test_scores_kept_for_the_backward_change_nothing(dtype, monkeypatch):
 
     asked = []
     real = torch.ops.gssf.logsumexp_scores_backward
-    monkeypatch.setattr(torch.ops.gssf, "logsumexp_scores_backward", lambda *a: asked.append(a[-1]) or real(*a))
+
+    def recorded(*arguments, **named):
+        asked.append(arguments[-2])
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(torch.ops.gssf, "logsumexp_scores_backward", recorded)
     kept = step()
     monkeypatch.setattr(plan, "KEPT_SCORES", {})
     for got, expected in zip(step(), kept, strict=True):

@@ -281,6 +281,51 @@ def test_log_sums_of_infinite_rows_and_nan_by_row_panels(monkeypatch):
     row_panel_checks.close(row_max + row_log, (a.double().cpu() @ b.double().cpu().T).logsumexp(1))
 
 
+# Rows alone, by Triton
+
+
+@pytest.mark.parametrize("route", [pytest.param("small", marks=few), pytest.param("row panels", marks=row_panels)])
+def test_without_statistics_of_columns(monkeypatch, route):
+    """Rows' statistics have the same bits as beside those of columns, and gradients as without one of a column."""
+    monkeypatch.setattr(tiles, "ROW_PANEL_SCORES", 1)
+    monkeypatch.setattr(tiles, "SLAB_ENTRIES", 1)
+    monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
+    a, b = row_panel_checks.sides(50, 40, 16)
+    scale = torch.tensor(1.5, device=DEVICE)
+    rows_alone = ("scaled", [], None, None, None, False, False)
+    assert device_ops.route("logsumexp_scores", a, b, scale, 1.0, "", *rows_alone) == route
+    *both, positive_logit, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
+    *alone, the_same_logit, _ = device_ops.logsumexp_scores(a, b, scale, 1.0, "", *rows_alone)
+    assert torch.equal(positive_logit, the_same_logit)
+    assert all(torch.equal(*t) for t in zip(both[:2], alone[:2], strict=True))
+    assert [t.numel() for t in alone[2:]] == [0, 0]
+    drow, dpositive = torch.randn(50, device=DEVICE), torch.randn(40, device=DEVICE)
+    sides = drow, None, dpositive, a, b, scale, 1.0
+    expected = device_ops.logsumexp_scores_backward(*sides, *both, [True] * 3)
+    results = device_ops.logsumexp_scores_backward(*sides, *alone, [True] * 3, None, "", *rows_alone)
+    assert all(torch.equal(*t) for t in zip(results, expected, strict=True))
+
+
+@few
+def test_small_problems_keep_no_means():
+    a, b = row_panel_checks.sides(50, 40, 16)
+    rows_alone = ("scaled", [], None, None, None, False, False)
+    *_, kept = device_ops.logsumexp_scores(a, b, None, 1.5, "means", *rows_alone)
+    assert kept.shape == (0, 16)
+    *_, kept = device_ops.info_nce(b, a, None, 1.5, None, None, 0.0, False, "mean", "means")
+    assert kept.shape == (0, 16)
+
+
+@row_panels
+def test_more_scores_keep_means():
+    a, b = row_panel_checks.sides(50, 40, 16)
+    rows_alone = ("scaled", [], None, None, None, False, False)
+    assert device_ops.route("logsumexp_scores", a, b, None, 1.5, "means", *rows_alone) == "chunks"
+    *_, means = device_ops.logsumexp_scores(a, b, None, 1.5, "means", *rows_alone)
+    x, y = a.double().cpu(), b.double().cpu()
+    row_panel_checks.close(means, (1.5 * x @ y.mT).softmax(1) @ y)
+
+
 # The passes over a chunk of scores, by Triton
 
 PASS_SHAPES = [(1, 1), (16, 32), (17, 33), (40, 70), (5, 200), (50, 7)]
