@@ -287,8 +287,9 @@ SCALED: tuple = ("scaled", [], None, None, None, None, 0, False)  # t = κ s, al
 
 
 def _logsumexp(m: int, by_label: tuple = SCALED) -> tuple:
-    columns = zeros(m, m) if by_label is SCALED else [None, None]
-    rows = zeros(R, R) if by_label is SCALED else [torch.zeros(2, R), torch.zeros(2, R)]
+    one_class = by_label[0] not in SCORES
+    columns = zeros(m, m) if one_class else [None, None]
+    rows = zeros(R, R) if one_class else [torch.zeros(2, R), torch.zeros(2, R)]
     return torch.zeros(R, m), torch.ones(()), *by_label, *rows, *columns
 
 
@@ -298,17 +299,23 @@ def _labelled_chunk(m: int, score: str) -> tuple:
     return score, SCORES[score], *labels, torch.zeros(2, R), torch.zeros(2, m), 0, True
 
 
+def _limited(m: int, ids: bool) -> tuple:
+    """What a pass takes of chunks with limits."""
+    labels = [torch.zeros(size, dtype=torch.int64) if ids else None for size in (R, m)]
+    return "limited", [], *labels, *zeros(R, m), 0, False
+
+
 def _labelled_softmax(m: int, score: str) -> tuple:
     row, col = torch.zeros(2, R), torch.zeros(2, m)
     by_label = _labelled_chunk(m, score)
     return torch.zeros(R, m), torch.ones(()), *by_label, row, row, row, col, col, col, torch.zeros(R)
 
 
-def _softmax(m: int, directions: str) -> tuple:
+def _softmax(m: int, directions: str, by_label: tuple = SCALED) -> tuple:
     (row, row_grad, dot), (col, col_grad) = zeros(R, R, R), zeros(m, m)
     rows = (row, row, row_grad if directions != "columns" else None)
     cols = (col, col, col_grad if directions != "rows" else None)
-    return torch.zeros(R, m), torch.ones(()), *SCALED, *rows, *cols, dot
+    return torch.zeros(R, m), torch.ones(()), *by_label, *rows, *cols, dot
 
 
 def _score_sums(m: int, kind: str, positives: str, columns: bool, weighted: bool, gradient: bool) -> tuple:
@@ -343,6 +350,9 @@ def _passes() -> Iterator[Case]:
             make = partial(_logsumexp, m, _labelled_chunk(m, score))
             yield case(f"logsumexp_pass {score}{ragged}", make)
             yield case(f"softmax_pass {score}{ragged}", partial(_labelled_softmax, m, score))
+        limited = _limited(m, not ragged)
+        yield case(f"logsumexp_pass limited{ragged}", partial(_logsumexp, m, limited))
+        yield case(f"softmax_pass limited{ragged}", partial(_softmax, m, "both", limited))
         for directions in ("both",) if ragged else ("both", "rows", "columns"):
             yield case(f"softmax_pass {directions}{ragged}", partial(_softmax, m, directions))
         for kind in ("softplus",) if ragged else ("hinge", "softplus", "abs", "square"):

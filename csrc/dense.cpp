@@ -113,8 +113,8 @@ struct Labels {
   std::vector<typename Simd<A>::Lane> numbers;
   Statistic<A> bounds;
 
-  Labels(const std::optional<Tensor>& labels, const std::optional<Tensor>& bound, int64_t size)
-      : bounds(statistic<A>(bound, 2, size, "bounds")) {
+  Labels(const std::optional<Tensor>& labels, const std::optional<Tensor>& bound, int classes, int64_t size)
+      : bounds(statistic<A>(bound, classes, size, "bounds")) {
     if (!labels) return;
     const int64_t* from = data<int64_t>(labels, size, "labels");
     numbers.resize(size + Simd<A>::lanes, -1);
@@ -141,12 +141,14 @@ void by_score(const Tensor& s, const Tiles& tiles, const Tensor& scale, const Sc
 #define GSSF_NAMED(name) {#name, Score::name},
   const auto score = named<Score>(of.score, {GSSF_SCORES(GSSF_NAMED)});
 #undef GSSF_NAMED
-  TORCH_CHECK_VALUE(classes(score) == 1 || (of.row_labels && of.col_labels), "labels: expected those of both sides");
-  const Labels<A> rows(of.row_labels, of.row_bounds, tiles.n), cols(of.col_labels, of.col_bounds, tiles.m);
+  TORCH_CHECK_VALUE(of.row_labels.has_value() == of.col_labels.has_value() && (classes(score) == 1 || of.row_labels),
+                    "labels: expected those of both sides");
+  const Labels<A> rows(of.row_labels, of.row_bounds, classes(score), tiles.n),
+      cols(of.col_labels, of.col_bounds, classes(score), tiles.m);
   std::array<A, 3> constants{};
   TORCH_CHECK_VALUE(of.constants.size() <= constants.size(), "constants: expected at most three");
   std::copy(of.constants.begin(), of.constants.end(), constants.begin());
-  if (score == Score::scaled) constants[0] = *scale.const_data_ptr<A>();
+  if (classes(score) == 1) constants[0] = *scale.const_data_ptr<A>();
   A* scores = const_cast<A*>(s.const_data_ptr<A>());
   const auto run = [&](auto tag) {
     f(tag, [&](int64_t i0, int64_t n, int64_t j0, int64_t m) {

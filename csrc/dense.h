@@ -11,9 +11,9 @@ namespace gssf {
 // A pass processes a chunk in tiles of this size, whatever the thread count.
 constexpr int64_t kPassRows = 64, kPassCols = 512;
 
-// How a score becomes a logit: t = scale * s; or t = slope * (s - centre), where slope and centre of positives and of
-// negatives differ.
-#define GSSF_SCORES(X) X(scaled) X(circle) X(multi_similarity)
+// How a score becomes a logit: t = scale * s of all scores, or of those that limits do not leave out; or t = slope * (s
+// - centre), where slope and centre of positives and of negatives differ.
+#define GSSF_SCORES(X) X(scaled) X(limited) X(circle) X(multi_similarity)
 #define GSSF_NAME(name) name,
 enum class Score { GSSF_SCORES(GSSF_NAME) };
 #undef GSSF_NAME
@@ -21,17 +21,19 @@ template <Score kScore>
 using ScoreTag = std::integral_constant<Score, kScore>;
 
 // Log-sums of a row: one over all of its scores, or one over its positives and one over its negatives.
-constexpr int classes(Score score) { return score == Score::scaled ? 1 : 2; }
+constexpr int classes(Score score) { return score == Score::scaled || score == Score::limited ? 1 : 2; }
 
 // The anchors of one direction, for scores by label. labels: numbers from 0 on, followed by a vector of -1. With mining
-// a positive counts if its score is below positive_below, and a negative if above negative_above; else null.
+// a positive counts if its score is below upper, and a negative if above lower; else null. Of limited scores a negative
+// counts up to upper, or always if that is null.
 template <class A>
 struct ByLabel {
   const typename Simd<A>::Lane* labels;
-  const A *positive_below, *negative_above;
+  const A *upper, *lower;
 };
 
-// A tile of s [n, m] whose scores become logits. With leave_out the score (i, j) with i - j = offset does not count.
+// A tile of s [n, m] whose scores become logits. With leave_out the score (i, j) with i - j = offset does not count; of
+// limited scores it is a positive.
 template <class A>
 struct LogitTile {
   A* s;

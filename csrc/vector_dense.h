@@ -36,7 +36,7 @@ GSSF_INLINE typename Register<A>::Vector logit(const typename Register<A>::Vecto
                                                const typename Register<A>::Index& positive,
                                                const std::array<A, 3>& constants, typename Register<A>::Vector& slope) {
   using V = typename Register<A>::Vector;
-  if constexpr (kScore == Score::scaled) {
+  if constexpr (classes(kScore) == 1) {
     slope = V{} + constants[0];
     return constants[0] * s;
   } else if constexpr (kScore == Score::circle) {
@@ -66,18 +66,26 @@ GSSF_INLINE Members<A> members(const LogitTile<A>& tile, int64_t i, int64_t j, c
   constexpr int64_t L = Register<A>::lanes;
   const I lane = lane_numbers<A>();
   I inside = tile.m - j >= L ? I{} - 1 : lane < static_cast<Lane>(tile.m - j);
-  if constexpr (classes(kScore) == 1) return {I{}, inside, inside};
+  if constexpr (kScore == Score::scaled) return {I{}, inside, inside};
   const int64_t diagonal = i - tile.offset - j;
-  if (tile.leave_out && diagonal >= 0 && diagonal < L) inside &= lane != static_cast<Lane>(diagonal);
-  const I positive = load<I>(tile.cols.labels + j) == tile.rows.labels[i];
-  const auto counted = [&](const V& positive_below, const V& negative_above) {  // NaN counts
-    return inside & (positive ? ~(s >= positive_below) : ~(s <= negative_above));
-  };
+  const I pair = lane == static_cast<Lane>(diagonal >= 0 && diagonal < L ? diagonal : -1);
+  I positive{};
+  if (tile.rows.labels) positive = load<I>(tile.cols.labels + j) == tile.rows.labels[i];
   I row = inside, col = inside;
-  if (tile.rows.positive_below) row = counted(V{} + tile.rows.positive_below[i], V{} + tile.rows.negative_above[i]);
-  if (tile.cols.positive_below)
-    col = counted(load_lanes<V>(tile.cols.positive_below + j, tile.m - j),
-                  load_lanes<V>(tile.cols.negative_above + j, tile.m - j));
+  if constexpr (kScore == Score::limited) {
+    positive |= pair;
+    const auto counted = [&](const V& limit) { return inside & (positive | ~(s > limit)); };  // NaN counts
+    if (tile.rows.upper) row = counted(V{} + tile.rows.upper[i]);
+    if (tile.cols.upper) col = counted(load_lanes<V>(tile.cols.upper + j, tile.m - j));
+    return {positive, row, col};
+  }
+  if (tile.leave_out) row = col = inside &= ~pair;
+  const auto counted = [&](const V& upper, const V& lower) {  // NaN counts
+    return inside & (positive ? ~(s >= upper) : ~(s <= lower));
+  };
+  if (tile.rows.upper) row = counted(V{} + tile.rows.upper[i], V{} + tile.rows.lower[i]);
+  if (tile.cols.upper)
+    col = counted(load_lanes<V>(tile.cols.upper + j, tile.m - j), load_lanes<V>(tile.cols.lower + j, tile.m - j));
   return {positive, row, col};
 }
 
@@ -88,6 +96,7 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
   using I = typename Register<A>::Index;
   constexpr int64_t L = Register<A>::lanes;
   constexpr int C = classes(kScore);
+  constexpr bool kAll = kScore == Score::scaled;  // every score counts
   constexpr A kInf = std::numeric_limits<A>::infinity();
   const int64_t n = tile.n, m = tile.m;
   const auto shift = [](A max) { return std::isfinite(max) ? max : A(0); };
@@ -109,10 +118,10 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
       V slope;
       const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
       for (int c = 0; c < C; ++c) {
-        const V v = C == 1 && m - j >= L ? t : of_class(c, member, member.row) ? t : V{} - kInf;
+        const V v = kAll && m - j >= L ? t : of_class(c, member, member.row) ? t : V{} - kInf;
         maximum[c] = v > maximum[c] ? v : maximum[c];
         if (tile.columns) {
-          const V w = C == 1 ? v : of_class(c, member, member.col) ? t : V{} - kInf;
+          const V w = kAll ? v : of_class(c, member, member.col) ? t : V{} - kInf;
           const V col = load<V>(out.col_max[c] + j);
           store(out.col_max[c] + j, w > col ? w : col);
         }
@@ -135,7 +144,7 @@ GSSF_INLINE void logsumexp_tile(const LogitTile<A>& tile, LogSums<A, classes(kSc
       const V t = logit<kScore, A>(s, member.positive, tile.constants, slope);
       const auto by_class = [&](const V* of) { return C == 1 ? of[0] : member.positive ? of[0] : of[C - 1]; };
       const auto add = [&](const I& counts, const V& e, const auto& to) {
-        for (int c = 0; c < C; ++c) to(c, C == 1 && m - j >= L ? e : of_class(c, member, counts) ? e : V{});
+        for (int c = 0; c < C; ++c) to(c, kAll && m - j >= L ? e : of_class(c, member, counts) ? e : V{});
       };
       add(member.row, exp_of_any<A>(t - by_class(row_shift)), [&](int c, const V& e) { sum[c] += e; });
       if (tile.columns) {
@@ -186,7 +195,7 @@ GSSF_INLINE void softmax_tile(const LogitTile<A>& tile, const Softmax<A>& rows, 
           x.grad = member.positive ? x.grad : y.grad;
         }
         const V p = x.grad * exp_of<A>((t - x.max) - x.log);
-        return C == 1 ? p : counts ? p : V{};
+        return kScore == Score::scaled ? p : counts ? p : V{};
       };
       if (rows.grad)
         ds = share(member.row, [&](int c) {

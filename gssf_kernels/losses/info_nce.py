@@ -78,8 +78,8 @@ def info_nce_loss(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: one product forward, three backward; two in all with symmetric=False if y has no gradient. Extra memory:
-    as :func:`~gssf_kernels.logsumexp_scores`, whose copies of y then are at most 2 MiB if all scores are one chunk; with
-    ids also a few N x D matrices.
+    as :func:`~gssf_kernels.logsumexp_scores`; with ids also a few N x D matrices. Of a y that takes part in one chunk
+    alone, as with few queries, at most 2 MiB are copied.
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")

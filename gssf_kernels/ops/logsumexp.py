@@ -26,7 +26,7 @@ from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
 from gssf_kernels.dense import kept_shape
 from gssf_kernels.ops.logsumexp_chunks import by_chunks, gradients_by_chunks
-from gssf_kernels.ops.masks import Selection
+from gssf_kernels.ops.masks import UNPAIRED, Selection
 from gssf_kernels.ops.score_functions import ByLabel
 from gssf_kernels.plan import accumulation_dtype
 
@@ -152,6 +152,14 @@ def logsumexp_by_label(
     return _LogSumExp.apply(*call)[:2]
 
 
+def _numbered(a_labels: Tensor | None, b_labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Labels as their index among all labels."""
+    if a_labels is None or b_labels is None:
+        return None, None
+    labels = torch.cat((a_labels, b_labels)).sort().values
+    return torch.searchsorted(labels, a_labels.contiguous()), torch.searchsorted(labels, b_labels.contiguous())
+
+
 class Call(NamedTuple):
     """Log-sum-exps of the rows and columns of t(s), s = a bᵀ: over all scores, or over positives and over negatives."""
 
@@ -202,12 +210,15 @@ class Call(NamedTuple):
 
         Labels are replaced by their index among all labels, which fits vector lanes of any width.
         """
-        if self.a_labels is None or self.b_labels is None:
+        if self.selection.limited:
+            same = (None, None) if self.ignore else (self.a_ids, self.b_ids)
+            first = 0 if self.paired else UNPAIRED
+            return ByLabel("limited", [], *_numbered(*same), self.row_limit, self.col_limit, first)
+        if self.score == "scaled":
             return ByLabel()
-        labels = torch.cat((self.a_labels, self.b_labels)).sort().values
-        row_labels, col_labels = (torch.searchsorted(labels, t.contiguous()) for t in (self.a_labels, self.b_labels))
         bounds = (self.bounds, self.bounds if self.b is None else None)
-        return ByLabel(self.score, self.constants, row_labels, col_labels, *bounds, 0, self.leave_out)
+        labels = _numbered(self.a_labels, self.b_labels)
+        return ByLabel(self.score, self.constants, *labels, *bounds, 0, self.leave_out)
 
     def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], int]:
         """The shape of a row statistic, that of a column statistic, and how many pairs (i, i) there are."""

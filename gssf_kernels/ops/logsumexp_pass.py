@@ -71,7 +71,7 @@ def _logsumexp_pass(call: PassCall) -> None:
     for k, member in enumerate([None] if positive is None else [positive, ~positive]):
 
         def counted(t, counts, member=member):
-            return t if member is None else torch.where(counts & member, t, -torch.inf)
+            return torch.where(counts if member is None else counts & member, t, -torch.inf)
 
         classes = (..., slice(None)) if member is None else (k,)
         _merge(call.row_max[classes], call.row_sum[classes], counted(t, row), 1)
@@ -109,7 +109,7 @@ def _softmax_pass(call: SoftmaxPassCall) -> None:
             return grad * torch.exp((t - maximum) - log)
 
         if positive is None:
-            ds += softmax_grad(*statistics)
+            ds += torch.where(counts, softmax_grad(*statistics), 0)
         else:
             positive_grad, negative_grad = (softmax_grad(*(x[k] for x in statistics)) for k in (0, 1))
             ds += torch.where(counts, torch.where(positive, positive_grad, negative_grad), 0)

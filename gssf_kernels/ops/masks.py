@@ -55,6 +55,8 @@ def left_out(
 
     row_ids: [R]; directions: whose limits hold, "rows", "cols", or "both": a score that either limit leaves out.
     """
+    if not mask.ignore and mask.row_limit is None and mask.col_limit is None:
+        return None
     same = None if row_ids is None or col_ids is None else row_ids[:, None] == col_ids
     out = same if mask.ignore else None
     rows = slice(first, first + s.shape[0])
@@ -110,16 +112,26 @@ class Selection(NamedTuple):
         return ordinary and not self.ignore and self.row_limit is None and self.col_limit is None
 
     @property
+    def limited(self) -> bool:
+        """Whether the passes leave out the scores above limits: they know no listed pairs and no biases."""
+        limits = self.row_limit is not None or self.col_limit is not None
+        return limits and self.pair_rows is None and self.col_bias is None
+
+    @property
     def apart(self) -> bool:
-        """Whether the logits of the two directions differ."""
+        """Whether the logits of the two directions differ, so that each takes a pass."""
         one_sided = (self.col_bias, self.row_limit, self.col_limit)
-        return self.columns and any(t is not None for t in one_sided)
+        return self.columns and not self.limited and any(t is not None for t in one_sided)
 
     def logits(self, s: Tensor, first: int, direction: str, kappa: Tensor) -> Tensor:
-        """s [R, M], or a copy for one of two directions that differ, so that κ times it are the direction's logits."""
+        """s [R, M], or a copy where directions are apart, so that κ times it are the direction's logits.
+
+        Without what the passes leave out.
+        """
         rows = slice(first, first + s.shape[0])
         row_ids = None if self.a_ids is None else self.a_ids[rows]
-        out = left_out(s, first, row_ids, self.b_ids, self.mask, direction)
+        mask = self.mask._replace(row_limit=None, col_limit=None) if self.limited else self.mask
+        out = left_out(s, first, row_ids, self.b_ids, mask, direction)
         result = s.clone() if self.apart else s
         if self.col_bias is not None and direction == "rows":
             result += self.col_bias / kappa

@@ -27,33 +27,35 @@ def pointwise(t: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 class ByLabel(NamedTuple):
-    """How scores become logits, and which of them count. ``ByLabel()``: without labels, all scores count."""
+    """How scores become logits, and which of them count. ``ByLabel()``: all scores count."""
 
-    score: str = "scaled"  # "scaled": t = κ s, without labels; or one of LOGITS
+    score: str = "scaled"  # "scaled": t = κ s; "limited": the same of fewer scores; or one of LOGITS
     constants: list[float] = []  # noqa: RUF012  # of the score function
-    row_labels: Tensor | None = None  # [R] int64
-    col_labels: Tensor | None = None  # [M] int64
-    row_bounds: Tensor | None = None  # [2, R]: positives of row i count if less than [0, i], negatives if > [1, i]
-    col_bounds: Tensor | None = None  # [2, M]: the same for the columns as anchors
+    # [R] and [M] int64. For "limited" positives are pairs and equal labels, and labels may be None.
+    row_labels: Tensor | None = None
+    col_labels: Tensor | None = None
+    # [2, R]: positives of row i count if less than [0, i], negatives if > [1, i]. "limited", [R]: negatives of row i
+    # count if <= [i].
+    row_bounds: Tensor | None = None
+    col_bounds: Tensor | None = None  # [2, M] or [M]: the same for the columns as anchors
     first: int = 0  # the column of row 0's pair
     leave_out: bool = False  # whether the pair of each row is left out
 
     @property
     def classes(self) -> int:
         """How many log-sum-exps a row has: 1 over all scores, or 2 over positives and over negatives."""
-        return 1 if self.score == "scaled" else 2
+        return 2 if self.score in LOGITS else 1
 
     def part(self, rows: slice, columns: slice, first: int) -> "ByLabel":
         """The same for the scores of these rows and columns, where the pair of row 0 is in column ``first``."""
         if self.score == "scaled":
             return self
-        bounds = (
-            None if t is None else t[:, part] for t, part in ((self.row_bounds, rows), (self.col_bounds, columns))
+        row_labels, col_labels, row_bounds, col_bounds = (
+            None if t is None else t[..., part]
+            for t, part in zip(self[2:6], (rows, columns, rows, columns), strict=True)
         )
-        assert self.row_labels is not None
-        assert self.col_labels is not None
-        labels = self.row_labels[rows], self.col_labels[columns]
-        return ByLabel._make((self.score, self.constants, *labels, *bounds, first, self.leave_out))
+        bundle = row_labels, col_labels, row_bounds, col_bounds, self.first + first, self.leave_out
+        return ByLabel._make((self.score, self.constants, *bundle))
 
 
 def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -74,21 +76,31 @@ LOGITS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"circle": circle, "mu
 
 
 def logit(s: Tensor, scale: Tensor, positive: Tensor | None, by_label: ByLabel) -> tuple[Tensor, Tensor]:
-    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool, or None without labels."""
-    if positive is None:
+    """``(t, dt/ds)`` of s [R, M]; positive: [R, M] bool, which only those of LOGITS read."""
+    if by_label.score not in LOGITS or positive is None:
         return s * scale, scale
     return LOGITS[by_label.score](s, positive, *by_label.constants)
 
 
 def members(s: Tensor, by_label: ByLabel) -> tuple[Tensor | None, Tensor, Tensor]:
-    """``(positive, row, col)`` [R, M] bool: which are positives, which count for their row and for their column."""
+    """``(positive, row, col)`` [R, M] bool: which are positives, which count for their row and for their column.
+
+    positive: None where positives and negatives are in one log-sum.
+    """
     inside = torch.ones_like(s, dtype=torch.bool)
-    if by_label.row_labels is None or by_label.col_labels is None:
+    if by_label.score == "scaled":
         return None, inside, inside
+    positive = torch.zeros_like(inside)
+    if by_label.row_labels is not None and by_label.col_labels is not None:
+        positive = by_label.row_labels[:, None] == by_label.col_labels
+    row_bounds, col_bounds = by_label.row_bounds, by_label.col_bounds
+    if by_label.score == "limited":
+        positive.diagonal(by_label.first).fill_(True)
+        row = inside if row_bounds is None else positive | ~(s > row_bounds[:, None])  # a NaN counts
+        col = inside if col_bounds is None else positive | ~(s > col_bounds)
+        return None, row, col
     if by_label.leave_out:
         inside.diagonal(by_label.first).fill_(False)
-    positive = by_label.row_labels[:, None] == by_label.col_labels
-    row_bounds, col_bounds = by_label.row_bounds, by_label.col_bounds
 
     def within(bounds):  # a NaN counts
         upper, lower = bounds

@@ -49,7 +49,7 @@ def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM
             if len(rows) == 2:
                 col_t = tl.where(col & (positive if c == 0 else positive == 0), t, float("-inf"))
             else:
-                col_t = row_t
+                col_t = row_t if state[0][0] == "scaled" else tl.where(col, t, float("-inf"))
             top, total = log_sums(col_t, 0)  # [BM]
             tl.store(cols[c][0] + col_at, top, mask=inside)
             tl.store(cols[c][1] + col_at, total, mask=inside)
@@ -103,10 +103,10 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
     t, slope, positive, row, col = logits(s, i, j, N, M, load_scalar(scale, constant), state[0], by_label)
     g = tl.zeros([BN, BM], tl.float32)
     if rows is not None:
-        g += logsumexp_slope(t, positive, row, rows, i, i < N, 1)
+        g += logsumexp_slope(t, positive, row, rows, i, i < N, 1, SCORE == "scaled")
     if cols is not None:
-        g += logsumexp_slope(t, positive, col, cols, j, j < M, 0)
-    if SCORE != "scaled":
+        g += logsumexp_slope(t, positive, col, cols, j, j < M, 0, SCORE == "scaled")
+    if SCORE != "scaled" and SCORE != "limited":
         g *= slope
     if dpositive is not None and (i0 < j0 + BM) & (j0 < i0 + BN):
         diagonal = tl.load(dpositive + i, mask=(i < N) & (i < M), other=0.0)
@@ -142,7 +142,7 @@ def by_label(call: Any, row_labels, col_labels, row_bounds, col_bounds, first: i
     if call.score == "scaled":
         return None
     constants = (*map(float, call.constants), 0.0, 0.0)[:3]
-    bounds = (x for t in (row_bounds, col_bounds) for x in (t, t.stride(0) if t is not None else 0))
+    bounds = (x for t in (row_bounds, col_bounds) for x in (t, t.stride(0) if t is not None and t.dim() == 2 else 0))
     return constants, row_labels, col_labels, *bounds, first
 
 
@@ -225,7 +225,7 @@ def logsumexp_pass(call: Any, plan: Plan) -> None:
         call.row_max.fill_(float("-inf"))
         call.row_sum.zero_()
         return
-    chunk, count = Chunk(call.s), 1 + (call.score != "scaled")
+    chunk, count = Chunk(call.s), call.by_label.classes
     rows, cols = classes(call.row_max, call.row_sum), classes(call.col_max, call.col_sum)
     row_partial = classes(*chunk.row_partials(2, count))
     col_partial = classes(*chunk.column_partials(2, count)) if cols is not None else None

@@ -138,13 +138,22 @@ def logits(s, i, j, N, M, kappa, OPTIONS, by_label):
     """(t, dt/ds, positive, row, col); row, col: which scores count for their row, and for their column.
 
     OPTIONS: (SCORE, LEAVE_OUT, …); a string in a tuple that is unpacked or compared with None would not compile
-    by_label: None for "scaled", t = κ s; else (constants, row_labels, col_labels, row_bounds, row_stride, col_bounds,
-    col_stride, first), the fields of `ByLabel` in the PyTorch module
+    by_label: None for "scaled", t = κ s of all scores; else (constants, row_labels, col_labels, row_bounds, row_stride,
+    col_bounds, col_stride, first), the fields of `ByLabel` in the PyTorch module
     """
     inside = (i < N)[:, None] & (j < M)[None, :]
     SCORE: tl.constexpr = OPTIONS[0]
     if SCORE == "scaled":
         return s * kappa, kappa, inside, inside, inside
+    elif SCORE == "limited":
+        _, row_labels, col_labels, row_limit, _, col_limit, _, first = by_label
+        _, positive = valid_and_positive(i, j, first, row_labels, col_labels, N, M)
+        row, col = inside, inside
+        if row_limit is not None:  # NaN counts
+            row = inside & (positive | ((s > tl.load(row_limit + i, mask=i < N, other=0.0)[:, None]) == 0))
+        if col_limit is not None:
+            col = inside & (positive | ((s > tl.load(col_limit + j, mask=j < M, other=0.0)[None, :]) == 0))
+        return s * kappa, kappa, positive, row, col
     else:
         LEAVE_OUT: tl.constexpr = OPTIONS[1]
         constants, row_labels, col_labels, row_bounds, row_stride, col_bounds, col_stride, first = by_label
@@ -172,15 +181,18 @@ def softmax(t, top, log, at, mask, AXIS: tl.constexpr):
 
 
 @triton.jit
-def logsumexp_slope(t, positive, counts, classes, at, mask, AXIS: tl.constexpr):
-    """dL/dt of one direction, grad · softmax of the score's class; classes: (top, log, grad = dL/d log-sum) of each."""
+def logsumexp_slope(t, positive, counts, classes, at, mask, AXIS: tl.constexpr, ALL: tl.constexpr):
+    """dL/dt of one direction, grad · softmax of the score's class; classes: (top, log, grad = dL/d log-sum) of each.
+
+    ALL: every score counts
+    """
     top, log, grad = classes[0]
     g = tl.expand_dims(tl.load(grad + at, mask=mask, other=0.0), AXIS) * softmax(t, top, log, at, mask, AXIS)
     if len(classes) == 2:
         top, log, grad = classes[1]
         other = tl.expand_dims(tl.load(grad + at, mask=mask, other=0.0), AXIS) * softmax(t, top, log, at, mask, AXIS)
-        g = tl.where(counts, tl.where(positive, g, other), 0.0)
-    return g
+        g = tl.where(positive, g, other)
+    return g if ALL else tl.where(counts, g, 0.0)
 
 
 @triton.jit

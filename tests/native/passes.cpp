@@ -45,7 +45,7 @@ Positives positives_of(const std::string& name) {
   throw py::value_error("positives: " + name);
 }
 
-// A direction's labels, of rows or of columns, and with mining the bounds [2, count] of what counts.
+// A direction's labels, of rows or of columns, and with mining or limits the bounds [2, count] of what counts.
 template <class A>
 ByLabel<A> by_label(const Optional& labels, const Optional& bounds, int64_t count) {
   const A* bound = read<A>("bounds", bounds, 2 * count);

@@ -47,6 +47,7 @@ def multi_similarity(s, positive, alpha=2.0, beta=3.0, base=0.5):
 
 SCORES = {  # (t and dt/ds, its constants)
     "scaled": (scaled, [SCALE]),
+    "limited": (scaled, [SCALE]),
     "circle": (circle, [0.25, 0.5]),
     "multi_similarity": (multi_similarity, [2.0, 3.0, 0.5]),
 }
@@ -65,7 +66,14 @@ class Problem:
         counts = ~itself if "leave out" in options else np.ones_like(itself)
         self.row_counts = self.col_counts = counts
         arguments = {"offset": 3, "leave_out": "leave out" in options, "columns": "rows alone" not in options}
-        if score != "scaled":
+        if score == "limited":
+            self.positive &= "labels" in options
+            self.positive |= itself
+            row_bounds, col_bounds = (random.uniform(-0.5, 0.5, (2, count)).astype(s.dtype) for count in (N, M))
+            arguments.update(row_bounds=row_bounds, col_bounds=col_bounds)
+            self.row_counts = self.positive | (self.score <= row_bounds[0][:, None])
+            self.col_counts = self.positive | (self.score <= col_bounds[0])
+        if score != "scaled" and (score != "limited" or "labels" in options):
             arguments["row_labels"], arguments["col_labels"] = (numbered(v, s.dtype) for v in (row_labels, col_labels))
         if "mining" in options:  # positives below and negatives above these scores
             row_bounds, col_bounds = (random.uniform(-0.5, 0.5, (2, count)).astype(s.dtype) for count in (N, M))
@@ -74,7 +82,7 @@ class Problem:
                 counts & np.where(self.positive, self.score < below, self.score > above)
                 for below, above in (row_bounds[:, :, None], col_bounds[:, None])
             )
-        self.classes = [np.ones_like(itself)] if score == "scaled" else [self.positive, ~self.positive]
+        self.classes = [np.ones_like(itself)] if score in ("scaled", "limited") else [self.positive, ~self.positive]
         self.logits = internals.Logits(M, score, constants, **arguments)
 
     def log_sums(self, counts, axis):
@@ -89,7 +97,7 @@ class Problem:
 
 
 OPTIONS = ["", "leave out", "mining", "leave out, mining", "rows alone"]
-CASES = [("scaled", ""), ("scaled", "rows alone")]
+CASES = [("scaled", ""), ("scaled", "rows alone"), *(("limited", options) for options in ("", "labels", "rows alone"))]
 CASES += [(score, options) for score in ("circle", "multi_similarity") for options in OPTIONS]
 
 
@@ -153,7 +161,7 @@ def test_softmax_gradient_of_a_tile(internals, kernels, s, random, score, option
             members = used & counts & of_class
             p = np.where(members, np.exp(np.where(members, problem.t - top, 0)), 0)
             truth += weight * p / np.where(total > 0, total, 1)
-    if score != "scaled":  # the scale of scores is left to who calls
+    if score not in ("scaled", "limited"):  # the scale of scores is left to who calls
         truth *= problem.slope
     assert_near(ds[:, :M], truth)
     assert_near(ds_dot_s, (truth * problem.score).sum(1))

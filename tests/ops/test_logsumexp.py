@@ -11,6 +11,7 @@ from triton_checks import ROW_PANEL_DTYPE, both_passes, close, few, fp64_leaves,
 
 import gssf_kernels as gk
 from gssf_kernels import plan
+from gssf_kernels.ops.masks import UNPAIRED
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (2, 3), (40, 33), (70, 1100), (130, 64)])
@@ -329,6 +330,32 @@ def test_more_scores_keep_means():
 # The passes over a chunk of scores, by Triton
 
 PASS_SHAPES = [(1, 1), (16, 32), (17, 33), (40, 70), (5, 200), (50, 7)]
+
+
+def limited(n, m, first, ids, rows=True, cols=True):
+    """The arguments by which negatives above limits are left out."""
+    g = torch.Generator().manual_seed(n + m)
+    labels = [torch.arange(size) % 5 if ids else None for size in (n, m)]
+    limits = [torch.randn(size, generator=g) if used else None for size, used in ((n, rows), (m, cols))]
+    return ("limited", [], *labels, *limits, first, False)
+
+
+@few
+@pytest.mark.parametrize(("first", "ids"), [(0, False), (-3, True), (UNPAIRED, True)], ids=["pairs", "ids", "unpaired"])
+@pytest.mark.parametrize(("n", "m"), PASS_SHAPES)
+def test_passes_with_limits(n, m, first, ids):
+    s, scale = torch.randn(n, m), torch.tensor(1.7)
+    s[n // 2, m // 2] = NAN
+    before = (torch.randn(m), torch.rand(m) + 1)
+    for sides in ({}, {"cols": False}, {"rows": False}):
+        arguments = (s, scale, *limited(n, m, first, ids, **sides), torch.empty(n), torch.empty(n), *before)
+        results = list(both_passes("logsumexp_pass", arguments, (10, 11, 12, 13)))
+        for (top, exact_top), (total, exact_total) in (results[:2], results[2:]):
+            close(top + total.log(), exact_top + exact_total.log(), torch.float32, rtol=2e-6)
+        row, col = ((torch.rand(size) + 3, torch.rand(size), torch.randn(size)) for size in (n, m))
+        arguments = (s, scale, *limited(n, m, first, ids, **sides), *row, *col, torch.empty(n))
+        for got, expected in both_passes("softmax_pass", arguments, (0, 16)):
+            close(got, expected, torch.float32, rtol=1e-5)
 
 
 @few
