@@ -17,6 +17,7 @@ from gssf_kernels.explain import explain
 from gssf_kernels.losses import (
     BatchHardLoss,
     CircleLoss,
+    DistillationTerms,
     GoalLoss,
     InfoNCELoss,
     MultiSimilarityLoss,
@@ -48,6 +49,7 @@ __all__ = [
     "BatchHardLoss",
     "CircleLoss",
     "Diagnostics",
+    "DistillationTerms",
     "GoalLoss",
     "HardestNegatives",
     "InfoNCELoss",

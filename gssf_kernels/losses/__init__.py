@@ -2,7 +2,7 @@
 
 from gssf_kernels.losses.batch_hard import BatchHardLoss, batch_hard_loss
 from gssf_kernels.losses.circle import CircleLoss, circle_loss
-from gssf_kernels.losses.distillation import RelationalDistillationLoss, relational_distillation_loss
+from gssf_kernels.losses.distillation import DistillationTerms, RelationalDistillationLoss, relational_distillation_loss
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
@@ -14,6 +14,7 @@ from gssf_kernels.losses.triplet import TripletLoss, triplet_loss
 __all__ = [
     "BatchHardLoss",
     "CircleLoss",
+    "DistillationTerms",
     "GoalLoss",
     "InfoNCELoss",
     "MultiSimilarityLoss",

@@ -8,7 +8,9 @@ Source: arXiv 1703.07737. There it is a formula of distances, so hard positives 
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels.diagnostics import diagnose_hardest
 from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -20,7 +22,8 @@ def batch_hard_loss(
     reduction: str = "mean",
     normalize: bool = False,
     metric: StructuredSimilarity | None = None,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """Batch-hard loss ``[m + hardest negative − hardest positive]₊`` over the rows of x.
 
     Scores are the plain products ``x xᵀ`` (normalise first), or with ``metric`` its structured similarity. No N x N
@@ -35,6 +38,7 @@ def batch_hard_loss(
             divides by N in any case.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN propagates. Ties go to
@@ -48,14 +52,17 @@ def batch_hard_loss(
     """
     margin = _checks.non_negative(margin, "margin")
     metric = metric_of(metric, normalize, "batch_hard_loss", x)
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     (x,) = _checks.autocast(x)
     _checks.embeddings(x, x, "x", "x")
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if metric is None:
-        return batch_hard_terms(x, labels, margin, reduction)
-    a, b = _checks.autocast(*metric.factors(x, x))
-    return batch_hard_of_factors(a, b, labels, margin, reduction)
+        loss, *hardest = batch_hard_terms(x, labels, margin, reduction)
+    else:
+        a, b = _checks.autocast(*metric.factors(x, x))
+        loss, *hardest = batch_hard_of_factors(a, b, labels, margin, reduction)
+    return (loss, diagnose_hardest(x, margin, *hardest)) if diagnostics else loss
 
 
 class BatchHardLoss(nn.Module):
@@ -64,7 +71,7 @@ class BatchHardLoss(nn.Module):
     Args:
         margin, reduction: as in :func:`batch_hard_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -77,19 +84,27 @@ class BatchHardLoss(nn.Module):
         metric: StructuredSimilarity | None = None,
         *,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         self.margin = _checks.non_negative(margin, "margin")
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         self.reduction, self.metric = reduction, metric
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] with labels [N]; see :func:`batch_hard_loss`."""
         return batch_hard_loss(
-            x, labels, margin=self.margin, reduction=self.reduction, metric=self.metric, normalize=self.normalize
+            x,
+            labels,
+            margin=self.margin,
+            reduction=self.reduction,
+            metric=self.metric,
+            normalize=self.normalize,
+            diagnostics=self.diagnostics,
         )
 
     def extra_repr(self) -> str:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
+from gssf_kernels.diagnostics import diagnose_labels
 from gssf_kernels.ops.labels import labelled_factors, log_sums
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -26,7 +28,8 @@ def circle_loss(
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
     normalize: bool = False,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """Circle loss of labelled embeddings, without the matrix of scores.
 
     Anchors are the rows of x. With y they are compared with the rows of y, without y with all other rows of x. Scores
@@ -43,6 +46,7 @@ def circle_loss(
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]). An anchor without a positive or without a negative
             contributes 0.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -55,13 +59,15 @@ def circle_loss(
     :func:`~gssf_kernels.logsumexp_scores`.
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "circle_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
     positive_lse, negative_lse = log_sums(factors, "circle", constants)
     valid = (positive_lse != -torch.inf) & (negative_lse != -torch.inf)
     logit = torch.where(valid, positive_lse + negative_lse, -torch.inf)
-    return reference.reduce(torch.logaddexp(logit, logit.new_zeros(())), reduction)
+    loss = reference.reduce(torch.logaddexp(logit, logit.new_zeros(())), reduction)
+    return (loss, diagnose_labels(x, y, factors)) if diagnostics else loss
 
 
 class CircleLoss(nn.Module):
@@ -70,7 +76,7 @@ class CircleLoss(nn.Module):
     Args:
         margin, scale, reduction: as in :func:`circle_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -84,16 +90,20 @@ class CircleLoss(nn.Module):
         reduction: str = "mean",
         *,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         self.margin, self.scale = _checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         _checks.reduction(reduction)
         self.metric, self.reduction = metric, reduction
 
-    def forward(self, x: Tensor, labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] with labels [N], and y [M, D] with y_labels [M]; see :func:`circle_loss`."""
         return circle_loss(
             x,
@@ -104,6 +114,7 @@ class CircleLoss(nn.Module):
             y_labels=y_labels,
             metric=self.metric,
             normalize=self.normalize,
+            diagnostics=self.diagnostics,
             reduction=self.reduction,
         )
 

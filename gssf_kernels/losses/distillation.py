@@ -9,6 +9,8 @@ The means are over the N(N−1) pairs i ≠ j; "mse" squares instead of |·|. Si
 Source: structure-aware distillation, arXiv 2412.10761 (IEEE TIP 33), and its authors' public code.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,14 @@ from gssf_kernels import _checks
 from gssf_kernels.ops.relations import KINDS, relation_loss
 
 _TEACHERS = ("image_teacher", "text_teacher")
+
+
+class DistillationTerms(NamedTuple):
+    """The distances of all relations from the mixture E: detached 0-d tensors, without weights."""
+
+    student: Tensor  # mean|R^F − E|
+    image_teacher: Tensor  # mean|R^I − E|
+    text_teacher: Tensor  # mean|R^T − E|
 
 
 def relational_distillation_loss(
@@ -27,7 +37,8 @@ def relational_distillation_loss(
     tau: float | Tensor,
     weights: tuple[float, float, float] = (2.0, 1.0, 1.0),
     kind: str = "mae",
-) -> Tensor:
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, DistillationTerms]:
     """Distance of the student's relations ``h hᵀ/τ`` from the teachers' mixture, without storing any matrix.
 
     Vectors are compared without normalising them. The teachers are constants to autograd.
@@ -39,6 +50,7 @@ def relational_distillation_loss(
         tau: τ, a number > 0 or a scalar tensor on student's device; never synchronises.
         weights: w₀, w₁, w₂, finite numbers >= 0.
         kind: "mae" (with derivative 0 where student and mixture are equal) or "mse".
+        return_terms: return ``(loss, DistillationTerms)``, the three means without their weights.
 
     Returns:
         a scalar, fp32 (fp64 for fp64); 0 for N < 2. Differentiable once in student, lam and tau.
@@ -51,6 +63,7 @@ def relational_distillation_loss(
     with a gradient. On a GPU, up to 1024 rows, dscores are stored instead of chunks.
     """
     _checks.choice(kind, "kind", tuple(KINDS))
+    _checks.flag(return_terms, "return_terms")
     shares = _weights(weights)
     student, image_teacher, text_teacher = _checks.autocast(student, image_teacher, text_teacher)
     for teacher, name in ((image_teacher, _TEACHERS[0]), (text_teacher, _TEACHERS[1])):
@@ -58,7 +71,19 @@ def relational_distillation_loss(
     lam = _checks.scalar_or_number(lam, "lam", student)
     tau = _checks.scalar_or_number(tau, "tau", student, positive=True)
     teachers = (image_teacher.detach(), text_teacher.detach())
-    return relation_loss(student, *teachers, lam, tau, shares, KINDS[kind])
+    loss, means = relation_loss(student, *teachers, lam, tau, shares, KINDS[kind])
+    return (loss, _terms(means, lam, tau, kind)) if return_terms else loss
+
+
+def _terms(means: Tensor, lam: Tensor | float, tau: Tensor | float, kind: str) -> DistillationTerms:
+    """means: those of φ(e) and of φ(text − image) over pairs [2]."""
+
+    def phi(t):
+        t = t.detach() if isinstance(t, Tensor) else t
+        return abs(t) if kind == "mae" else t * t
+
+    student, between = (phi(1 / tau) * means).unbind()
+    return DistillationTerms(student, phi(lam) * between, phi(1 - lam) * between)
 
 
 def _weights(weights) -> tuple[float, float, float]:
@@ -84,7 +109,7 @@ class RelationalDistillationLoss(nn.Module):
 
     Args:
         lam, tau: the initial λ and τ.
-        weights, kind: as in :func:`relational_distillation_loss`.
+        weights, kind, return_terms: as in :func:`relational_distillation_loss`.
         device, dtype: of ``lam`` and ``tau``.
 
     Attributes:
@@ -98,24 +123,35 @@ class RelationalDistillationLoss(nn.Module):
         weights: tuple[float, float, float] = (2.0, 1.0, 1.0),
         kind: str = "mae",
         *,
+        return_terms: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         _checks.choice(kind, "kind", tuple(KINDS))
         _checks.parameter_dtype(dtype)
-        self.weights, self.kind = _weights(weights), kind
+        _checks.flag(return_terms, "return_terms")
+        self.weights, self.kind, self.return_terms = _weights(weights), kind, return_terms
         self.lam = nn.Parameter(torch.tensor(_checks.finite(lam, "lam"), device=device, dtype=dtype))
         self.tau = nn.Parameter(torch.tensor(_checks.positive(tau, "tau"), device=device, dtype=dtype))
 
-    def forward(self, student: Tensor, image_teacher: Tensor, text_teacher: Tensor) -> Tensor:
+    def forward(
+        self, student: Tensor, image_teacher: Tensor, text_teacher: Tensor
+    ) -> Tensor | tuple[Tensor, DistillationTerms]:
         """The loss of student [N, D] and both teachers [N, any]; see :func:`relational_distillation_loss`."""
         return relational_distillation_loss(
-            student, image_teacher, text_teacher, lam=self.lam, tau=self.tau, weights=self.weights, kind=self.kind
+            student,
+            image_teacher,
+            text_teacher,
+            lam=self.lam,
+            tau=self.tau,
+            weights=self.weights,
+            kind=self.kind,
+            return_terms=self.return_terms,
         )
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, kind={self.kind!r}"
 
 
-__all__ = ["RelationalDistillationLoss", "relational_distillation_loss"]
+__all__ = ["DistillationTerms", "RelationalDistillationLoss", "relational_distillation_loss"]

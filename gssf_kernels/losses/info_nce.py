@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
+from gssf_kernels.diagnostics import diagnose_means, share_first
 from gssf_kernels.ops.info_nce import Options, info_nce_of_factors, mean_scores
 from gssf_kernels.ops.logsumexp import SAME_ID, paired_logsumexp
 from gssf_kernels.ops.masks import Mask, Selection
 from gssf_kernels.ops.mining import PairedInputs, paired_inputs
+from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.positive_means import PositiveMeans, positive_means
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -41,7 +44,8 @@ def info_nce_loss(
     reduction: str = "mean",
     normalize: bool = False,
     metric: StructuredSimilarity | None = None,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """InfoNCE of paired embeddings, without the matrix of logits ``κ x yᵀ``.
 
     The positives of an anchor have equal targets. Without ``pairs``, row i of x pairs with row i of y, equal ids are
@@ -69,6 +73,7 @@ def info_nce_loss(
             both directions, and "none" requires symmetric=False.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -83,6 +88,7 @@ def info_nce_loss(
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
     if metric is None and normalize is False:
@@ -103,19 +109,34 @@ def info_nce_loss(
         )
         kappa, options = _checks.scale(scale, inputs.a), Options(epsilon, symmetric, reduction)
         y_bias = _checks.bias_of_candidates(y_bias, "y_bias", inputs.b)
-        return _with_options(inputs, kappa, same_id == "ignore", y_bias, options)
-    if metric is not None:
-        x, y = metric.factors(x, y)
-    x, y = _checks.autocast(x, y)
-    _checks.embeddings(x, y, "x", "y")
-    x_ids, y_ids = _checks.ids_of_pairs(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    kappa = _checks.scale(scale, x)
+        loss, means, *first = _with_options(inputs, kappa, same_id == "ignore", y_bias, options)
+        return (loss, diagnose_means(x, y, means, *_accuracies(symmetric, *first))) if diagnostics else loss
+    a, b = _checks.autocast(*((x, y) if metric is None else metric.factors(x, y)))
+    _checks.embeddings(a, b, "x", "y")
+    x_ids, y_ids = _checks.ids_of_pairs(x_ids, y_ids, a, b, "x_ids", "y_ids")
+    kappa = _checks.scale(scale, a)
+    loss, *first = info_nce_of_factors(a, b, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
+    if not diagnostics:
+        return loss
+    means = positive_means(a.detach(), b.detach(), Pairing("rows", x_ids, y_ids), ids=True, rows=True)
+    accuracies = _accuracies(symmetric, *first) if x_ids is None else ()
+    return loss, diagnose_means(x, y, means, *accuracies)
 
-    return info_nce_of_factors(x, y, kappa, x_ids, y_ids, Options(epsilon, symmetric, reduction))
+
+def _accuracies(symmetric: bool, *first: Tensor) -> list[Tensor]:
+    """From the logits of the pairs (i, i), and the maxima of rows and of columns; [] from nothing."""
+    if not first:
+        return []
+    positive_logit, *maxima = first
+    return [share_first(positive_logit, maximum) for maximum in maxima[: 1 + symmetric]]
 
 
-def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | None, options: Options) -> Tensor:
-    """The loss with pairs of any kind and scores that are left out, from log-sums and means over positives."""
+def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | None, options: Options) -> tuple:
+    """The loss with pairs of any kind and scores that are left out, from log-sums and means over positives.
+
+    Behind it the means of rows; and if (i, i) is the one positive of row i, and biases do not count, what
+    `_accuracies` takes.
+    """
     a, b, pairing, columns, limits, _ = inputs
     by_row, limited = pairing.kind == "rows", limits[0] is not None
     left_out = pairing.x_ids is not None and (ignore or pairing.kind == "listed")
@@ -128,7 +149,7 @@ def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | No
     listed = (None, None) if pairing.listed is None else pairing.listed[:2]
     mask = Mask(by_row, left_out, listed[0], listed[1], *limits)
     selection = Selection(columns, False, ids[0], ids[1], y_bias, *mask)
-    row_max, row_log, col_max, col_log, _ = paired_logsumexp(a, b, kappa, selection)
+    row_max, row_log, col_max, col_log, positive_logit = paired_logsumexp(a, b, kappa, selection)
     count, mean_bias = a.shape[0], None if y_bias is None else y_bias.mean()
 
     def direction(top, log, means: PositiveMeans, others: Tensor, anchors: Tensor, bias) -> tuple[Tensor, Tensor]:
@@ -143,7 +164,11 @@ def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | No
         return torch.where(means.present, terms, 0), means.present.sum()
 
     positives = partial(positive_means, a, b, pairing, not ignore)
-    terms, size = direction(row_max, row_log, positives(True, y_bias), b, a, mean_bias)
+    row_means = positives(True, y_bias)
+    known: tuple = (row_means,)
+    if by_row and y_bias is None and (ignore or pairing.x_ids is None):
+        known = row_means, positive_logit, row_max, col_max
+    terms, size = direction(row_max, row_log, row_means, b, a, mean_bias)
     if columns:
         anchors = b[:count] if by_row else b
         col_max, col_log = (t[:count] if by_row else t for t in (col_max, col_log))
@@ -151,12 +176,12 @@ def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | No
         if by_row:
             terms = (terms + col_terms) / 2
         elif options.reduction == "mean":
-            return (terms.sum() / size.clamp_min(1) + col_terms.sum() / col_size.clamp_min(1)) / 2
+            return (terms.sum() / size.clamp_min(1) + col_terms.sum() / col_size.clamp_min(1)) / 2, *known
         else:
-            return (terms.sum() + col_terms.sum()) / 2
+            return (terms.sum() + col_terms.sum()) / 2, *known
     if options.reduction == "none":
-        return terms
-    return terms.sum() / size.clamp_min(1) if options.reduction == "mean" else terms.sum()
+        return terms, *known
+    return (terms.sum() / size.clamp_min(1) if options.reduction == "mean" else terms.sum()), *known
 
 
 class InfoNCELoss(ScaledLoss):
@@ -169,7 +194,7 @@ class InfoNCELoss(ScaledLoss):
             would raise it further.
         label_smoothing, symmetric, same_id, false_negative_margin, reduction: as in :func:`info_nce_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
         device, dtype: of ``log_scale``.
 
     Attributes:
@@ -191,6 +216,7 @@ class InfoNCELoss(ScaledLoss):
         device=None,
         dtype=None,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         self.label_smoothing = _checks.fraction(label_smoothing, "label_smoothing")
@@ -198,7 +224,8 @@ class InfoNCELoss(ScaledLoss):
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         _checks.choice(same_id, "same_id", SAME_ID)
         self.same_id = same_id
         self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -215,7 +242,7 @@ class InfoNCELoss(ScaledLoss):
         *,
         y_bias: Tensor | None = None,
         scale: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] and y [M, D]; ``scale`` in place of the module's own; see :func:`info_nce_loss`."""
         return info_nce_loss(
             x,
@@ -232,6 +259,7 @@ class InfoNCELoss(ScaledLoss):
             reduction=self.reduction,
             metric=self.metric,
             normalize=self.normalize,
+            diagnostics=self.diagnostics,
         )
 
     def extra_repr(self) -> str:

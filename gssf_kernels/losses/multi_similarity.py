@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
+from gssf_kernels.diagnostics import diagnose_labels
 from gssf_kernels.ops.labels import labelled_factors, largest_logits, log_sums
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -29,7 +31,8 @@ def multi_similarity_loss(
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
     normalize: bool = False,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """Multi-similarity loss of labelled embeddings, without the matrix of scores.
 
     Anchors, y, labels, ``metric``, results and errors are as in :func:`~gssf_kernels.circle_loss`.
@@ -47,6 +50,7 @@ def multi_similarity_loss(
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]).
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -61,6 +65,7 @@ def multi_similarity_loss(
     alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
     constants = [alpha, beta, _checks.finite(base, "base")]
     epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "multi_similarity_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
@@ -72,7 +77,8 @@ def multi_similarity_loss(
     positive_lse, negative_lse = log_sums(factors, "multi_similarity", constants, bounds)
     zero = positive_lse.new_zeros(())
     terms = torch.logaddexp(positive_lse, zero) / alpha + torch.logaddexp(negative_lse, zero) / beta
-    return reference.reduce(terms, reduction)
+    loss = reference.reduce(terms, reduction)
+    return (loss, diagnose_labels(x, y, factors)) if diagnostics else loss
 
 
 class MultiSimilarityLoss(nn.Module):
@@ -81,7 +87,7 @@ class MultiSimilarityLoss(nn.Module):
     Args:
         alpha, beta, base, epsilon, reduction: as in :func:`multi_similarity_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
 
     Raises:
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
@@ -97,6 +103,7 @@ class MultiSimilarityLoss(nn.Module):
         reduction: str = "mean",
         *,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         self.alpha, self.beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
@@ -104,11 +111,14 @@ class MultiSimilarityLoss(nn.Module):
         self.epsilon = None if epsilon is None else _checks.non_negative(epsilon, "epsilon")
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         _checks.reduction(reduction)
         self.metric, self.reduction = metric, reduction
 
-    def forward(self, x: Tensor, labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, labels: Tensor, y: Tensor | None = None, y_labels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] with labels [N], and y [M, D] with y_labels [M]; see :func:`multi_similarity_loss`."""
         return multi_similarity_loss(
             x,
@@ -121,6 +131,7 @@ class MultiSimilarityLoss(nn.Module):
             y_labels=y_labels,
             metric=self.metric,
             normalize=self.normalize,
+            diagnostics=self.diagnostics,
             reduction=self.reduction,
         )
 

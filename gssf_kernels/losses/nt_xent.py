@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
+from gssf_kernels.diagnostics import diagnose_means
 from gssf_kernels.ops.labels import labelled_factors
 from gssf_kernels.ops.logsumexp import paired_logsumexp
 from gssf_kernels.ops.masks import Selection
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.positive_means import positive_means
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -33,7 +35,8 @@ def nt_xent_loss(
     metric: StructuredSimilarity | None = None,
     reduction: str = "mean",
     normalize: bool = False,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """NT-Xent (SupCon) of labelled embeddings, without the matrix of logits ``κ x xᵀ``.
 
     Args:
@@ -46,6 +49,7 @@ def nt_xent_loss(
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over the anchors that have a positive, "sum" or "none" ([N]). Other anchors contribute 0.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). Without positives a differentiable 0. NaN and Inf in the
@@ -59,6 +63,7 @@ def nt_xent_loss(
 
     Source: arXiv 2002.05709, 2004.11362.
     """
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     metric = metric_of(metric, normalize, "nt_xent_loss", x, y)
     factors = labelled_factors(x, labels, y, y_labels, metric)
@@ -70,10 +75,10 @@ def nt_xent_loss(
     means = positive_means(a, b, pairing, ids=True, rows=True, exclude_self=factors.leave_out)
     assert means.present is not None  # only pairs (i, i) are there in any case
     terms = torch.where(means.present, (row_max - kappa * means.score) + row_log, 0)
-    if reduction == "none":
-        return terms
-    total = terms.sum()
-    return total / means.present.sum().clamp_min(1) if reduction == "mean" else total
+    loss = terms if reduction == "none" else terms.sum()
+    if reduction == "mean":
+        loss = loss / means.present.sum().clamp_min(1)
+    return (loss, diagnose_means(x, y, means)) if diagnostics else loss
 
 
 class NTXentLoss(ScaledLoss):
@@ -84,7 +89,7 @@ class NTXentLoss(ScaledLoss):
         learnable: whether ``log_scale`` is a parameter. SimCLR's temperature is constant, so it is not by default.
         max_scale: the largest κ, or None; see :class:`~gssf_kernels.InfoNCELoss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
         reduction: as in :func:`nt_xent_loss`.
         device, dtype: of ``log_scale``.
 
@@ -103,12 +108,14 @@ class NTXentLoss(ScaledLoss):
         device=None,
         dtype=None,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         self._learn_scale(scale, learnable, max_scale, device, dtype)
         self.metric, self.reduction = metric, reduction
 
@@ -120,7 +127,7 @@ class NTXentLoss(ScaledLoss):
         y_labels: Tensor | None = None,
         *,
         scale: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] with labels [N]; ``scale`` in place of the module's own; see :func:`nt_xent_loss`."""
         return nt_xent_loss(
             x,
@@ -130,6 +137,7 @@ class NTXentLoss(ScaledLoss):
             y_labels=y_labels,
             metric=self.metric,
             normalize=self.normalize,
+            diagnostics=self.diagnostics,
             reduction=self.reduction,
         )
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels._modules import ScaledLoss
+from gssf_kernels.diagnostics import diagnose_means
 from gssf_kernels.ops.logsumexp import SAME_ID
 from gssf_kernels.ops.masks import Mask
 from gssf_kernels.ops.mining import PairedInputs, paired_inputs
 from gssf_kernels.ops.pairing import Pairing
+from gssf_kernels.ops.positive_means import positive_means
 from gssf_kernels.ops.segments import segments_of
 from gssf_kernels.ops.sums import Term, score_sums
+from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 
@@ -33,7 +36,8 @@ def sigmoid_loss(
     reduction: str = "mean",
     normalize: bool = False,
     metric: StructuredSimilarity | None = None,
-) -> Tensor:
+    diagnostics: bool = False,
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """Pairwise sigmoid loss of paired embeddings, without the matrix of logits ``κ x yᵀ + β``.
 
     Without ``pairs``, row i of x pairs with row i of y, equal ids are positives too, and rows of y past N are extra
@@ -55,6 +59,7 @@ def sigmoid_loss(
             terms of row i).
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare x and y by.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
+        diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
     Returns:
         a scalar, or [N] for "none"; fp32 (fp64 for fp64). N = 0 gives a differentiable 0. NaN and Inf in the inputs
@@ -65,6 +70,7 @@ def sigmoid_loss(
 
     Time: one product, and two further ones for the gradient. Extra memory: as :func:`~gssf_kernels.sum_scores`.
     """
+    _checks.flag(diagnostics, "diagnostics")
     _checks.reduction(reduction)
     _checks.choice(same_id, "same_id", SAME_ID)
     metric = metric_of(metric, normalize, "sigmoid_loss", x, y)
@@ -80,16 +86,20 @@ def sigmoid_loss(
             same_id=same_id,
         )
         kappa, beta = _checks.scale(scale, inputs.a), _checks.scalar_or_number(bias, "bias", inputs.a)
-        return _with_options(inputs, Term("softplus", "negate", kappa, beta), same_id == "ignore", reduction)
-    if metric is not None:
-        x, y = metric.factors(x, y)
-    x, y = _checks.autocast(x, y)
-    _checks.embeddings(x, y, "x", "y")
-    x_ids, y_ids = _checks.ids_of_pairs(x_ids, y_ids, x, y, "x_ids", "y_ids")
-    kappa = _checks.scale(scale, x)
-    bias = _checks.scalar_or_number(bias, "bias", x)
+        loss = _with_options(inputs, Term("softplus", "negate", kappa, beta), same_id == "ignore", reduction)
+        return (loss, _diagnose(x, y, *inputs[:3], same_id != "ignore")) if diagnostics else loss
+    a, b = _checks.autocast(*((x, y) if metric is None else metric.factors(x, y)))
+    _checks.embeddings(a, b, "x", "y")
+    x_ids, y_ids = _checks.ids_of_pairs(x_ids, y_ids, a, b, "x_ids", "y_ids")
+    kappa = _checks.scale(scale, a)
+    bias = _checks.scalar_or_number(bias, "bias", a)
     # −log σ(z t) is softplus(t) for negatives and softplus(−t) for positives.
-    return score_sums(x, y, Term("softplus", "negate", kappa, bias), x_ids, y_ids, reduction)
+    loss = score_sums(a, b, Term("softplus", "negate", kappa, bias), x_ids, y_ids, reduction)
+    return (loss, _diagnose(x, y, a, b, Pairing("rows", x_ids, y_ids), True)) if diagnostics else loss
+
+
+def _diagnose(x: Tensor, y: Tensor, a: Tensor, b: Tensor, pairing: Pairing, ids: bool) -> Diagnostics:
+    return diagnose_means(x, y, positive_means(a.detach(), b.detach(), pairing, ids, rows=True))
 
 
 def _with_options(inputs: PairedInputs, term: Term, ignore: bool, reduction: str) -> Tensor:
@@ -130,7 +140,7 @@ class SigmoidLoss(ScaledLoss):
         max_scale: the largest κ, or None; see :class:`~gssf_kernels.InfoNCELoss`.
         same_id, false_negative_margin, reduction: as in :func:`sigmoid_loss`.
         metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by (its parameters become this module's).
-        normalize: as in the function.
+        normalize, diagnostics: as in the function.
         device, dtype: of ``log_scale`` and ``bias``.
 
     Attributes:
@@ -154,12 +164,14 @@ class SigmoidLoss(ScaledLoss):
         device=None,
         dtype=None,
         normalize: bool = False,
+        diagnostics: bool = False,
     ):
         super().__init__()
         _checks.reduction(reduction)
         check_metric(metric)
         _checks.flag(normalize, "normalize")
-        self.normalize = normalize
+        _checks.flag(diagnostics, "diagnostics")
+        self.normalize, self.diagnostics = normalize, diagnostics
         _checks.choice(same_id, "same_id", SAME_ID)
         self.same_id = same_id
         self.false_negative_margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
@@ -177,7 +189,7 @@ class SigmoidLoss(ScaledLoss):
         *,
         scale: float | Tensor | None = None,
         bias: float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Diagnostics]:
         """The loss of x [N, D] and y [M, D]; ``scale`` and ``bias`` in place of the module's own.
 
         See :func:`sigmoid_loss`.
@@ -195,6 +207,7 @@ class SigmoidLoss(ScaledLoss):
             reduction=self.reduction,
             metric=self.metric,
             normalize=self.normalize,
+            diagnostics=self.diagnostics,
         )
 
     def extra_repr(self) -> str:

@@ -40,19 +40,30 @@ class BatchHardBackwardCall(NamedTuple):
     reduction: str
 
 
-def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
-    """The terms [N] of x [N, D] and labels [N] int64, or their sum or mean. Differentiable once; NaN propagates."""
-    return _BatchHard.apply(x, labels, margin, reduction)[0]
+class BatchHard(NamedTuple):
+    """The terms [N], or their sum or mean, and the scores that they are made of."""
+
+    loss: Tensor
+    positive_score: Tensor  # [N]
+    negative_score: Tensor  # [N]
+    valid: Tensor  # [N] bool: rows that have both
 
 
-def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> Tensor:
+def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> BatchHard:
+    """Of x [N, D] and labels [N] int64. Differentiable once; NaN propagates."""
+    loss, positive_score, negative_score, positive_index, _ = _BatchHard.apply(x, labels, margin, reduction)
+    return BatchHard(loss, positive_score, negative_score, _valid(positive_index, negative_score))
+
+
+def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> BatchHard:
     """The same of ``s = a bᵀ``, where a and b [N, D] are the factors of a metric, both made of x."""
     negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels)[2]
     positive_index = hardest_positives(a, labels, b)
     positive_score, negative_score = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
     valid = _valid(positive_index, negative_score)
     p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
-    return reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
+    loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
+    return BatchHard(loss, positive_score, negative_score, valid)
 
 
 class _BatchHard(Function):

@@ -80,12 +80,17 @@ def info_nce_of_factors(
     a_ids: Tensor | None,
     b_ids: Tensor | None,
     options: Options,
-) -> Tensor:
-    """The terms [N] of a [N, D] and b [M, D], M >= N, or their sum or mean. Differentiable once in a, b and scale."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The terms [N] of a [N, D] and b [M, D], M >= N, or their sum or mean. Differentiable once in a, b and scale.
+
+    Behind it positive_logit [N], row_max [N] and, with the columns' direction, col_max [M]; no gradient.
+    """
     tensor, constant = scale_of(scale)
     keep = kept_for(a, b, tensor, options.symmetric)
     a_ids, b_ids = distinct(a_ids, b_ids)
-    return _InfoNCE.apply(*Call(a, None if b is a else b, tensor, constant, a_ids, b_ids, *options, keep))[0]
+    call = Call(a, None if b is a else b, tensor, constant, a_ids, b_ids, *options, keep)
+    loss, row_max, _, col_max, *_, positive_logit = _InfoNCE.apply(*call)
+    return loss, positive_logit, row_max, col_max
 
 
 class _InfoNCE(Function):
@@ -102,7 +107,7 @@ class _InfoNCE(Function):
         ctx.keep = call.keep
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(call.a, call.b, call.scale, call.a_ids, call.b_ids, *output[1:])
+        ctx.save_for_backward(call.a, call.b, call.scale, call.a_ids, call.b_ids, *output[1:-1])
 
     @staticmethod
     def backward(ctx, grad_out, *_):
@@ -141,7 +146,7 @@ def _by_log_sums(call: Call) -> tuple[Tensor, ...]:
         col_target = torch.lerp(col_target, kappa * mean_scores(b[:count], a), call.epsilon)
     col_statistics = (*cols, None if col_target is row_target else col_target) if call.symmetric else (None, None, None)
     loss = torch.ops.gssf.anchor_terms("info_nce", [*rows, row_target, *col_statistics], [], call.reduction)
-    return loss, *statistics, row_count, col_count, kept
+    return loss, *statistics, row_count, col_count, kept, positive_logit
 
 
 def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
@@ -261,7 +266,7 @@ def _fake(call: Call) -> tuple[Tensor, ...]:
     m = m if call.symmetric else 0
     loss = call.a.new_empty((n,) if call.reduction == "none" else (), dtype=dtype)
     kept = kept_shape(call.a, call.b, call.keep)
-    return loss, *(call.a.new_empty(size, dtype=dtype) for size in (n, n, m, m, counts, counts, kept))
+    return loss, *(call.a.new_empty(size, dtype=dtype) for size in (n, n, m, m, counts, counts, kept, n))
 
 
 def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
@@ -274,7 +279,7 @@ def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
 register(
     "info_nce",
     Call,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     composite=_by_log_sums,
     fake=_fake,
     launcher="info_nce.info_nce",

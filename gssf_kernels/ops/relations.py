@@ -28,8 +28,12 @@ from gssf_kernels.plan import accumulation_dtype
 KINDS = {"mae": "abs", "mse": "square"}
 
 
-def relation_loss(student, image, text, lam, tau, weights: tuple[float, float, float], kind: str) -> Tensor:
-    """The loss, a scalar of the accumulation dtype. Differentiable once in student [N, D], λ and τ.
+def relation_loss(
+    student, image, text, lam, tau, weights: tuple[float, float, float], kind: str
+) -> tuple[Tensor, Tensor]:
+    """The loss, a scalar of the accumulation dtype, differentiable once in student [N, D], λ and τ; and S and B.
+
+    S and B [2] are divided by the number of pairs, and have no gradient.
 
     lam, tau: scalar tensors of that dtype, or numbers.
     weights: w₀, w₁, w₂.
@@ -41,7 +45,8 @@ def relation_loss(student, image, text, lam, tau, weights: tuple[float, float, f
     lam, tau = distinct(lam, tau)
     need = torch.is_grad_enabled() and student.requires_grad
     call = Call(student, image, text, lam, tau, lam_number, tau_number, list(weights), kind, need)
-    return _Relations.apply(*call)[0]
+    loss, *_, means = _Relations.apply(*call)
+    return loss, means
 
 
 class Call(NamedTuple):
@@ -82,7 +87,7 @@ class _Relations(Function):
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:], inputs[0], *inputs[3:5])
+        ctx.save_for_backward(*output[1:-1], inputs[0], *inputs[3:5])
 
     @staticmethod
     def backward(ctx, grad_out, *_):
@@ -107,7 +112,7 @@ def _scaled(grad_out, dlam, dtau, slope, dstudent, student, lam, tau):
 
 
 def _by_chunks(call: Call) -> tuple[Tensor, ...]:
-    """(loss, dλ, dτ, slope, Σ_j φ'(e_ij) h_j [N, D]); dh is the product of the last two."""
+    """(loss, dλ, dτ, slope, Σ_j φ'(e_ij) h_j [N, D], S and B over pairs); dh is slope times the sums."""
     student, n, dtype = call.student, call.student.shape[0], accumulation_dtype(call.student.dtype)
     lam = student.new_full((), call.lam_number, dtype=dtype) if call.lam is None else call.lam
     tau = student.new_full((), call.tau_number, dtype=dtype) if call.tau is None else call.tau
@@ -119,8 +124,10 @@ def _by_chunks(call: Call) -> tuple[Tensor, ...]:
 
     dh = triangle((student, call.image, call.text), visit, call.need)
     totals = rows.sum(1, dtype=torch.float64)
-    scalars = _formula(totals, lam.double(), tau.double(), call.weights, call.kind, max(n * (n - 1), 1))
-    return (*(t.to(dtype) for t in scalars), dh if dh is not None else rows.new_empty(0))
+    pairs = max(n * (n - 1), 1)
+    scalars = _formula(totals, lam.double(), tau.double(), call.weights, call.kind, pairs)
+    means = (totals[:2] / pairs).to(dtype)
+    return (*(t.to(dtype) for t in scalars), dh if dh is not None else rows.new_empty(0), means)
 
 
 def _formula(totals, lam, tau, weights, kind, pairs):
@@ -138,7 +145,7 @@ def _formula(totals, lam, tau, weights, kind, pairs):
 
 
 def _fake(call: Call) -> tuple[Tensor, ...]:
-    shapes = ((), (), (), (), call.student.shape if call.need else 0)
+    shapes = ((), (), (), (), call.student.shape if call.need else 0, 2)
     return tuple(call.student.new_empty(shape, dtype=accumulation_dtype(call.student.dtype)) for shape in shapes)
 
 
@@ -159,7 +166,7 @@ def _pass(call: PassCall) -> None:
 register(
     "relation_loss",
     Call,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     composite=_by_chunks,
     fake=_fake,
     launcher="relations.relation_loss",

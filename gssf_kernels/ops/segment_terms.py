@@ -3,9 +3,9 @@
     row_terms_i = Σ_{j: id_j = id_i} f(s_ij, n_i),   col_terms_j = Σ_{i: id_i = id_j} f(s_ij, n'_j),      s = a bᵀ
 
 n_i and n'_j are the scores of the hardest negatives, and f is the term of one direction, as in ``terms.py``: "hinge" or
-"goal <triplet> <pair>". An anchor without a negative (-inf) has no terms. Diagnostics have two more: "active", whether
-m + n_i > s_ij, and "score", s_ij itself. With "lowest" the results are the lowest score of each anchor's pairs instead,
-+inf where it has none.
+"goal <triplet> <pair>". An anchor without a negative (-inf) has no terms. Diagnostics have three more: "active",
+whether m + n_i > s_ij, "score", s_ij itself, and "first", whether s_ij > n_i. With "lowest" the results are the lowest
+score of each anchor's pairs instead, +inf where it has none.
 
 Rows and columns are sorted by id. Then the pairs of a tile of rows lie in one range of columns, and only those scores
 are computed. Where ids cannot be read without synchronising, on CUDA, all scores are computed, one chunk at a time. A
@@ -127,6 +127,8 @@ def _values(call: Call, s: Tensor, n: Tensor) -> Tensor:
     """f(s, n) of scores s and hardest negatives n; 0 where there is no negative."""
     if call.formula == "active":
         return torch.where(n != -torch.inf, (call.constants[0] + n - s > 0).to(s.dtype), 0)
+    if call.formula == "first":
+        return (s > n).to(s.dtype)
     if call.formula == "score":
         return torch.where(n != -torch.inf, s, 0)
     return direction_value(call.formula, call.constants, s, n)

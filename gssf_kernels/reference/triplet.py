@@ -13,12 +13,25 @@ from gssf_kernels.reference.statistics import EPS, accumulate, maxima, paired, p
 
 
 class Diagnostics(NamedTuple):
-    """Early signs of a collapse: detached 0-d tensors. See :mod:`gssf_kernels.diagnostics`."""
+    """Early signs of a collapse: detached 0-d tensors, or None for what a loss does not know.
 
-    active: Tensor
-    positive: Tensor
-    negative: Tensor
-    spread: Tensor
+    ``_asdict()`` has what the loss knows, for a logger. See :mod:`gssf_kernels.diagnostics`.
+    """
+
+    active: Tensor | None = None
+    positive: Tensor | None = None
+    negative: Tensor | None = None
+    spread: Tensor | None = None
+    row_accuracy: Tensor | None = None
+    col_accuracy: Tensor | None = None
+
+
+def _known(diagnostics: Diagnostics) -> dict[str, Tensor]:
+    """The fields that are not None, by name."""
+    return {k: v for k, v in zip(diagnostics._fields, diagnostics, strict=True) if v is not None}
+
+
+Diagnostics._asdict = _known  # type: ignore[method-assign,assignment]  # a NamedTuple's body cannot define it
 
 
 def triplet_loss(
@@ -122,11 +135,14 @@ def diagnose(
     anchors = of_pairs if pairs is None else torch.cat(hardest)
     valid = anchors != -torch.inf
     points = F.normalize(torch.cat((accumulate(x.detach()), accumulate(y.detach()))), dim=1, eps=EPS)
+    accuracies = [(s[rows, cols] > n).to(s).sum() / count for n in of_pairs]
     return Diagnostics(
         active=(margin + of_pairs - s[rows, cols] > 0).to(s).sum() / (len(directions) * count),
         positive=s[rows, cols].sum() / count,
         negative=torch.where(valid, anchors, 0).sum() / valid.sum().clamp_min(1),
         spread=(1 - (points.sum(0) / max(points.shape[0], 1)).square().sum()).clamp_min(0),  # less than 0 is rounding
+        row_accuracy=accuracies[0],
+        col_accuracy=accuracies[1] if symmetric else None,
     )
 
 

@@ -155,10 +155,10 @@ def info_nce_slope_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.co
 
 
 def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return (loss, row_max, row_log [N], col_max, col_log [M], row_count, col_count [N], an empty tensor), all fp32.
+    """Return (loss, row_max, row_log, col_max, col_log, row_count, col_count, an empty tensor, positive_logit), fp32.
 
     loss: the terms [N] or their sum or mean; a log-sum is max + log, those of columns empty without their direction;
-    counts are numbers of positives, empty without ids; the last would be what is kept: this route keeps nothing
+    counts are numbers of positives, empty without ids; the empty tensor would be what is kept: this route keeps nothing
     """
     a, b, ids = call.a, call.a if call.b is None else call.b, call.a_ids is not None
     N, M, reduced = len(a), len(b), call.reduction != "none"
@@ -190,7 +190,7 @@ def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         )  # fmt: skip
     if not call.symmetric:  # the kernel wrote the columns' statistics too, but nobody reads them
         statistics = (*statistics[:2], *(t.new_empty(0) for t in statistics[2:]))
-    return out, *statistics, *counts, nothing_kept(positive_logit, a, call.keep)
+    return out, *statistics, *counts, nothing_kept(positive_logit, a, call.keep), positive_logit
 
 
 def info_nce_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

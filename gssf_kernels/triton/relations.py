@@ -97,7 +97,7 @@ def wide(tensor, constant):
 @triton.jit(do_not_specialize=["N", "count", "lam_number", "tau_number", "to_student", "to_image", "to_text"])
 def relation_loss_kernel(
     dscores, student, dh, partial, lam, tau, lam_number, tau_number, to_student, to_image, to_text, loss, dlam, dtau,
-    slope, stride, student_stride, N, D: tl.int32, count, KIND: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    slope, means, stride, student_stride, N, D: tl.int32, count, KIND: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Programs for the tiles of dh = dscores h, if it is not None, then one for the loss, dλ, dτ and slope."""
@@ -115,8 +115,8 @@ def relation_loss_kernel(
         share, at_share = pointwise(1.0 / wide(tau, tau_number), KIND)
         size, at_size = pointwise(wide(lam, lam_number), KIND)
         rest, at_rest = pointwise(1.0 - wide(lam, lam_number), KIND)
-        between = whole_sum(partial + count, count, BT)
-        total = (to_student * whole_sum(partial, count, BT) + (to_image * size + to_text * rest) * between) / pairs
+        from_student, between = whole_sum(partial, count, BT), whole_sum(partial + count, count, BT)
+        total = (to_student * from_student + (to_image * size + to_text * rest) * between) / pairs
         toward_text = to_student * whole_sum(partial + 2 * count, count, BT)
         by_lam = ((to_image * at_size - to_text * at_rest) * between - toward_text) / pairs
         by_tau = -total * at_share / (wide(tau, tau_number) * wide(tau, tau_number))
@@ -124,10 +124,15 @@ def relation_loss_kernel(
         tl.store(dlam, (share * by_lam).to(tl.float32))
         tl.store(dtau, by_tau.to(tl.float32))
         tl.store(slope, (2.0 * to_student * share / pairs).to(tl.float32))
+        tl.store(means, (from_student / pairs).to(tl.float32))
+        tl.store(means + 1, (between / pairs).to(tl.float32))
 
 
 def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
-    """Return the loss, dλ, dτ, and two factors of dh: a scalar, and Σ_j φ'(e_ij) h_j [N, D], empty if not needed."""
+    """Return the loss, dλ, dτ, two factors of dh, and the means of φ(e) and φ(w - u) over pairs [2].
+
+    The factors are a scalar, and Σ_j φ'(e_ij) h_j [N, D], empty if not needed.
+    """
     student, image, text = call.student, call.image, call.text
     N, D = student.shape
     product = planning.kind(student.dtype)
@@ -139,7 +144,7 @@ def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     partial = student.new_empty(3, count, dtype=torch.float32)
     dscores = empty_dscores(student, N) if call.need else None
     dh = partial.new_empty(N, D) if call.need else None
-    scalars = tuple(partial.new_empty(()) for _ in range(4))
+    scalars, means = tuple(partial.new_empty(()) for _ in range(4)), partial.new_empty(2)
     stride = dscores.stride(0) if dscores is not None else 0
     with torch.cuda.device_of(student):
         strides, channels = tuple(x.stride(0) for x in inputs), tuple(x.shape[1] for x in inputs)
@@ -151,11 +156,11 @@ def relation_loss(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         programs = triton.cdiv(N, ending.BR) * triton.cdiv(D, ending.BC) if call.need else 0
         relation_loss_kernel[(programs + 1,)](
             dscores, inputs[0], dh, partial, call.lam, call.tau, call.lam_number, call.tau_number, *call.weights,
-            *scalars, stride, inputs[0].stride(0), N, D, count, KIND=call.kind, BR=ending.BR, BC=ending.BC,
+            *scalars, means, stride, inputs[0].stride(0), N, D, count, KIND=call.kind, BR=ending.BR, BC=ending.BC,
             BK=ending.BK, PRECISION=precision, BT=tiles.TERMS,
             num_warps=ending.num_warps, num_stages=ending.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return *scalars, dh if dh is not None else partial.new_empty(0)
+    return *scalars, dh if dh is not None else partial.new_empty(0), means
 
 
 @triton.jit(do_not_specialize=["R", "M"])
