@@ -9,9 +9,10 @@
 // subnormals to zero. The norms are measured for the input's rows and rounded up, so this holds for every finite input.
 //
 // An anchor is a row or a column of s. A tile's ŝ bound each anchor's maximum from below, and a score that cannot reach
-// the largest of these bounds is dropped. The remaining candidates, one or two scores per anchor, are computed again in
-// fp64, in which products of fp32 numbers are exact. Where the bound drops too few (copies of one row, rows of very
-// different length), a sweep in fp64 computes all scores.
+// the largest of these bounds is dropped. Of an anchor with a limit only scores that are below it for certain bound the
+// maximum, and only those that may be below it remain. The remaining candidates, one or two scores per anchor, are
+// computed again in fp64, in which products of fp32 numbers are exact. Where the bound drops too few (copies of one
+// row, rows of very different length), a sweep in fp64 computes all scores.
 #pragma once
 
 #include <atomic>
@@ -87,11 +88,13 @@ class Candidates {
   };
 
   // Ids are empty, or dense and padded to whole vectors. paired: the pairs (i, i) are positives. columns: columns are
-  // anchors too.
+  // anchors too. limits: the largest exact score that counts, for every row and every column.
   Candidates(const Bf16Panels& factors, const Blocks& rows, const Blocks& cols, const std::vector<int32_t>& row_id,
-             const std::vector<int32_t>& col_id, bool paired = true, bool columns = true)
+             const std::vector<int32_t>& col_id, bool paired = true, bool columns = true,
+             const Limits<float>& limits = {})
       : paired_(paired),
         columns_(columns),
+        limits_(limits),
         rows_(rows),
         cols_(cols),
         row_error_(factors.a(), factors.b(), cols, factors.depth()),
@@ -117,15 +120,29 @@ class Candidates {
     for (int64_t i = 0; i < n && width > m; ++i) std::fill(s + i * kTileMost + m, s + i * kTileMost + width, kNone);
     if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0);
 
-    PerAnchor<float> row, col;
-    GSSF_VECTORIZED(tile_tops_of, s, n, m, row.data(), col.data());
-    for (int64_t i = 0; i < n; ++i) row[i] = least(row_low_[i0 + i], row[i], row_error_.of(i0 + i, j0 / cols_.size));
-    for (int64_t j = 0; j < m; ++j)
-      col[j] = columns_ ? least(col_low_[j0 + j], col[j], col_error_.of(j0 + j, i0 / rows_.size)) : -kNone;
+    const auto row_error = [&](int64_t i) { return row_error_.of(i0 + i, j0 / cols_.size); };
+    const auto col_error = [&](int64_t j) { return col_error_.of(j0 + j, i0 / rows_.size); };
+    PerAnchor<float> row, col, row_most, col_most;  // most: the largest ŝ that counts
+    const bool limited = limits_.rows || limits_.cols;
+    // sign -1: for certain; 1: perhaps.
+    const auto bound_scores = [&](int sign) {
+      for (int64_t i = 0; i < n; ++i) row_most[i] = most(limits_.rows, i0 + i, sign * row_error(i));
+      for (int64_t j = 0; j < m; ++j) col_most[j] = most(limits_.cols, j0 + j, sign * col_error(j));
+      std::fill(col_most.begin() + m, col_most.begin() + width, -kNone);
+    };
+    if (limited) bound_scores(-1);
+    GSSF_VECTORIZED(tile_tops_of, s, n, m, limited ? row_most.data() : nullptr, col_most.data(), row.data(),
+                    col.data());
+    for (int64_t i = 0; i < n; ++i) row[i] = least(row_low_[i0 + i], row[i], row_error(i), limited);
+    for (int64_t j = 0; j < m; ++j) col[j] = columns_ ? least(col_low_[j0 + j], col[j], col_error(j), limited) : -kNone;
     std::fill(col.begin() + m, col.begin() + width, -kNone);
+    if (limited) bound_scores(1);
 
     const auto places = std::make_unique_for_overwrite<int32_t[]>(n * kTileMost);
-    const int64_t count = [&] { return GSSF_VECTORIZED(reaching_of, s, n, m, row.data(), col.data(), places.get()); }();
+    const int64_t count = [&] {
+      return GSSF_VECTORIZED(reaching_of, s, n, m, row.data(), col.data(), limited ? row_most.data() : nullptr,
+                             col_most.data(), places.get());
+    }();
     const std::lock_guard guard(lock_);
     for (int64_t k = 0; k < count; ++k)
       candidates_.push_back({static_cast<int32_t>(i0 + places[k] / kTileMost),
@@ -149,9 +166,16 @@ class Candidates {
  private:
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+  // An anchor's limit, moved by the error and rounded that way; +inf without limits.
+  static float most(const float* limits, int64_t anchor, double error) {
+    if (!limits) return -kNone;
+    return std::nextafter(static_cast<float>(limits[anchor] + error), error < 0 ? kNone : -kNone);
+  }
+
   // Raises an anchor's lower bound to that of a tile's largest ŝ, and returns the smallest ŝ that is a candidate.
-  static float least(std::atomic<float>& low, float top, double error) {
-    if (top == kNone) return -kNone;
+  // limited: a tile without a score that counts for certain may have candidates too.
+  static float least(std::atomic<float>& low, float top, double error, bool limited) {
+    if (top == kNone && !limited) return -kNone;
     const float bound = std::nextafter(static_cast<float>(top - error), kNone);
     float before = low.load(std::memory_order_relaxed);
     while (before < bound && !low.compare_exchange_weak(before, bound, std::memory_order_relaxed)) {
@@ -168,6 +192,7 @@ class Candidates {
   }
 
   bool paired_, columns_;
+  Limits<float> limits_;
   const Blocks &rows_, &cols_;
   ErrorBound row_error_, col_error_;
   const std::vector<int32_t>&row_id_, &col_id_;

@@ -112,6 +112,17 @@ bool rounds(const Tensor& a) {
              at::Float32Precision::BF16;
 }
 
+// Limits of anchors in A, and 64 times +inf behind them; empty without limits.
+template <class A>
+std::vector<A> limits_of(const std::optional<Tensor>& t) {
+  std::vector<A> out;
+  if (!t) return out;
+  const Tensor values = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+  out.assign(values.const_data_ptr<A>(), values.const_data_ptr<A>() + values.numel());
+  out.resize(out.size() + 64, std::numeric_limits<A>::infinity());
+  return out;
+}
+
 // Sweeps a and b with scores in A and the epilogue extended(HardestNegatives<A>), and returns that epilogue.
 template <class A, class Extend>
 auto run(const Tensor& a, const Tensor& b, const Arguments& of, Hardest& out, Extend extended, bool symmetric = false) {
@@ -119,15 +130,7 @@ auto run(const Tensor& a, const Tensor& b, const Arguments& of, Hardest& out, Ex
   std::pair<std::vector<Lane>, std::vector<Lane>> ids;
   if (of.a_ids) ids = dense_ids<Lane>(of.a_ids->contiguous(), of.b_ids->contiguous());
   const Blocks rows(a.size(0), kTileMost), cols(b.size(0), tile_cols(b.size(0)));
-  const auto limit = [](const std::optional<Tensor>& t) {
-    std::vector<A> out;
-    if (!t) return out;
-    const Tensor values = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
-    out.assign(values.const_data_ptr<A>(), values.const_data_ptr<A>() + values.numel());
-    out.resize(out.size() + 64, std::numeric_limits<A>::infinity());
-    return out;
-  };
-  const std::vector<A> row_limit = limit(of.row_limit), col_limit = limit(of.col_limit);
+  const std::vector<A> row_limit = limits_of<A>(of.row_limit), col_limit = limits_of<A>(of.col_limit);
   const Tensor starts = of.pair_starts ? of.pair_starts->contiguous() : Tensor();
   const Tensor pairs = of.pair_cols ? of.pair_cols->contiguous() : Tensor();
   const Negatives<A> negatives{
@@ -180,10 +183,13 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
   if (of.a_ids) ids = dense_ids<int32_t>(of.a_ids->contiguous(), of.b_ids->contiguous());
   const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
   const Bf16Panels factors(a, b);
-  Candidates candidates(factors, rows, cols, ids.first, ids.second, of.paired, of.columns || symmetric);
+  const std::vector<float> row_limit = limits_of<float>(of.row_limit), col_limit = limits_of<float>(of.col_limit);
+  const Limits<float> limits{row_limit.empty() ? nullptr : row_limit.data(),
+                             col_limit.empty() ? nullptr : col_limit.data()};
+  Candidates candidates(factors, rows, cols, ids.first, ids.second, of.paired, of.columns || symmetric, limits);
   if (!candidates.given_up()) sweep(factors, rows, cols, candidates, symmetric);
   if (candidates.given_up()) {
-    Hardest wide(n, m, positives, a.options().dtype(at::kDouble));
+    Hardest wide(n, out.col_score.numel(), positives, a.options().dtype(at::kDouble));
     const auto epilogue = run<double>(
         a.to(at::kDouble), b.to(at::kDouble), of, wide, [](const HardestNegatives<double>& hardest) { return hardest; },
         symmetric);
@@ -203,8 +209,9 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
   });
   std::vector<ExactMaximum> row(n), col(m);
   for (int64_t k = 0; k < count; ++k) {
-    row[left[k].i].add(scores[k], left[k].j);
-    col[left[k].j].add(scores[k], left[k].i);
+    const auto [i, j, rounded] = left[k];
+    if (!limits.rows || !(scores[k] > limits.rows[i])) row[i].add(scores[k], j);
+    if (!limits.cols || !(scores[k] > limits.cols[j])) col[j].add(scores[k], i);
   }
   for (int64_t i = 0; i < n && symmetric; ++i) {
     row[i].add(col[i].score, col[i].index);
@@ -215,7 +222,7 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
       to.score[k] = static_cast<float>(from[k].score), to.index[k] = from[k].index;
   };
   write(row, Hardest::maxima<float>(out.row_score, out.row_index));
-  write(col, Hardest::maxima<float>(out.col_score, out.col_index));
+  if (out.col_score.numel() > 0) write(col, Hardest::maxima<float>(out.col_score, out.col_index));
   std::copy(scores.begin() + count, scores.end(), out.positive_score.mutable_data_ptr<float>());
   return count;
 }
@@ -225,8 +232,7 @@ constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx 
 
 bool certifies(const Tensor& a, const Tensor& b, const Arguments& of) {
   const bool narrow = a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf;
-  const bool plain = !of.pair_starts && !of.row_limit && !of.col_limit;
-  return narrow && plain && bf16_unit() != Bf16Unit::none && !rounds(a) &&
+  return narrow && !of.pair_starts && bf16_unit() != Bf16Unit::none && !rounds(a) &&
          a.size(0) * b.size(0) >= certified_least(bf16_unit());
 }
 
@@ -259,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
   if (route == "certified") {
     TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
                       "route: certified mining takes float32 or float16 and a processor with a bf16 unit");
-    TORCH_CHECK_VALUE(!pair_starts && !row_limit && !col_limit, "route: certified mining takes no pairs and no limits");
+    TORCH_CHECK_VALUE(!pair_starts, "route: certified mining takes no listed pairs");
     rescored = at::zeros({}, rescored.options());
     if (any) rescored.fill_(certified(a, b, of, symmetric, out));
   } else if (route.empty() && any && certifies(a, b, of)) {

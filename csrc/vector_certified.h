@@ -77,17 +77,23 @@ static void mask_ids_of(float* s, int64_t n, int64_t m, const int32_t* row_id, c
 }
 
 // Maxima of the rows and columns of s [n, m], without NaN; the padding behind each row up to a whole vector is -inf.
-static void tile_tops_of(const float* s, int64_t n, int64_t m, float* row, float* col) {
+// With kLimits a row has only scores up to row_most[i], and a column up to col_most[j].
+template <bool kLimits>
+GSSF_INLINE void tile_tops(const float* s, int64_t n, int64_t m, const float* row_most, const float* col_most,
+                           float* row, float* col) {
   using V = Simd<float>::Vector;
   constexpr int64_t L = Simd<float>::lanes;
   constexpr float kNone = -std::numeric_limits<float>::infinity();
+  const V none = V{} + kNone;
   std::fill_n(col, ceil_div(m, L) * L, kNone);
   for (int64_t i = 0; i < n; ++i) {
     V maximum = V{} + kNone;
     for (int64_t j = 0; j < m; j += L) {
       const V v = load<V>(s + i * kTileMost + j), c = load<V>(col + j);
-      maximum = v > maximum ? v : maximum;
-      store(col + j, v > c ? v : c);
+      const V in_row = kLimits ? (v > V{} + row_most[i] ? none : v) : v;
+      const V in_col = kLimits ? (v > load<V>(col_most + j) ? none : v) : v;
+      maximum = in_row > maximum ? in_row : maximum;
+      store(col + j, in_col > c ? in_col : c);
     }
     float top = maximum[0];
     for (int64_t l = 1; l < L; ++l) top = std::max(top, maximum[l]);
@@ -95,10 +101,22 @@ static void tile_tops_of(const float* s, int64_t n, int64_t m, float* row, float
   }
 }
 
-// Writes the places i * kTileMost + j at which s [n, m] reaches row_least[i] or col_least[j], and returns their number;
-// `places` can hold all of them. col_least is +inf behind the last column.
-static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* row_least, const float* col_least,
-                           int32_t* places) {
+static void tile_tops_of(const float* s, int64_t n, int64_t m, const float* row_most, const float* col_most, float* row,
+                         float* col) {
+  if (row_most) tile_tops<true>(s, n, m, row_most, col_most, row, col);
+  else tile_tops<false>(s, n, m, row_most, col_most, row, col);
+}
+
+// What makes a score of a tile a candidate: that it reaches the least of its row, or of its column; and with limits
+// that it does not exceed the most. Behind the last column col_least is +inf.
+struct Reach {
+  const float *row_least, *col_least;
+  const float *row_most = nullptr, *col_most = nullptr;
+};
+
+// Writes the places i * kTileMost + j of the candidates of s [n, m], and returns their number; `places` can hold all.
+template <bool kLimits>
+GSSF_INLINE int64_t reaching(const float* s, int64_t n, int64_t m, const Reach& reach, int32_t* places) {
   using V = Simd<float>::Vector;
   using I = Simd<float>::Index;
   constexpr int64_t L = Simd<float>::lanes;
@@ -110,10 +128,12 @@ static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* ro
   };
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const V least = V{} + row_least[i];
+    const V least = V{} + reach.row_least[i];
     const auto hits = [&](int64_t j) {
       const V v = load<V>(s + i * kTileMost + j);
-      return (v >= least) | (v >= load<V>(col_least + j));
+      I in_row = v >= least, in_col = v >= load<V>(reach.col_least + j);
+      if (kLimits) in_row &= v <= V{} + reach.row_most[i], in_col &= v <= load<V>(reach.col_most + j);
+      return in_row | in_col;
     };
     I seen{};
     for (int64_t j = 0; j < m; j += L) seen |= hits(j);
@@ -126,6 +146,12 @@ static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* ro
     }
   }
   return count;
+}
+
+static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* row_least, const float* col_least,
+                           const float* row_most, const float* col_most, int32_t* places) {
+  const Reach reach{row_least, col_least, row_most, col_most};
+  return row_most ? reaching<true>(s, n, m, reach, places) : reaching<false>(s, n, m, reach, places);
 }
 
 #define GSSF_CERTIFIED_KERNELS(T)                                                                   \

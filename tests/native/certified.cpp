@@ -88,10 +88,12 @@ int64_t tile_count(int64_t n, int64_t m) {
 }
 
 // What is left of `scores` [N, M], which stand for the bf16 unit's, once the tiles went through in `order`; ids: of
-// rows, and of columns with a vector's worth of -1 behind them, or none. (given up, i, j, score) of the candidates.
+// rows, and of columns with a vector's worth of -1 behind them, or none; limits of rows, and of columns, or none.
+// (given up, i, j, score) of the candidates.
 py::object candidates(const py::array& a, const py::array& b, const py::array& scores,
                       const std::vector<int32_t>& row_id, const std::vector<int32_t>& col_id,
-                      const std::vector<int64_t>& order) {
+                      const std::vector<int64_t>& order, const std::optional<py::array>& row_limit,
+                      const std::optional<py::array>& col_limit) {
   const int64_t n = a.shape(0), m = b.shape(0);
   const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
   const std::vector<Tile> tiles = tiles_of(rows, cols);
@@ -100,7 +102,8 @@ py::object candidates(const py::array& a, const py::array& b, const py::array& s
              (row_id.empty() || (int64_t(row_id.size()) == n && int64_t(col_id.size()) >= m + 16)),
          "row_id, col_id: expected ids of all rows and columns, and 16 behind those");
   const Bf16Panels factors(tensor(a), tensor(b));
-  Candidates kept(factors, rows, cols, row_id, col_id);
+  const Limits<float> limits{read<float>("row_limit", row_limit, n), read<float>("col_limit", col_limit, m)};
+  Candidates kept(factors, rows, cols, row_id, col_id, true, true, limits);
   std::vector<float> s(kTileMost * kTileMost);
   for (const int64_t number : order) {
     const Tile tile = tiles.at(number);
@@ -132,6 +135,7 @@ void bind_certified(py::module_& internals) {
   certified.def("rounded_scores", rounded_scores);
   certified.def("tile_count", tile_count);
   certified.def("candidates", candidates, py::arg("a"), py::arg("b"), py::arg("scores"), py::arg("row_id"),
-                py::arg("col_id"), py::arg("order"));
+                py::arg("col_id"), py::arg("order"), py::arg("row_limit") = py::none(),
+                py::arg("col_limit") = py::none());
   certified.def("exact_best", exact_best);
 }

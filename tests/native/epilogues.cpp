@@ -77,12 +77,15 @@ py::object round_row(const py::array& x, int64_t padded) {
   return py::make_tuple(array(bits), squares[0], squares[1]);
 }
 
+// most: the largest scores of rows and of columns that count, or none.
 template <class Kernels>
 int64_t reaching(const py::array& s, int64_t m, const py::array& row_least, const py::array& col_least,
-                 py::array& places) {
-  const int64_t n = tile_rows<float>(s, m);
+                 py::array& places, const std::optional<py::array>& row_most,
+                 const std::optional<py::array>& col_most) {
+  const int64_t n = tile_rows<float>(s, m), width = whole_vectors(m, Simd<float>::lanes);
   return Kernels::reaching_of(read<float>("s", s, n * kTileMost), n, m, read<float>("row_least", row_least, n),
-                              read<float>("col_least", col_least, whole_vectors(m, Simd<float>::lanes)),
+                              read<float>("col_least", col_least, width), read<float>("row_most", row_most, n),
+                              read<float>("col_most", col_most, width),
                               written<int32_t>("places", places, n * kTileMost));
 }
 
@@ -117,14 +120,26 @@ void bind(py::module_ set) {
     Kernels::mask_ids_of(written<float>("s", s, n * kTileMost), n, m, read<int32_t>("row_id", row_id, n),
                          read<int32_t>("col_id", col_id, whole_vectors(m, Simd<float>::lanes)));
   });
-  set.def("tile_tops", [](const py::array& s, int64_t m) {
-    const int64_t n = tile_rows<float>(s, m);
-    PerAnchor<float> row, col;
-    Kernels::tile_tops_of(read<float>("s", s, n * kTileMost), n, m, row.data(), col.data());
-    return py::make_tuple(array(row.data(), n), array(col.data(), m));
-  });
-  set.def("reaching", [](const py::array& s, int64_t m, const py::array& row_least, const py::array& col_least,
-                         py::array places) { return reaching<Kernels>(s, m, row_least, col_least, places); });
+  set.def(
+      "tile_tops",
+      [](const py::array& s, int64_t m, const std::optional<py::array>& row_most,
+         const std::optional<py::array>& col_most) {
+        const int64_t n = tile_rows<float>(s, m);
+        PerAnchor<float> row, col;
+        Kernels::tile_tops_of(read<float>("s", s, n * kTileMost), n, m, read<float>("row_most", row_most, n),
+                              read<float>("col_most", col_most, whole_vectors(m, Simd<float>::lanes)), row.data(),
+                              col.data());
+        return py::make_tuple(array(row.data(), n), array(col.data(), m));
+      },
+      py::arg("s"), py::arg("m"), py::arg("row_most") = py::none(), py::arg("col_most") = py::none());
+  set.def(
+      "reaching",
+      [](const py::array& s, int64_t m, const py::array& row_least, const py::array& col_least, py::array places,
+         const std::optional<py::array>& row_most, const std::optional<py::array>& col_most) {
+        return reaching<Kernels>(s, m, row_least, col_least, places, row_most, col_most);
+      },
+      py::arg("s"), py::arg("m"), py::arg("row_least"), py::arg("col_least"), py::arg("places"),
+      py::arg("row_most") = py::none(), py::arg("col_most") = py::none());
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from certified_cases import INF, MAKERS, UNIT, certified, check, unit
+from certified_cases import INF, MAKERS, UNIT, certified, check, some_limits, unit
 
 import gssf_kernels as gk
 
@@ -44,6 +44,52 @@ def test_winners_are_those_of_exact_scores(name, seed):
     a, b = MAKERS[name](n, m, d)
     for ids in (None, torch.arange(m) // 4, torch.randint(0, 5, (m,)), torch.zeros(m, dtype=torch.int64)):
         check(a, b, None if ids is None else ids[:n].clone(), ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("beyond", "subnormal")])
+def test_winners_below_limits(name, seed):
+    torch.manual_seed(seed)
+    n, m, d = [(40, 60, 33), (65, 200, 8), (130, 131, 100), (17, 700, 257), (520, 600, 16)][seed]
+    a, b = MAKERS[name](n, m, d)
+    limits = some_limits(a, b)
+    for ids in (None, torch.randint(0, 5, (m,))):
+        for chosen in (limits, (limits[0], None), (None, limits[1])):
+            both = [torch.full((count,), INF) if k is None else k for count, k in zip((n, m), chosen, strict=True)]
+            check(a, b, None if ids is None else ids[:n].clone(), ids, limits=both)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("name", ["unit", "copies"])
+def test_rows_alone(name, limited):
+    """Without columns nothing is written of them, neither from candidates nor, of copies, by the sweep in fp64."""
+    a, b = unit(torch.randn(300, 64)), unit(torch.randn(400, 64))
+    if name == "copies":
+        a, b = a[:1].repeat(800, 1), a[:1].repeat(900, 1)
+    limits = some_limits(a, b) if limited else (None, None)
+    both, _ = certified(a, b, limits=limits)
+    options = "certified", True, False, None, None, limits[0], None
+    *rows, rescored = torch.ops.gssf.hardest_negatives(a, b, None, None, *options)
+    for got, expected in zip(rows[:3], both[:3], strict=True):
+        assert torch.equal(got, expected)
+    assert [t.numel() for t in rows[3:]] == [0, 0]
+    assert int(rescored) <= (300 * 40 if name == "unit" else 800 * 900)  # scores are dense at such limits
+
+
+def test_listed_pairs_are_refused():
+    a, b = unit(torch.randn(300, 64)), unit(torch.randn(400, 64))
+    pairs = torch.arange(301), torch.arange(300)
+    with pytest.raises(ValueError, match="certified mining takes no listed pairs"):
+        torch.ops.gssf.hardest_negatives(a, b, None, None, "certified", False, True, *pairs, None, None)
+
+
+def test_a_false_negative_margin_is_certified():
+    x, y = unit(torch.randn(1100, 64)), unit(torch.randn(1100, 64))
+    y[:1000] = unit(y[:1000] + 2 * x[:1000])
+    y[1000:] = y[:100]  # the same captions again: above their limits
+    loss = gk.triplet_loss(x, y, false_negative_margin=0.05)
+    truth = gk.reference.triplet_loss(x.double(), y.double(), false_negative_margin=0.05)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["", "one side twice"])

@@ -310,7 +310,8 @@ def test_log_sums_are_the_loss_s_own(device, monkeypatch):
     kept = torch.empty(0, device=device)
     forward = torch.ops.gssf.logsumexp_scores
 
-    def by_hopper(a, b, scale, constant, keep=False):
+    def by_hopper(a, b, scale, constant, keep, columns):
+        assert columns
         return *hopper.logsumexp_scores(a, a if b is None else b, scale, constant), kept
 
     losses = []

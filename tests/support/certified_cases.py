@@ -8,10 +8,23 @@ INF = torch.inf
 UNIT = _library.bf16_unit()
 
 
-def certified(a, b, a_ids=None, b_ids=None):
+def certified(a, b, a_ids=None, b_ids=None, limits=(None, None)):
     """(the five of hardest_negatives, how many scores were made in fp64)."""
-    *results, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified")
+    options = True, True, None, None, *limits  # pairs (i, i), and columns are anchors
+    *results, rescored = torch.ops.gssf.hardest_negatives(a, b, a_ids, b_ids, "certified", *options)
     return results, rescored
+
+
+def some_limits(a, b):
+    """Limits of rows and of columns, about a third of the scores above them; +inf where a score is as good as equal."""
+    s = a.double() @ b.double().T
+    close = 1e-12 * (a.double().abs() @ b.double().abs().T)
+    limits = []
+    for t, near in ((s, close), (s.T, close.T)):
+        limit = t.quantile(0.65, dim=1).float()
+        unsure = ((t - limit.double()[:, None]).abs() <= near).any(1)
+        limits.append(torch.where(unsure, INF, limit))
+    return limits
 
 
 def exact(a, b, a_ids=None, b_ids=None):
@@ -25,9 +38,10 @@ def exact(a, b, a_ids=None, b_ids=None):
     return s, pair
 
 
-def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified):
+def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified, limits=None):
     """Winners to the bit; where scores tie in fp64 but for its own rounding, by their scores, and exactly if `ties`."""
-    (pair, row_score, row_index, col_score, col_index), rescored = by(a, b, a_ids, b_ids)
+    named = {} if limits is None else {"limits": limits}
+    (pair, row_score, row_index, col_score, col_index), rescored = by(a, b, a_ids, b_ids, **named)
     s, pairs = exact(a, b, a_ids, b_ids)
     size = a.double().abs() @ b.double().abs().T  # what fp64's own rounding of a score is relative to
     noise = 2.0**-50 * max(a.shape[1], 8)
@@ -35,7 +49,10 @@ def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified):
     assert torch.equal(pair[beyond], pairs.float()[beyond])
     off = (pair.double() - pairs).abs()[~beyond]
     assert (off <= (2.0**-24 * pairs.abs() + noise * size.diagonal() + 1e-45)[~beyond]).all()
-    for score, index, t, abs_t in ((row_score, row_index, s, size), (col_score, col_index, s.T, size.T)):
+    rows, cols = s, s.T
+    if limits is not None:
+        rows, cols = (t.masked_fill(t > limit[:, None], -INF) for t, limit in zip((s, s.T), limits, strict=True))
+    for score, index, t, abs_t in ((row_score, row_index, rows, size), (col_score, col_index, cols, size.T)):
         best, place = t.max(1)
         none = best == -INF
         assert torch.equal(index == -1, none)
