@@ -43,7 +43,6 @@ def agree(criterion: Criterion, kind: str, a: Tensor, b: Tensor, owner: Tensor, 
     values, gradients = [], []
     scalars = list(criterion.parameters())
     for kernels in (gk, gk.reference):
-        # Gradients are taken at the B pictures: the N rows repeat them, and repeated rows tie exactly.
         leaves = [a.detach().clone().requires_grad_(), b.detach().clone().requires_grad_()]
         loss = criterion.value(kernels, kind, *leaves, owner, picked)
         gradients.append(torch.autograd.grad(loss, leaves + scalars))
@@ -69,21 +68,21 @@ def unsure_maxima(a: Tensor, b: Tensor, owner: Tensor) -> list[Tensor]:
     Raises:
         Disagreement: they do not.
     """
-    rows = a[owner]
+    ids = {"a_ids": torch.arange(len(a)), "b_ids": owner}
     with torch.no_grad():
-        fused, plain = picks = [k.hardest_negatives(rows, b, a_ids=owner, b_ids=owner) for k in (gk, gk.reference)]
+        fused, plain = picks = [k.hardest_negatives(a, b, pairs="ids", **ids) for k in (gk, gk.reference)]
     for name in ("row_score", "col_score"):
         error = float((getattr(fused, name) - getattr(plain, name)).abs().max())
         if not error <= ROUNDING:
             raise Disagreement(f"hardest negatives, {name}: off by {error:.2e}, allowed {ROUNDING:.0e}")
-    positive = (rows * b).sum(1)
-    row = (fused.row_index != plain.row_index) | ((MARGIN + plain.row_score - positive).abs() < ROUNDING)
-    col = (owner[fused.col_index] != owner[plain.col_index]) | ((MARGIN + plain.col_score - positive).abs() < ROUNDING)
+    positive = (a[owner] * b).sum(1)  # of the N pairs
+    row = (fused.row_index != plain.row_index)[owner] | ((MARGIN + plain.row_score[owner] - positive).abs() < ROUNDING)
+    col = (fused.col_index != plain.col_index) | ((MARGIN + plain.col_score - positive).abs() < ROUNDING)
     of_a, of_b = torch.zeros(len(a), dtype=torch.bool), row | col
     of_a[owner[of_b]] = True
     for pick in picks:
-        of_b[pick.row_index[row]] = True
-        of_a[owner[pick.col_index[col]]] = True
+        of_b[pick.row_index[owner[row]]] = True
+        of_a[pick.col_index[col]] = True
     return [of_a, of_b]
 
 

@@ -9,7 +9,7 @@ arXiv 1707.05612). `goal` (arXiv 2210.13188) weighs the same hardest negatives, 
 `distill` is `infonce` and, with weight 1, structure-aware distillation (arXiv 2412.10761) from two teachers of one
 modality each (teachers.py). Whose relations the student's are is our choice: one row a picture, see :func:`fused`.
 
-All captions of a picture are its positives, by id. Pictures come once in a batch and are repeated for their captions.
+A picture and each of its captions are a pair, by id: pictures [B, D] meet captions [5B, D], and none is repeated.
 """
 
 import torch
@@ -73,25 +73,24 @@ class Criterion(nn.Module):
 
     def value(self, kernels, kind: str, a: Tensor, b: Tensor, owner: Tensor, picked: Tensor) -> Tensor:
         """The same by ``kernels``, gk or gk.reference, where :func:`choice` is `kind`."""
-        # A picture meets each of its captions as a pair; by the ids, none of them is its negative.
-        x, ids = a[owner], {"x_ids": owner, "y_ids": owner}
+        pairs = {"pairs": "ids", "x_ids": torch.arange(len(a)), "y_ids": owner}
         if kind in ("infonce", "distill"):
-            loss = self.match(kernels, x, b, ids)
+            loss = self.match(kernels, a, b, pairs)
             return loss + self.distance(kernels, a, b, picked) if kind == "distill" else loss
         if kind == "siglip":
             if kernels is gk:
-                return self.sigmoid(x, b, **ids)
-            return kernels.sigmoid_loss(x, b, scale=self.sigmoid.log_scale.exp(), bias=self.sigmoid.bias, **ids)
+                return self.sigmoid(a, b, **pairs)
+            return kernels.sigmoid_loss(a, b, scale=self.sigmoid.log_scale.exp(), bias=self.sigmoid.bias, **pairs)
         # A mean over pairs, for the log: Adam does not care.
         if kind == "goal":
-            return kernels.goal_loss(x, b, **self.goal, reduction="mean", **ids)
-        return kernels.triplet_loss(x, b, margin=MARGIN, negatives=kind, reduction="mean", **ids)
+            return kernels.goal_loss(a, b, **self.goal, reduction="mean", **pairs)
+        return kernels.triplet_loss(a, b, margin=MARGIN, negatives=kind, reduction="mean", **pairs)
 
-    def match(self, kernels, x: Tensor, y: Tensor, ids: dict) -> Tensor:
+    def match(self, kernels, a: Tensor, b: Tensor, pairs: dict) -> Tensor:
         """InfoNCE, the captions of a picture sharing its target."""
         if kernels is gk:
-            return self.info_nce(x, y, **ids)
-        return kernels.info_nce_loss(x, y, scale=self.info_nce.log_scale.exp(), **ids)
+            return self.info_nce(a, b, **pairs)
+        return kernels.info_nce_loss(a, b, scale=self.info_nce.log_scale.exp(), **pairs)
 
     def distance(self, kernels, a: Tensor, b: Tensor, picked: Tensor) -> Tensor:
         """Of the batch's relations from those of the teachers."""

@@ -81,10 +81,9 @@ class Monitor:
 
 
 def active(a: Tensor, b: Tensor, owner: Tensor) -> float:
-    """Per cent of anchors, both ways, whose hardest negative is inside the margin."""
+    """Per cent of the pairs, both ways, with a hardest negative inside the margin."""
     with torch.no_grad():
-        rows = a[owner]
-        positive = (rows * b).sum(1)
-        hardest = gk.hardest_negatives(rows, b, a_ids=owner, b_ids=owner)
-        inside = torch.cat([hardest.row_score, hardest.col_score]) + MARGIN > torch.cat([positive, positive])
+        positive = (a[owner] * b).sum(1)
+        hardest = gk.hardest_negatives(a, b, pairs="ids", a_ids=torch.arange(len(a)), b_ids=owner)
+        inside = torch.cat([hardest.row_score[owner], hardest.col_score]) + MARGIN > torch.cat([positive, positive])
     return 100 * float(inside.float().mean())

@@ -169,7 +169,7 @@ def main() -> None:
     sizes = () if options.no_cost else ((min(options.batch * CAPTIONS, len(b_train)), 20), (LARGE, 7))
     for pairs, rounds in sizes:
         owner = splits["train"].owner[:pairs]
-        cost[str(pairs)] = compare(a_train[owner], b_train[:pairs], owner, rounds)
+        cost[str(pairs)] = compare(a_train[: int(owner[-1]) + 1], b_train[:pairs], owner, rounds)
     results = {
         "options": {name: value for name, value in vars(options).items() if name != "out"},
         "test": recall(s, test.owner),
