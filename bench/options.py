@@ -2,8 +2,8 @@
 
     python -m bench.options [--turns 5] [--only NAME] [--out bench/results/cpu-options.json]
 
-Each comparison is of two or three functions that are run one after the other, several times; the ratios are medians of
-the turns' ratios, with the lowest and the highest.
+Each comparison is of two functions that are run one after the other, several times; a ratio is the median of those of
+the turns, with the lowest and the highest. Peak memory is that of one run in a fresh process, besides the inputs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gssf_kernels as gk
+from bench.clock import CpuClock
 from bench.results import machine
 
 Way = Callable[[], Tensor]
@@ -111,7 +114,20 @@ def compare(name: str, turns: int) -> dict:
             times[way].append(1000 * seconds(function))
     first = next(iter(times.values()))
     ratios = {way: [t / f for t, f in zip(all_times, first, strict=True)] for way, all_times in times.items()}
-    return {"name": name, "ms": times, "times_the_first": ratios}
+    peak = {way: peak_mib(name, way) for way in ways}
+    return {"name": name, "ms": times, "times_the_first": ratios, "peak_mib": peak}
+
+
+def peak_mib(name: str, way: str) -> float:
+    """That of one run in a fresh process."""
+    command = [sys.executable, "-m", "bench.options", "--peak", name, way]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(name: str, way: str) -> None:
+    (unit(64, 64) @ unit(64, 64, 1).mT).sum().backward()  # libraries allocate at their first use
+    function = COMPARISONS[name]()[way]
+    print(CpuClock(torch.device("cpu")).peak_mib(lambda: function().backward()))
 
 
 def main() -> None:
@@ -119,7 +135,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--only", default="", help="a part of the name of a comparison")
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu-options.json"))
+    parser.add_argument("--peak", nargs=2, metavar=("NAME", "WAY"), help="print the peak memory of this alone, in MiB")
     arguments = parser.parse_args()
+    if arguments.peak:
+        return print_peak(*arguments.peak)
     rows = []
     for name in COMPARISONS:
         if arguments.only not in name:
@@ -128,7 +147,8 @@ def main() -> None:
         rows.append(row)
         for way, ratios in row["times_the_first"].items():
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-            print(f"{name:26} {way:24} {statistics.median(row['ms'][way]):9.1f} ms   {spread}", flush=True)
+            middle, peak = statistics.median(row["ms"][way]), row["peak_mib"][way]
+            print(f"{name:26} {way:24} {middle:9.1f} ms   {spread:20} {peak:9.1f} MiB", flush=True)
     about = {**machine(), "turns": arguments.turns, "date": time.strftime("%Y-%m-%d")}
     arguments.out.write_text(json.dumps({"about": about, "comparisons": rows}, indent=1) + "\n")
     print(f"written to {arguments.out}")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gssf_kernels import reference
+from gssf_kernels.ops.batch_hard import BatchHard, has_both
 from gssf_kernels.ops.labels import LabelledFactors
 from gssf_kernels.ops.mining import Mined, PairedInputs, pair_count, pair_directions
 from gssf_kernels.ops.pairing import Pairing
@@ -71,8 +72,10 @@ def diagnose_pairs(x: Tensor, y: Tensor, margin: float, inputs: PairedInputs, mi
     return Diagnostics(active / (total * len(sides)), score / total, negative, spread, *accuracies)
 
 
-def diagnose_hardest(x: Tensor, margin: float, positive: Tensor, negative: Tensor, valid: Tensor) -> Diagnostics:
-    """Those of batch-hard: the hardest positive and negative of each row [N], and whether it has both."""
+def diagnose_hardest(x: Tensor, margin: float, batch_hard: BatchHard) -> Diagnostics:
+    """Those of batch-hard, over the rows that have a positive and a negative."""
+    _, positive, negative, positive_index = batch_hard
+    valid = has_both(positive_index, negative)
     count = valid.sum().clamp_min(1)
     positive, negative = (torch.where(valid, t.detach(), 0) for t in (positive, negative))
     active = (valid & (margin + negative - positive > 0)).to(positive.dtype).sum()

@@ -58,11 +58,11 @@ def batch_hard_loss(
     _checks.embeddings(x, x, "x", "x")
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if metric is None:
-        loss, *hardest = batch_hard_terms(x, labels, margin, reduction)
+        results = batch_hard_terms(x, labels, margin, reduction)
     else:
         a, b = _checks.autocast(*metric.factors(x, x))
-        loss, *hardest = batch_hard_of_factors(a, b, labels, margin, reduction)
-    return (loss, diagnose_hardest(x, margin, *hardest)) if diagnostics else loss
+        results = batch_hard_of_factors(a, b, labels, margin, reduction)
+    return (results.loss, diagnose_hardest(x, margin, results)) if diagnostics else results.loss
 
 
 class BatchHardLoss(nn.Module):

@@ -46,13 +46,13 @@ class BatchHard(NamedTuple):
     loss: Tensor
     positive_score: Tensor  # [N]
     negative_score: Tensor  # [N]
-    valid: Tensor  # [N] bool: rows that have both
+    positive_index: Tensor  # [N]; -1: no positive
 
 
 def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -> BatchHard:
     """Of x [N, D] and labels [N] int64. Differentiable once; NaN propagates."""
     loss, positive_score, negative_score, positive_index, _ = _BatchHard.apply(x, labels, margin, reduction)
-    return BatchHard(loss, positive_score, negative_score, _valid(positive_index, negative_score))
+    return BatchHard(loss, positive_score, negative_score, positive_index)
 
 
 def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> BatchHard:
@@ -60,10 +60,10 @@ def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, r
     negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels)[2]
     positive_index = hardest_positives(a, labels, b)
     positive_score, negative_score = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
-    valid = _valid(positive_index, negative_score)
+    valid = has_both(positive_index, negative_score)
     p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
     loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
-    return BatchHard(loss, positive_score, negative_score, valid)
+    return BatchHard(loss, positive_score, negative_score, positive_index)
 
 
 class _BatchHard(Function):
@@ -87,7 +87,7 @@ class _BatchHard(Function):
         return last_derivative(op, grad_out, *ctx.saved_tensors, ctx.margin, ctx.reduction), None, None, None
 
 
-def _valid(positive_index, negative_score):
+def has_both(positive_index, negative_score):
     """Which rows have a positive and a negative."""
     return (positive_index >= 0) & (negative_score != -torch.inf)
 
@@ -98,7 +98,7 @@ def _batch_hard(call):
     positive_index = torch.ops.gssf.hardest_positives(x, labels)
     i = torch.arange(x.shape[0], device=x.device)
     positive_score = torch.ops.gssf.pair_scores(x, x, i, positive_index)
-    valid = _valid(positive_index, negative_score)
+    valid = has_both(positive_index, negative_score)
     p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
     loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)
     return loss.clone(), positive_score, negative_score, positive_index, negative_index
@@ -108,7 +108,7 @@ def _batch_hard_backward(call):
     grad_out, positive_score, negative_score, positive_index, negative_index, x, margin, reduction = call
     count = x.shape[0]
     dterms = grad_out / max(count, 1) if reduction == "mean" else grad_out
-    active = _valid(positive_index, negative_score) & ~(margin + negative_score - positive_score < 0)
+    active = has_both(positive_index, negative_score) & ~(margin + negative_score - positive_score < 0)
     weight, i = torch.where(active, dterms, 0), torch.arange(count, device=x.device)
     rows, cols = torch.cat((i, i)), torch.cat((negative_index, positive_index))
     edges = torch.cat((weight, -weight)).repeat(2), torch.cat((rows, cols)), torch.cat((cols, rows))

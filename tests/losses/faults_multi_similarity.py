@@ -50,8 +50,8 @@ FAULTS = [
         "mining: negatives count at and below their bound, in C++",
         CPP,
         "members",
-        "~(s >= positive_below) : ~(s <= negative_above)",
-        "~(s >= positive_below) : ~(s > negative_above)",
+        "~(s >= upper) : ~(s <= lower)",
+        "~(s >= upper) : ~(s > lower)",
     ),
     Fault(
         "mining: a positive counts below the largest negative less ε",

@@ -5,7 +5,7 @@ FAULTS = [
         "dense: SigLIP's positives have the sign of negatives",
         "gssf_kernels/losses/sigmoid.py",
         "sigmoid_loss",
-        'score_sums(x, y, Term("softplus", "negate",',
-        'score_sums(x, y, Term("softplus", "include",',
+        'score_sums(a, b, Term("softplus", "negate",',
+        'score_sums(a, b, Term("softplus", "include",',
     ),
 ]

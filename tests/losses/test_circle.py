@@ -138,13 +138,26 @@ def test_log_sums_by_label(route, between, score, bounded, dtype):
     constants = [0.25, 3.0] if score == "circle" else [2.0, 5.0, 0.5]
     bounds = torch.randn(2, 50) / 3 if bounded else None
     on = [t if t is None else t.to(DEVICE) for t in (a, b, *labels, bounds)]
-    call = (*on[:2], None, 1.0, False, score, constants, *on[2:], not between)
+    call = (*on[:2], None, 1.0, "", score, constants, *on[2:], not between)
     with plan.forced(logsumexp_scores=route, logsumexp_scores_backward=route):
         row_max, row_log, *rest = device_ops.logsumexp_scores(*call)
         assert [t.numel() for t in rest] == [0] * 4
         grad = torch.randn(2, 50)
         drow = torch.where((row_max + row_log).cpu() == -INF, 0, grad).to(DEVICE)
-        arguments = (drow, None, None, *on[:2], None, 1.0, row_max, row_log, *rest[:2], [True, between, False], None)
+        arguments = (
+            drow,
+            None,
+            None,
+            *on[:2],
+            None,
+            1.0,
+            row_max,
+            row_log,
+            *rest[:2],
+            [True, between, False],
+            None,
+            "",
+        )
         da, db, _ = device_ops.logsumexp_scores_backward(*arguments, score, constants, *on[2:], not between)
 
     leaves = [t.double().requires_grad_() for t in (a, b) if t is not None]

@@ -110,7 +110,15 @@ def run(sides, lam, tau, kind, learnable=True, need=True, upstream=1.5):
     on = [x.to(DEVICE) for x in sides]
     numbers = [torch.tensor(v).to(DEVICE) for v in (lam, tau)] if learnable else [None, None]
     results = device_ops.relation_loss(*on, *numbers, lam, tau, list(WEIGHTS), kind, need)
-    loss, dlam, dtau, slope, dh = results
+    loss, dlam, dtau, slope, dh, means = results
+    student, image, text = (x.double() @ x.double().mT for x in sides)
+    apart = ~torch.eye(len(student), dtype=torch.bool)
+    for got, e in zip(means, (student - torch.lerp(image, text, lam), text - image), strict=True):
+        distance = e.abs() if kind == "abs" else e * e
+        expected = distance[apart].mean() if len(student) > 1 else distance.sum() * 0
+        torch.testing.assert_close(
+            got.cpu().double(), expected, rtol=1e-2 if sides[0].dtype == torch.float16 else 1e-5, atol=1e-5
+        )
     grad, none = torch.tensor(upstream).to(DEVICE), dh.new_empty(0)
     dh, _, dlam, dtau = device_ops.total_backward(grad, dlam, dtau, dh, none, on[0], None, slope, None, 1.0, 1.0)
     return loss, (dh, dlam, dtau)

@@ -219,7 +219,7 @@ class OpCall:
         if grad is None:
             return results, None
         needs = [needs[0], needs[1] and self.b is not None, needs[2] and self.learnable]
-        return results, device_ops.info_nce_backward(grad.to(DEVICE), *inputs, *results[1:-1], needs)
+        return results, device_ops.info_nce_backward(grad.to(DEVICE), *inputs, *results[1:-2], needs)
 
     def check(self, needs=(True, True, True), size=1.0, expanded=False, logarithm=False):
         leaves, t, *parts = self.truth()
@@ -231,7 +231,10 @@ class OpCall:
         x, y = self.a.double().abs(), (self.a if self.b is None else self.b).double().abs()
         of_a, of_b, of_scale = (w * self.scale for w in (weights @ y, weights.T @ x, weights * t.abs() / self.scale**2))
         likes = (torch.maximum(of_a, of_b) if self.b is None else of_a, of_b, of_scale.detach().sum())
-        (got, *_), gradients = self.run(grad, needs, logarithm)
+        (got, *_, positive_logit), gradients = self.run(grad, needs, logarithm)
+        close(
+            positive_logit, t.diagonal().detach(), torch.float32, size=2 * float(t.detach().abs().max()), subnormal=True
+        )
         if logarithm:
             leaves[2].grad *= self.scale
         sizes = t.detach().nan_to_num(0, 0, 0).abs().amax() * (len(t) if self.options[2] == "sum" else 1)

@@ -313,7 +313,7 @@ def test_small_problems_keep_no_means():
     rows_alone = ("scaled", [], None, None, None, False, False)
     *_, kept = device_ops.logsumexp_scores(a, b, None, 1.5, "means", *rows_alone)
     assert kept.shape == (0, 16)
-    *_, kept = device_ops.info_nce(b, a, None, 1.5, None, None, 0.0, False, "mean", "means")
+    *_, kept, _ = device_ops.info_nce(b, a, None, 1.5, None, None, 0.0, False, "mean", "means")
     assert kept.shape == (0, 16)
 
 
