@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "certified.h"
+#include "exact.h"
 
 namespace gssf {
 namespace {
@@ -230,12 +231,6 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
 // The number of scores from which certified mining is faster. (That for AMX is not yet measured.)
 constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx ? 1 << 18 : 1 << 20; }
 
-bool certifies(const Tensor& a, const Tensor& b, const Arguments& of) {
-  const bool narrow = a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf;
-  return narrow && !of.pair_starts && bf16_unit() != Bf16Unit::none && !rounds(a) &&
-         a.size(0) * b.size(0) >= certified_least(bf16_unit());
-}
-
 // Calls f(A()), where A is the type of the scores of a.
 template <class F>
 void dispatch(const Tensor& a, F f) {
@@ -268,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
     TORCH_CHECK_VALUE(!pair_starts, "route: certified mining takes no listed pairs");
     rescored = at::zeros({}, rescored.options());
     if (any) rescored.fill_(certified(a, b, of, symmetric, out));
-  } else if (route.empty() && any && certifies(a, b, of)) {
+  } else if (route.empty() && any && !pair_starts && certifies(a, b)) {
     certified(a, b, of, symmetric, out);
   } else if (any) {
     dispatch(a, [&](auto type) {
@@ -307,6 +302,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
 }
 
 }  // namespace
+
+bool certifies(const Tensor& a, const Tensor& b) {
+  const bool narrow = a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf;
+  return narrow && bf16_unit() != Bf16Unit::none && !rounds(a) && a.size(0) * b.size(0) >= certified_least(bf16_unit());
+}
+
+Tensor exact_pair_scores(const Tensor& a, const Tensor& b, const Tensor& rows, const Tensor& cols) {
+  const int64_t *i = rows.const_data_ptr<int64_t>(), *j = cols.const_data_ptr<int64_t>(), count = rows.numel();
+  const auto scores = exact_scores(
+      a, b, count, [&](int64_t e) { return std::pair(std::max<int64_t>(i[e], 0), std::max<int64_t>(j[e], 0)); });
+  Tensor out = at::empty({count}, a.options().dtype(at::kFloat));
+  float* to = out.mutable_data_ptr<float>();
+  for (int64_t e = 0; e < count; ++e)
+    to[e] = i[e] < 0 || j[e] < 0 ? -std::numeric_limits<float>::infinity() : static_cast<float>(scores[e]);
+  return out;
+}
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
   library.impl("hardest_negatives", hardest_negatives);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "edges.h"
+#include "exact.h"
 
 #define GSSF_KERNELS "vector_pairs.h"
 #include "isa.h"
@@ -35,6 +36,7 @@ Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in
   const Tensor a = a_in.contiguous(), b = b_in.contiguous();
   const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
   check_edges(rows, cols, a.size(0), b.size(0));
+  if (certifies(a, b)) return exact_pair_scores(a, b, rows, cols);
   Tensor out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, a.scalar_type(), "pair_scores", [&] {
     using A = Accumulate<scalar_t>;

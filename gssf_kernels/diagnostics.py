@@ -27,7 +27,7 @@ from torch import Tensor
 from gssf_kernels import reference
 from gssf_kernels.ops.batch_hard import BatchHard, has_both
 from gssf_kernels.ops.labels import LabelledFactors
-from gssf_kernels.ops.mining import Mined, PairedInputs, pair_count, pair_directions
+from gssf_kernels.ops.mining import Mined, PairedInputs, listed_pairs, pair_count, pair_directions
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.ops.positive_means import PositiveMeans, positive_means
 from gssf_kernels.ops.segment_terms import segment_terms
@@ -49,10 +49,11 @@ def diagnose_pairs(x: Tensor, y: Tensor, margin: float, inputs: PairedInputs, mi
     a, b, pairing, columns, *_ = inputs
     mined = Mined._make(t.detach() if t is not None else None for t in mined)
     anchors = [mined.row_score, mined.col_score][: 1 + columns]
-    if pairing.listed is not None:
-        positive_score, *of_pairs = pair_directions(mined, pairing.listed, columns)
+    listed, mined = listed_pairs(inputs._replace(a=a.detach(), b=b.detach()), mined)
+    if listed is not None:
+        positive_score, *of_pairs = pair_directions(mined, listed, columns)
         of_pairs = [t for t in of_pairs if t is not None]
-        total, counted = pairing.listed.total.clamp_min(1), pairing.listed.counted
+        total, counted = listed.total.clamp_min(1), listed.counted
         return _of_pairs(x, y, margin, positive_score, of_pairs, anchors, total, counted)
     if pairing.kind == "rows":
         count = mined.positive_score.shape[0]

@@ -41,6 +41,7 @@ ROW_PANEL_DTYPES = frozenset({torch.bfloat16})  # for other dtypes PyTorch's pro
 CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 SEGMENT_ROWS = 64  # rows of a tile of the scores of equal id, where ids may be read
 SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
+LISTED_PAIRS = 4  # pairs of equal id for each anchor, up to which they are listed, where ids may be read
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
 PACKED_NUMBERS = 1 << 19  # of a factor that is packed for one product: 2 MiB of fp32, which stay in the cache

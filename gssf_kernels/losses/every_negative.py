@@ -40,17 +40,19 @@ def _rows(
 ) -> Tensor:
     """The terms of the rows' direction, of each pair (rows, cols) [P], -1 for one that does not count.
 
-    A sweep compares with one positive score for each row, so there are as many sweeps as a row has pairs at most.
+    One sweep, which compares each score of a row with all of the row's pairs: a row of K x N positive scores for each.
     """
     n, places = x.shape[0], torch.arange(rows.shape[0], device=x.device)
     pairs = (rows, cols) if kind == "listed" else (None, None)
     mask = Mask(kind == "rows", False, pairs[0], pairs[1], limit)
     level, _, most = (torch.zeros_like(rows), n, 1) if kind == "rows" else levels_of(rows, n)
     p = scores_of_pairs(x, y, rows, cols)
+    if most == 0:  # no pairs
+        return p
     place = torch.where(rows >= 0, level * n + rows, most * n)
-    index = torch.full((most * n + 1,), -1, device=x.device).scatter_(0, place, places)
-    term, sums = Term("hinge", "exclude", 1.0, margin), [p[:0].sum()[None]]  # without a pair: 0
-    for pair in index[:-1].view(most, n):
-        positive_score = torch.where(pair < 0, torch.inf, gather(p, pair))  # without a pair there is no term
-        sums.append(score_sums(x, y, term, ids[0], ids[1], "none", True, positive_score, False, mask))
-    return gather(torch.cat(sums), torch.where(rows >= 0, place + 1, 0))
+    index = torch.full((most * n + 1,), -1, device=x.device).scatter_(0, place, places)[:-1]
+    positive_score = torch.where(index < 0, torch.inf, gather(p, index)).view(most, n)  # no pair: no term
+    positive_score = positive_score[0] if most == 1 else positive_score
+    term = Term("hinge", "exclude", 1.0, margin)
+    sums = score_sums(x, y, term, ids[0], ids[1], "none", True, positive_score, False, mask).flatten()
+    return gather(torch.cat((sums.new_zeros(1), sums)), torch.where(rows >= 0, place + 1, 0))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.diagnostics import diagnose_labels
-from gssf_kernels.ops.labels import labelled_factors, largest_logits, log_sums
+from gssf_kernels.ops.labels import hardest_scores, labelled_factors, log_sums
 from gssf_kernels.reference import Diagnostics
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
@@ -71,8 +71,7 @@ def multi_similarity_loss(
     factors = labelled_factors(x, labels, y, y_labels, metric)
     bounds = None
     if epsilon is not None:
-        positive_logit, negative_logit = largest_logits(factors, "multi_similarity", constants)
-        least_positive, largest_negative = base - positive_logit / alpha, base + negative_logit / beta
+        least_positive, largest_negative = hardest_scores(factors)
         bounds = torch.stack((largest_negative + epsilon, least_positive - epsilon))
     positive_lse, negative_lse = log_sums(factors, "multi_similarity", constants, bounds)
     zero = positive_lse.new_zeros(())

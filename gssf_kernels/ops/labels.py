@@ -11,6 +11,9 @@ from torch import Tensor
 
 from gssf_kernels import _checks
 from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
+from gssf_kernels.ops.pairs import pair_scores
+from gssf_kernels.ops.positives import hardest_positives
+from gssf_kernels.ops.segment_terms import lowest_of_pairs
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -50,12 +53,16 @@ def log_sums(
     return positive, negative
 
 
-def largest_logits(factors: LabelledFactors, score: str, constants: list[float]) -> tuple[Tensor, Tensor]:
-    """The largest logit over each anchor's positives [N], and over its negatives [N]; -inf for none.
+def hardest_scores(factors: LabelledFactors) -> tuple[Tensor, Tensor]:
+    """Each anchor's least positive score [N], +inf for none, and its largest negative score [N], -inf for none.
 
-    Both are constants to autograd.
+    Both are constants to autograd. Time: one product, half of it if b is a, and the scores of the positives.
     """
-    with torch.no_grad():
-        row_max, _ = logsumexp_by_label(factors, score, constants)
-    positive, negative = row_max.unbind()
-    return positive, negative
+    a_labels, b_labels, leave_out = factors[2:]
+    a = factors.a.detach()
+    b = a if factors.b is factors.a else factors.b.detach()
+    negative = torch.ops.gssf.hardest_negatives(a, b, a_labels, b_labels, "", False, False)[1]
+    if not leave_out:
+        return lowest_of_pairs(a, b, a_labels, b_labels)[0], negative
+    index = hardest_positives(a, a_labels, None if b is a else b)
+    return torch.where(index < 0, torch.inf, pair_scores(a, b, index)), negative

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gssf_kernels import _checks
 from gssf_kernels._library import Function, distinct, last_derivative
-from gssf_kernels.ops.pairing import ListedPairs, Pairing, levels_of, pairing_of
+from gssf_kernels.ops.pairing import ListedPairs, Pairing, few_as_list, levels_of, pairing_of
+from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segment_terms import lowest_of_pairs, segment_terms
 from gssf_kernels.ops.segments import gather, segment_sums, segments_of
 from gssf_kernels.ops.terms import anchor_terms
@@ -187,6 +188,15 @@ def pair_directions(mined: Mined, listed: ListedPairs, columns: bool) -> tuple[T
     return positive_score, gather(mined.row_score, listed.rows), col
 
 
+def listed_pairs(inputs: PairedInputs, mined: Mined) -> tuple[ListedPairs | None, Mined]:
+    """The pairs as a list, with their scores in `mined`, if they are listed, or if they are few by id; else None."""
+    listed = few_as_list(inputs.pairing)
+    if listed is not None and inputs.pairing.kind == "ids":
+        scores = scores_of_pairs(inputs.a, inputs.b, listed.rows, listed.cols)
+        mined = mined._replace(positive_score=scores)
+    return listed, mined
+
+
 def pair_terms(inputs: PairedInputs, mined: Mined, formula: str, constants: list[float], reduction: str) -> Tensor:
     """The terms of all pairs, or their sum or mean. Differentiable once in a, b and the scores of `mined`.
 
@@ -197,10 +207,11 @@ def pair_terms(inputs: PairedInputs, mined: Mined, formula: str, constants: list
     if pairing.kind == "rows":
         col_score = mined.col_score if columns else None
         return anchor_terms(mined.positive_score, mined.row_score, col_score, formula, constants, reduction)
-    if pairing.listed is not None:
-        positive_score, row, col = pair_directions(mined, pairing.listed, columns)
+    listed, mined = listed_pairs(inputs, mined)
+    if listed is not None:
+        positive_score, row, col = pair_directions(mined, listed, columns)
         terms = anchor_terms(positive_score, row, col, formula, constants, "none")
-        return reduce_listed(terms, pairing.listed, reduction)
+        return reduce_listed(terms, listed, reduction, a.shape[0] if pairing.kind == "ids" else None)
     assert pairing.x_ids is not None
     assert pairing.y_ids is not None
     scores = mined.row_score, mined.col_score if columns else None

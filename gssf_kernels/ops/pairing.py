@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
+from gssf_kernels import _checks, plan
 from gssf_kernels.ops.negatives import Negatives
 from gssf_kernels.ops.segments import gather
 
@@ -107,7 +107,20 @@ def in_order(scores: Tensor, listed: ListedPairs) -> Tensor:
 
 def as_list(pairing: Pairing) -> Pairing:
     """The same with pairs of equal id as a list: O(P) memory. Their number depends on values, so a GPU synchronises."""
-    return pairing if pairing.kind != "ids" else pairing._replace(kind="listed", listed=_listed_by_ids(pairing))
+    if pairing.kind != "ids":
+        return pairing
+    return pairing._replace(kind="listed", listed=_listed_by_ids(*_matches_by_id(pairing)))
+
+
+def few_as_list(pairing: Pairing) -> ListedPairs | None:
+    """The listed pairs; or pairs by id as a list if ids may be read, and there are few; else None."""
+    ids = [t for t in (pairing.x_ids, pairing.y_ids) if t is not None]
+    if pairing.kind != "ids" or not all(_checks.readable(t) for t in ids):
+        return pairing.listed
+    order, counts, first = _matches_by_id(pairing)
+    if int(counts.sum()) > plan.LISTED_PAIRS * (counts.shape[0] + order.shape[0]):
+        return None
+    return _listed_by_ids(order, counts, first)
 
 
 def levels_of(anchor: Tensor, count: int) -> tuple[Tensor, int, int]:
@@ -123,15 +136,20 @@ def levels_of(anchor: Tensor, count: int) -> tuple[Tensor, int, int]:
     return level, count, int(level.max()) + 1 if anchor.shape[0] else 0
 
 
-def _listed_by_ids(pairing: Pairing) -> ListedPairs:
+def _matches_by_id(pairing: Pairing) -> tuple[Tensor, Tensor, Tensor]:
+    """(columns sorted by id [M], how many pairs each row has [N], the place of its first among those columns [N])."""
     assert pairing.x_ids is not None
     assert pairing.y_ids is not None
     x_ids, y_ids = pairing.x_ids.contiguous(), pairing.y_ids.contiguous()
     ids, order = y_ids.sort(stable=True)
     first, last = torch.searchsorted(ids, x_ids), torch.searchsorted(ids, x_ids, right=True)
-    counts = last - first
+    return order, last - first, first
+
+
+def _listed_by_ids(order: Tensor, counts: Tensor, first: Tensor) -> ListedPairs:
+    """The arguments are what `_matches_by_id` returns."""
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    rows = torch.repeat_interleave(torch.arange(x_ids.shape[0], device=ids.device), counts)
-    places = torch.arange(rows.shape[0], device=ids.device)
+    rows = torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts)
+    places = torch.arange(rows.shape[0], device=counts.device)
     cols = order[first[rows] + places - starts[rows]]
     return ListedPairs(rows, cols, starts, cols, places, starts[-1])

@@ -43,7 +43,8 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
             the score is -inf, without gradient. Values are checked only on the CPU.
 
     Returns:
-        [N] fp32 (fp64 for fp64). Differentiable once in a and b.
+        [N] fp32 (fp64 for fp64). Differentiable once in a and b. For fp32 on the CPU a score has the bits that
+        :func:`~gssf_kernels.hardest_negatives` of the same a and b gives it, so that ties are ties.
 
     Raises:
         TypeError, ValueError: the type, shape, dtype, device or (on the CPU) a value of an argument is wrong.

@@ -103,7 +103,7 @@ def score_sums(
     M >= N and κ = 1. With "none" entry i has the terms of row i and of column i.
     positive_score: s_ii [N], for relative; None: computed here.
     columns: with relative, whether columns have terms too. Without them positive_score is any score for each row, with
-        a gradient, and reduction is "none".
+        a gradient, or K of them [K, N], and reduction is "none": [N] or [K, N].
     mask: which scores take part. With its limits a term of two scores' directions is left out where either limit says.
     """
     mask = Mask() if mask is None else mask
@@ -137,7 +137,7 @@ class Call(NamedTuple):
     reduction: str  # "sum" or "none"
     share: float | None  # the sum is multiplied by it; None: 1/N, a float that a traced graph would be bound to
     needs: list[bool]  # whether the forward of "sum" computes the gradients of a and b
-    positive_score: Tensor | None = None  # [N], for relative; None: computed here
+    positive_score: Tensor | None = None  # [N], without columns also [K, N], for relative; None: computed here
     columns: bool = True  # relative: also the terms of columns
     # The rest is `Mask`. Listed pairs take part only where positives are "exclude" or "negate".
     paired: bool = True
@@ -179,7 +179,7 @@ class BackwardCall(NamedTuple):
     "sum" multiplies the gradients that the forward computed by grad_out; "none" computes the scores again.
     """
 
-    grad_out: Tensor  # [] or [N]
+    grad_out: Tensor  # [], [N] or [K, N]
     dscale: Tensor  # this and the next three: computed by the forward of "sum", without grad_out
     dbias: Tensor
     da: Tensor
@@ -265,8 +265,8 @@ class _ScoreSums(Function):
 class _Sums(NamedTuple):
     """The results of a loop over chunks. K is N where terms are relative to the positives, else 0."""
 
-    rows: Tensor  # [N], sums of f over each row
-    row_slope: Tensor  # [N], sums of f′
+    rows: Tensor  # [N], sums of f over each row; [K, N] for K scores that terms of a row are relative to
+    row_slope: Tensor  # [N] or [K, N], sums of f′
     dscores_dot_s: Tensor  # [N], Σ_j ds_ij s_ij
     cols: Tensor  # [K], sums of f over each column
     col_slope: Tensor  # [K], sums of f′
@@ -320,7 +320,7 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     if call.b is None and needs[0]:
         da, db = da + db, db.new_empty(0)
     dscale, dbias = (one * t.sum(dtype=torch.float64).to(scale.dtype) for t in (sums.dscores_dot_s, slopes))
-    dpositive = -one * slopes if call.relative and not call.columns else slopes.new_empty(0)
+    dpositive = -one * slopes if call.relative and not call.columns else slopes.new_empty(0)  # as positive_score
     return da.to(a.dtype), db.to(a.dtype), dscale * scale if call.constant is None else dscale, dbias, dpositive
 
 
@@ -339,9 +339,9 @@ def _add_pairs(sums: _Sums, slopes: Tensor, call: Call, needs) -> None:
 
 
 def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | None = None) -> _Sums:
-    """Run the pass over all chunks.
+    """Run the pass over all chunks; K times over each if terms of a row are relative to K scores.
 
-    weight: [N], multiplies the slopes of row i in dscores, and with relative those of column i; None: 1.
+    weight: [N] or [K, N], multiplies the slopes of row i in dscores, and with relative those of column i; None: 1.
     """
     scale, bias = call.scalars()
     if call.b is None and call.reduction == "sum":
@@ -350,33 +350,49 @@ def _sweep(call: Call, positive_score: Tensor | None, needs, weight: Tensor | No
     columns = positive_score if call.relative and call.columns else None
     row_positive = positive_score if call.relative else None
     mask = call.mask
-    rows = scale.new_zeros(3, n)
+    many = row_positive is not None and row_positive.dim() == 2
+    rows = scale.new_zeros(row_positive.shape[0] if row_positive is not None and many else 1, 3, n)
     cols = scale.new_zeros(2, n if columns is not None else 0)
     a_ids, b_ids = (t.contiguous() if t is not None else None for t in (call.a_ids, call.b_ids))
     col_weight = weight if columns is not None else None
 
     def visit(s, first):
         part = slice(first, first + s.shape[0])
-        positive, row_weight, row_ids = (t[part] if t is not None else None for t in (row_positive, weight, a_ids))
+        row_ids = None if a_ids is None else a_ids[part]
+        positives, weights = (
+            [None] * len(rows) if t is None else t[..., part].unbind() if many else [t[part]]
+            for t in (row_positive, weight)
+        )
         col_ids, listed = b_ids, None
         if not mask.plain:
-            listed = _listed_terms(s, part, mask, call.positives, scale, bias, call.kind, row_weight)
+            if not many:
+                listed = _listed_terms(s, part, mask, call.positives, scale, bias, call.kind, weights[0])
             out = left_out(s, first, row_ids, b_ids, mask)
             if out is not None:
                 s.masked_fill_(out, least(s.dtype))
-            if listed is not None:
-                lower_listed(s, (listed.row, listed.col, listed.here), least(s.dtype))
+            in_chunk = mask.chunk(first, s.shape[0])
+            if in_chunk is not None:
+                lower_listed(s, in_chunk, least(s.dtype))
             if mask.ignore:
                 row_ids = col_ids = None
-        terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, col_ids)
         options = (first if call.paired else UNPAIRED, call.kind, call.positives, any(needs))
-        torch.ops.gssf.score_sums_pass(s, *terms, *options, rows[:, part], cols)
+        scores, ds = (s.clone(), torch.zeros_like(s)) if many and any(needs) else (s, s)
+        for of_rows, positive, row_weight in zip(rows, positives, weights, strict=True):
+            if ds is not s:
+                s.copy_(scores)
+            terms = (scale, bias, positive, row_weight, columns, col_weight, row_ids, col_ids)
+            torch.ops.gssf.score_sums_pass(s, *terms, *options, of_rows[:, part], cols)
+            if ds is not s:
+                ds += s
+        if ds is not s:
+            s.copy_(ds)
         if listed is not None:
-            listed.add_to(rows[:, part], s if any(needs) else None)
+            listed.add_to(rows[0][:, part], s if any(needs) else None)
 
     da, db = chunks(a, b, visit, tuple(needs))
     empty = rows.new_empty(0)
-    statistics = (t.clone() for t in (*rows, *cols))
+    by_row = rows.unbind(1) if many else rows[0]
+    statistics = (t.clone() for t in (by_row[0], by_row[1], rows[:, 2].sum(0), *cols))
     return _Sums._make((*statistics, da if da is not None else empty, db if db is not None else empty.clone()))
 
 
@@ -444,7 +460,8 @@ def _fake(call: Call) -> tuple[Tensor, ...]:
     n, dtype = call.a.shape[0], accumulation_dtype(call.a.dtype)
     shapes: tuple[Any, ...]
     if call.reduction == "none":
-        shapes = (n, 0, 0, 0, 0, n if call.relative and call.positive_score is None else 0)
+        rows = n if call.positive_score is None else call.positive_score.shape
+        shapes = (rows, 0, 0, 0, 0, n if call.relative and call.positive_score is None else 0)
     else:
         factors = zip((call.a, call.b), call.needs, strict=True)
         shapes = ((), (), (), *(t.shape if need and t is not None else 0 for t, need in factors), 0)
@@ -456,7 +473,7 @@ def _fake_backward(call: BackwardCall) -> tuple[Tensor, ...]:
         scalars = torch.empty_like(call.dscale), torch.empty_like(call.dbias)
         return call.a.new_empty(call.da.shape), call.a.new_empty(call.db.shape), *scalars, call.dscale.new_empty(0)
     shapes = (t.shape if need and t is not None else 0 for t, need in zip((call.a, call.b), call.needs, strict=True))
-    positives = call.a.shape[0] if call.relative and not call.columns else 0
+    positives = call.grad_out.shape if call.relative and not call.columns else 0
     sizes = ((), (), positives)
     return *(call.a.new_empty(shape) for shape in shapes), *(call.grad_out.new_empty(size) for size in sizes)
 

@@ -153,6 +153,18 @@ def test_the_op_takes_it_where_it_pays():
         assert torch.equal(got, expected)
 
 
+def test_scores_of_pairs_have_the_bits_of_the_winners():
+    """Whatever the size: exact ones where mining is certified, else those of the sweep."""
+    for n in (40, 1100):
+        a, b = unit(torch.randn(n, 64)), unit(torch.randn(n, 64))
+        b[n // 2 :] = b[: n // 2]  # every row twice
+        hardest = gk.hardest_negatives(a, b)
+        assert torch.equal(gk.pair_scores(a, b), hardest.pair_score)
+        assert torch.equal(gk.pair_scores(a, b, hardest.row_index), hardest.row_score)
+        index = torch.full((n,), -1)
+        assert gk.pair_scores(a, b, index).eq(-INF).all()
+
+
 def test_a_score_that_only_exact_arithmetic_tells_apart():
     """Two columns whose fp32 products come out in the wrong order."""
     a = torch.tensor([[1.0, 2.0**-25, 2.0**-25, 2.0**-25]]).repeat(40, 1)
