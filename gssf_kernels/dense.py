@@ -164,6 +164,12 @@ def on_bf16_unit(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and _checks.device_type(x) == "cpu" and bf16_unit() != "none"
 
 
+def multiplies_fp32(y: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products with y are the extension's, in fp32 or fp64."""
+    rough = dtype == torch.float32 and fp32_products(_checks.device_type(y)) == "bf16"
+    return _checks.device_type(y) == "cpu" and EXTENSION_ERROR is None and not rough and not on_bf16_unit(y)
+
+
 @functools.cache
 def bf16_unit() -> str:
     """`_library.bf16_unit`, cached."""
@@ -178,9 +184,8 @@ class Right:
     """
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
-        rough = dtype == torch.float32 and fp32_products(_checks.device_type(y)) == "bf16"
         unit = on_bf16_unit(y)
-        self.packed = unit or (_checks.device_type(y) == "cpu" and EXTENSION_ERROR is None and not rough)
+        self.packed = unit or multiplies_fp32(y, dtype)
         self.width = 64 if unit else 32  # `part` takes multiples of it
         self.y = torch.ops.gssf.pack(y, y.dtype if unit else dtype) if self.packed else operand(y, dtype)
 
@@ -199,32 +204,17 @@ class Right:
 
 
 class OnceRight:
-    """`Right` for one product: parts of y are packed one after the other, so that each is still in the cache.
-
-    What is packed is never more than `plan.PACKED_NUMBERS`, or one panel.
-    """
+    """`Right` for one product, to the bit: on the CPU each thread packs the columns of y that it multiplies."""
 
     def __init__(self, y: Tensor, dtype: torch.dtype):
         self.y, self.dtype = y, dtype
 
     def product(self, x: Tensor, out: Tensor) -> None:
-        """``out = x y``, as `Right.product`, to the bit."""
-        (k, m), step = self.y.shape, plan.PACKED_NUMBERS
-        if _checks.device_type(self.y) != "cpu" or k * m <= step:
-            return Right(self.y, self.dtype).product(x, out)
-        if k <= m:  # few channels: parts of columns
-            for part in _parts(m, max(step // k, 1)):
-                Right(self.y[:, part], self.dtype).product(x, out[:, part])
-            return None
-        for part in _parts(k, max(step // m, 1)):
-            Right(self.y[part], self.dtype).product(x[:, part], out, add=part.start > 0)
-        return None
-
-
-def _parts(length: int, most: int) -> Iterable[slice]:
-    """Parts of at most ``most`` numbers, or of 64: whole panels, and whole chains of a sum (``csrc/types.h``)."""
-    step = max(most // 64, 1) * 64
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+        """``out = x y``, summed in out's dtype."""
+        if multiplies_fp32(self.y, self.dtype):
+            torch.ops.gssf.multiply_once(x, self.y, out, False)
+        else:
+            Right(self.y, self.dtype).product(x, out)
 
 
 def unit_of(dtype: torch.dtype, *grads: Tensor | None) -> Tensor | None:

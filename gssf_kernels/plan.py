@@ -44,7 +44,6 @@ SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
 LISTED_PAIRS = 4  # pairs of equal id for each anchor, up to which they are listed, where ids may be read
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
-PACKED_NUMBERS = 1 << 19  # of a factor that is packed for one product: 2 MiB of fp32, which stay in the cache
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 

@@ -83,8 +83,8 @@ def info_nce_loss(
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
     Time: one product forward, three backward; two in all with symmetric=False if y has no gradient. Extra memory:
-    as :func:`~gssf_kernels.logsumexp_scores`; with ids also a few N x D matrices. Of a y that takes part in one chunk
-    alone, as with few queries, at most 2 MiB are copied.
+    as :func:`~gssf_kernels.logsumexp_scores`; with ids also a few N x D matrices. With few queries, whose scores are
+    one chunk, no y is copied.
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")

@@ -89,11 +89,11 @@ FAULTS = [
         "losses/test_few_queries",
     ),
     Fault(
-        "few queries: only the last part of the candidates",
-        "gssf_kernels/dense.py",
-        "OnceRight.product",
-        "add=part.start > 0",
-        "add=False",
+        "few queries: only the last channels of a product",
+        "csrc/product.cpp",
+        "multiply_packing",
+        ".add = add || l > 0",
+        ".add = add",
         "losses/test_few_queries",
     ),
     Fault(

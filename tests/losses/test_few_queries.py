@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from triton_checks import fp64_leaves
 
 import gssf_kernels as gk
-from gssf_kernels import plan
 from gssf_kernels.dense import OnceRight, Right
 
 N, M, D = 13, 900, 24
@@ -99,18 +98,20 @@ def test_no_queries_and_infinite_rows():
     assert gradient[4].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(600, 40), (40, 600), (64, 64), (1, 900), (900, 1), (129, 200)])
+@pytest.mark.parametrize("shape", [(600, 40), (40, 600), (64, 64), (1, 900), (900, 1), (129, 200), (0, 5), (5, 0)])
 @pytest.mark.parametrize("order", ["row by row", "column by column"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
-def test_products_by_parts_have_the_same_bits(shape, order, dtype, monkeypatch):
-    monkeypatch.setattr(plan, "PACKED_NUMBERS", 64 * min(shape))
+def test_products_of_one_use_have_the_same_bits(shape, order, dtype):
     g = torch.Generator().manual_seed(0)
     y, x = torch.randn(*shape, generator=g, dtype=dtype), torch.randn(9, shape[0], generator=g, dtype=dtype)
     y = y if order == "row by row" else y.mT.contiguous().mT
-    whole, by_parts = torch.empty(9, shape[1], dtype=dtype), torch.empty(9, shape[1], dtype=dtype)
+    whole, once = torch.empty(9, shape[1], dtype=dtype), torch.empty(9, shape[1], dtype=dtype)
     Right(y, dtype).product(x, whole)
-    OnceRight(y, dtype).product(x, by_parts)
-    assert torch.equal(whole, by_parts)
+    OnceRight(y, dtype).product(x, once)
+    assert torch.equal(whole, once)
+    for strided in (x.mT.contiguous().mT, x.repeat(1, 2)[:, : shape[0]]):
+        OnceRight(y, dtype).product(strided, once)
+        assert torch.equal(whole, once)
     torch.testing.assert_close(whole.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-4)
 
 
