@@ -166,10 +166,12 @@ class Candidates {
  private:
   static constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-  // An anchor's limit, moved by the error and rounded that way; +inf without limits.
+  // An anchor's limit, moved by the error and rounded that way; +inf without limits. Upwards from the next number,
+  // because an exact score a little above the limit may be rounded to it.
   static float most(const float* limits, int64_t anchor, double error) {
     if (!limits) return -kNone;
-    return std::nextafter(static_cast<float>(limits[anchor] + error), error < 0 ? kNone : -kNone);
+    const float limit = error < 0 ? limits[anchor] : std::nextafter(limits[anchor], -kNone);
+    return std::nextafter(static_cast<float>(limit + error), error < 0 ? kNone : -kNone);
   }
 
   // Raises an anchor's lower bound to that of a tile's largest ŝ, and returns the smallest ŝ that is a candidate.

@@ -32,8 +32,10 @@ inline Groups::Groups(const int64_t* destination, const int64_t* source, int64_t
     if (kept(e)) edge[place[destination[e]]++] = e;
 }
 
-// a[rows[e]] · b[cols[e]] for every e; and da and db, each empty if `needs` is false. In pairs.cpp.
-at::Tensor pair_scores(const at::Tensor& a, const at::Tensor& b, const at::Tensor& rows, const at::Tensor& cols);
+// a[rows[e]] · b[cols[e]] for every e, with `exact` as exact.h has it if it certifies(a, b); and da and db, each empty
+// if `needs` is false. In pairs.cpp.
+at::Tensor pair_scores(const at::Tensor& a, const at::Tensor& b, const at::Tensor& rows, const at::Tensor& cols,
+                       bool exact = false);
 std::tuple<at::Tensor, at::Tensor> pair_scores_backward(const at::Tensor& grad_out, const at::Tensor& rows,
                                                         const at::Tensor& cols, const at::Tensor& a,
                                                         const at::Tensor& b, c10::List<bool> needs);

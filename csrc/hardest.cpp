@@ -113,13 +113,18 @@ bool rounds(const Tensor& a) {
              at::Float32Precision::BF16;
 }
 
-// Limits of anchors in A, and 64 times +inf behind them; empty without limits.
+// Limits of anchors in A, and 64 times +inf behind them; empty without limits. A wider score exceeds a limit of fp32 if
+// it does so when rounded: if it is nearer to the next number.
 template <class A>
 std::vector<A> limits_of(const std::optional<Tensor>& t) {
   std::vector<A> out;
   if (!t) return out;
   const Tensor values = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
   out.assign(values.const_data_ptr<A>(), values.const_data_ptr<A>() + values.numel());
+  if (t->scalar_type() == at::kFloat && std::is_same_v<A, double>)
+    for (A& limit : out)
+      if (std::isfinite(limit))
+        limit += (std::nextafter(static_cast<float>(limit), std::numeric_limits<float>::infinity()) - limit) / 2;
   out.resize(out.size() + 64, std::numeric_limits<A>::infinity());
   return out;
 }
@@ -211,8 +216,9 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
   std::vector<ExactMaximum> row(n), col(m);
   for (int64_t k = 0; k < count; ++k) {
     const auto [i, j, rounded] = left[k];
-    if (!limits.rows || !(scores[k] > limits.rows[i])) row[i].add(scores[k], j);
-    if (!limits.cols || !(scores[k] > limits.cols[j])) col[j].add(scores[k], i);
+    const auto score = static_cast<float>(scores[k]);  // limits are made of scores that are rounded
+    if (!limits.rows || !(score > limits.rows[i])) row[i].add(scores[k], j);
+    if (!limits.cols || !(score > limits.cols[j])) col[j].add(scores[k], i);
   }
   for (int64_t i = 0; i < n && symmetric; ++i) {
     row[i].add(col[i].score, col[i].index);

@@ -31,12 +31,12 @@ void check_inputs(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in, const Tensor& cols_in) {
+Tensor pair_scores(const Tensor& a_in, const Tensor& b_in, const Tensor& rows_in, const Tensor& cols_in, bool exact) {
   check_inputs(a_in, b_in);
   const Tensor a = a_in.contiguous(), b = b_in.contiguous();
   const Tensor rows = rows_in.contiguous(), cols = cols_in.contiguous();
   check_edges(rows, cols, a.size(0), b.size(0));
-  if (certifies(a, b)) return exact_pair_scores(a, b, rows, cols);
+  if (exact && certifies(a, b)) return exact_pair_scores(a, b, rows, cols);
   Tensor out;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, a.scalar_type(), "pair_scores", [&] {
     using A = Accumulate<scalar_t>;

@@ -1,4 +1,4 @@
-// gssf::pack, gssf::multiply, out = x y with y packed, and gssf::multiply_once: see gssf_kernels/dense.py.
+// gssf::pack, and gssf::multiply, out = x y, with y packed before or here: see gssf_kernels/dense.py.
 #include "bf16.h"
 
 #include <torch/library.h>
@@ -24,9 +24,72 @@ Tensor pack(const Tensor& y, at::ScalarType dtype) {
   return dtype == at::kDouble ? packed<double>(y) : packed<float>(y);
 }
 
-// out [n, m] = x [n, k] y or += it, y packed by pack(). x and out have the dtype of the panels; with panels of bf16,
-// out is fp32, and x is rounded to bf16.
+// multiply_once() for a y of T and results of A.
+template <class A, class T>
+void multiply_packing(const Tensor& x, const Tensor& y, Tensor& out, bool add) {
+  constexpr int64_t P = kPanel<A>;
+  const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
+  const A* a = x.const_data_ptr<A>();
+  const T* b = y.const_data_ptr<T>();
+  A* c = out.mutable_data_ptr<A>();
+  int64_t cols = kTaskCols;
+  while (ceil_div(m, cols) < 4 * at::get_num_threads() && cols > P) cols /= 2;
+  at::parallel_for(0, ceil_div(m, cols), 1, [&](int64_t task, int64_t end) {
+    const auto panels = std::make_unique_for_overwrite<A[]>(cols * std::min(k, kDepth));
+    for (; task < end; ++task) {
+      const int64_t first = task * cols, width = std::min(cols, m - first);
+      for (int64_t l = 0; l < k || l == 0; l += kDepth) {
+        const int64_t depth = std::min(kDepth, k - l);
+        const int64_t step = y.stride(1) == 1 ? width : P;  // columns that are packed together
+        for (int64_t j = 0; j < width; j += step) {
+          const Packing<T, A> packing{.y = b + l * y.stride(0) + (first + j) * y.stride(1),
+                                      .panels = panels.get() + j * depth,
+                                      .k = depth,
+                                      .width = std::min(step, width - j),
+                                      .row = y.stride(0),
+                                      .col = y.stride(1),
+                                      .apart = depth * P};
+          GSSF_VECTORIZED(pack_of, packing);
+        }
+        for (int64_t i = 0; i < n; i += kTaskRows) {
+          const Product<A> product{.a = a + i * x.stride(0) + l,
+                                   .panels = panels.get(),
+                                   .c = c + i * out.stride(0) + first,
+                                   .n = std::min(kTaskRows, n - i),
+                                   .k = depth,
+                                   .m = width,
+                                   .a_row = x.stride(0),
+                                   .a_step = 1,
+                                   .panel = depth * P,
+                                   .c_row = out.stride(0),
+                                   .add = add || l > 0};
+          GSSF_VECTORIZED(product_of, product);
+        }
+      }
+    }
+  });
+}
+
+// out [n, m] = x [n, k] y or += it, as multiply() of pack(y), to the bit, for a y that is multiplied but once: a task
+// packs the columns that it multiplies, kDepth channels at a time, which are then still in its cache.
+void multiply_once(const Tensor& x_in, const Tensor& y, Tensor& out, bool add) {
+  TORCH_CHECK_VALUE(x_in.dim() == 2 && y.dim() == 2 && out.dim() == 2 && x_in.size(1) == y.size(0) &&
+                        out.size(0) == x_in.size(0) && out.size(1) == y.size(1) && out.stride(1) == 1 &&
+                        x_in.scalar_type() == out.scalar_type(),
+                    "multiply: expected x [n, k], y [k, m] and out [n, m] of x's dtype, got ", x_in.sizes(), ", ",
+                    y.sizes(), " and ", out.sizes());
+  const Tensor x = x_in.stride(1) == 1 ? x_in : x_in.contiguous();
+  if (out.scalar_type() == at::kDouble) return multiply_packing<double, double>(x, y, out, add);
+  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat, "multiply: expected fp32 or fp64");
+  if (y.scalar_type() == at::kFloat) multiply_packing<float, float>(x, y, out, add);
+  else if (y.scalar_type() == at::kHalf) multiply_packing<float, c10::Half>(x, y, out, add);
+  else multiply_packing<float, c10::BFloat16>(x, y, out, add);
+}
+
+// out [n, m] = x [n, k] y or += it, y packed by pack(), or y itself: see multiply_once(). x and out have the dtype of
+// the panels; with panels of bf16, out is fp32, and x is rounded to bf16.
 void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
+  if (panels.dim() == 2) return multiply_once(x, panels, out, add);
   const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
   if (panels.scalar_type() == at::kBFloat16) {
     TORCH_CHECK_VALUE(panels.dim() == 3 && panels.size(0) == ceil_div(m, kPairPanel) &&
@@ -93,80 +156,16 @@ void multiply(const Tensor& x, const Tensor& panels, Tensor& out, bool add) {
   });
 }
 
-// multiply_once() for a y of T and results of A.
-template <class A, class T>
-void multiply_packing(const Tensor& x, const Tensor& y, Tensor& out, bool add) {
-  constexpr int64_t P = kPanel<A>;
-  const int64_t n = x.size(0), k = x.size(1), m = out.size(1);
-  const A* a = x.const_data_ptr<A>();
-  const T* b = y.const_data_ptr<T>();
-  A* c = out.mutable_data_ptr<A>();
-  int64_t cols = kTaskCols;
-  while (ceil_div(m, cols) < 4 * at::get_num_threads() && cols > P) cols /= 2;
-  at::parallel_for(0, ceil_div(m, cols), 1, [&](int64_t task, int64_t end) {
-    const auto panels = std::make_unique_for_overwrite<A[]>(cols * std::min(k, kDepth));
-    for (; task < end; ++task) {
-      const int64_t first = task * cols, width = std::min(cols, m - first);
-      for (int64_t l = 0; l < k || l == 0; l += kDepth) {
-        const int64_t depth = std::min(kDepth, k - l);
-        const int64_t step = y.stride(1) == 1 ? width : P;  // columns that are packed together
-        for (int64_t j = 0; j < width; j += step) {
-          const Packing<T, A> packing{.y = b + l * y.stride(0) + (first + j) * y.stride(1),
-                                      .panels = panels.get() + j * depth,
-                                      .k = depth,
-                                      .width = std::min(step, width - j),
-                                      .row = y.stride(0),
-                                      .col = y.stride(1),
-                                      .apart = depth * P};
-          GSSF_VECTORIZED(pack_of, packing);
-        }
-        for (int64_t i = 0; i < n; i += kTaskRows) {
-          const Product<A> product{.a = a + i * x.stride(0) + l,
-                                   .panels = panels.get(),
-                                   .c = c + i * out.stride(0) + first,
-                                   .n = std::min(kTaskRows, n - i),
-                                   .k = depth,
-                                   .m = width,
-                                   .a_row = x.stride(0),
-                                   .a_step = 1,
-                                   .panel = depth * P,
-                                   .c_row = out.stride(0),
-                                   .add = add || l > 0};
-          GSSF_VECTORIZED(product_of, product);
-        }
-      }
-    }
-  });
-}
-
-// out [n, m] = x [n, k] y or += it, as multiply() of pack(y), to the bit, for a y that is multiplied but once: a task
-// packs the columns that it multiplies, kDepth channels at a time, which are then still in its cache.
-void multiply_once(const Tensor& x_in, const Tensor& y, Tensor& out, bool add) {
-  TORCH_CHECK_VALUE(x_in.dim() == 2 && y.dim() == 2 && out.dim() == 2 && x_in.size(1) == y.size(0) &&
-                        out.size(0) == x_in.size(0) && out.size(1) == y.size(1) && out.stride(1) == 1 &&
-                        x_in.scalar_type() == out.scalar_type(),
-                    "multiply_once: expected x [n, k], y [k, m] and out [n, m] of x's dtype, got ", x_in.sizes(), ", ",
-                    y.sizes(), " and ", out.sizes());
-  const Tensor x = x_in.stride(1) == 1 ? x_in : x_in.contiguous();
-  if (out.scalar_type() == at::kDouble) return multiply_packing<double, double>(x, y, out, add);
-  TORCH_CHECK_VALUE(out.scalar_type() == at::kFloat, "multiply_once: expected fp32 or fp64");
-  if (y.scalar_type() == at::kFloat) multiply_packing<float, float>(x, y, out, add);
-  else if (y.scalar_type() == at::kHalf) multiply_packing<float, c10::Half>(x, y, out, add);
-  else multiply_packing<float, c10::BFloat16>(x, y, out, add);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(gssf, library) {
   library.def("pack(Tensor y, ScalarType dtype) -> Tensor");
   library.def("multiply(Tensor x, Tensor panels, Tensor(a!) out, bool add) -> ()");
-  library.def("multiply_once(Tensor x, Tensor y, Tensor(a!) out, bool add) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
   library.impl("pack", pack);
   library.impl("multiply", multiply);
-  library.impl("multiply_once", multiply_once);
 }
 
 }  // namespace gssf

@@ -8,7 +8,8 @@ triangle is computed (:func:`triangle`). The products are those of ``csrc/produc
 elsewhere.
 
 Extra memory is one chunk besides the gradients. On the CPU there is also b packed for the products: an fp32 copy
-forward, two with a gradient. The same inputs give the same bits, on the CPU at every thread count.
+forward, two with a gradient; of fp32 or fp64 none if all scores are one chunk. The same inputs give the same bits, on
+the CPU at every thread count.
 
 bf16 inputs stay bf16 on CUDA, and on CPUs with a unit for bf16 products (AVX-512 BF16, AMX; ``csrc/bf16.h``). A product
 of two bf16 numbers is exact there, and the sums are fp32. As in plain PyTorch, ds is rounded to bf16 before the
@@ -212,7 +213,7 @@ class OnceRight:
     def product(self, x: Tensor, out: Tensor) -> None:
         """``out = x y``, summed in out's dtype."""
         if multiplies_fp32(self.y, self.dtype):
-            torch.ops.gssf.multiply_once(x, self.y, out, False)
+            torch.ops.gssf.multiply(x, self.y, out, False)
         else:
             Right(self.y, self.dtype).product(x, out)
 

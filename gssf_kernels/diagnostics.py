@@ -7,13 +7,13 @@
     row_accuracy   share of the pairs that are first in their row:  p > n
     col_accuracy   the same of the columns
 
-In a collapse, spread goes to 0, positive and negative become equal, active stays near 1 and accuracy near 0. The choice
-of these measures is ours.
+In a collapse, spread goes to 0, positive and negative become equal, active stays near 1 and accuracy near 0; but that
+of InfoNCE goes to 1, because ties count there. The choice of these measures is ours.
 
     triplet, GOAL, gradient space    all six, without col_accuracy if symmetric=False
     batch-hard                       the first four: p is the hardest positive of a row that has one and a negative
     InfoNCE                          positive, spread; both accuracies where (i, i) is the only positive of row i and no
-                                     y_bias is given. There p is first if it is the maximum, so a tie counts
+                                     y_bias is given. There p is first if it is the maximum, tied or not
     SigLIP, NT-Xent, circle, multi-similarity    positive, spread
 
 Where an anchor of the last two lines may have several positives, ``positive`` is the mean over rows of the mean over

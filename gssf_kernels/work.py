@@ -42,11 +42,7 @@ def _packed(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 # Fakes of the C++ ops that are registered in C++, without a fake.
-FAKES: dict[str, Callable] = {
-    "pack": _packed,
-    "multiply": lambda x, panels, out, add: None,
-    "multiply_once": lambda x, y, out, add: None,
-}
+FAKES: dict[str, Callable] = {"pack": _packed, "multiply": lambda x, panels, out, add: None}
 
 
 def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
@@ -131,7 +127,6 @@ _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "hardest_negatives": _mined,
     "relative_negatives": lambda arguments: 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1],
     "multiply": _multiplied,
-    "multiply_once": _multiplied,
     "project": _projected(lambda arguments: 1),
     "project_backward": _projected(_x_and_blocks),
     "hardest_negatives_backward": _gathered,

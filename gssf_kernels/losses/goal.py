@@ -117,6 +117,7 @@ def goal_loss(
             metric=metric,
             symmetric=symmetric,
             false_negative_margin=false_negative_margin,
+            mined=relative is None,
         )
         if relative is None:
             mined = mine(inputs)

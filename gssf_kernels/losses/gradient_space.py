@@ -106,6 +106,7 @@ def gradient_space_loss(
             metric=metric,
             symmetric=symmetric,
             false_negative_margin=false_negative_margin,
+            mined=relative is None,
         )
         loss, mined = designed(inputs, weights, value, relative, reduction)
         return (loss, diagnose_pairs(x, y, 0.0, inputs, mined)) if diagnostics else loss

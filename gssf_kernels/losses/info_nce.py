@@ -84,7 +84,7 @@ def info_nce_loss(
 
     Time: one product forward, three backward; two in all with symmetric=False if y has no gradient. Extra memory:
     as :func:`~gssf_kernels.logsumexp_scores`; with ids also a few N x D matrices. With few queries, whose scores are
-    one chunk, no y is copied.
+    one chunk, no fp32 y is copied.
     """
     epsilon = _checks.fraction(label_smoothing, "label_smoothing")
     _checks.flag(symmetric, "symmetric")

@@ -111,6 +111,7 @@ def triplet_loss(
         symmetric=symmetric,
         false_negative_margin=false_negative_margin,
         scores=negatives == "all",
+        mined=negatives == "hardest",
     )
     mined = None
     if negatives == "hardest":

@@ -97,7 +97,7 @@ def _batch_hard(call):
     _, negative_score, negative_index, *_ = torch.ops.gssf.hardest_negatives(x, x, labels, labels)
     positive_index = torch.ops.gssf.hardest_positives(x, labels)
     i = torch.arange(x.shape[0], device=x.device)
-    positive_score = torch.ops.gssf.pair_scores(x, x, i, positive_index)
+    positive_score = torch.ops.gssf.pair_scores(x, x, i, positive_index, True)
     valid = has_both(positive_index, negative_score)
     p, n = torch.where(valid, positive_score, 0), torch.where(valid, negative_score, 0)
     loss = reference.reduce(torch.where(valid, reference.hinge(margin + n - p), 0), reduction)

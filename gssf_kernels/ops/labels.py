@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gssf_kernels import _checks
 from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
-from gssf_kernels.ops.pairs import pair_scores
 from gssf_kernels.ops.positives import hardest_positives
 from gssf_kernels.ops.segment_terms import lowest_of_pairs
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
@@ -65,4 +64,5 @@ def hardest_scores(factors: LabelledFactors) -> tuple[Tensor, Tensor]:
     if not leave_out:
         return lowest_of_pairs(a, b, a_labels, b_labels)[0], negative
     index = hardest_positives(a, a_labels, None if b is a else b)
-    return torch.where(index < 0, torch.inf, pair_scores(a, b, index)), negative
+    positive = torch.ops.gssf.pair_scores(a, b, torch.arange(a.shape[0], device=a.device), index)
+    return torch.where(index < 0, torch.inf, positive), negative

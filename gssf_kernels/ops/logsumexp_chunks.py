@@ -47,7 +47,8 @@ def by_chunks(call: Call) -> tuple[Tensor, ...]:
         if means:  # s becomes the rows' softmax
             top, log = _finite(row_out[0], row_out[1].log())
             unit, dot = _parts((one, ignored), rows)
-            torch.ops.gssf.softmax_pass(s, scale, *by_label, top, log, unit, None, None, None, dot)
+            of_chunk = by_label.part(rows, columns, first)
+            torch.ops.gssf.softmax_pass(s, scale, *of_chunk, top, log, unit, None, None, None, dot)
 
     def visit_half(scores, first):
         (s,) = scores

@@ -45,11 +45,13 @@ def paired_inputs(
     false_negative_margin: float | None = None,
     same_id: str = "positive",
     scores: bool = False,
+    mined: bool = False,
 ) -> PairedInputs:
     """The user's arguments of a two-sided loss, checked, but for symmetric and metric, which are checked already.
 
     same_id: with "ignore" equal ids are no positives. scores: whether positive_score is wanted, where the metric's
-    projection can make it.
+    projection can make it. mined: whether limits are for the hardest negatives by any route, so that they are rounded
+    as those are.
     """
     margin = _checks.optional_non_negative(false_negative_margin, "false_negative_margin")
     x, y = _checks.autocast(x, y)
@@ -61,7 +63,8 @@ def paired_inputs(
         a, b, positive_score = paired_factors(metric, x, y, scores and pairing.kind == "rows")
         a, b = _checks.autocast(a, b)
     positives = pairing._replace(x_ids=None, y_ids=None) if same_id == "ignore" else pairing
-    return PairedInputs(a, b, pairing, symmetric, limits_of(a, b, positives, margin, symmetric), positive_score)
+    exact = mined and pairing.kind != "listed"  # mining of listed pairs is never certified
+    return PairedInputs(a, b, pairing, symmetric, limits_of(a, b, positives, margin, symmetric, exact), positive_score)
 
 
 def check_reduction(reduction: str, pairs, symmetric: bool) -> None:
@@ -108,39 +111,47 @@ def lowest_positive(a: Tensor, b: Tensor, pairing: Pairing) -> Tensor:
             assert pairing.y_ids is not None
             scores, _ = lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
         else:
-            scores = pair_scores_of(a, b, pairing)
+            scores = pair_scores_of(a, b, pairing.listed)
         return torch.cat((scores, scores.new_full((1,), torch.inf))).min()
 
 
-def pair_scores_of(a: Tensor, b: Tensor, pairing: Pairing) -> Tensor:
+def pair_scores_of(a: Tensor, b: Tensor, listed: ListedPairs | None, exact: bool = False) -> Tensor:
     """The scores of the pairs (i, i) [N], or of listed pairs [P] with +inf for one listed again. No gradient."""
-    if pairing.listed is None:
+    if listed is None:
         i = torch.arange(a.shape[0], device=a.device)
-        return torch.ops.gssf.pair_scores(a.detach(), b.detach(), i, i)
-    scores = torch.ops.gssf.pair_scores(a.detach(), b.detach(), pairing.listed.rows, pairing.listed.cols)
-    return torch.where(pairing.listed.counted, scores, torch.inf)
+        return torch.ops.gssf.pair_scores(a.detach(), b.detach(), i, i, exact)
+    scores = torch.ops.gssf.pair_scores(a.detach(), b.detach(), listed.rows, listed.cols, exact)
+    return torch.where(listed.counted, scores, torch.inf)
 
 
-def lowest_positives(a: Tensor, b: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+def lowest_positives(a: Tensor, b: Tensor, pairing: Pairing, exact: bool) -> tuple[Tensor, Tensor]:
     """The lowest score of each row's positives [N], and of each column's [M]; +inf for none. No gradient.
 
-    Positives are the pairs and, with pairs (i, i), the scores of equal id.
+    Positives are the pairs and, with pairs (i, i), the scores of equal id. exact: as in `scores_of_pairs`.
     """
     n, m = a.shape[0], b.shape[0]
-    if pairing.kind == "ids":
-        assert pairing.x_ids is not None
-        assert pairing.y_ids is not None
-        return lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
-    scores = pair_scores_of(a, b, pairing)
-    if pairing.listed is not None:
-        rows, cols = scores.new_full((n,), torch.inf), scores.new_full((m,), torch.inf)
-        index = pairing.listed.rows.clamp_min(0), pairing.listed.cols.clamp_min(0)
-        return tuple(t.scatter_reduce(0, i, scores, "amin") for t, i in zip((rows, cols), index, strict=True))  # type: ignore
+    if pairing.kind != "rows":
+        return _lowest_of_listed(a, b, pairing, exact)
+    scores = pair_scores_of(a, b, None, exact)
     padding = scores.new_full((m - n,), torch.inf)
     rows, cols = scores, torch.cat((scores, padding))
     if pairing.x_ids is not None and pairing.y_ids is not None:
-        by_id = lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
+        by_id = _lowest_of_listed(a, b, pairing._replace(kind="ids"), exact)
         rows, cols = (torch.minimum(*both) for both in zip((rows, cols), by_id, strict=True))
+    return rows, cols
+
+
+def _lowest_of_listed(a: Tensor, b: Tensor, pairing: Pairing, exact: bool) -> tuple[Tensor, Tensor]:
+    """`lowest_positives` of pairs that are listed, or by id."""
+    listed = few_as_list(pairing)
+    if listed is None:
+        assert pairing.x_ids is not None
+        assert pairing.y_ids is not None
+        return lowest_of_pairs(a, b, pairing.x_ids, pairing.y_ids)
+    scores = pair_scores_of(a, b, listed, exact)
+    rows, cols = (scores.new_full((t.shape[0],), torch.inf) for t in (a, b))
+    index = listed.rows.clamp_min(0), listed.cols.clamp_min(0)
+    rows, cols = (t.scatter_reduce(0, i, scores, "amin") for t, i in zip((rows, cols), index, strict=True))
     return rows, cols
 
 
@@ -192,7 +203,7 @@ def listed_pairs(inputs: PairedInputs, mined: Mined) -> tuple[ListedPairs | None
     """The pairs as a list, with their scores in `mined`, if they are listed, or if they are few by id; else None."""
     listed = few_as_list(inputs.pairing)
     if listed is not None and inputs.pairing.kind == "ids":
-        scores = scores_of_pairs(inputs.a, inputs.b, listed.rows, listed.cols)
+        scores = scores_of_pairs(inputs.a, inputs.b, listed.rows, listed.cols, exact=True)
         mined = mined._replace(positive_score=scores)
     return listed, mined
 
@@ -239,12 +250,12 @@ def pair_count(x_ids: Tensor, y_ids: Tensor) -> Tensor:
 
 
 def limits_of(
-    a: Tensor, b: Tensor, pairing: Pairing, margin: float | None, columns: bool
+    a: Tensor, b: Tensor, pairing: Pairing, margin: float | None, columns: bool, exact: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The limits of ``false_negative_margin``: the lowest positive score of each anchor plus the margin."""
     if margin is None:
         return None, None
-    rows, cols = lowest_positives(a, b, pairing)
+    rows, cols = lowest_positives(a, b, pairing, exact)
     return rows + margin, cols + margin if columns else None
 
 

@@ -22,6 +22,7 @@ class PairScoresCall(NamedTuple):
     b: Tensor  # [M, D]
     rows: Tensor  # [E] int64, a row of a; -1 for no pair
     cols: Tensor  # [E] int64, a row of b; -1 for no pair
+    exact: bool = False  # the exact scores, rounded once, where the hardest negatives of a and b are certified (CPU)
 
 
 class PairScoresBackwardCall(NamedTuple):
@@ -44,7 +45,8 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
 
     Returns:
         [N] fp32 (fp64 for fp64). Differentiable once in a and b. For fp32 on the CPU a score has the bits that
-        :func:`~gssf_kernels.hardest_negatives` of the same a and b gives it, so that ties are ties.
+        :func:`~gssf_kernels.hardest_negatives` of the same a and b gives it, so that ties are ties; but for a list of
+        pairs on a CPU with a bf16 unit, whose mining is not certified.
 
     Raises:
         TypeError, ValueError: the type, shape, dtype, device or (on the CPU) a value of an argument is wrong.
@@ -60,33 +62,36 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
             if low < -1 or high >= b.shape[0]:
                 raise ValueError(f"index: expected values in -1..{b.shape[0] - 1}, got {int(low)}..{int(high)}")
     a, b = distinct(a, b)
-    return _PairScores.apply(a, b, torch.arange(a.shape[0], device=a.device), index)
+    return _PairScores.apply(a, b, torch.arange(a.shape[0], device=a.device), index, True)
 
 
-def scores_of_pairs(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """``a[rows_e] · b[cols_e]`` [E]; -inf, without gradient, where an index is -1. Differentiable once in a and b."""
-    return _PairScores.apply(*distinct(a, b), *distinct(rows, cols))
+def scores_of_pairs(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor, exact: bool = False) -> Tensor:
+    """``a[rows_e] · b[cols_e]`` [E]; -inf, without gradient, where an index is -1. Differentiable once in a and b.
+
+    exact: as in the op, for scores that are compared with the hardest negatives of a and b.
+    """
+    return _PairScores.apply(*distinct(a, b), *distinct(rows, cols), exact)
 
 
 class _PairScores(Function):
     @staticmethod
-    def forward(a, b, rows, cols):
-        return torch.ops.gssf.pair_scores(a, b, rows, cols)
+    def forward(a, b, rows, cols, exact):
+        return torch.ops.gssf.pair_scores(a, b, rows, cols, exact)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(*inputs[:4])
 
     @staticmethod
     def backward(ctx, grad_out):
         a, b, rows, cols = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
         grads = last_derivative(torch.ops.gssf.pair_scores_backward, grad_out, rows, cols, a, b, needs)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
 def _pair_scores(call):
-    a, b, rows, cols = call
+    a, b, rows, cols, _ = call
     dtype = accumulation_dtype(a.dtype)
     if a.shape[0] == 0 or b.shape[0] == 0:
         return a.new_full(rows.shape, -torch.inf, dtype=dtype)

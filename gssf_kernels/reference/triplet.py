@@ -87,7 +87,7 @@ def masks(a, b, a_ids, b_ids, pairs) -> tuple[Tensor, Tensor, Tensor]:
 def negatives_of(s: Tensor, same: Tensor, positive: Tensor, false_negative_margin: float | None) -> Tensor:
     """s [N, K] with -inf where a score is no negative of its row."""
     left = s.masked_fill(same, -torch.inf)
-    if false_negative_margin is not None:
+    if false_negative_margin is not None and s.shape[1]:
         lowest = s.detach().masked_fill(~positive, torch.inf).min(1, keepdim=True).values
         left = left.masked_fill(s > lowest + false_negative_margin, -torch.inf)
     return left

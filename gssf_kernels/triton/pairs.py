@@ -147,7 +147,7 @@ def pair_scores(a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor | None, col
 
 def launch_pair_scores(call: Any, plan: Any) -> torch.Tensor:
     """The launcher of the op: `pair_scores` of the call's arguments."""
-    return pair_scores(*call)
+    return pair_scores(*call[:4])
 
 
 def segment_sum(

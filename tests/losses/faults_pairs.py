@@ -97,6 +97,28 @@ FAULTS = [
         "losses/test_few_queries",
     ),
     Fault(
+        "diagnostics: a tie is first",
+        "gssf_kernels/diagnostics.py",
+        "_of_pairs",
+        "positive_score > n if counted is None",
+        "positive_score >= n if counted is None",
+        "ops/test_diagnostics",
+    ),
+    Fault(
+        "pairs by id: a row without a listed pair takes part",
+        "gssf_kernels/losses/every_negative.py",
+        "_rows",
+        "torch.where(index < 0, torch.inf, gather(p, index))",
+        "torch.where(index < 0, 0.0, gather(p, index))",
+    ),
+    Fault(
+        "sums relative to several scores: only the last one's gradient",
+        "gssf_kernels/ops/sums.py",
+        "_sweep",
+        "ds += s",
+        "ds = s.clone()",
+    ),
+    Fault(
         "a ceiling of the scale lets it rise",
         "gssf_kernels/_modules.py",
         "_Ceiling.backward",

@@ -11,7 +11,7 @@ from gssf_kernels.dense import OnceRight, Right
 
 compiled = pytest.mark.skipif(EXTENSION_ERROR is not None, reason="PyTorch's products")
 
-N, M, D = 13, 900, 24
+N, M, D = 40, 900, 24
 SCALARS = {"info_nce_loss": {"scale": 9.0, "symmetric": False}, "sigmoid_loss": {"scale": 9.0, "bias": -5.0}}
 
 
@@ -34,6 +34,10 @@ def options(x_ids, y_ids, bias):
         "pairs by id": {**ids, "pairs": "ids"},
         "biased": {"y_bias": bias},
         "margin": {"false_negative_margin": 0.1},
+        "margin, ids": {**ids, "false_negative_margin": 0.1},
+        "margin, pairs by id": {**ids, "pairs": "ids", "false_negative_margin": 0.1},
+        "margin, same ids ignored": {**ids, "same_id": "ignore", "false_negative_margin": 0.1},
+        "margin, biased": {"y_bias": bias, "false_negative_margin": 0.1},
         "each row": {"reduction": "none"},
     }
 

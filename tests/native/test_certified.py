@@ -92,6 +92,17 @@ def test_a_false_negative_margin_is_certified():
     torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["rows", "ids"])
+def test_copies_of_a_positive_are_at_its_limit(kind):
+    """With margin 0 they count, however the positive's score was rounded."""
+    x, y = unit(torch.randn(1100, 64)), unit(torch.randn(1100, 64))
+    y = unit(x + 0.5 * y)
+    copies = torch.cat((y, y))
+    ids = {"pairs": "ids", "x_ids": torch.arange(1100), "y_ids": torch.arange(2200)} if kind == "ids" else {}
+    terms = gk.triplet_loss(x, copies, margin=0.5, false_negative_margin=0.0, symmetric=False, reduction="none", **ids)
+    torch.testing.assert_close(terms, torch.full_like(terms, 0.5), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["", "one side twice"])
 def test_exact_ties_go_to_the_lowest_index(half):
     for seed in range(20):

@@ -120,6 +120,16 @@ def test_a_collapse_shows():
     assert float(collapsed.active) == 1
     assert float(collapsed.negative) == pytest.approx(float(collapsed.positive), abs=1e-6)
     assert float(healthy.spread) > 0.8
+    assert float(collapsed.row_accuracy) == float(collapsed.col_accuracy) == 0  # a tie is not first
+    assert float(healthy.row_accuracy) == 1
+    listed = torch.stack((torch.arange(64), torch.arange(64)), 1)
+    ids = torch.arange(64)
+    for pairs in ({"pairs": listed}, {"pairs": "ids", "x_ids": ids, "y_ids": ids}):
+        _, results = gk.triplet_loss(point.expand(64, 8), point.expand(64, 8), diagnostics=True, **pairs)
+        assert float(results.row_accuracy) == float(results.col_accuracy) == 0
+    _, contrast = gk.info_nce_loss(point.expand(64, 8), point.expand(64, 8), scale=1.0, diagnostics=True)
+    assert float(contrast.row_accuracy) == 1  # a maximum, as its ties are
+    assert float(contrast.spread) == pytest.approx(0, abs=1e-6)
     # a margin is not part of GOAL's: a negative that only equals its positive is not above it
     whole = torch.ones(6, 4)
     assert float(gk.goal_loss(whole, whole, diagnostics=True)[1].active) == 0
