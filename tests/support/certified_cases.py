@@ -16,13 +16,18 @@ def certified(a, b, a_ids=None, b_ids=None, limits=(None, None)):
 
 
 def some_limits(a, b):
-    """Limits of rows and of columns, about a third of the scores above them; +inf where a score is as good as equal."""
+    """Limits of rows and of columns, about a third of the scores above them.
+
+    +inf where it is not sure whether a score, rounded to fp32, exceeds the limit.
+    """
     s = a.double() @ b.double().T
     close = 1e-12 * (a.double().abs() @ b.double().abs().T)
     limits = []
     for t, near in ((s, close), (s.T, close.T)):
         limit = t.quantile(0.65, dim=1).float()
-        unsure = ((t - limit.double()[:, None]).abs() <= near).any(1)
+        above = torch.nextafter(limit, limit.new_tensor(INF))
+        halfway = (limit.double() + above.double()) / 2  # what is above it rounds to a greater number
+        unsure = ((t - halfway[:, None]).abs() <= near).any(1)
         limits.append(torch.where(unsure, INF, limit))
     return limits
 
@@ -51,7 +56,9 @@ def check(a, b, a_ids=None, b_ids=None, ties=False, by=certified, limits=None):
     assert (off <= (2.0**-24 * pairs.abs() + noise * size.diagonal() + 1e-45)[~beyond]).all()
     rows, cols = s, s.T
     if limits is not None:
-        rows, cols = (t.masked_fill(t > limit[:, None], -INF) for t, limit in zip((s, s.T), limits, strict=True))
+        rows, cols = (
+            t.masked_fill(t.float() > limit[:, None], -INF) for t, limit in zip((s, s.T), limits, strict=True)
+        )
     for score, index, t, abs_t in ((row_score, row_index, rows, size), (col_score, col_index, cols, size.T)):
         best, place = t.max(1)
         none = best == -INF
