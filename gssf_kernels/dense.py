@@ -83,15 +83,13 @@ def kept_shape(a: Tensor, b: Tensor | None, keep: str) -> tuple[int, ...]:
     without them. [0] where nothing is kept, and with b=None, which means that b is a. Traced sizes choose by
     arithmetic, so that no graph depends on them.
     """
-    most = plan.KEPT_SCORES.get(_checks.device_type(a), 0)
+    device, most = _checks.device_type(a), plan.KEPT_SCORES.get(_checks.device_type(a), 0)
     if not keep or b is None or (keep == "scores" and not most):
         return (0,)
     n, m = a.shape[0], b.shape[0]
     if keep == "scores":
         return n * torch.sym_min(1, most // torch.sym_max(n * m, 1)), m
-    if _checks.device_type(a) != "cuda":
-        return n, a.shape[1]
-    return n * torch.sym_min(1, n * m // (plan.SMALL + 1)), a.shape[1]
+    return n * torch.sym_min(1, n * m // (plan.KEPT_MEANS.get(device, 0) + 1)), a.shape[1]
 
 
 def halves(n: int, limit: int, step: int, max_rows: int) -> Iterable[tuple[int, int]]:

@@ -44,6 +44,8 @@ SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
 LISTED_PAIRS = 4  # pairs of equal id for each anchor, up to which they are listed, where ids may be read
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
+# The scores above which a forward keeps the softmax's means. Up to there a GPU takes fewer launches without them.
+KEPT_MEANS = {"cuda": SMALL}
 KEPT_SCORES = {"cpu": 1 << 18}  # the most scores that are kept for the backward, which saves a product: 1 MiB of fp32
 
 
@@ -113,6 +115,11 @@ def starts(length: int, step: int) -> Iterable[int]:
     All but the last have the same size. `explain` replaces this function and runs only a few of them.
     """
     return range(0, length, step)
+
+
+def lists_pairs(pairs: int, anchors: int) -> bool:
+    """Whether pairs of equal id are listed, one by one, rather than compared in tiles."""
+    return pairs <= LISTED_PAIRS * anchors
 
 
 def square_rows(device_type: str, n: int) -> int:
@@ -387,7 +394,7 @@ def dense(row_panels: Callable[[Any], bool] = lambda call: True, epilogue: str =
         if getattr(call, "general", False):
             yield Plan("chunks", f"{scores} with listed pairs, left-out scores or limits: masked in chunks")
             return
-        if getattr(call, "keep", "") == "means" and scores.count > SMALL:
+        if getattr(call, "keep", "") == "means" and scores.count > KEPT_MEANS["cuda"]:
             yield Plan("chunks", f"{scores}, of which only a has a gradient: the forward computes it from its softmax")
             return
         if scores.small:

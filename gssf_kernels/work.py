@@ -61,6 +61,8 @@ def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
         return Plan("c++", f"{scores}: a sweep that stores none, by the bf16 unit {unit}")
     if name == "relative_negatives" or a.dtype not in (torch.float32, torch.float16):
         return Plan("c++", f"{scores} of {dtype}: a sweep that stores none")
+    if arguments.get("pair_starts") is not None:
+        return Plan("c++", f"{scores} of {dtype} with listed pairs: a sweep that stores none")
     least = CERTIFIED[unit]
     if scores.count < least:
         return Plan("c++", f"{scores} of {dtype}, fewer than {least:,}: a sweep that stores none")

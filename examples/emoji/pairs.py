@@ -83,9 +83,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     emoji = load()["train"]
     for name in options.losses.split(","):
-        known = [loss for loss in losses.NAMES if loss not in ("distill", "triplet-all")]
-        if name not in known:
-            parser.error(f"--losses: expected some of {', '.join(known)}, got {name!r}")
+        comparable = [loss for loss in losses.NAMES if loss not in ("distill", "triplet-all")]
+        if name not in comparable:
+            parser.error(f"--losses: expected some of {', '.join(comparable)}, got {name!r}")
         times: dict[str, list[tuple[float, float]]] = {"ids": [], "repeated": []}
         runs = {}
         for way, kind in (("ids", Criterion), ("repeated", Repeated)):
@@ -93,9 +93,9 @@ def main() -> None:
             model, criterion = Model(), kind(name)
             runs[way] = model, criterion, optimise.adamw(list(model.parameters()), list(criterion.parameters()))
         batches = Batches(emoji, 256, torch.Generator().manual_seed(0))
-        apart = difference(runs["ids"][0], [run[1] for run in runs.values()], batches.next())
-        if apart > 1e-4:
-            raise SystemExit(f"{name}: the gradients of both ways differ by {apart:.1e} of their largest entry")
+        error = difference(runs["ids"][0], [run[1] for run in runs.values()], batches.next())
+        if error > 1e-4:
+            raise SystemExit(f"{name}: the gradients of both ways differ by {error:.1e} of their largest entry")
         for k in range(options.steps + 2):
             batch = batches.next()
             for way, run in runs.items():
@@ -107,7 +107,7 @@ def main() -> None:
             ids, repeated = ([t[k] for t in times[way]] for way in ("ids", "repeated"))
             ratio = statistics.median(r / i for r, i in zip(repeated, ids, strict=True))
             cells.append(f"{what} {statistics.median(repeated):.1f} → {statistics.median(ids):.1f} ms ({ratio:.2f}×)")
-        print(f"{name:16}" + "   ".join(cells) + f"   gradients within {apart:.0e}", flush=True)
+        print(f"{name:16}" + "   ".join(cells) + f"   gradients within {error:.0e}", flush=True)
 
 
 if __name__ == "__main__":

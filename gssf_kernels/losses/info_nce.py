@@ -165,9 +165,9 @@ def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | No
 
     positives = partial(positive_means, a, b, pairing, not ignore)
     row_means = positives(True, y_bias)
-    known: tuple = (row_means,)
+    to_diagnose: tuple = (row_means,)
     if by_row and y_bias is None and (ignore or pairing.x_ids is None):
-        known = row_means, positive_logit, row_max, col_max
+        to_diagnose = row_means, positive_logit, row_max, col_max
     terms, size = direction(row_max, row_log, row_means, b, a, mean_bias)
     if columns:
         anchors = b[:count] if by_row else b
@@ -176,12 +176,12 @@ def _with_options(inputs: PairedInputs, kappa, ignore: bool, y_bias: Tensor | No
         if by_row:
             terms = (terms + col_terms) / 2
         elif options.reduction == "mean":
-            return (terms.sum() / size.clamp_min(1) + col_terms.sum() / col_size.clamp_min(1)) / 2, *known
+            return (terms.sum() / size.clamp_min(1) + col_terms.sum() / col_size.clamp_min(1)) / 2, *to_diagnose
         else:
-            return (terms.sum() + col_terms.sum()) / 2, *known
+            return (terms.sum() + col_terms.sum()) / 2, *to_diagnose
     if options.reduction == "none":
-        return terms, *known
-    return (terms.sum() / size.clamp_min(1) if options.reduction == "mean" else terms.sum()), *known
+        return terms, *to_diagnose
+    return (terms.sum() / size.clamp_min(1) if options.reduction == "mean" else terms.sum()), *to_diagnose
 
 
 class InfoNCELoss(ScaledLoss):

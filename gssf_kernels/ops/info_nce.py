@@ -166,8 +166,8 @@ def _backward(call: BackwardCall) -> tuple[Tensor, ...]:
     log_sums = (call.row_max, call.row_log, call.col_max, call.col_log)
     inputs = (call.a, call.b, call.scale, call.constant)
     op = torch.ops.gssf.logsumexp_scores_backward
-    what = call.needs, call.kept, call.keep
-    grads = op(drow, dcol, dpositive, *inputs, *log_sums, *what, columns=call.symmetric)
+    from_forward = call.kept, call.keep
+    grads = op(drow, dcol, dpositive, *inputs, *log_sums, call.needs, *from_forward, columns=call.symmetric)
     if target_grads is None:
         return grads
     if call.b is None:

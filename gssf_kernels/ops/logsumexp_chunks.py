@@ -1,4 +1,8 @@
-"""The log-sums of :mod:`gssf_kernels.ops.logsumexp`, and their gradients, by a loop over chunks of scores."""
+"""The log-sums of :mod:`gssf_kernels.ops.logsumexp`, and their gradients, by a loop over chunks of scores.
+
+If the forward keeps the softmax's means, ``mean_i = Σ_j p_ij b_j``, then ``da_i = κ (g_i mean_i + h_i b_i)`` and
+``dκ = Σ_i a_i · (g_i mean_i + h_i b_i)``, with g and h the gradients of row_log and positive_logit.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +29,9 @@ def by_chunks(call: Call) -> tuple[Tensor, ...]:
     needs_columns = call.b is None or (by_label.classes == 1 and call.columns)
     selection = call.selection
     col_max, col_sum = a.new_full(columns, -torch.inf, dtype=dtype), a.new_zeros(columns, dtype=dtype)
-    kept = a.new_empty(kept_shape(a, call.b, call.keep), dtype=dtype)
-    scores, means = kept.numel() > 0 and call.keep == "scores", kept.numel() > 0 and call.keep == "means"
+    shape = kept_shape(a, call.b, call.keep)
+    means = call.keep == "means" and shape[0] > 0
+    kept = a.new_empty((0, a.shape[1]) if means else shape, dtype=dtype)
     one, ignored = (a.new_full((n if means else 0,), value, dtype=dtype) for value in (1, 0))
 
     def statistics(s, rows, columns, first, out, col_out):
@@ -34,7 +39,7 @@ def by_chunks(call: Call) -> tuple[Tensor, ...]:
 
     def visit(s, first):
         rows, columns = slice(first, first + s.shape[0]), slice(0, m)
-        if scores:
+        if kept.numel():
             kept[rows] = s
         if pairs:
             torch.mul(s.diagonal(first), scale, out=positive_logit[rows])
@@ -102,7 +107,7 @@ def _finite(*statistics: Tensor) -> list[Tensor]:
 
 
 def _gradients_of_means(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a and κ from the softmax's means of b, which the forward kept. Σ_j p_ij s_ij is a_i · mean_i."""
+    """The gradients of a and κ from the means that the forward kept."""
     a, b, means, kappa = call.a, call.b, call.kept, call.forward.kappa
     assert b is not None
     assert means is not None

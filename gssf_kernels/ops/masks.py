@@ -4,7 +4,8 @@
                 negatives above the limit of their anchor
 
 A score that takes no part is overwritten with LEAST before the passes over the chunk, where every dense loss has value
-and slope 0: e^{κ LEAST} = 0, and a hinge or softplus of it is 0.
+and slope 0: e^{κ LEAST} = 0, and a hinge or softplus of it is 0. Passes over log-sums compare with limits themselves,
+without listed pairs and biases (`Selection.limited`).
 """
 
 from typing import NamedTuple
@@ -126,7 +127,7 @@ class Selection(NamedTuple):
     def logits(self, s: Tensor, first: int, direction: str, kappa: Tensor) -> Tensor:
         """s [R, M], or a copy where directions are apart, so that κ times it are the direction's logits.
 
-        Without what the passes leave out.
+        Where the passes apply the limits (`limited`), they are not applied here.
         """
         rows = slice(first, first + s.shape[0])
         row_ids = None if self.a_ids is None else self.a_ids[rows]

@@ -118,9 +118,8 @@ def few_as_list(pairing: Pairing) -> ListedPairs | None:
     if pairing.kind != "ids" or not all(_checks.readable(t) for t in ids):
         return pairing.listed
     order, counts, first = _matches_by_id(pairing)
-    if int(counts.sum()) > plan.LISTED_PAIRS * (counts.shape[0] + order.shape[0]):
-        return None
-    return _listed_by_ids(order, counts, first)
+    few = plan.lists_pairs(int(counts.sum()), counts.shape[0] + order.shape[0])
+    return _listed_by_ids(order, counts, first) if few else None
 
 
 def levels_of(anchor: Tensor, count: int) -> tuple[Tensor, int, int]:

@@ -45,8 +45,9 @@ def pair_scores(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
 
     Returns:
         [N] fp32 (fp64 for fp64). Differentiable once in a and b. For fp32 on the CPU a score has the bits that
-        :func:`~gssf_kernels.hardest_negatives` of the same a and b gives it, so that ties are ties; but for a list of
-        pairs on a CPU with a bf16 unit, whose mining is not certified.
+        :func:`~gssf_kernels.hardest_negatives` of the same a and b gives it, so that ties are ties. Two
+        exceptions, on a CPU with a bf16 unit: its mining of listed pairs is not certified, and PyTorch's setting may
+        let fp32 products round to bf16.
 
     Raises:
         TypeError, ValueError: the type, shape, dtype, device or (on the CPU) a value of an argument is wrong.

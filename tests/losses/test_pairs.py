@@ -39,8 +39,8 @@ def check(function, x, y, options, tolerance=1e-11, **settings):
         value, *statistics = value if isinstance(value, tuple) else (value,)
         weight = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).view(value.shape)
         (value * weight).sum().backward()
-        known = statistics[0]._asdict().values() if statistics else ()
-        results.append((value, *(t.grad for t in inputs), *known))
+        diagnostics = statistics[0]._asdict().values() if statistics else ()
+        results.append((value, *(t.grad for t in inputs), *diagnostics))
     for ours, right in zip(*results, strict=True):
         torch.testing.assert_close(ours.double(), right.double(), rtol=tolerance, atol=tolerance)
 

@@ -19,10 +19,10 @@ def problem():
     return x, y, torch.randint(0, 30, (ROWS,), generator=g)
 
 
-def own_first(rank):
+def rank_rows_first(rank):
     """The rank's rows, and all rows with those first."""
-    own = torch.arange(rank * EACH, (rank + 1) * EACH)
-    return own, torch.cat((own, torch.arange(rank * EACH), torch.arange((rank + 1) * EACH, ROWS)))
+    rank_rows = torch.arange(rank * EACH, (rank + 1) * EACH)
+    return rank_rows, torch.cat((rank_rows, torch.arange(rank * EACH), torch.arange((rank + 1) * EACH, ROWS)))
 
 
 def whole(loss, x, y, ids):
@@ -41,14 +41,14 @@ def whole(loss, x, y, ids):
 
 
 def of_rank(loss, x, y, ids, rank):
-    own, all_rows = own_first(rank)
-    options = {"x_ids": ids[own], "y_ids": ids[all_rows], "reduction": "mean"}
+    rank_rows, all_rows = rank_rows_first(rank)
+    options = {"x_ids": ids[rank_rows], "y_ids": ids[all_rows], "reduction": "mean"}
     if loss == "sigmoid_loss":  # every score belongs to one rank
-        return gk.sigmoid_loss(x[own], y[all_rows], scale=10.0, bias=-5.0, **options)
+        return gk.sigmoid_loss(x[rank_rows], y[all_rows], scale=10.0, bias=-5.0, **options)
     options["symmetric"] = False
     if loss == "info_nce_loss":
         options["scale"] = 14.0
-    rows, columns = (getattr(gk, loss)(u[own], v[all_rows], **options) for u, v in ((x, y), (y, x)))
+    rows, columns = (getattr(gk, loss)(u[rank_rows], v[all_rows], **options) for u, v in ((x, y), (y, x)))
     return (rows + columns) / 2 if loss == "info_nce_loss" else rows + columns
 
 

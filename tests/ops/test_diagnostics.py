@@ -102,9 +102,9 @@ def test_of_pairs_of_any_kind(loss, kind, symmetric):
         torch.testing.assert_close(got, value)
     s, same = x @ y.mT, x_ids[:, None] == y_ids
     pairs = same.nonzero().tolist() if kind == "ids" else sorted({(i, j) for i, j in listed.tolist()})
-    others = same.clone()
-    others[[i for i, _ in pairs], [j for _, j in pairs]] = True
-    s_of_negatives = s.masked_fill(others, -torch.inf)
+    no_negative = same.clone()
+    no_negative[[i for i, _ in pairs], [j for _, j in pairs]] = True
+    s_of_negatives = s.masked_fill(no_negative, -torch.inf)
     rows = [s[i, j] > s_of_negatives[i].max() for i, j in pairs]
     first = [rows, [s[i, j] > s_of_negatives[:, j].max() for i, j in pairs]]
     for got, of_direction in zip(results[4 : 5 + symmetric], first, strict=False):
@@ -237,17 +237,15 @@ def test_of_labels(loss, two_sides):
     options |= {"y": y, "y_labels": y_labels} if two_sides else {}
     with_them, results = getattr(gk, loss)(x, labels, diagnostics=True, **options)
     assert torch.equal(with_them, getattr(gk, loss)(x, labels, **options))
-    other, other_labels = (y, y_labels) if two_sides else (x, labels)
-    s, same = x @ other.mT, labels[:, None] == other_labels
+    candidates, candidate_labels = (y, y_labels) if two_sides else (x, labels)
+    s, same = x @ candidates.mT, labels[:, None] == candidate_labels
     if not two_sides:
         same.fill_diagonal_(False)
     means = [float(row[of_row].mean()) for row, of_row in zip(s, same, strict=True) if of_row.any()]
     assert list(results._asdict()) == ["positive", "spread"]
     assert float(results.positive) == pytest.approx(sum(means) / len(means), rel=1e-12)
-    nobody = x[:0]
-    spread = loop_diagnostics(x, other if two_sides else nobody, None, None, 0.0)[3] if two_sides else None
-    points = F.normalize(x, dim=1).mean(0)
-    assert float(results.spread) == pytest.approx(spread if two_sides else 1 - float(points @ points), rel=1e-12)
+    points = F.normalize(torch.cat((x, y)) if two_sides else x, dim=1).mean(0)
+    assert float(results.spread) == pytest.approx(1 - float(points @ points), rel=1e-12)
 
 
 @pytest.mark.parametrize("metric", [None, "diag"])

@@ -77,6 +77,9 @@ def test_what_the_cpu_mines_certified(unit, least, monkeypatch):
     assert mined(n - 1).why.endswith(f"of float32, fewer than {least:,}: a sweep that stores none")
     assert (mined(n, torch.float16).route, mined(n, torch.bfloat16).route) == ("certified", "c++")
     assert mined(n, torch.float64).why == f"{n:,} x {n:,} scores of float64: a sweep that stores none"
+    rows = torch.empty(n, 40, device="meta")
+    listed = work.on_cpu("hardest_negatives", {"a": rows, "b": rows, "pair_starts": torch.empty(n + 1)})
+    assert str(listed) == f"c++: {n:,} x {n:,} scores of float32 with listed pairs: a sweep that stores none"
     # bf16 rows of 64 channels (from 40), of both sides and in panels: besides the results.
     explanation = gk.explain(gk.hardest_negatives, *absent(n, "cpu", d=40))
     assert extra(explanation)[0] == kib(packed=(3 * n * 64, 2))

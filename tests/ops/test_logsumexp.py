@@ -318,7 +318,8 @@ def test_small_problems_keep_no_means():
 
 
 @row_panels
-def test_more_scores_keep_means():
+def test_more_scores_keep_means(monkeypatch):
+    monkeypatch.setitem(plan.KEPT_MEANS, "cuda", 50 * 40 - 1)
     a, b = row_panel_checks.sides(50, 40, 16)
     rows_alone = ("scaled", [], None, None, None, False, False)
     assert device_ops.route("logsumexp_scores", a, b, None, 1.5, "means", *rows_alone) == "chunks"
