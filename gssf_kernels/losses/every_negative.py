@@ -40,7 +40,7 @@ def _rows(
 ) -> Tensor:
     """The terms of the rows' direction, of each pair (rows, cols) [P], -1 for one that does not count.
 
-    One sweep, which compares each score of a row with all of the row's pairs: a row of K x N positive scores for each.
+    One sweep, which compares each score of a row with all of the row's pairs: with K positive scores for each row.
     """
     n, places = x.shape[0], torch.arange(rows.shape[0], device=x.device)
     pairs = (rows, cols) if kind == "listed" else (None, None)
@@ -51,7 +51,8 @@ def _rows(
         return p
     place = torch.where(rows >= 0, level * n + rows, most * n)
     index = torch.full((most * n + 1,), -1, device=x.device).scatter_(0, place, places)[:-1]
-    positive_score = torch.where(index < 0, torch.inf, gather(p, index)).view(most, n)  # no pair: no term
+    # Of a row with fewer pairs the sums are not read, and +inf makes them 0.
+    positive_score = torch.where(index < 0, torch.inf, gather(p, index)).view(most, n)
     positive_score = positive_score[0] if most == 1 else positive_score
     term = Term("hinge", "exclude", 1.0, margin)
     sums = score_sums(x, y, term, ids[0], ids[1], "none", True, positive_score, False, mask).flatten()

@@ -105,11 +105,11 @@ FAULTS = [
         "ops/test_diagnostics",
     ),
     Fault(
-        "pairs by id: a row without a listed pair takes part",
+        "every negative: a pair's terms are those of the pair before",
         "gssf_kernels/losses/every_negative.py",
         "_rows",
-        "torch.where(index < 0, torch.inf, gather(p, index))",
-        "torch.where(index < 0, 0.0, gather(p, index))",
+        "torch.where(rows >= 0, place + 1, 0)",
+        "torch.where(rows >= 0, place, 0)",
     ),
     Fault(
         "sums relative to several scores: only the last one's gradient",
