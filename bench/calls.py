@@ -36,8 +36,10 @@ def _general(dtype: torch.dtype, n: int, d: int, kind: str, *rest: Any) -> tuple
     negatives = Negatives(paired=False)
     if "listed" in kind:
         negatives = negatives._replace(pair_starts=torch.arange(n + 1), pair_cols=torch.arange(n))
-    if "limits" in kind:
+    if "no columns" in kind:
         negatives = negatives._replace(columns=False, row_limit=torch.zeros(n))
+    if "several limits" in kind:
+        negatives = negatives._replace(row_limit=torch.zeros(3, n), col_limit=torch.zeros(3, n))
     return (x, y, a_ids, b_ids, *(rest or ("",)), *negatives)
 
 
@@ -64,7 +66,7 @@ def _sweeps() -> Iterator[Case]:
         ):
             make = partial(_sweep, dtype, *shape, labels, "hinge", [0.2], reduction)
             yield Case(f"hardest_terms hinge {name}", OPS["hardest_terms"].on_cuda, make, kernels, product)
-        for kind in GENERAL:
+        for kind in (*GENERAL, "listed with ids and several limits"):
             make = partial(_general, dtype, *sizes["wide"], kind)
             yield Case(f"hardest_negatives wide {kind}", launcher, make, kernels, product)
         if product == "ieee":

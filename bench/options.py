@@ -33,18 +33,18 @@ def unit(n: int, d: int, seed: int = 0, grad: bool = True) -> Tensor:
     return rows.requires_grad_(grad)
 
 
-def pairs_by_id(loss: str) -> dict[str, Way]:
+def pairs_by_id(loss: str, **settings) -> dict[str, Way]:
     """1,638 pictures with five captions each, against the pictures repeated for every caption."""
     pictures, captions = unit(1638, 1024), unit(8190, 1024, 1)
     ids, caption_ids = torch.arange(1638), torch.arange(1638).repeat_interleave(5)
     function = getattr(gk, loss)
-    scalars = {"scale": 20.0} if loss == "info_nce_loss" else {}
+    settings |= {"scale": 20.0} if loss == "info_nce_loss" else {}
 
     def repeated():
-        return function(pictures[caption_ids], captions, x_ids=caption_ids, y_ids=caption_ids, **scalars)
+        return function(pictures[caption_ids], captions, x_ids=caption_ids, y_ids=caption_ids, **settings)
 
     return {
-        'pairs="ids"': lambda: function(pictures, captions, pairs="ids", x_ids=ids, y_ids=caption_ids, **scalars),
+        'pairs="ids"': lambda: function(pictures, captions, pairs="ids", x_ids=ids, y_ids=caption_ids, **settings),
         "repeated rows": repeated,
     }
 
@@ -78,6 +78,11 @@ def queue(loss: str) -> dict[str, Way]:
     return {"ours": lambda: gk.sigmoid_loss(x, y, scale=10.0, bias=-10.0), "plain PyTorch": plain_sigmoid}
 
 
+def semihard_by_id() -> dict[str, Way]:
+    """1,638 pictures with five captions each: five limits for each picture."""
+    return pairs_by_id("triplet_loss", negatives="semihard")
+
+
 def semihard(n: int = 8192) -> dict[str, Way]:
     x, y = unit(n, 1024), unit(n, 1024, 1)
     return {
@@ -94,6 +99,7 @@ COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "InfoNCE, queue": lambda: queue("info_nce_loss"),
     "SigLIP, queue": lambda: queue("sigmoid_loss"),
     "triplet, semi-hard": semihard,
+    "triplet, semi-hard by id": semihard_by_id,
 }
 
 

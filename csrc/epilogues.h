@@ -19,6 +19,9 @@ bool displaces(A v, A m) {
   return v > m || (v != v && m == m);
 }
 
+// Numbers behind the limits of all anchors, so that a whole vector may be read.
+constexpr int64_t kLimitPadding = 64;
+
 // Maximum of the negatives of every row, or of every column, over the tiles merged so far; -inf and -1 for none.
 template <class A>
 struct RunningMaxima {
@@ -83,7 +86,7 @@ class HardestNegatives {
     }
     for (int64_t i = 0; i < n && m % Simd<A>::lanes; ++i)
       std::fill(s + i * kTileMost + m, s + i * kTileMost + ceil_div(m, Simd<A>::lanes) * Simd<A>::lanes, kNone);
-    const bool has_ids = !col_id_.empty();
+    const bool has_ids = !col_id_.empty() && !seen_;
     GSSF_VECTORIZED(tile_maxima_of, s, n, m, has_ids ? row_id_.data() + i0 : nullptr,
                     has_ids ? col_id_.data() + j0 : nullptr, limits(at), negatives_.columns, maxima);
   }
@@ -91,6 +94,20 @@ class HardestNegatives {
   void fold_rows(const Tile& at, const TileMaxima<A>& maxima) const { rows_.fold(at.i0, at.n, maxima.rows, at.j0); }
   void fold_cols(const Tile& at, const TileMaxima<A>& maxima) const {
     if (columns()) cols_.fold(at.j0, at.m, maxima.cols, at.i0);
+  }
+
+  // The same under the limits number k of several, with the results number k, for tiles that this one has seen: their
+  // scores that are no negatives are -inf already.
+  HardestNegatives under_limits(int64_t k, int64_t rows, int64_t cols) const {
+    HardestNegatives out = *this;
+    out.seen_ = true;
+    out.negatives_.paired = false, out.negatives_.starts = nullptr;
+    Limits<A>& limits = out.negatives_.limits;
+    if (limits.rows) limits.rows += k * (rows + kLimitPadding);
+    if (limits.cols) limits.cols += k * (cols + kLimitPadding);
+    out.rows_ = {rows_.score + k * rows, rows_.index + k * rows};
+    out.cols_ = {cols_.score + k * cols, cols_.index + k * cols};
+    return out;
   }
 
   bool columns() const { return negatives_.columns; }
@@ -103,6 +120,32 @@ class HardestNegatives {
   const std::vector<Lane>&row_id_, &col_id_;
   Negatives<A> negatives_;
   RunningMaxima<A> rows_, cols_;
+  bool seen_ = false;
+};
+
+// The hardest negatives under each of `count` limits of every anchor, from one product.
+template <class A>
+class HardestByLimit {
+ public:
+  using Slot = std::vector<TileMaxima<A>>;
+
+  HardestByLimit(const HardestNegatives<A>& first, int64_t count, int64_t rows, int64_t cols) : levels_{first} {
+    for (int64_t k = 1; k < count; ++k) levels_.push_back(first.under_limits(k, rows, cols));
+  }
+
+  void tile(A* s, const Tile& at, Slot& slot) const {
+    slot.resize(levels_.size());
+    for (size_t k = 0; k < levels_.size(); ++k) levels_[k].tile(s, at, slot[k]);
+  }
+  void fold_rows(const Tile& at, const Slot& slot) const {
+    for (size_t k = 0; k < levels_.size(); ++k) levels_[k].fold_rows(at, slot[k]);
+  }
+  void fold_cols(const Tile& at, const Slot& slot) const {
+    for (size_t k = 0; k < levels_.size(); ++k) levels_[k].fold_cols(at, slot[k]);
+  }
+
+ private:
+  std::vector<HardestNegatives<A>> levels_;
 };
 
 // Relative negatives of one anchor over the tiles merged so far: a sum over the scores that count, except the maximum

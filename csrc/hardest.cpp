@@ -52,8 +52,14 @@ struct Arguments {
     TORCH_CHECK_VALUE(both(a_ids, b_ids, n, m), name, ": expected a_ids [N] and b_ids [M], or neither");
     TORCH_CHECK_VALUE(both(pair_starts, pair_cols, n + 1, -1) && !(paired && pair_starts), name,
                       ": expected pair_starts [N + 1] and pair_cols, or neither, and neither if paired");
-    TORCH_CHECK_VALUE((!row_limit || row_limit->numel() == n) && (!col_limit || col_limit->numel() == m), name,
-                      ": expected row_limit [N] and col_limit [M]");
+    const auto limits_each = [&](const std::optional<Tensor>& limit, int64_t anchors) {
+      return !limit || (limit->dim() > 0 && limit->size(-1) == anchors &&
+                        (limit->dim() == 1 || (limit->dim() == 2 && limit->size(0) == limits())));
+    };
+    TORCH_CHECK_VALUE(limits_each(row_limit, n) && limits_each(col_limit, m) && limits() > 0, name,
+                      ": expected row_limit [N] and col_limit [M], or [K, N] and [K, M]");
+    TORCH_CHECK_VALUE(!several_limits() || (row_limit && (col_limit || !columns)), name,
+                      ": expected limits of rows and of columns, if there are several for each");
     if (!pair_starts) return;
     const Tensor starts = pair_starts->contiguous(), cols = pair_cols->contiguous();
     const int64_t *s = starts.const_data_ptr<int64_t>(), *c = cols.const_data_ptr<int64_t>(), pairs = cols.numel();
@@ -63,6 +69,9 @@ struct Arguments {
     TORCH_CHECK_VALUE(valid, name, ": expected pair_starts from 0 to P, ascending, and pair_cols in 0..M-1");
   }
 
+  bool several_limits() const { return (row_limit && row_limit->dim() > 1) || (col_limit && col_limit->dim() > 1); }
+  // K, how many limits there are for each anchor.
+  int64_t limits() const { return !several_limits() ? 1 : row_limit && row_limit->dim() > 1 ? row_limit->size(0) : -1; }
   // How many positive scores there are.
   int64_t positives(int64_t n) const { return paired ? n : pair_cols ? pair_cols->numel() : 0; }
   // Whether s is symmetric and the same scores of it count for its rows and for its columns.
@@ -75,12 +84,12 @@ struct Arguments {
 struct Hardest {
   Tensor positive_score, row_score, row_index, col_score, col_index;
 
-  Hardest(int64_t n, int64_t m, int64_t positives, const at::TensorOptions& score) {
+  Hardest(at::IntArrayRef n, at::IntArrayRef m, int64_t positives, const at::TensorOptions& score) {
     const auto index = score.dtype(at::kLong);
     constexpr double none = -std::numeric_limits<double>::infinity();
     positive_score = at::empty({positives}, score);
-    row_score = at::full({n}, none, score), row_index = at::full({n}, -1, index);
-    col_score = at::full({m}, none, score), col_index = at::full({m}, -1, index);
+    row_score = at::full(n, none, score), row_index = at::full(n, -1, index);
+    col_score = at::full(m, none, score), col_index = at::full(m, -1, index);
   }
 
   template <class A>
@@ -113,19 +122,20 @@ bool rounds(const Tensor& a) {
              at::Float32Precision::BF16;
 }
 
-// Limits of anchors in A, and 64 times +inf behind them; empty without limits. A wider score exceeds a limit of fp32 if
-// it does so when rounded: if it is nearer to the next number.
+// Limits of anchors in A, and kLimitPadding times +inf behind those of all; empty without limits. A wider score exceeds
+// a limit of fp32 if it does so when rounded: if it is nearer to the next number.
 template <class A>
 std::vector<A> limits_of(const std::optional<Tensor>& t) {
   std::vector<A> out;
   if (!t) return out;
-  const Tensor values = t->to(c10::CppTypeToScalarType<A>::value).contiguous();
+  const Tensor values = at::constant_pad_nd(t->to(c10::CppTypeToScalarType<A>::value), {0, kLimitPadding},
+                                            std::numeric_limits<A>::infinity())
+                            .contiguous();
   out.assign(values.const_data_ptr<A>(), values.const_data_ptr<A>() + values.numel());
   if (t->scalar_type() == at::kFloat && std::is_same_v<A, double>)
     for (A& limit : out)
       if (std::isfinite(limit))
         limit += (std::nextafter(static_cast<float>(limit), std::numeric_limits<float>::infinity()) - limit) / 2;
-  out.resize(out.size() + 64, std::numeric_limits<A>::infinity());
   return out;
 }
 
@@ -149,13 +159,14 @@ auto run(const Tensor& a, const Tensor& b, const Arguments& of, Hardest& out, Ex
   auto epilogue =
       extended(HardestNegatives<A>(ids.first, ids.second, negatives, Hardest::maxima<A>(out.row_score, out.row_index),
                                    Hardest::maxima<A>(out.col_score, out.col_index)));
+  const int64_t slots = std::max<int64_t>(kSlotsPerThread / of.limits(), 1);  // each with partials for every limit
   if constexpr (std::is_same_v<A, float>) {
     if (rounds(a)) {
-      sweep(Bf16Panels(a, b), rows, cols, epilogue, symmetric);
+      sweep(Bf16Panels(a, b), rows, cols, epilogue, symmetric, slots);
       return epilogue;
     }
   }
-  sweep(Panels<A>(a, b), rows, cols, epilogue, symmetric);
+  sweep(Panels<A>(a, b), rows, cols, epilogue, symmetric, slots);
   return epilogue;
 }
 
@@ -261,16 +272,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
                     "route: expected \"\", \"sweep\" or \"certified\", got ", route);
   const int64_t n = a.size(0), m = b.size(0);
   const bool symmetric = of.symmetric(a, b), any = n > 0 && m > 0;
-  Hardest out(n, columns || symmetric ? m : 0, of.positives(n), score_options(a));
+  const auto shape = [&](int64_t anchors) {
+    return of.several_limits() ? std::vector<int64_t>{of.limits(), anchors} : std::vector<int64_t>{anchors};
+  };
+  Hardest out(shape(n), columns || symmetric ? shape(m) : std::vector<int64_t>{0}, of.positives(n), score_options(a));
   Tensor rescored = at::empty({0}, a.options().dtype(at::kLong));
   if (route == "certified") {
     TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
                       "route: certified mining takes float32 or float16 and a processor with a bf16 unit");
-    TORCH_CHECK_VALUE(!pair_starts, "route: certified mining takes no listed pairs");
+    TORCH_CHECK_VALUE(!pair_starts && !of.several_limits(),
+                      "route: certified mining takes no listed pairs and no several limits for each anchor");
     rescored = at::zeros({}, rescored.options());
     if (any) rescored.fill_(certified(a, b, of, symmetric, out));
-  } else if (route.empty() && any && !pair_starts && certifies(a, b)) {
+  } else if (route.empty() && any && !pair_starts && !of.several_limits() && certifies(a, b)) {
     certified(a, b, of, symmetric, out);
+  } else if (any && of.several_limits()) {
+    dispatch(a, [&](auto type) {
+      using A = decltype(type);
+      run<A>(a, b, of, out,
+             [&](const HardestNegatives<A>& first) { return HardestByLimit<A>(first, of.limits(), n, m); });
+    });
   } else if (any) {
     dispatch(a, [&](auto type) {
       using A = decltype(type);
@@ -291,6 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_nega
     const std::optional<Tensor>& row_limit, const std::optional<Tensor>& col_limit) {
   const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit};
   of.check("gssf::relative_negatives", a, b);
+  TORCH_CHECK_VALUE(!of.several_limits(), "gssf::relative_negatives: expected one limit for each anchor");
   TORCH_CHECK_VALUE(threshold.dim() == 0, "gssf::relative_negatives: expected a 0-d threshold, got ",
                     threshold.sizes());
   const int64_t n = a.size(0), m = columns ? b.size(0) : 0;

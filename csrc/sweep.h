@@ -34,10 +34,10 @@ constexpr int64_t kSlotsPerThread = 64;
 // At least one row and one column. With `upper_triangle`, for a symmetric s, tiles below the diagonal are not computed.
 template <class Factors, class Epilogue>
 void sweep(const Factors& factors, const Blocks& rows, const Blocks& cols, Epilogue& epilogue,
-           bool upper_triangle = false) {
+           bool upper_triangle = false, int64_t slots_per_thread = kSlotsPerThread) {
   using Scalar = typename Factors::Scalar;
   const int64_t threads = at::get_num_threads();
-  const int64_t slab = std::clamp<int64_t>(kSlotsPerThread * threads / cols.count, 1, rows.count);  // row blocks
+  const int64_t slab = std::clamp<int64_t>(slots_per_thread * threads / cols.count, 1, rows.count);  // row blocks
   const auto slots = std::make_unique_for_overwrite<typename Epilogue::Slot[]>(slab * cols.count);
   std::vector<at::Tensor> buffers(threads);
   for (int64_t first = 0; first < rows.count; first += slab) {

@@ -42,6 +42,7 @@ CHUNK_SCORES = {"cpu": 1 << 22, "cuda": 1 << 26}
 SEGMENT_ROWS = 64  # rows of a tile of the scores of equal id, where ids may be read
 SEGMENT_SCORES = 1 << 18  # the most scores of such a tile: 1 MiB of fp32
 LISTED_PAIRS = 4  # pairs of equal id for each anchor, up to which they are listed, where ids may be read
+LIMITS = 16  # the most limits of an anchor that a sweep for hardest negatives compares each score with
 MIN_CHUNK_ROWS = 16  # the fewest rows of a chunk, even if they exceed CHUNK_SCORES
 SQUARE_ROWS = {"cpu": 256}  # see `square_rows`
 # The scores above which a forward keeps the softmax's means. Up to there a GPU takes fewer launches without them.

@@ -11,7 +11,7 @@ from torch import Tensor
 from gssf_kernels import reference
 from gssf_kernels.ops.masks import Mask
 from gssf_kernels.ops.mining import PairedInputs, reduce_listed
-from gssf_kernels.ops.pairing import as_list, levels_of
+from gssf_kernels.ops.pairing import as_list, levels_of, one_level
 from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segments import gather
 from gssf_kernels.ops.sums import Term, score_sums
@@ -42,18 +42,17 @@ def _rows(
 
     One sweep, which compares each score of a row with all of the row's pairs: with K positive scores for each row.
     """
-    n, places = x.shape[0], torch.arange(rows.shape[0], device=x.device)
+    n = x.shape[0]
     pairs = (rows, cols) if kind == "listed" else (None, None)
     mask = Mask(kind == "rows", False, pairs[0], pairs[1], limit)
-    level, _, most = (torch.zeros_like(rows), n, 1) if kind == "rows" else levels_of(rows, n)
+    levels = one_level(rows.shape[0], n, x.device) if kind == "rows" else levels_of(rows, n)
     p = scores_of_pairs(x, y, rows, cols)
-    if most == 0:  # no pairs
+    if levels.most == 0:  # no pairs
         return p
-    place = torch.where(rows >= 0, level * n + rows, most * n)
-    index = torch.full((most * n + 1,), -1, device=x.device).scatter_(0, place, places)[:-1]
+    index = levels.pairs()
     # Of a row with fewer pairs the sums are not read, and +inf makes them 0.
-    positive_score = torch.where(index < 0, torch.inf, gather(p, index)).view(most, n)
-    positive_score = positive_score[0] if most == 1 else positive_score
+    positive_score = torch.where(index < 0, torch.inf, gather(p, index.flatten()).view(index.shape))
+    positive_score = positive_score[0] if levels.most == 1 else positive_score
     term = Term("hinge", "exclude", 1.0, margin)
     sums = score_sums(x, y, term, ids[0], ids[1], "none", True, positive_score, False, mask).flatten()
-    return gather(torch.cat((sums.new_zeros(1), sums)), torch.where(rows >= 0, place + 1, 0))
+    return gather(torch.cat((sums.new_zeros(1), sums)), levels.places() + 1)

@@ -237,7 +237,7 @@ def _hardest_negatives(call):
         raise ValueError(f'route: expected "" or "sweep" for {call.a.dtype} on {call.a.device}, got "certified"')
     positive_score, rows, cols = statistics(call.a, call.b, call.a_ids, call.b_ids, call.negatives)
     none = rows.new_empty(0), call.a.new_empty(0, dtype=torch.int64)
-    hardest = (*reference.maxima(rows, 1), *(none if cols is None else reference.maxima(cols, 1)))
+    hardest = (*reference.maxima(rows, -1), *(none if cols is None else reference.maxima(cols, -1)))
     return positive_score, *(t.clone() for t in hardest), call.a.new_empty(0, dtype=torch.int64)
 
 
@@ -263,8 +263,8 @@ def _fake_hardest_gradients(call):
 
 
 # Results: positive_score [N], or [P] of listed pairs (of one listed twice the second may be -inf); row_score, row_index
-# [N]; col_score, col_index [M]; how many scores were computed again in
-# fp64, [] int64, with the route "certified", else empty.
+# [N]; col_score, col_index [M], with K limits [K, N] and [K, M]; how many scores were computed again in fp64, [] int64,
+# with the route "certified", else empty.
 register(
     "hardest_negatives",
     HardestNegativesCall,

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
+from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative
-from gssf_kernels.ops.pairing import ListedPairs, Pairing, few_as_list, levels_of, pairing_of
+from gssf_kernels.ops.pairing import Levels, ListedPairs, Pairing, few_as_list, levels_of, one_level, pairing_of
 from gssf_kernels.ops.pairs import scores_of_pairs
 from gssf_kernels.ops.segment_terms import lowest_of_pairs, segment_terms
 from gssf_kernels.ops.segments import gather, segment_sums, segments_of
@@ -29,7 +29,8 @@ class PairedInputs(NamedTuple):
     b: Tensor  # [M, D]
     pairing: Pairing
     columns: bool  # columns are anchors too
-    limits: tuple[Tensor | None, Tensor | None]  # the largest score of a row's negatives [N], of a column's [M]
+    # The largest score of a row's negatives [N], of a column's [M]; or several, [K, N] and [K, M].
+    limits: tuple[Tensor | None, Tensor | None]
     positive_score: Tensor | None = None  # [N] of pairs (i, i), detached, if the metric's projection made it
 
 
@@ -75,7 +76,7 @@ def check_reduction(reduction: str, pairs, symmetric: bool) -> None:
 
 
 class Mined(NamedTuple):
-    """The hardest negatives of rows and columns, and the scores of the pairs."""
+    """The hardest negatives of rows and columns, and the scores of the pairs. With K limits [K, N] and [K, M]."""
 
     positive_score: Tensor  # [N] of pairs (i, i), [P] of listed pairs in sorted order, or [0] by ids
     row_score: Tensor  # [N]
@@ -178,14 +179,15 @@ class _Mine(Function):
 
 
 def _gradients(paired, needs, dpositive, drow, dcol, a, b, pair_rows, pair_cols, row_index, col_index):
-    i = torch.arange(row_index.shape[0], device=a.device)
-    j = torch.arange(col_index.shape[0], device=a.device)
+    i, j = (torch.arange(index.shape[-1], device=a.device) for index in (row_index, col_index))
     if paired:
         pair_rows = pair_cols = i
     elif pair_rows is None:
         pair_rows = pair_cols = i[:0]
-    rows, cols = torch.cat((pair_rows, i, col_index)), torch.cat((pair_cols, row_index, j))
-    dscores = torch.cat((dpositive, drow, dcol))
+    i, j = (anchor.expand_as(index).flatten() for anchor, index in ((i, row_index), (j, col_index)))
+    rows = torch.cat((pair_rows, i, col_index.flatten()))
+    cols = torch.cat((pair_cols, row_index.flatten(), j))
+    dscores = torch.cat((dpositive, drow.flatten(), dcol.flatten()))
     return torch.ops.gssf.pair_scores_backward(dscores, rows, cols, a, b, needs)
 
 
@@ -263,40 +265,45 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
     """For each pair its score, the semi-hard negatives of its row and of its column [P], and the hardest negatives.
 
     The semi-hard negative of a pair is the hardest one that scores less than the pair, or the hardest if there is none.
-    The pairing is of kind "rows" or "listed". A sweep compares with one score for each anchor, so there are as many
-    sweeps as an anchor has pairs at most, besides that for the hardest.
+    The pairing is of kind "rows" or "listed". A sweep for the hardest, and one that compares each score with those of
+    its anchor's pairs, up to `plan.LIMITS` of them.
     """
     a, b, pairing, columns, limits, _ = inputs
     hardest = mine(inputs, route="sweep")  # as the sweeps with limits, so that scores are rounded alike
-    listed = pairing.listed
+    listed, counts = pairing.listed, (a.shape[0], b.shape[0])[: 1 + columns]
     if listed is None:
-        p = hardest.positive_score
-        i = torch.arange(a.shape[0], device=a.device)
-        levels = [(i, torch.zeros_like(i), a.shape[0], 1), (i, torch.zeros_like(i), b.shape[0], 1)]
-        row, col = hardest.row_score, hardest.col_score[: a.shape[0]] if columns else None
+        p, row, col = hardest.positive_score, hardest.row_score, hardest.col_score[: a.shape[0]] if columns else None
+        levels = [one_level(a.shape[0], count, a.device) for count in counts]
     else:
         p, row, col = pair_directions(hardest, listed, columns)
-        levels = [(t, *levels_of(t, n)) for t, n in ((listed.rows, a.shape[0]), (listed.cols, b.shape[0]))]
+        levels = [levels_of(*anchors) for anchors in zip((listed.rows, listed.cols), counts, strict=False)]
     below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
-    semihard_scores: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for place in range(max(most for *_, most in levels[: 1 + columns])):
-        bounds = [_limit(place, below, limits[k], *levels[k][:3]) for k in range(1 + columns)]
-        mined = mine(inputs._replace(limits=(bounds[0], bounds[1] if columns else None)), route="sweep")
-        for scores, score in zip(semihard_scores, (mined.row_score, mined.col_score), strict=True):
-            scores.append(score)
-    chosen = []
-    for scores, n, (anchor, level, count, _) in zip(semihard_scores[: 1 + columns], (row, col), levels, strict=False):
-        assert n is not None
-        if scores:
-            semi = gather(torch.cat(scores), torch.where(anchor >= 0, level * count + anchor, -1))
-            n = torch.where(semi == -torch.inf, n, semi)
-        chosen.append(n)
-    return p, chosen[0], chosen[1] if columns else None, hardest
+    most = max(t.most for t in levels)
+    bounds = [_limits_below(below, t._replace(most=most), limit) for t, limit in zip(levels, limits, strict=False)]
+    scores: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for first in range(0, most, plan.LIMITS):
+        part = slice(first, first + plan.LIMITS) if most > 1 else 0
+        below_pairs = bounds[0][part], bounds[1][part] if columns else None
+        mined = mine(inputs._replace(limits=below_pairs), route="sweep")
+        scores[0].append(mined.row_score.flatten())
+        scores[1].append(mined.col_score.flatten())
+    row = _semihard_or_hardest(scores[0], levels[0], row)
+    return p, row, None if col is None else _semihard_or_hardest(scores[1], levels[1], col), hardest
 
 
-def _limit(place: int, below: Tensor, limit: Tensor | None, anchor: Tensor, level: Tensor, count: int):
-    """The limit of each anchor [count]: `below` of its pair number `place`, and at most its limit; +inf for no pair."""
-    here = (level == place) & (anchor >= 0)
-    limits = below.new_full((count,), torch.inf)
-    limits = limits.scatter_reduce(0, anchor.clamp_min(0), torch.where(here, below, torch.inf), "amin")
-    return limits if limit is None else torch.minimum(limits, limit)
+def _limits_below(below: Tensor, levels: Levels, limit: Tensor | None) -> Tensor:
+    """The largest score of the semi-hard negatives of each anchor's pairs [most, count]; +inf where there is no pair.
+
+    below [P]: of each pair the next number below its score. limit [count]: the limit of the anchor's negatives.
+    """
+    pairs = levels.pairs()
+    bounds = torch.where(pairs < 0, torch.inf, gather(below, pairs))
+    return bounds if limit is None else torch.minimum(bounds, limit)
+
+
+def _semihard_or_hardest(scores: list[Tensor], levels: Levels, hardest: Tensor) -> Tensor:
+    """For each pair [P] its score among those of the levels, or the hardest negative of its anchor if that is -inf."""
+    if not scores:
+        return hardest
+    semihard_score = gather(torch.cat(scores), levels.places())
+    return torch.where(semihard_score == -torch.inf, hardest, semihard_score)

@@ -122,17 +122,43 @@ def few_as_list(pairing: Pairing) -> ListedPairs | None:
     return _listed_by_ids(order, counts, first) if few else None
 
 
-def levels_of(anchor: Tensor, count: int) -> tuple[Tensor, int, int]:
-    """(the place of each pair among those of its anchor [P], count, the most pairs of an anchor).
+class Levels(NamedTuple):
+    """The pairs of each anchor numbered: a pair's level is its place among those of its anchor, 0, 1, … below `most`.
 
-    anchor: [P], -1 for a pair that was listed before. A GPU synchronises.
+    Their table [most, count] has a row for each level and a column for each anchor.
     """
+
+    anchor: Tensor  # [P], the anchor of each pair; -1 for one that was listed before
+    level: Tensor  # [P]
+    count: int  # anchors
+    most: int  # the most pairs of an anchor
+
+    def places(self) -> Tensor:
+        """The place of each pair in the table, flat [P]; -1 for one that was listed before."""
+        return torch.where(self.anchor >= 0, self.level * self.count + self.anchor, -1)
+
+    def pairs(self) -> Tensor:
+        """The pair at each place of the table [most, count]; -1 for none."""
+        places, none = self.places(), self.most * self.count
+        pairs = torch.full((none + 1,), -1, device=places.device)
+        pairs.scatter_(0, torch.where(places < 0, none, places), torch.arange(places.shape[0], device=places.device))
+        return pairs[:-1].view(self.most, self.count)
+
+
+def levels_of(anchor: Tensor, count: int) -> Levels:
+    """The levels of pairs with these anchors [P], -1 for a pair that was listed before. A GPU synchronises."""
     order = anchor.argsort(stable=True)
     starts = torch.searchsorted(anchor[order], torch.arange(count, device=anchor.device))
     places = torch.arange(anchor.shape[0], device=anchor.device)
     level = places - starts[anchor[order].clamp_min(0)] if count else places
     level = torch.empty_like(anchor).index_copy_(0, order, torch.where(anchor[order] >= 0, level, 0))
-    return level, count, int(level.max()) + 1 if anchor.shape[0] else 0
+    return Levels(anchor, level, count, int(level.max()) + 1 if anchor.shape[0] else 0)
+
+
+def one_level(pairs: int, count: int, device: torch.device) -> Levels:
+    """The levels of the pairs (i, i)."""
+    anchor = torch.arange(pairs, device=device)
+    return Levels(anchor, torch.zeros_like(anchor), count, 1)
 
 
 def _matches_by_id(pairing: Pairing) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,7 +96,7 @@ def paired(
 def maxima(masked: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """The maximum over ``dim`` and its index. The index is -1 if the maximum is -inf, also that of no scores."""
     if masked.shape[dim] == 0:
-        score = masked.new_full((masked.shape[1 - dim],), -torch.inf)
+        score = masked.new_full(masked.sum(dim).shape, -torch.inf)
         return score, torch.full_like(score, -1, dtype=torch.int64)
     score, index = masked.max(dim)
     return score, torch.where(score == -torch.inf, -1, index)

@@ -25,24 +25,40 @@ from gssf_kernels.triton.terms import formula_of
 
 @triton.jit
 def hardest_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """The tile's hardest negative of each row and column: its score, and its position in the tile."""
-    negatives, limits, positive_score, row_score, row_place, col_score, col_place = state
+    """The tile's hardest negative of each row and column: its score, and its position in the tile.
+
+    several: None, or (K, the number of row partials, of column partials): each anchor has K limits, and as many results
+    """
+    negatives, limits, several, positive_score, row_score, row_place, col_score, col_place = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     s = only_negatives(s, i0, j0, N, M, negatives, positive_score, BN, BM)
     row_limit, col_limit = limits
-
     row_at, col_at, inside = partial_offsets(tile_i, tile_j, blocks, M, BN, BM)
+    if several is None:
+        store_hardest(s, i0, row_limit, row_score, row_place, row_at, None, N, 1)
+        if col_score is not None:
+            store_hardest(s, j0, col_limit, col_score, col_place, col_at, inside, M, 0)
+    else:
+        count, row_partials, col_partials = several
+        for _ in range(count):
+            store_hardest(s, i0, row_limit, row_score, row_place, row_at, None, N, 1)
+            row_limit += N
+            row_at += row_partials
+            if col_score is not None:
+                store_hardest(s, j0, col_limit, col_score, col_place, col_at, inside, M, 0)
+                col_limit += M
+                col_at += col_partials
 
-    row_s = within(s, row_limit, i0 + tl.arange(0, BN), N, 1)
-    score, place = argmax(row_s, tl.arange(0, BM)[None, :], 1)  # [BN]
-    tl.store(row_score + row_at, score)
-    tl.store(row_place + row_at, place.to(tl.int16))
 
-    if col_score is not None:
-        col_s = within(s, col_limit, j0 + tl.arange(0, BM), M, 0)
-        score, place = argmax(col_s, tl.arange(0, BN)[:, None], 0)  # [BM]
-        tl.store(col_score + col_at, score, mask=inside)
-        tl.store(col_place + col_at, place.to(tl.int16), mask=inside)
+@triton.jit
+def store_hardest(s, anchor0, limit, scores, places, at, mask, anchors, axis: tl.constexpr):
+    """Store the maximum over axis of the scores s within the limits of the other axis, and its position."""
+    anchor = tl.arange(0, s.shape[1 - axis])
+    position = tl.arange(0, s.shape[axis])
+    s = within(s, limit, anchor0 + anchor, anchors, axis)
+    score, place = argmax(s, tl.expand_dims(position, 1 - axis), axis)
+    tl.store(scores + at, score, mask=mask)
+    tl.store(places + at, place.to(tl.int16), mask=mask)
 
 
 def empty_results(a: torch.Tensor, b: torch.Tensor, negatives: Negatives | None = None) -> tuple[torch.Tensor, ...]:
@@ -64,7 +80,7 @@ def negatives_state(call: Any) -> tuple[tuple, tuple]:
     return (tl.constexpr(call.paired), (*ids, listed)), tuple(limits)
 
 
-NO_LIMITS = (None, None)
+NO_LIMITS = (None, None), None  # of rows and of columns, and not several
 
 
 def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
@@ -85,16 +101,22 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     columns = call.columns or plan.upper_triangle  # whose columns are its rows
     positive_score, *results = empty_results(a, b, call.negatives._replace(columns=columns))
     merged = (*results[:2], *(results[2:] if columns else (None, None)))
+    several = call.negatives.several_limits
+    count = len(call.row_limit) if several else 1
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, b, plan.tile, upper_triangle=plan.upper_triangle)
+        sweep = Sweep(a, b, plan.tile, upper_triangle=plan.upper_triangle, results=count)
         rows, cols = sweep.empty_partials(torch.float32, torch.int16, columns=columns)
-        state = (*negatives_state(call), positive_score if len(positive_score) else None, *rows, *cols)
+        positive = positive_score if len(positive_score) else None
+        state = *negatives_state(call), sweep.partial_counts if several else None, positive, *rows, *cols
         for first, blocks in sweep.slabs():
             for score in (rows[0], cols[0]):
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None)
+            partials = (*rows, *cols)
+            for k in range(count):
+                of_limit = ((t if t is None or not several else t[k] for t in tensors) for tensors in (partials, merged))
+                sweep.merge(merge_kernel, first, blocks, *map(tuple, of_limit), None)
         if plan.upper_triangle:
             results = symmetric_results(*results)
         if not call.columns:

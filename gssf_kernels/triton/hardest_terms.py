@@ -193,14 +193,14 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         negatives = (tl.constexpr(True), (*operands.contiguous(a_ids, b_ids), None))
         if not formula.endswith("_ms"):
             weights = positive_score.new_empty(0)
-            sweep.run(hardest_tile, (negatives, NO_LIMITS, positive_score, *partial), 0, sweep.row_blocks)
+            sweep.run(hardest_tile, (negatives, *NO_LIMITS, positive_score, *partial), 0, sweep.row_blocks)
             loss = positive_score, out, tuple(constants)
             merge_terms(sweep, partial, tuple(results), loss, formula, reduction)
         else:
             weights, tile = positive_score.new_empty(4, N), tiles.CLOSE
             scores = positive_score.new_empty(N, M + -M % 4)  # rows on 16 bytes
             done = (tl.constexpr(False), (None, None, None))  # scores are masked and positive_score is stored already
-            state = (negatives, positive_score, scores, scores.stride(0), (done, NO_LIMITS, None, *partial))
+            state = (negatives, positive_score, scores, scores.stride(0), (done, *NO_LIMITS, None, *partial))
             sweep.run(stored_tile, state, 0, sweep.row_blocks)
             BL, BT = tile.BR, tiles.TERM_LANES
             programs = triton.cdiv(N, BL) + triton.cdiv(M, BL) + (1 if summed else triton.cdiv(N, BT))

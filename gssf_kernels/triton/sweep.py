@@ -138,13 +138,20 @@ class Sweep:
 
     N and M stay below 2³¹; addresses are 64-bit. With ``upper_triangle``, for a symmetric s, tiles below the diagonal
     are not computed and their partials not written; a whole tile may lie past N or M. With ``exact`` fp32 products
-    never use TF32.
+    never use TF32. results: how many each row and column has, and so how often a tile has partials for them.
     """
 
     def __init__(
-        self, a: torch.Tensor, b: torch.Tensor, tile: tiles.Sweep, upper_triangle: bool = False, exact: bool = False
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        tile: tiles.Sweep,
+        upper_triangle: bool = False,
+        exact: bool = False,
+        results: int = 1,
     ) -> None:
         self.N, self.M, self.upper_triangle, self.tile = len(a), len(b), upper_triangle, tile
+        self.results = results
         self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = aligned_rows(a, multiple), aligned_rows(b, multiple)
@@ -162,9 +169,9 @@ class Sweep:
     @property
     def slab_blocks(self) -> int:
         """Row blocks in a slab, for one partial per row and column block, and one per column and row block."""
-        entries = self.M + self.tile.BN * self.column_blocks
+        entries = self.results * (self.M + self.tile.BN * self.column_blocks)
         multiple = max(self.tile.BM // self.tile.BN, 2) if self.upper_triangle else 1  # row blocks go in pairs
-        blocks = max(tiles.MIN_SLAB_BLOCKS, tiles.SLAB_ENTRIES // entries)
+        blocks = max(triton.cdiv(tiles.MIN_SLAB_BLOCKS, self.results), tiles.SLAB_ENTRIES // entries)
         return min(self.row_blocks, triton.cdiv(blocks, multiple) * multiple)
 
     def run(self, epilogue: Any, state: tuple, first: int, blocks: int) -> None:
@@ -199,13 +206,21 @@ class Sweep:
 
         Without ``columns`` those of columns are None.
 
-        Those of rows are [column block, row of the slab], those of columns [row block of the slab, column].
+        Those of rows are [column block, row of the slab], those of columns [row block of the slab, column]; with several
+        results for each row one behind another, [results, …].
         """
-        counts = self.slab_blocks * self.tile.BN * self.column_blocks, self.slab_blocks * self.M if columns else None
+        _, rows, cols = self.partial_counts
+        shapes = [(n,) if self.results == 1 else (self.results, n) for n in (rows, cols)]
         return [
-            tuple(None if dtype is None or count is None else self.a.new_empty(count, dtype=dtype) for dtype in dtypes)
-            for count in counts
+            tuple(None if dtype is None or shape is None else self.a.new_empty(shape, dtype=dtype) for dtype in dtypes)
+            for shape in (shapes[0], shapes[1] if columns else None)
         ]
+
+    @property
+    def partial_counts(self) -> tuple[int, int, int]:
+        """How many results each row and column has, and the number of row and of column partials for one result."""
+        blocks = self.slab_blocks
+        return self.results, blocks * self.tile.BN * self.column_blocks, blocks * self.M
 
     def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each."""

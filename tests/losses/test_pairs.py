@@ -75,6 +75,18 @@ def test_a_negative_that_ties_with_the_pair_is_not_semihard(kind, symmetric):
     check(gk.triplet_loss, x, y, options, margin=1.5, negatives="semihard", symmetric=symmetric)
 
 
+@pytest.mark.parametrize("limits", [1, 2, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("margin", [None, 0.2])
+def test_semihard_with_more_pairs_than_limits_of_a_sweep(limits, symmetric, margin, monkeypatch):
+    """Rows with 0 to 7 pairs; one sweep at a time compares with so many."""
+    monkeypatch.setattr(plan, "LIMITS", limits)
+    x, y = normal(9, 5, 1), normal(40, 5, 2)
+    ids = {"x_ids": torch.arange(9) // 2, "y_ids": torch.arange(40) % 6}
+    switches = {"symmetric": symmetric, "false_negative_margin": margin, "negatives": "semihard"}
+    check(gk.triplet_loss, x, y, {"pairs": "ids", **ids}, margin=0.7, **switches)
+
+
 @pytest.mark.parametrize("kind", ["none", "ids", "listed", "listed with ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_hardest_negatives(kind, dtype):

@@ -21,7 +21,7 @@ KINDS = ["paired", "ids", "listed", "listed with ids"]
 
 
 def problem(n, m, kind, columns, limits):
-    """(a, b, a_ids, b_ids, negatives, the set of pairs)"""
+    """(a, b, a_ids, b_ids, negatives, the set of pairs); limits: how many each anchor has, 1 as vectors."""
     random = torch.Generator().manual_seed(n * m)
     a, b = (torch.randint(-3, 4, (k, 9), generator=random).float() for k in (n, m))
     ids = tuple(torch.randint(0, 7, (k,), generator=random) for k in (n, m)) if "ids" in kind else (None, None)
@@ -36,14 +36,16 @@ def problem(n, m, kind, columns, limits):
         starts = torch.searchsorted(rows, torch.arange(n + 1))
         negatives = negatives._replace(pair_starts=starts, pair_cols=cols)
     if limits:
-        row_limit, col_limit = (torch.randint(-9, 30, (k,), generator=random).float() for k in (n, m))
-        row_limit[0], col_limit[-1] = INF, -INF
+        row_limit, col_limit = (torch.randint(-9, 30, (limits, k), generator=random).float() for k in (n, m))
+        row_limit[0, 0], col_limit[-1, -1] = INF, -INF
+        if limits == 1:
+            row_limit, col_limit = row_limit[0], col_limit[0]
         negatives = negatives._replace(row_limit=row_limit, col_limit=col_limit)
     return a, b, *ids, negatives, sorted(pairs)
 
 
 def loops(a, b, a_ids, b_ids, negatives, pairs):
-    """[(score, index) of each row], the same of columns, and the scores of the pairs."""
+    """[(score, index) of each row], limit by limit, the same of columns, and the scores of the pairs."""
     s, excluded = (a.double() @ b.double().T).tolist(), set(pairs)
     n, m = len(a), len(b)
 
@@ -58,8 +60,8 @@ def loops(a, b, a_ids, b_ids, negatives, pairs):
         (m, n, col_limit, lambda k, other, limit: best(other, k, limit)),
     ):
         direction = []
-        for k in range(anchors):
-            scores = [score(k, other, None if limits is None else float(limits[k])) for other in range(others)]
+        for limit, k in itertools.product([None] if limits is None else limits.view(-1, anchors), range(anchors)):
+            scores = [score(k, other, None if limit is None else float(limit[k])) for other in range(others)]
             top = max(scores, default=-INF)
             direction.append((top, scores.index(top) if top > -INF else -1))
         results.append(direction)
@@ -70,12 +72,19 @@ def compare(results, expected, columns):
     positive_score, row_score, row_index, col_score, col_index, *_ = (t.cpu() for t in results)
     rows, cols, positives = expected
     assert positive_score.tolist() == positives
-    assert list(zip(row_score.tolist(), row_index.tolist(), strict=True)) == rows
-    assert list(zip(col_score.tolist(), col_index.tolist(), strict=True)) == (cols if columns else [])
+    assert listed(row_score, row_index) == rows
+    assert listed(col_score, col_index) == (cols if columns else [])
+
+
+def listed(score, index):
+    return list(zip(score.flatten().tolist(), index.flatten().tolist(), strict=True))
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_option = pytest.mark.parametrize(("columns", "limits"), list(itertools.product((True, False), repeat=2)))
+every_option = pytest.mark.parametrize(("columns", "limits"), list(itertools.product((True, False), (0, 1, 3))))
+every_option_of_one_limit = pytest.mark.parametrize(
+    ("columns", "limits"), list(itertools.product((True, False), (0, 1)))
+)
 
 
 @every_option
@@ -120,7 +129,7 @@ def test_by_triton(n, m, kind, columns, limits):
 
 
 @many
-@every_option
+@every_option_of_one_limit
 @every_kind
 @pytest.mark.parametrize("beta", [None, 2.0])
 def test_relative_by_triton(kind, columns, limits, beta):
@@ -135,7 +144,7 @@ def test_relative_by_triton(kind, columns, limits, beta):
         torch.testing.assert_close(got.cpu(), expected, rtol=1e-6, atol=1e-7)
 
 
-@every_option
+@every_option_of_one_limit
 @every_kind
 @pytest.mark.parametrize("beta", [None, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -178,7 +187,7 @@ def test_a_nan_is_within_every_limit():
 def test_a_loop_over_listed_pairs_does_not_join_that_over_tiles(monkeypatch):
     monkeypatch.setattr(plan, "sweep_tile", lambda *_: plan.tiles.Sweep(16, 16, 16, 4, 2, persistent=3))
     for kind, persistent in (("listed", 0), ("ids", 3)):
-        a, b, *ids, negatives, _ = problem(33, 33, kind, True, False)
+        a, b, *ids, negatives, _ = problem(33, 33, kind, True, 0)
         op = OPS["hardest_negatives"]
         assert plan.choose(op.name, op.plans, op.call(a, b, *ids, "", *negatives)).tile.persistent == persistent
 
