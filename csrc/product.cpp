@@ -32,8 +32,11 @@ void multiply_packing(const Tensor& x, const Tensor& y, Tensor& out, bool add) {
   const A* a = x.const_data_ptr<A>();
   const T* b = y.const_data_ptr<T>();
   A* c = out.mutable_data_ptr<A>();
+  // The widest tasks, which each read all of x, of which at most one in eight places of all threads stays empty.
+  const int64_t threads = at::get_num_threads();
   int64_t cols = kTaskCols;
-  while (ceil_div(m, cols) < 4 * at::get_num_threads() && cols > P) cols /= 2;
+  const auto empty = [&](int64_t tasks) { return ceil_div(tasks, threads) * threads - tasks; };
+  while (8 * empty(ceil_div(m, cols)) > ceil_div(m, cols) && cols > P) cols /= 2;
   at::parallel_for(0, ceil_div(m, cols), 1, [&](int64_t task, int64_t end) {
     const auto panels = std::make_unique_for_overwrite<A[]>(cols * std::min(k, kDepth));
     for (; task < end; ++task) {
