@@ -113,10 +113,12 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            partials = (*rows, *cols)
             for k in range(count):
-                of_limit = ((t if t is None or not several else t[k] for t in tensors) for tensors in (partials, merged))
-                sweep.merge(merge_kernel, first, blocks, *map(tuple, of_limit), None)
+                partial, result = (
+                    tuple(t if t is None or not several else t[k] for t in tensors)
+                    for tensors in ((*rows, *cols), merged)
+                )
+                sweep.merge(merge_kernel, first, blocks, partial, result, None)
         if plan.upper_triangle:
             results = symmetric_results(*results)
         if not call.columns:

@@ -206,8 +206,8 @@ class Sweep:
 
         Without ``columns`` those of columns are None.
 
-        Those of rows are [column block, row of the slab], those of columns [row block of the slab, column]; with several
-        results for each row one behind another, [results, …].
+        Those of rows are [column block, row of the slab], those of columns [row block of the slab, column]. Several
+        results for each row are [results, …].
         """
         _, rows, cols = self.partial_counts
         shapes = [(n,) if self.results == 1 else (self.results, n) for n in (rows, cols)]
