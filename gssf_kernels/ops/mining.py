@@ -292,9 +292,9 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
 
 
 def _limits_below(below: Tensor, levels: Levels, limit: Tensor | None) -> Tensor:
-    """The largest score of the semi-hard negatives of each anchor's pairs [most, count]; +inf where there is no pair.
+    """The largest score of the semi-hard negatives of each anchor's pairs [most, anchors]; +inf where there is no pair.
 
-    below [P]: of each pair the next number below its score. limit [count]: the limit of the anchor's negatives.
+    below [P]: of each pair the next number below its score. limit [anchors]: the limit of the anchor's negatives.
     """
     pairs = levels.pairs()
     bounds = torch.where(pairs < 0, torch.inf, gather(below, pairs))

@@ -125,24 +125,24 @@ def few_as_list(pairing: Pairing) -> ListedPairs | None:
 class Levels(NamedTuple):
     """The pairs of each anchor numbered: a pair's level is its place among those of its anchor, 0, 1, … below `most`.
 
-    Their table [most, count] has a row for each level and a column for each anchor.
+    Their table [most, anchors] has a row for each level and a column for each anchor.
     """
 
     anchor: Tensor  # [P], the anchor of each pair; -1 for one that was listed before
     level: Tensor  # [P]
-    count: int  # anchors
+    anchors: int
     most: int  # the most pairs of an anchor
 
     def places(self) -> Tensor:
         """The place of each pair in the table, flat [P]; -1 for one that was listed before."""
-        return torch.where(self.anchor >= 0, self.level * self.count + self.anchor, -1)
+        return torch.where(self.anchor >= 0, self.level * self.anchors + self.anchor, -1)
 
     def pairs(self) -> Tensor:
-        """The pair at each place of the table [most, count]; -1 for none."""
-        places, none = self.places(), self.most * self.count
+        """The pair at each place of the table [most, anchors]; -1 for none."""
+        places, none = self.places(), self.most * self.anchors
         pairs = torch.full((none + 1,), -1, device=places.device)
         pairs.scatter_(0, torch.where(places < 0, none, places), torch.arange(places.shape[0], device=places.device))
-        return pairs[:-1].view(self.most, self.count)
+        return pairs[:-1].view(self.most, self.anchors)
 
 
 def levels_of(anchor: Tensor, count: int) -> Levels:

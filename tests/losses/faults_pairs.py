@@ -81,7 +81,7 @@ FAULTS = [
         "row_limit += 0",
         NEGATIVES,
     ),
-    Fault("semi-hard: another pair's level", PAIRING, "Levels.places", "self.level * self.count", "0 * self.level"),
+    Fault("semi-hard: another pair's level", PAIRING, "Levels.places", "self.level * self.anchors", "0 * self.level"),
     Fault(
         "C++: a limit leaves out a pair",
         "csrc/vector_dense.h",
