@@ -122,7 +122,7 @@ def paired_logsumexp(
     selection = selection._replace(a_ids=a_ids, b_ids=b_ids)
     a, b = distinct(a, None if symmetric else b)
     labels: tuple = ("scaled", [], None, None, None, False)
-    return _LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *selection)))[:5]
+    return LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *selection)))[:5]
 
 
 class LabelledFactors(NamedTuple):
@@ -149,7 +149,7 @@ def logsumexp_by_label(
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
     call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Selection()))
-    return _LogSumExp.apply(*call)[:2]
+    return LogSumExp.apply(*call)[:2]
 
 
 def _numbered(a_labels: Tensor | None, b_labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -281,7 +281,7 @@ class BackwardCall(NamedTuple):
         return Call._make((*inputs, *labels, *self.selection))
 
 
-class _LogSumExp(Function):
+class LogSumExp(Function):
     call = Call
 
     @staticmethod

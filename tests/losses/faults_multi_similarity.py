@@ -3,6 +3,7 @@ from planting import Fault
 PYTORCH = "gssf_kernels/ops/score_functions.py"
 TRITON = "gssf_kernels/triton/score_functions.py"
 CPP = "csrc/vector_dense.h"
+MINED = "gssf_kernels/ops/mined_log_sums.py"
 LOSS = "gssf_kernels/losses/multi_similarity.py"
 BY_LABEL = "losses/test_circle"  # log-sums of both losses, by every route
 
@@ -55,22 +56,22 @@ FAULTS = [
     ),
     Fault(
         "mining: a positive counts below the largest negative less ε",
-        LOSS,
-        "multi_similarity_loss",
+        MINED,
+        "mined_log_sums",
         "largest_negative + epsilon",
         "largest_negative - epsilon",
     ),
     Fault(
         "mining: a negative counts above the least positive plus ε",
-        LOSS,
-        "multi_similarity_loss",
+        MINED,
+        "mined_log_sums",
         "least_positive - epsilon",
         "least_positive + epsilon",
     ),
     Fault(
         "mining: the bounds of positives and negatives are exchanged",
-        LOSS,
-        "multi_similarity_loss",
+        MINED,
+        "mined_log_sums",
         "(largest_negative + epsilon, least_positive - epsilon)",
         "(least_positive - epsilon, largest_negative + epsilon)",
     ),
@@ -80,5 +81,26 @@ FAULTS = [
         "multi_similarity_loss",
         "torch.logaddexp(negative_lse, zero) / beta",
         "torch.logaddexp(negative_lse, zero) / alpha",
+    ),
+    Fault(
+        "mining of listed positives: bounds as near as rounding leaves them",
+        MINED,
+        "_largest_negatives",
+        "rows[~sure].unique()",
+        "rows[:0]",
+    ),
+    Fault(
+        "mining of listed positives: those above their bound count",
+        MINED,
+        "_log_sums_of",
+        "p >= upper[rows]",
+        "p < upper[rows]",
+    ),
+    Fault(
+        "mining of listed positives: no bound",
+        MINED,
+        "_forward",
+        "bounds[0] = _largest",
+        "bounds[:1].clone()[0] = _largest",
     ),
 ]

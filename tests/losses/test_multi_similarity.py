@@ -4,12 +4,20 @@ Its log-sums by Triton are those of `test_circle.py`.
 """
 
 import math
+from functools import partial
 
 import label_losses
 import pytest
 import torch
 
 import gssf_kernels as gk
+from gssf_kernels import plan
+
+
+@pytest.fixture(params=["listed positives", "two sweeps"])
+def mining(request, monkeypatch):
+    """Both ways to the bounds of the mining."""
+    monkeypatch.setattr(plan, "LISTED_PAIRS", 100 if request.param == "listed positives" else 0)
 
 
 def by_number(alpha=2.0, beta=50.0, base=0.5, epsilon=None, reduction="mean", **inputs):
@@ -41,7 +49,7 @@ def ours(**settings):
 @pytest.mark.parametrize(
     "settings", [{}, {"epsilon": 0.1}, {"epsilon": 0.0, "beta": 5.0}, {"alpha": 0.5, "base": -0.25}]
 )
-def test_number_by_number(chunked, settings, reduction, between):
+def test_number_by_number(chunked, mining, settings, reduction, between):
     inputs = label_losses.sides(23, 31, 6, between)
     settings = {**settings, "reduction": reduction}
     got = label_losses.value_and_gradients(ours(**settings), *inputs)
@@ -50,7 +58,7 @@ def test_number_by_number(chunked, settings, reduction, between):
 
 
 @pytest.mark.parametrize("between", [False, True], ids=["alone", "between two sides"])
-def test_mining_keeps_what_the_paper_keeps(between):
+def test_mining_keeps_what_the_paper_keeps(mining, between):
     """How many of each, by the gradient that reaches them: alpha and beta so small that none underflows."""
     tensors, options = label_losses.sides(40, 31, 6, between)
     x = tensors["x"]
@@ -66,7 +74,7 @@ def test_mining_keeps_what_the_paper_keeps(between):
 
 @pytest.mark.parametrize("epsilon", [None, 0.1])
 @pytest.mark.parametrize("between", [False, True], ids=["alone", "between two sides"])
-def test_fp32_is_as_good_as_plain(chunked, between, epsilon):
+def test_fp32_is_as_good_as_plain(chunked, mining, between, epsilon):
     tensors, options = label_losses.sides(300, 170, 40, between, torch.float32)
     options = {**options, "epsilon": epsilon}
     truth = label_losses.value_and_gradients(
@@ -97,7 +105,24 @@ def test_a_metric_compares_by_its_factors():
         torch.testing.assert_close(ours, right)
 
 
-def test_nothing_to_compare_is_zero():
+@pytest.mark.parametrize("between", [False, True], ids=["alone", "between two sides"])
+def test_ties_with_the_bounds_do_not_count(mining, between):
+    """Whole numbers, so that scores are exact, and many positives lie on their bound; the largest logit is rounded."""
+    random = torch.Generator().manual_seed(5)
+    x, y = (torch.randint(-2, 3, (n, 5), generator=random).float() for n in (100, 80))
+    labels, y_labels = (torch.randint(0, 30, (n,), generator=random) for n in (100, 80))
+    sides = {"y": y, "y_labels": y_labels} if between else {}
+    for epsilon, base in ((1.0, 0.3), (0.0, 0.3), (2.0, 33.3)):
+        settings = {"alpha": 0.07, "beta": 0.013, "base": base, "epsilon": epsilon}
+        got = label_losses.value_and_gradients(ours(**settings), {"x": x}, {"labels": labels, **sides})
+        wide = {name: t.double() if t.is_floating_point() else t for name, t in sides.items()}
+        inputs = {"x": x.double()}, {"labels": labels, **wide}
+        expected = label_losses.value_and_gradients(partial(by_number, **settings), *inputs)
+        for ours_, right in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours_.double(), right, rtol=2e-5, atol=2e-5)
+
+
+def test_nothing_to_compare_is_zero(mining):
     for n, labels in ((0, torch.zeros(0, dtype=torch.int64)), (1, torch.zeros(1, dtype=torch.int64))):
         x = torch.randn(n, 4, requires_grad=True)
         for epsilon in (None, 0.1):
@@ -111,7 +136,7 @@ def test_nothing_to_compare_is_zero():
     assert not x.grad.any()
 
 
-def test_without_negatives_mining_keeps_no_positive():
+def test_without_negatives_mining_keeps_no_positive(mining):
     x = torch.randn(5, 4, dtype=torch.float64)
     labels = torch.zeros(5, dtype=torch.int64)
     assert gk.multi_similarity_loss(x, labels) > 0
@@ -119,7 +144,7 @@ def test_without_negatives_mining_keeps_no_positive():
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.1])
-def test_nan_propagates(epsilon):
+def test_nan_propagates(mining, epsilon):
     tensors, options = label_losses.sides(23, 31, 6, True, torch.float32)
     tensors["x"][3, 0] = math.nan
     terms = gk.multi_similarity_loss(**tensors, **options, epsilon=epsilon, reduction="none")
