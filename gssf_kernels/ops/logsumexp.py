@@ -282,7 +282,7 @@ class BackwardCall(NamedTuple):
 
 
 class LogSumExp(Function):
-    call = Call
+    call: Any = Call
 
     @staticmethod
     def forward(*arguments):

@@ -8,6 +8,8 @@ logit, from which u follows but for rounding. Rows of which a positive is so clo
 mined again, exactly. The positives' log-sum is then one over their scores, which have the bits of the pass.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def mined_log_sums(factors: LabelledFactors, constants: list[float], epsilon: fl
 class _Computed(LogSumExp):
     """Log-sums that are computed already, the last argument: what is left is their backward."""
 
-    call = None
+    call: Any = None
 
     @staticmethod
     def forward(*arguments):
