@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -305,6 +306,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
   return {out.positive_score, out.row_score, out.row_index, out.col_score, out.col_index, rescored};
 }
 
+// The same of each of a graph's edges, (left, right) [E, 2]: of the rows a[left] and b[right] of a [L, N, D] and b
+// [R, M, D]. Limits are [E, N] and [E, M], and results have a leading dimension E.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives_of_edges(
+    const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
+    std::string_view route, bool paired, bool columns, const std::optional<Tensor>& pair_starts,
+    const std::optional<Tensor>& pair_cols, const std::optional<Tensor>& row_limit,
+    const std::optional<Tensor>& col_limit, const std::optional<Tensor>& edges) {
+  if (!edges)
+    return hardest_negatives(a, b, a_ids, b_ids, route, paired, columns, pair_starts, pair_cols, row_limit, col_limit);
+  const int64_t count = edges->size(0);
+  TORCH_CHECK_VALUE(a.dim() == 3 && b.dim() == 3 && edges->dim() == 2 && edges->size(1) == 2 && paired && columns &&
+                        route != "certified" && edges->scalar_type() == at::kLong,
+                    "gssf::hardest_negatives: expected a [L, N, D], b [R, M, D] and edges [E, 2] with pairs (i, i)");
+  const auto limit_of = [&](const std::optional<Tensor>& limit, int64_t anchors, int64_t e) {
+    TORCH_CHECK_VALUE(!limit || (limit->dim() == 2 && limit->size(0) == count && limit->size(1) == anchors),
+                      "gssf::hardest_negatives: expected limits [E, N] and [E, M]");
+    return limit ? std::optional(limit->select(0, e)) : std::nullopt;
+  };
+  const Tensor nodes = edges->contiguous();
+  const int64_t* ends = nodes.const_data_ptr<int64_t>();
+  const int64_t n = a.size(1), m = b.size(1);
+  const auto score = score_options(a), index = score.dtype(at::kLong);
+  std::array<Tensor, 5> out{at::empty({count, n}, score), at::empty({count, n}, score), at::empty({count, n}, index),
+                            at::empty({count, m}, score), at::empty({count, m}, index)};
+  for (int64_t e = 0; e < count; ++e) {
+    const int64_t left = ends[2 * e], right = ends[2 * e + 1];
+    TORCH_CHECK_VALUE(left >= 0 && left < a.size(0) && right >= 0 && right < b.size(0),
+                      "gssf::hardest_negatives: expected edges within 0..L-1 and 0..R-1, got (", left, ", ", right,
+                      ")");
+    const auto [p, row, row_index, col, col_index, rescored] =
+        hardest_negatives(a.select(0, left), b.select(0, right), a_ids, b_ids, route, paired, columns, {}, {},
+                          limit_of(row_limit, n, e), limit_of(col_limit, m, e));
+    const std::array<const Tensor*, 5> results{&p, &row, &row_index, &col, &col_index};
+    for (size_t k = 0; k < out.size(); ++k) out[k].select(0, e).copy_(*results[k]);
+  }
+  return {out[0], out[1], out[2], out[3], out[4], at::empty({0}, index)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_negatives(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
     const Tensor& threshold, std::optional<double> beta, bool paired, bool columns,
@@ -348,7 +387,7 @@ Tensor exact_pair_scores(const Tensor& a, const Tensor& b, const Tensor& rows, c
 }
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("hardest_negatives", hardest_negatives);
+  library.impl("hardest_negatives", hardest_negatives_of_edges);
   library.impl("relative_negatives", relative_negatives);
 }
 

@@ -5,6 +5,7 @@ from gssf_kernels.losses.circle import CircleLoss, circle_loss
 from gssf_kernels.losses.distillation import DistillationTerms, RelationalDistillationLoss, relational_distillation_loss
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
+from gssf_kernels.losses.graph_pattern import GraphPatternLoss, graph_pattern_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
 from gssf_kernels.losses.multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from gssf_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
@@ -16,6 +17,7 @@ __all__ = [
     "CircleLoss",
     "DistillationTerms",
     "GoalLoss",
+    "GraphPatternLoss",
     "InfoNCELoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
@@ -27,6 +29,7 @@ __all__ = [
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",
+    "graph_pattern_loss",
     "info_nce_loss",
     "multi_similarity_loss",
     "nt_xent_loss",

@@ -24,8 +24,8 @@ from gssf_kernels.reference import HardestNegatives, RelativeTerms
 
 
 class HardestNegativesCall(NamedTuple):
-    a: Tensor  # [N, D]
-    b: Tensor  # [M, D], M >= N if paired
+    a: Tensor  # [N, D], or with edges [L, N, D]
+    b: Tensor  # [M, D], M >= N if paired; or with edges [R, M, D]
     a_ids: Tensor | None  # [N] int64
     b_ids: Tensor | None  # [M] int64
     route: str = ""  # "sweep" or "certified"; "" lets the plan choose
@@ -36,10 +36,21 @@ class HardestNegativesCall(NamedTuple):
     pair_cols: Tensor | None = None
     row_limit: Tensor | None = None
     col_limit: Tensor | None = None
+    # [E, 2] int64, of a graph's edges: each compares a[left] with b[right]. Results and limits are [E, …]. Only with
+    # pairs (i, i), columns, and the route "sweep" or any.
+    edges: Tensor | None = None
 
     @property
     def negatives(self) -> Negatives:
-        return Negatives._make(self[5:])
+        return Negatives._make(self[5:11])
+
+    def of_edge(self, edge: int) -> "HardestNegativesCall":
+        """The call for one edge alone."""
+        assert self.edges is not None
+        left, right = self.edges[edge].tolist()
+        row_limit, col_limit = (None if limit is None else limit[edge] for limit in (self.row_limit, self.col_limit))
+        sides = {"a": self.a[left], "b": self.b[right], "row_limit": row_limit, "col_limit": col_limit}
+        return self._replace(**sides, edges=None)
 
 
 class HardestNegativesBackwardCall(NamedTuple):
@@ -233,6 +244,9 @@ def _zeros_for_none(grads, x, y) -> tuple[Tensor, ...]:
 
 def _hardest_negatives(call):
     """The definition. Certified mining is implemented only in C++ and Triton."""
+    if call.edges is not None:
+        each = [_hardest_negatives(call.of_edge(e)) for e in range(call.edges.shape[0])]
+        return *(torch.stack(t) for t in list(zip(*each, strict=True))[:5]), each[0][5]
     if call.route == "certified":
         raise ValueError(f'route: expected "" or "sweep" for {call.a.dtype} on {call.a.device}, got "certified"')
     positive_score, rows, cols = statistics(call.a, call.b, call.a_ids, call.b_ids, call.negatives)
@@ -243,6 +257,9 @@ def _hardest_negatives(call):
 
 def _fake_hardest_negatives(call):
     rescored = call.a.new_empty(() if call.route == "certified" else 0, dtype=torch.int64)
+    if call.edges is not None:
+        results = fake_results(call.a[0], call.b[0])
+        return *(t.new_empty((call.edges.shape[0], *t.shape)) for t in results), rescored
     return *fake_results(call.a, call.b, call.negatives), rescored
 
 
@@ -263,7 +280,7 @@ def _fake_hardest_gradients(call):
 
 
 # Results: positive_score [N], or [P] of listed pairs (of one listed twice the second may be -inf); row_score, row_index
-# [N]; col_score, col_index [M], with K limits [K, N] and [K, M]; how many scores were computed again in fp64, [] int64,
+# [N]; col_score, col_index [M], with K limits [K, N] and [K, M], with edges [E, …]; how many scores were computed again in fp64, [] int64,
 # with the route "certified", else empty.
 register(
     "hardest_negatives",

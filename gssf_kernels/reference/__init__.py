@@ -21,6 +21,7 @@ from gssf_kernels.reference.goal import (
     goal_weights,
     gradient_space_loss,
 )
+from gssf_kernels.reference.graph_pattern import graph_pattern_loss
 from gssf_kernels.reference.labels import circle_loss, multi_similarity_loss
 from gssf_kernels.reference.statistics import (
     EPS,
@@ -53,6 +54,7 @@ __all__ = [
     "goal_loss",
     "goal_weights",
     "gradient_space_loss",
+    "graph_pattern_loss",
     "hardest_negatives",
     "hinge",
     "info_nce_loss",
