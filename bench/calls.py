@@ -43,6 +43,14 @@ def _general(dtype: torch.dtype, n: int, d: int, kind: str, *rest: Any) -> tuple
     return (x, y, a_ids, b_ids, *(rest or ("",)), *negatives)
 
 
+def _edges(dtype: torch.dtype, n: int, d: int, limits: bool) -> tuple:
+    """Edges of a graph of two nodes for each modality."""
+    nodes, ids = torch.zeros(4, n, d, dtype=dtype), torch.zeros(n, dtype=torch.int64)
+    edges = torch.triu_indices(4, 4, 1).T.contiguous()
+    limit = torch.zeros(len(edges), n) if limits else None
+    return (nodes, nodes, ids, ids, "", True, True, None, None, limit, limit, edges)
+
+
 def _sweeps() -> Iterator[Case]:
     """N, D of a problem of each size; ragged ones have neither rows, channels nor ids on 16 bytes."""
     sizes = {"small": (128, 256), "narrow": (1040, 256), "wide": (1040, 1024)}
@@ -69,6 +77,10 @@ def _sweeps() -> Iterator[Case]:
         for kind in (*GENERAL, "listed with ids and several limits"):
             make = partial(_general, dtype, *sizes["wide"], kind)
             yield Case(f"hardest_negatives wide {kind}", launcher, make, kernels, product)
+        for size in ("narrow", "wide"):
+            for limits in (False, True):
+                name = f"hardest_negatives {size} of edges with ids{' and limits' if limits else ''}"
+                yield Case(name, launcher, partial(_edges, dtype, *sizes[size], limits), kernels, product)
         if product == "ieee":
             yield from _certified(aligned)
         launcher = OPS["relative_negatives"].on_cuda

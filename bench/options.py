@@ -9,6 +9,7 @@ the turns, with the lowest and the highest. Peak memory is that of one run in a 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -91,6 +92,23 @@ def semihard(n: int = 8192) -> dict[str, Way]:
     }
 
 
+def graph_pattern(nodes: int = 4, n: int = 2048, d: int = 256) -> dict[str, Way]:
+    """Four representations of either modality: 28 edges, against a loop over plain losses."""
+    xs, ys = (unit(nodes * n, d, k).detach().view(nodes, n, d).requires_grad_() for k in range(2))
+
+    def plain():
+        sides, total = [*xs, *ys], torch.zeros(())
+        own = torch.eye(n, dtype=torch.bool)
+        for p, q in itertools.combinations(sides, 2):
+            s = p @ q.mT
+            positive, negative = s.diagonal(), s.masked_fill(own, -torch.inf)
+            for hardest in (negative.amax(1), negative.amax(0)):
+                total = total + (0.2 + hardest - positive).relu().sum()
+        return total
+
+    return {"ours": lambda: gk.graph_pattern_loss(xs, ys), "a loop over plain PyTorch": plain}
+
+
 COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "triplet, pairs by id": lambda: pairs_by_id("triplet_loss"),
     "InfoNCE, pairs by id": lambda: pairs_by_id("info_nce_loss"),
@@ -100,6 +118,7 @@ COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "SigLIP, queue": lambda: queue("sigmoid_loss"),
     "triplet, semi-hard": semihard,
     "triplet, semi-hard by id": semihard_by_id,
+    "graph pattern, 28 edges": graph_pattern,
 }
 
 

@@ -258,6 +258,15 @@ def hardest(call: Any) -> Iterator[Plan]:
     if call.a.dtype == torch.float64:
         yield Plan("reference", _FP64)
         return
+    if call.edges is not None:
+        a, b = (t[0] if t.shape[0] else t.new_empty(t.shape[1:]) for t in (call.a, call.b))
+        scores = Scores(a, b)
+        epilogue = "" if call.row_limit is None else "sums"
+        tile = sweep_tile(a.device, a.dtype, sweep_size(call.edges.shape[0] * scores.N, scores.M, scores.D, epilogue))
+        option = Plan("sweep", f"{scores} for each of {call.edges.shape[0]} edges: one sweep that stores none", tile)
+        yield one_tile_each(option)
+        yield Plan("reference", "forced")
+        return
     plain = call.negatives.plain
     symmetric = operands.same(call.a, call.b) and (
         call.a_ids is None or call.b_ids is None or operands.same(call.a_ids, call.b_ids)

@@ -53,6 +53,10 @@ def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
         return Plan("pytorch", "the compiled extension is not loaded (gk.backends())")
     if name not in ("hardest_negatives", "relative_negatives"):
         return Plan("c++", "the compiled extension")
+    edges = arguments.get("edges")
+    if edges is not None and len(edges):
+        plan = on_cpu(name, {**arguments, "a": arguments["a"][0], "b": arguments["b"][0], "edges": None})
+        return Plan(plan.route, f"{len(edges)} edges, {plan.why}")
     a, unit = arguments["a"], dense.bf16_unit()
     scores, dtype = Scores(a, arguments["b"]), str(a.dtype)[6:]
     if unit == "none":
@@ -80,6 +84,9 @@ def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
     if name not in ("hardest_negatives", "relative_negatives"):
         return 0
     a, b = arguments["a"], arguments["b"]
+    if a.dim() == 3:  # one edge is packed at a time
+        a, b = a[0], b[0]
+        arguments = {**arguments, "a": a, "b": b, "edges": None}
     (N, D), M = a.shape, len(b)
     if on_cpu(name, arguments).route == "certified" or _rounds(a):
         row = 2 * -(-max(D, 1) // 32) * 32  # of bf16
@@ -97,6 +104,8 @@ def native_flops(name: str, arguments: Mapping[str, Any]) -> int:
 
 def _mined(arguments: Mapping[str, Any]) -> int:
     a, b, a_ids, b_ids = (arguments[name] for name in ("a", "b", "a_ids", "b_ids"))
+    if a.dim() == 3:
+        return 2 * len(arguments["edges"]) * a.shape[1] * b.shape[1] * a.shape[2]
     symmetric = same(a, b) and (a_ids is None or same(a_ids, b_ids))
     return len(a) * len(b) * a.shape[1] * (1 if symmetric else 2)
 
@@ -142,6 +151,8 @@ def kernel_flops(kernel: Any, arguments: tuple, options: Mapping[str, Any]) -> i
 
 
 def _swept(v: Mapping[str, Any]) -> int:
+    if v["edges"] is not None:  # blocks are those of whole edges
+        return v["blocks"] // v["edges"][1] * 2 * v["N"] * v["M"] * v["D"]
     rows = min(v["blocks"] * v["BN"], v["N"] - v["first"] * v["BN"])  # of this slab
     return rows * v["M"] * v["D"] * (1 if v["UPPER"] else 2)
 

@@ -193,6 +193,13 @@ def _by_label(**settings: Any) -> Callable:
     return make
 
 
+def _graph(item: Item, g: torch.Generator) -> tuple[dict, dict]:
+    """Two representations of either modality."""
+    options = {"ids": _labels(g, item.n, item.n // 2)} if item.variant == "ids" else {}
+    nodes = {name: torch.stack([_whole(g, item.n, item.d) for _ in range(2)]) for name in ("xs", "ys")}
+    return nodes, {**options, "margin": 0.25}
+
+
 def _distillation(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     teachers = {"image_teacher": _unit(g, item.n, item.d), "text_teacher": _unit(g, item.n, item.d // 2)}
     numbers = {"lam": torch.tensor(0.3), "tau": torch.tensor(0.5)}
@@ -224,6 +231,7 @@ FAMILIES = {
     "triplet_all": Family("triplet_loss", _two_sided(_whole, margin=0.25, negatives="all"), exact=True),
     "goal": Family("goal_loss", _two_sided(_whole, triplet="cir", pair="sig"), ("", "ids"), exact=True),
     "goal_ms": Family("goal_loss", _two_sided(_whole, triplet="nca", pair="sig_ms"), exact=True),
+    "graph_pattern": Family("graph_pattern_loss", _graph, ("", "ids"), exact=True),
     "batch_hard": Family("batch_hard_loss", _labelled, ("",), exact=True),
     "circle": Family("circle_loss", _by_label(margin=0.25, scale=4.0), ("", BETWEEN)),
     "multi_similarity": Family("multi_similarity_loss", _by_label(beta=5.0), ("", BETWEEN)),

@@ -1,9 +1,9 @@
 """Graph pattern loss: a triplet loss on every edge of a graph of representations.
 
-    L = Σ_{e = (p, q)} w_e Σ_i [m_e + max_{j ≠ i} s(p_i, q_j) − s(p_i, q_i)]₊ + [m_e + max_{j ≠ i} s(p_j, q_i) − s(p_i, q_i)]₊
+    L = Σ_{e = (p, q)} w_e Σ_i [m_e + max_{j ≠ i} s_ij − s_ii]₊ + [m_e + max_{j ≠ i} s_ji − s_ii]₊,     s = p qᵀ
 
-A node is one representation of all N instances: K_x of the first modality, K_y of the second. Row i of every node is the
-same instance. All edges go through one sweep, and no score is stored.
+A node is one representation of all N instances: K_x of the first modality, K_y of the second. Row i of every node is
+the same instance. All edges go through one sweep, and no score is stored.
 
 After GPLDAN (arXiv 2106.13552, ICIP 2020), of which we could read abstract and introduction alone: its idea of all
 distances between several representations of an instance, without labels. The formula is ours.
@@ -23,7 +23,7 @@ from gssf_kernels.ops.mining import PairedInputs
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
-Metrics = StructuredSimilarity | Sequence[StructuredSimilarity] | None
+Metrics = StructuredSimilarity | Sequence[StructuredSimilarity] | nn.ModuleList | None
 
 
 def graph_pattern_loss(
@@ -52,8 +52,8 @@ def graph_pattern_loss(
         xs: [K_x, N, D] float.
         ys: [K_y, N, D] of xs's dtype and device.
         margin: m >= 0, a finite number; or a tensor [E] for each edge, constant to autograd.
-        edges: "all": every unordered pair of nodes, (0, 1), (0, 2), …; "cross": every pair of an x and a y, those of the
-            first x first; or a tensor [E, 2] of integers, (p, q) each, with p ≠ q.
+        edges: "all": every unordered pair of nodes, (0, 1), (0, 2), …; "cross": every pair of an x and a y, those of
+            the first x first; or a tensor [E, 2] of integers, (p, q) each, with p ≠ q.
         weights: [E] float, differentiable; None: 1.
         negatives: "hardest", "semihard" or "all", as in :func:`~gssf_kernels.triplet_loss`. "semihard" takes two
             sweeps for all edges, "all" one for each edge.
@@ -113,8 +113,8 @@ def _total(a, b, edges, ids, margin: float, negatives: str, reduction: str) -> T
     """The loss without weights, summed by the ops of the triplet loss."""
     if negatives == "all":
         return _every_negative(a, b, edges, ids, margin, reduction).sum()
-    scores = (t.flatten() for t in _statistics(a, b, edges, ids, negatives == "semihard"))
-    total = anchor_terms(*scores, "hinge", [margin], reduction)
+    positive, rows, cols = (t.flatten() for t in _statistics(a, b, edges, ids, negatives == "semihard"))
+    total = anchor_terms(positive, rows, cols, "hinge", [margin], reduction)
     return total * edges.shape[0] if reduction == "mean" and edges.shape[0] != 1 else total
 
 
@@ -202,11 +202,14 @@ def _sides(xs: Tensor, ys: Tensor, edges: Tensor, metric: Metrics) -> tuple[Tens
     if isinstance(metric, StructuredSimilarity):
         a, b = metric.factors(rows, rows)
         return a.view(shape), b.view(shape), edges
-    ends = edges.tolist()
-    factors = [each.factors(nodes[p], nodes[q]) for each, (p, q) in zip(metric, ends, strict=True)]
-    places = torch.arange(len(ends), device=edges.device)[:, None].expand(-1, 2).contiguous()
+    factors = [
+        each.factors(*(nodes.index_select(0, end)[0] for end in edges[e].split(1)))
+        for e, each in enumerate(metric)
+        if isinstance(each, StructuredSimilarity)
+    ]
     if not factors:
         return nodes, nodes, edges
+    places = torch.arange(len(factors), device=edges.device)[:, None].expand(-1, 2).contiguous()
     return torch.stack([a for a, _ in factors]), torch.stack([b for _, b in factors]), places
 
 
@@ -215,11 +218,12 @@ def _statistics(a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, semihar
     if not edges.shape[0] or not a.shape[1]:
         none = (a.sum() + b.sum()).expand(edges.shape[0], a.shape[1])
         return none, none, none
-    hardest = hardest_of_edges(a, b, edges, ids)
+    route = "sweep" if semihard else ""
+    hardest = hardest_of_edges(a, b, edges, ids, route=route)
     p, rows, cols = hardest.positive_score, hardest.row_score, hardest.col_score
     if semihard:
         below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
-        limited = hardest_of_edges(a, b, edges, ids, below, below)
+        limited = hardest_of_edges(a, b, edges, ids, below, route)
         rows, cols = (
             torch.where(score == -torch.inf, n, score)
             for score, n in ((limited.row_score, rows), (limited.col_score, cols))
@@ -276,17 +280,16 @@ class GraphPatternLoss(nn.Module):
         _checks.reduction(reduction)
         _checks.flag(return_edges, "return_edges")
         _checks.flag(normalize, "normalize")
-        self.margin = None if isinstance(margin, Tensor) else _checks.non_negative(margin, "margin")
+        self.margin = 0.0 if isinstance(margin, Tensor) else _checks.non_negative(margin, "margin")
         if isinstance(edges, str):
             _checks.choice(edges, "edges", ("all", "cross"))
-        self.edges = None if isinstance(edges, Tensor) else edges
+        self.edges = "listed" if isinstance(edges, Tensor) else edges
         for name, t in (("margins", margin), ("pairs", edges), ("weights", weights)):
             self.register_buffer(name, t.detach().clone() if isinstance(t, Tensor) else None)
-        if isinstance(metric, Sequence):
-            metric = nn.ModuleList(metric)
-        elif not isinstance(metric, nn.ModuleList):
+        if isinstance(metric, str) or not isinstance(metric, (Sequence, nn.ModuleList)):
             check_metric(metric)
-        self.metric, self.negatives, self.reduction = metric, negatives, reduction
+        self.metric = nn.ModuleList(metric) if isinstance(metric, Sequence) else metric
+        self.negatives, self.reduction = negatives, reduction
         self.normalize, self.return_edges = normalize, return_edges
 
     def forward(self, xs: Tensor, ys: Tensor, ids: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -306,8 +309,8 @@ class GraphPatternLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        edges = repr(self.edges) if self.pairs is None else f"{len(self.pairs)} pairs"
-        return f"margin={self.margin}, edges={edges}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+        margin = self.margin if self.margins is None else "of each edge"
+        return f"margin={margin}, edges={self.edges!r}, negatives={self.negatives!r}, reduction={self.reduction!r}"
 
 
 __all__ = ["GraphPatternLoss", "graph_pattern_loss"]

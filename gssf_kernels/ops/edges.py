@@ -24,9 +24,8 @@ class EdgeNegatives(NamedTuple):
 
 
 def hardest_of_edges(
-    a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, row_limit: Tensor | None = None,
-    col_limit: Tensor | None = None,
-) -> EdgeNegatives:  # fmt: skip
+    a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, limit: Tensor | None = None, route: str = ""
+) -> EdgeNegatives:
     """The hardest negatives of the edges, differentiable once in a and b through the scores.
 
     Args:
@@ -34,12 +33,12 @@ def hardest_of_edges(
         b: [R, N, D] of a's dtype and device.
         edges: [E, 2] int64, of (node of a, node of b).
         ids: [N] int64 or None: scores of equal id are no negatives.
-        row_limit, col_limit: [E, N], the largest score of the negatives of each row and column of each edge.
+        limit: [E, N], the largest score of the negatives of row i of each edge, and of its column i.
+        route: "sweep" rounds scores as with a limit.
     """
-    route = "sweep" if row_limit is not None else ""
     a, b = distinct(a, b)
     ids, other_ids = distinct(ids, ids)
-    row_limit, col_limit = distinct(row_limit, col_limit)
+    row_limit, col_limit = distinct(limit, limit)
     return EdgeNegatives(*_EdgeNegatives.apply(a, b, edges, ids, other_ids, row_limit, col_limit, route))
 
 

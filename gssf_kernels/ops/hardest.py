@@ -45,12 +45,12 @@ class HardestNegativesCall(NamedTuple):
         return Negatives._make(self[5:11])
 
     def of_edge(self, edge: int) -> "HardestNegativesCall":
-        """The call for one edge alone."""
+        """The call for one edge alone; reads no value of the edges."""
         assert self.edges is not None
-        left, right = self.edges[edge].tolist()
+        left, right = (t.index_select(0, self.edges[edge, k : k + 1])[0] for k, t in enumerate((self.a, self.b)))
         row_limit, col_limit = (None if limit is None else limit[edge] for limit in (self.row_limit, self.col_limit))
-        sides = {"a": self.a[left], "b": self.b[right], "row_limit": row_limit, "col_limit": col_limit}
-        return self._replace(**sides, edges=None)
+        call = self._replace(a=left, b=right, edges=None)
+        return call._replace(row_limit=row_limit, col_limit=col_limit)
 
 
 class HardestNegativesBackwardCall(NamedTuple):
@@ -280,8 +280,8 @@ def _fake_hardest_gradients(call):
 
 
 # Results: positive_score [N], or [P] of listed pairs (of one listed twice the second may be -inf); row_score, row_index
-# [N]; col_score, col_index [M], with K limits [K, N] and [K, M], with edges [E, …]; how many scores were computed again in fp64, [] int64,
-# with the route "certified", else empty.
+# [N]; col_score, col_index [M]; with K limits [K, N] and [K, M], with edges [E, …]; how many scores were computed again
+# in fp64, [] int64, with the route "certified", else empty.
 register(
     "hardest_negatives",
     HardestNegativesCall,

@@ -19,7 +19,7 @@ from gssf_kernels.ops.negatives import Negatives, fake_results
 from gssf_kernels.triton import certified, hopper, operands, tiles
 from gssf_kernels.triton.epilogues import only_negatives, partial_offsets, within
 from gssf_kernels.triton.reductions import argmax, merge_kernel
-from gssf_kernels.triton.sweep import Sweep
+from gssf_kernels.triton.sweep import EdgeSweep, Sweep
 from gssf_kernels.triton.terms import formula_of
 
 
@@ -92,6 +92,8 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     """
     a, b, a_ids, b_ids, route = call[:5]
     rescored = a.new_empty(0, dtype=torch.int64)
+    if call.edges is not None:
+        return hardest_of_edges(call, plan)
     if plan.route == "hopper":
         return *hopper.hardest_negatives(a, b, a_ids, b_ids), rescored
     if len(a) == 0 or len(b) == 0:
@@ -113,17 +115,50 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            for k in range(count):
-                partial, result = (
-                    tuple(t if t is None or not several else t[k] for t in tensors)
-                    for tensors in ((*rows, *cols), merged)
-                )
-                sweep.merge(merge_kernel, first, blocks, partial, result, None)
+            limits = sweep.partial_counts[1:] if several else None
+            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None, repeats=count, several=limits)
         if plan.upper_triangle:
             results = symmetric_results(*results)
         if not call.columns:
             results[2:] = (t.new_empty(0) for t in results[2:])
     return positive_score, *results, rescored
+
+
+@triton.jit
+def edge_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    """`hardest_tile` for one edge: the partials, limits and scores of pairs of an edge stand behind those of others."""
+    inner, sizes = state
+    negatives, limits, positive_score, row_score, row_place, col_score, col_place = inner
+    edge_blocks, row_partials, col_partials = sizes
+    edge = (tile_i // edge_blocks).to(tl.int64)  # of the slab
+    anchors = (first // edge_blocks + edge) * N  # N is M
+    row_limit, col_limit = limits
+    if row_limit is not None:
+        row_limit, col_limit = row_limit + anchors, col_limit + anchors
+    row_score, row_place = row_score + edge * row_partials, row_place + edge * row_partials
+    col_score, col_place = col_score + edge * col_partials, col_place + edge * col_partials
+    limits = row_limit, col_limit
+    of_edge = negatives, limits, None, positive_score + anchors, row_score, row_place, col_score, col_place
+    hardest_tile(s, tile_i % edge_blocks, tile_j, 0, edge_blocks, N, M, of_edge, BN, BM)
+
+
+def hardest_of_edges(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+    """The same results [E, N] of every edge of a graph; a [L, N, D], b [R, N, D]."""
+    count = len(call.edges)
+    positive_score, *results = (t.new_empty(count, *t.shape) for t in fake_results(call.a[0], call.b[0]))
+    if count and len(call.a[0]):
+        with torch.cuda.device_of(call.a):
+            sweep = EdgeSweep(call.a, call.b, call.edges, plan.tile)
+            rows, cols = sweep.empty_partials(torch.float32, torch.int16)
+            sizes, blocks_of_edge = sweep.edge_partials, sweep.edge_blocks
+            inner = *negatives_state(call), positive_score, *rows, *cols
+            for first, blocks in sweep.slabs():
+                sweep.run(edge_tile, (inner, (blocks_of_edge, *sizes)), first, blocks)
+                edge, repeats = first // blocks_of_edge, blocks // blocks_of_edge
+                merged = tuple(t[edge:] for t in results)
+                partial = (*rows, *cols)
+                sweep.merge(merge_kernel, 0, blocks_of_edge, partial, merged, None, repeats=repeats, several=sizes)
+    return positive_score, *results, call.a.new_empty(0, dtype=torch.int64)
 
 
 def symmetric_results(

@@ -99,10 +99,12 @@ def merge_kernel(
     partial, results, loss, N, M, first, blocks,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
     FUNCTION: tl.constexpr = None, TRIPLET: tl.constexpr = "", PAIR: tl.constexpr = "", BY_LABEL: tl.constexpr = False,
-    SUM: tl.constexpr = False, MEAN: tl.constexpr = False,
+    SUM: tl.constexpr = False, MEAN: tl.constexpr = False, several=None,
 ):  # fmt: skip
     """Merge the slab's rows, and its columns into the results of earlier slabs.
 
+    several: None, or the numbers of row and of column partials of one result. Then each row and column has several
+    results, one behind another, and program (·, k) merges those of number k.
     With FUNCTION, from `score_functions.py`, there is one slab, and the merge ends in the terms of a loss; one program
     computes a sum of them.
     loss: (positive_score [N], out, the formula's constants)
@@ -110,6 +112,14 @@ def merge_kernel(
     """
     row_scores, row_places, col_scores, col_places = partial
     row_score, row_index, col_score, col_index = results
+    if several is not None:
+        row_partials, col_partials = several
+        k = tl.program_id(1).to(tl.int64)
+        row_scores, row_places = row_scores + k * row_partials, row_places + k * row_partials
+        row_score, row_index = row_score + k * N, row_index + k * N
+        if col_scores is not None:
+            col_scores, col_places = col_scores + k * col_partials, col_places + k * col_partials
+            col_score, col_index = col_score + k * M, col_index + k * M
     if FUNCTION is None:
         row_programs = tl.cdiv(blocks * BN, BL)
         if tl.program_id(0) < row_programs:

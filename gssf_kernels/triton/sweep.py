@@ -84,15 +84,21 @@ def complete(s):
 
 @triton.jit
 def reduce_tile(
-    t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+    t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, edges, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPPER: tl.constexpr,
 ):  # fmt: skip
     tile_i, tile_j = tile_of(t, first, rows, columns, column_blocks, GROUP, UPPER, BN, BM)
+    row, column, a_rows, b_rows = (first + tile_i) * BN, tile_j * BM, N, M
+    if edges is not None:
+        nodes, edge_blocks, a_rows, b_rows = edges
+        edge, block = (first + tile_i) // edge_blocks, (first + tile_i) % edge_blocks
+        row = tl.load(nodes + 2 * edge).to(tl.int32) * N + block * BN
+        column += tl.load(nodes + 2 * edge + 1).to(tl.int32) * M
     s = tl.zeros([BN, BM], tl.float32)
     for k in range(0, D, BK):
-        x = load_tile(a, a_stride, (first + tile_i) * BN, k, N, D, BN, BK, TMA)  # [BN, BK]
-        y = load_tile(b, b_stride, tile_j * BM, k, M, D, BM, BK, TMA)  # [BM, BK]
+        x = load_tile(a, a_stride, row, k, a_rows, D, BN, BK, TMA)  # [BN, BK]
+        y = load_tile(b, b_stride, column, k, b_rows, D, BM, BK, TMA)  # [BM, BK]
         s = tl.dot(x, y.T, s, input_precision=PRECISION)
     if PERSISTENT:
         s = complete(s)
@@ -101,7 +107,7 @@ def reduce_tile(
 
 @triton.jit(do_not_specialize=["N", "M", "first", "blocks", "rows", "columns", "column_blocks"])
 def sweep_kernel(
-    a, b, a_stride, b_stride, N, M, D: tl.int32, first, blocks, rows, columns, column_blocks, state,
+    a, b, a_stride, b_stride, N, M, D: tl.int32, first, blocks, rows, columns, column_blocks, edges, state,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, PERSISTENT: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, UPPER: tl.constexpr,
 ):  # fmt: skip
@@ -111,13 +117,13 @@ def sweep_kernel(
         tl.assume(D > 0)  # else Triton would compile the loop twice, once for D = 0
         for t in tl.range(tl.program_id(0), rows * columns, tl.num_programs(0), flatten=True):
             reduce_tile(
-                t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
+                t, a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, edges, state,
                 EPILOGUE, PRECISION, TMA, True, BN, BM, BK, GROUP, UPPER,
             )  # fmt: skip
     else:
         reduce_tile(
-            tl.program_id(0), a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, state,
-            EPILOGUE, PRECISION, TMA, False, BN, BM, BK, GROUP, UPPER,
+            tl.program_id(0), a, b, a_stride, b_stride, N, M, D, first, blocks, rows, columns, column_blocks, edges,
+            state, EPILOGUE, PRECISION, TMA, False, BN, BM, BK, GROUP, UPPER,
         )  # fmt: skip
 
 
@@ -152,6 +158,7 @@ class Sweep:
     ) -> None:
         self.N, self.M, self.upper_triangle, self.tile = len(a), len(b), upper_triangle, tile
         self.results = results
+        self.edges: tuple | None = None
         self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
         self.a, self.b = aligned_rows(a, multiple), aligned_rows(b, multiple)
@@ -185,7 +192,7 @@ class Sweep:
             TensorDescriptor.from_tensor(a, [tile.BN, tile.BK]) if tile.tma else a,
             TensorDescriptor.from_tensor(b, [tile.BM, tile.BK]) if tile.tma else b,
             a.stride(0), b.stride(0), self.N, self.M, a.shape[1],
-            first, blocks, rows, columns, self.column_blocks, state,
+            first, blocks, rows, columns, self.column_blocks, self.edges, state,
             EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, PERSISTENT=tile.persistent > 0,
             BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, UPPER=self.upper_triangle,
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
@@ -222,13 +229,41 @@ class Sweep:
         blocks = self.slab_blocks
         return self.results, blocks * self.tile.BN * self.column_blocks, blocks * self.M
 
-    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each."""
+    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, repeats: int = 1, **constants: Any) -> None:
+        """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each.
+
+        repeats: the second dimension of the grid, for several results of each row.
+        """
         BN, BL = self.tile.BN, tiles.MERGE_LANES
-        kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL),)](
+        kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL), repeats)](
             *arguments, self.N, self.M, first, blocks,
             BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2, **constants,
         )  # fmt: skip
+
+
+class EdgeSweep(Sweep):
+    """One pass over the scores of every edge (p, q) of a graph, those of a[p] and b[q]; a [L, N, D], b [R, M, D].
+
+    The row blocks of the edges stand one below another, and a slab holds whole edges.
+    """
+
+    def __init__(self, a: torch.Tensor, b: torch.Tensor, edges: torch.Tensor, tile: tiles.Sweep) -> None:
+        super().__init__(a.flatten(0, 1), b.flatten(0, 1), tile)
+        (L, self.N, _), (R, self.M, _) = a.shape, b.shape
+        self.edge_blocks, self.column_blocks = triton.cdiv(self.N, tile.BN), triton.cdiv(self.M, tile.BM)
+        self.row_blocks = len(edges) * self.edge_blocks
+        self.edges = (edges.contiguous(), self.edge_blocks, L * self.N, R * self.M)
+
+    @property
+    def slab_blocks(self) -> int:
+        """Row blocks in a slab: as many edges as have few partials, at least one."""
+        entries = self.edge_blocks * (self.M + self.tile.BN * self.column_blocks)
+        return min(self.row_blocks, max(tiles.SLAB_ENTRIES // entries, 1) * self.edge_blocks)
+
+    @property
+    def edge_partials(self) -> tuple[int, int]:
+        """The numbers of row and of column partials of one edge."""
+        return self.edge_blocks * self.tile.BN * self.column_blocks, self.edge_blocks * self.M
 
 
 class Chunk:

@@ -1,4 +1,4 @@
-"""Graph pattern loss: against a loop over its edges in fp64, alone and with every option; one edge is a triplet loss."""
+"""Graph pattern loss: against a loop over its edges in fp64, with every option; one edge is a triplet loss."""
 
 import itertools
 

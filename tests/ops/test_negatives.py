@@ -173,6 +173,58 @@ def test_one_side_twice_without_pairs(columns):
             assert torch.equal(ours, right)
 
 
+EDGES = torch.tensor([[0, 1], [2, 0], [2, 1], [0, 1], [1, 1]])
+
+
+def graph(n, m, ids, limits):
+    """The arguments of the op for edges between three nodes and two."""
+    random = torch.Generator().manual_seed(n + m)
+    a, b = (torch.randint(-3, 4, (k, rows, 9), generator=random).float() for k, rows in ((3, n), (2, m)))
+    a_ids, b_ids = (torch.randint(0, 7, (k,), generator=random) if ids else None for k in (n, m))
+    bounds = [torch.randint(-9, 30, (len(EDGES), k), generator=random).float() if limits else None for k in (n, m)]
+    return a, b, a_ids, b_ids, "sweep" if limits else "", True, True, None, None, *bounds, EDGES
+
+
+@pytest.mark.parametrize("limits", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (5, 5), (33, 33), (600, 600)])
+def test_edges_on_the_cpu(n, m, ids, limits):
+    call = graph(n, m, ids, limits)
+    for ours, right in zip(
+        torch.ops.gssf.hardest_negatives(*call), device_ops.composite("hardest_negatives", *call), strict=True
+    ):
+        assert torch.equal(ours, right)
+    a, b, a_ids, b_ids, route, *_, row_limit, col_limit, edges = call
+    for e, (left, right) in enumerate(edges.tolist()):  # an edge is as the op on its two nodes
+        bounds = [None if t is None else t[e] for t in (row_limit, col_limit)]
+        alone = torch.ops.gssf.hardest_negatives(
+            a[left], b[right], a_ids, b_ids, route, True, True, None, None, *bounds
+        )
+        for ours, right_ in zip(torch.ops.gssf.hardest_negatives(*call)[:5], alone, strict=False):
+            assert torch.equal(ours[e], right_)
+
+
+@many
+@pytest.mark.parametrize("slabs", ["one slab", "a slab for each edge"])
+@pytest.mark.parametrize("limits", [False, True])
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("n", [1, 33, 70])
+def test_edges_by_triton(n, ids, limits, slabs, monkeypatch):
+    monkeypatch.setattr(plan.tiles, "SLAB_ENTRIES", 1 << 24 if slabs == "one slab" else 1)
+    call = graph(n, n, ids, limits)
+    right = device_ops.composite("hardest_negatives", *call)
+    ours = device_ops.on_cuda("hardest_negatives", *(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in call))
+    for got, expected in zip(ours, right, strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("edges", [[[0, 2]], [[3, 0]], [[-1, 0]]])
+def test_edges_are_never_read_out_of_range(edges):
+    call = graph(4, 4, False, False)
+    with pytest.raises(ValueError, match="edges within"):
+        torch.ops.gssf.hardest_negatives(*call[:-1], torch.tensor(edges))
+
+
 def test_a_nan_is_within_every_limit():
     a, b = torch.ones(3, 4), torch.ones(4, 4)
     b[2] = NAN

@@ -440,6 +440,26 @@ def _distillation_cases():
         yield Case(f"distillation-{kind}-weights", "relational_distillation_loss", weights)
 
 
+def _nodes(kx, ky, n, d, ids="none", **options):
+    def make(g):
+        shared = {} if ids == "none" else {"ids": torch.arange(n) // 2}
+        return {"xs": randn(g, kx * n, d).view(kx, n, d), "ys": randn(g, ky * n, d).view(ky, n, d)}, {
+            **shared,
+            **options,
+        }
+
+    return make
+
+
+def _graph_cases():
+    for kx, ky, n, d in ((1, 1, 1, 1), (2, 1, 7, 5), (2, 2, 33, 16), (3, 1, 70, 24)):
+        for ids in ("none", "pairs"):
+            yield Case(f"graph-{kx}+{ky}-{n}x{d}-{ids}", "graph_pattern_loss", _nodes(kx, ky, n, d, ids))
+    for how in ("mean", "none"):
+        yield Case(f"graph-{how}", "graph_pattern_loss", _nodes(2, 2, 20, 8, edges="cross", reduction=how))
+    yield Case("graph-semihard", "graph_pattern_loss", _nodes(2, 2, 20, 8, negatives="semihard"))
+
+
 CASES = [
     *_project_cases(),
     *_hardest_cases(),
@@ -454,6 +474,7 @@ CASES = [
     *_goal_cases(),
     *_gradient_space_cases(),
     *_batch_hard_cases(),
+    *_graph_cases(),
     *_label_cases("circle_loss", False, margin=0.25, scale=2.0),
     *_label_cases("multi_similarity_loss", True, beta=5.0),
 ]
