@@ -109,6 +109,21 @@ def graph_pattern(nodes: int = 4, n: int = 2048, d: int = 256) -> dict[str, Way]
     return {"ours": lambda: gk.graph_pattern_loss(xs, ys), "a loop over plain PyTorch": plain}
 
 
+def attention(batch: int = 4, length: int = 1024, heads: int = 8, dim: int = 64) -> dict[str, Way]:
+    """Scores q W kᵀ against q kᵀ, by the same fused attention."""
+    q, k, v = (unit(batch * length, heads * dim, seed) for seed in range(3))
+    diag = torch.ones(heads, dim, requires_grad=True)
+    blocks = torch.zeros(heads, dim // 16, 16, 16, requires_grad=True)
+
+    def heads_of(t):
+        return t.view(batch, length, heads, dim).transpose(1, 2)
+
+    return {
+        "q W kᵀ": lambda: gk.structured_attention(heads_of(q), heads_of(k), heads_of(v), diag, blocks).square().sum(),
+        "q kᵀ": lambda: F.scaled_dot_product_attention(heads_of(q), heads_of(k), heads_of(v)).square().sum(),
+    }
+
+
 COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "triplet, pairs by id": lambda: pairs_by_id("triplet_loss"),
     "InfoNCE, pairs by id": lambda: pairs_by_id("info_nce_loss"),
@@ -119,6 +134,7 @@ COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "triplet, semi-hard": semihard,
     "triplet, semi-hard by id": semihard_by_id,
     "graph pattern, 28 edges": graph_pattern,
+    "structured attention": attention,
 }
 
 

@@ -13,6 +13,7 @@ why.
 
 from gssf_kernels import reference
 from gssf_kernels._library import backends
+from gssf_kernels.attention import StructuredMultiheadAttention, structured_attention
 from gssf_kernels.explain import explain
 from gssf_kernels.losses import (
     BatchHardLoss,
@@ -61,6 +62,7 @@ __all__ = [
     "RelationalDistillationLoss",
     "RelativeTerms",
     "SigmoidLoss",
+    "StructuredMultiheadAttention",
     "StructuredSimilarity",
     "TripletLoss",
     "backends",
@@ -83,6 +85,7 @@ __all__ = [
     "rescored_candidates",
     "sigmoid_loss",
     "similarity",
+    "structured_attention",
     "sum_scores",
     "triplet_loss",
 ]

@@ -5,6 +5,7 @@ any device and dtype. Tests compare with it. Read it as the formula, and use it 
 several N x M matrices.
 """
 
+from gssf_kernels.reference.attention import structured_attention
 from gssf_kernels.reference.dense import (
     info_nce_loss,
     logsumexp_scores,
@@ -73,6 +74,7 @@ __all__ = [
     "scores",
     "sigmoid_loss",
     "similarity",
+    "structured_attention",
     "sum_scores",
     "triplet_loss",
     "weighted_sums",
