@@ -191,6 +191,7 @@ def relational_distillation_loss(
     tau: float | Tensor,
     weights: tuple[float, float, float] = (2.0, 1.0, 1.0),
     kind: str = "mae",
+    metric=None,
 ) -> Tensor:
     """Student's relations against the teachers'; see :func:`gssf_kernels.relational_distillation_loss`."""
     count = student.shape[0]
@@ -198,7 +199,8 @@ def relational_distillation_loss(
     mixture = lam * text + (1 - lam) * image
     off_diagonal = ~torch.eye(count, dtype=torch.bool, device=student.device)
     total = mixture.new_zeros(())
-    for weight, relations in zip(weights, (scores(student, student) / tau, image, text), strict=True):
+    relations_of_student = scores(*factors(student, student, metric)) / tau
+    for weight, relations in zip(weights, (relations_of_student, image, text), strict=True):
         gap = (relations - mixture)[off_diagonal]
         total = total + weight * (gap.abs() if kind == "mae" else gap.square()).sum()
     return total / max(count * (count - 1), 1)

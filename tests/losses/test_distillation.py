@@ -288,3 +288,73 @@ def test_what_distillation_launches():
     forward, backward = launches(distilled(), 128)
     assert forward == ["relation_tile_kernel", "relation_loss_kernel"]
     assert backward == ["scaled_kernel"]
+
+
+@pytest.mark.parametrize("kind", ["mae", "mse"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("terms", ["both", "diag", "blocks"])
+def test_relations_by_a_metric(kind, normalize, terms):
+    """Against the formula, entry by entry: the relations of the student are not symmetric."""
+    generator = torch.Generator().manual_seed(6)
+    h, u, t = (torch.randn(9, d, generator=generator, dtype=torch.float64) for d in (8, 5, 6))
+    block_size = None if terms == "diag" else 4
+    metric = gk.StructuredSimilarity(8, block_size, terms != "blocks", normalize, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in metric.parameters():
+            weight += 0.4 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    lam, tau = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 0.7))
+    h.requires_grad_()
+    wrt = (h, lam, tau, *metric.parameters())
+
+    x = torch.nn.functional.normalize(h, dim=1) if normalize else h
+    w = torch.zeros(8, 8, dtype=torch.float64)
+    w = w if metric.diag is None else w + torch.diag(metric.diag)
+    w = w if metric.blocks is None else w + torch.block_diag(*metric.blocks)
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(9):
+        for j in range(9):
+            if i != j:
+                image, text = u[i] @ u[j] / tau, t[i] @ t[j] / tau
+                mixture = lam * text + (1 - lam) * image
+                for share, relation in zip((2, 1, 1), (x[i] @ w @ x[j] / tau, image, text), strict=True):
+                    total = total + share * ((relation - mixture).abs() if kind == "mae" else (relation - mixture) ** 2)
+    right = total / 72
+    module = gk.RelationalDistillationLoss(0.3, 0.7, kind=kind, metric=metric, return_terms=True, dtype=torch.float64)
+    losses = (
+        gk.relational_distillation_loss(h, u, t, lam=lam, tau=tau, kind=kind, metric=metric),
+        gk.reference.relational_distillation_loss(h, u, t, lam=lam, tau=tau, kind=kind, metric=metric),
+    )
+    for loss in losses:
+        torch.testing.assert_close(loss, right)
+        grads = (torch.autograd.grad(value, wrt, retain_graph=True) for value in (loss, right))
+        for ours, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, expected)
+    loss, each = module(h, u, t)
+    torch.testing.assert_close(loss.detach(), right.detach())
+    torch.testing.assert_close(2 * each.student + each.image_teacher + each.text_teacher, right.detach())
+
+
+def test_gradcheck_by_a_metric():
+    generator = torch.Generator().manual_seed(7)
+    h, u, t = (torch.randn(5, d, generator=generator, dtype=torch.float64) for d in (4, 3, 2))
+    metric = gk.StructuredSimilarity(4, 2, dtype=torch.float64)
+
+    def value(h, diag, blocks, lam, tau):
+        weights = {"metric.diag": diag, "metric.blocks": blocks, "lam": lam, "tau": tau}
+        loss = gk.RelationalDistillationLoss(kind="mse", metric=metric, dtype=torch.float64)
+        return torch.func.functional_call(loss, weights, (h, u, t))
+
+    inputs = (h, metric.diag.detach(), metric.blocks.detach() + 0.1, *torch.tensor([0.4, 0.8]).double())
+    assert torch.autograd.gradcheck(value, [x.clone().requires_grad_() for x in inputs])
+
+
+def test_fewer_than_two_rows_by_a_metric_are_a_differentiable_zero():
+    metric = gk.StructuredSimilarity(4, 2)
+    for n in (0, 1):
+        h, teacher = torch.randn(n, 4, requires_grad=True), torch.randn(n, 3)
+        loss = gk.relational_distillation_loss(h, teacher, teacher, lam=0.5, tau=1.0, metric=metric)
+        assert loss == 0
+        loss.backward()
+        assert not h.grad.any()
+    with pytest.raises(TypeError, match=r"^metric: .*got str"):
+        gk.relational_distillation_loss(h, teacher, teacher, lam=0.5, tau=1.0, metric="cosine")
