@@ -14,6 +14,7 @@ why.
 from gssf_kernels import reference
 from gssf_kernels._library import backends
 from gssf_kernels.attention import StructuredMultiheadAttention, structured_attention
+from gssf_kernels.diversified import DiversifiedAttention, DiversifiedRepresentations, ModalityClassifier
 from gssf_kernels.explain import explain
 from gssf_kernels.losses import (
     BatchHardLoss,
@@ -53,10 +54,13 @@ __all__ = [
     "CircleLoss",
     "Diagnostics",
     "DistillationTerms",
+    "DiversifiedAttention",
+    "DiversifiedRepresentations",
     "GoalLoss",
     "GraphPatternLoss",
     "HardestNegatives",
     "InfoNCELoss",
+    "ModalityClassifier",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "RelationalDistillationLoss",
