@@ -77,9 +77,9 @@ def _sweeps() -> Iterator[Case]:
         for kind in (*GENERAL, "listed with ids and several limits"):
             make = partial(_general, dtype, *sizes["wide"], kind)
             yield Case(f"hardest_negatives wide {kind}", launcher, make, kernels, product)
-        for size in ("narrow", "wide"):
+        for size in ("small", "wide"):
             for limits in (False, True):
-                name = f"hardest_negatives {size} of edges with ids{' and limits' if limits else ''}"
+                name = f"hardest_negatives of edges {size} with ids{' and limits' if limits else ''}"
                 yield Case(name, launcher, partial(_edges, dtype, *sizes[size], limits), kernels, product)
         if product == "ieee":
             yield from _certified(aligned)

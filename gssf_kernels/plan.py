@@ -261,8 +261,8 @@ def hardest(call: Any) -> Iterator[Plan]:
     if call.edges is not None:
         a, b = (t[0] if t.shape[0] else t.new_empty(t.shape[1:]) for t in (call.a, call.b))
         scores = Scores(a, b)
-        epilogue = "" if call.row_limit is None else "sums"
-        tile = sweep_tile(a.device, a.dtype, sweep_size(call.edges.shape[0] * scores.N, scores.M, scores.D, epilogue))
+        size = sweep_size(call.edges.shape[0] * scores.N, scores.M, scores.D, "sums")  # registers, as listed pairs
+        tile = sweep_tile(a.device, a.dtype, size)
         option = Plan("sweep", f"{scores} for each of {call.edges.shape[0]} edges: one sweep that stores none", tile)
         yield one_tile_each(option)
         yield Plan("reference", "forced")
