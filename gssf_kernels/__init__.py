@@ -39,6 +39,7 @@ from gssf_kernels.losses import (
     nt_xent_loss,
     relational_distillation_loss,
     sigmoid_loss,
+    triplet_from_scores,
     triplet_loss,
 )
 from gssf_kernels.ops import hardest_negatives, logsumexp_scores, pair_scores, rescored_candidates, sum_scores
@@ -91,5 +92,6 @@ __all__ = [
     "similarity",
     "structured_attention",
     "sum_scores",
+    "triplet_from_scores",
     "triplet_loss",
 ]

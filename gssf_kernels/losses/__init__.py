@@ -3,6 +3,7 @@
 from gssf_kernels.losses.batch_hard import BatchHardLoss, batch_hard_loss
 from gssf_kernels.losses.circle import CircleLoss, circle_loss
 from gssf_kernels.losses.distillation import DistillationTerms, RelationalDistillationLoss, relational_distillation_loss
+from gssf_kernels.losses.from_scores import triplet_from_scores
 from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.graph_pattern import GraphPatternLoss, graph_pattern_loss
@@ -35,5 +36,6 @@ __all__ = [
     "nt_xent_loss",
     "relational_distillation_loss",
     "sigmoid_loss",
+    "triplet_from_scores",
     "triplet_loss",
 ]

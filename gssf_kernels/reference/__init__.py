@@ -40,7 +40,14 @@ from gssf_kernels.reference.statistics import (
     similarity,
     weighted_sums,
 )
-from gssf_kernels.reference.triplet import Diagnostics, batch_hard_loss, hinge, reduce, triplet_loss
+from gssf_kernels.reference.triplet import (
+    Diagnostics,
+    batch_hard_loss,
+    hinge,
+    reduce,
+    triplet_from_scores,
+    triplet_loss,
+)
 
 __all__ = [
     "EPS",
@@ -76,6 +83,7 @@ __all__ = [
     "similarity",
     "structured_attention",
     "sum_scores",
+    "triplet_from_scores",
     "triplet_loss",
     "weighted_sums",
 ]

@@ -78,6 +78,33 @@ def triplet_loss(
     return (loss, diagnose(x, y, s, pairs, mask, margin, symmetric, false_negative_margin)) if diagnostics else loss
 
 
+def triplet_from_scores(
+    scores: Tensor,
+    *,
+    margin: float = 0.2,
+    negatives: str = "hardest",
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    symmetric: bool = True,
+    reduction: str = "sum",
+) -> Tensor:
+    """Triplet loss of a matrix of scores; see :func:`gssf_kernels.triplet_from_scores`."""
+    n = scores.shape[0]
+    s, same = accumulate(scores), positives(scores, scores.mT, x_ids, y_ids)
+    p, terms = s.diagonal(), accumulate(scores).new_zeros(n)
+    for side, no_negative in [(s, same), (s[:, :n].mT, same[:, :n].mT)][: 1 + symmetric]:
+        left = side.masked_fill(no_negative, -torch.inf)
+        if negatives == "all":
+            terms = terms + hinge(margin + left - p[:, None]).masked_fill(no_negative, 0).sum(1)
+        elif n:
+            hardest = left.max(1).values
+            if negatives == "semihard":
+                below = left.masked_fill(left >= p[:, None], -torch.inf).max(1).values
+                hardest = torch.where(below == -torch.inf, hardest, below)
+            terms = terms + hinge(margin + hardest - p)
+    return reduce(terms, reduction)
+
+
 def masks(a, b, a_ids, b_ids, pairs) -> tuple[Tensor, Tensor, Tensor]:
     """(pairs, scores that are never negatives, positives of ``false_negative_margin``), [N, M] bool each."""
     pair, same = paired(a, b, a_ids, b_ids, pairs), positives(a, b, a_ids, b_ids, pairs)

@@ -323,6 +323,8 @@ def test_every_op_with_a_kernel_is_in_a_family():
         "similarity",  # the matrix of small problems: `project` and a product
         "gradient_space_loss",  # the kernels of goal_loss, weights by the user's function
         "goal_weights",  # plain PyTorch
+        "triplet_from_scores",  # the same
+        "structured_attention",  # `project` and PyTorch's fused attention
     }
     assert {family.function for family in FAMILIES.values()} == public - without
 
