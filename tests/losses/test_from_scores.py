@@ -65,7 +65,8 @@ def test_scores_of_a_product_give_the_loss_of_its_factors(negatives):
 
 def test_gradcheck_ties_and_nan():
     assert torch.autograd.gradcheck(lambda s: gk.triplet_from_scores(s, margin=0.5), (matrix(4, 6),))
-    assert gk.triplet_from_scores(torch.ones(3, 3), negatives="semihard", margin=0.5) == 3  # a tie is no semi-hard one
+    tied = torch.tensor([[1.0, 1.0, 0.5], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])  # the tie is no semi-hard negative
+    assert gk.triplet_from_scores(tied, negatives="semihard", margin=0.75, symmetric=False) == 0.25
     s = matrix(4, 4).detach().clone()
     s[1, 2] = torch.nan
     terms = gk.triplet_from_scores(s, reduction="none")
