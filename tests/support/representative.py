@@ -23,6 +23,8 @@ SINGLE = [
     "space-relative",
     "batch-hard-random-300x24",
     "batch-hard-one-33x8",
+    "graph-3+1-70x24-pairs",
+    "graph-semihard",
     "circle_loss-between-random",
     "multi_similarity_loss-between-random",
     "hardest-129x257x40-random",
