@@ -110,14 +110,28 @@ class HeadWeights(Fp32Module):
 
     def __init__(self, heads: int, dim: int, block_size: int | None, diagonal: bool, device=None, dtype=None):
         super().__init__()
-        shape = None if block_size is None else (heads, dim // block_size, block_size, block_size)
-        self.diag = nn.Parameter(torch.ones(heads, dim, device=device, dtype=dtype)) if diagonal else None
+        options = {"device": device, "dtype": dtype}
+        self.diag = nn.Parameter(torch.empty(heads, dim, **options)) if diagonal else None
         self.blocks = None
-        if shape is not None:
-            blocks = torch.zeros(shape, device=device, dtype=dtype)
-            if not diagonal:
-                blocks += torch.eye(shape[-1], device=device, dtype=dtype)
-            self.blocks = nn.Parameter(blocks)
+        if block_size is not None:
+            self.blocks = nn.Parameter(torch.empty(heads, dim // block_size, block_size, block_size, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weights to W = 1."""
+        with torch.no_grad():
+            for name, value in self._start().items():
+                getattr(self, name).copy_(value)
+
+    def _start(self) -> dict[str, Tensor]:
+        start = {}
+        if self.diag is not None:
+            start["diag"] = torch.ones_like(self.diag)
+        if self.blocks is not None:
+            start["blocks"] = torch.zeros_like(self.blocks)
+            if self.diag is None:
+                start["blocks"].diagonal(dim1=-2, dim2=-1).fill_(1)
+        return start
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows [..., H · D] times W of each head."""
@@ -127,9 +141,10 @@ class HeadWeights(Fp32Module):
         return project(rows, diag, None if self.blocks is None else self.blocks.flatten(0, 1))
 
     def _load_from_state_dict(self, state_dict, prefix, *arguments):
-        """A state without weights, that of an ordinary layer, leaves them as they are."""
-        for name, parameter in self.named_parameters(recurse=False):
-            state_dict.setdefault(prefix + name, parameter.detach())
+        """A state without any of these weights is that of an ordinary layer, which has W = 1."""
+        start = self._start()
+        if not any(prefix + name in state_dict for name in start):
+            state_dict.update({prefix + name: value for name, value in start.items()})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
@@ -137,16 +152,18 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
     """:class:`torch.nn.MultiheadAttention` with scores ``q W kᵀ``, W = diag(w) + blockdiag(B) of each head.
 
     A drop-in: all arguments, results and parameters are those of PyTorch's layer, whose state_dict loads strictly and
-    gives the same results, because training starts at w = 1, B = 0.
+    gives the same results: without ``structure.diag`` and ``structure.blocks`` it sets w = 1, B = 0.
 
     W is applied to the weights that make q, ``(x A + c) W = x (A W) + c W``, at O(E² b) whatever the batch; PyTorch's
-    own function does the rest, by its fused attention where ``need_weights=False``.
+    own function does the rest, by its fused attention where ``need_weights=False``. Not for ``torch.jit.script``.
+    :class:`torch.nn.Transformer` sets the parameters of a custom encoder anew: call ``structure.reset_parameters()``
+    afterwards.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             PyTorch's layer.
-        block_size: b, channels of a block; divides the ``embed_dim / num_heads`` channels of a head. None leaves the
-            block term out.
+        block_size: b, channels of a block; divides the ``embed_dim / num_heads`` channels of a head. "auto": the
+            largest such divisor up to 16. None leaves the block term out.
         diagonal: learn the weight w of each channel. Without it, B starts at the identity.
 
     Attributes:
@@ -173,12 +190,15 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
         device=None,
         dtype=None,
         *,
-        block_size: int | None = 16,
+        block_size: int | str | None = "auto",
         diagonal: bool = True,
     ):
         _checks.flag(diagonal, "diagonal")
         arguments = (bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
         super().__init__(embed_dim, num_heads, dropout, *arguments)
+        if isinstance(block_size, str):
+            _checks.choice(block_size, "block_size", ("auto",))
+            block_size = max(b for b in range(1, 17) if self.head_dim % b == 0)
         if block_size is not None:
             _checks.positive_int(block_size, "block_size")
             if self.head_dim % block_size:
@@ -188,6 +208,13 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
         # nn.TransformerEncoderLayer and the like run fused kernels of the parameters alone, which know no W, unless
         # this says that there are three weights.
         self._qkv_same_embed_dim = False
+
+    def _reset_parameters(self):
+        self._qkv_same_embed_dim = self.in_proj_weight is not None
+        super()._reset_parameters()
+        self._qkv_same_embed_dim = False
+        if hasattr(self, "structure"):
+            self.structure.reset_parameters()
 
     def forward(
         self,
@@ -201,6 +228,10 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(output, attention weights or None); arguments and shapes as in PyTorch's layer."""
+        if query.is_nested:
+            if not (key is query and value is query) or key_padding_mask is not None or need_weights:
+                raise ValueError("query: expected a nested tensor only as query, key and value in one, without weights")
+            return self._nested(query, attn_mask, is_causal), None
         transposed = self.batch_first and query.dim() == 3
         if transposed:
             query, key, value = _transposed(query, key, value)
@@ -240,6 +271,17 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
             **options,
         )
         return output.transpose(1, 0) if transposed else output, weights
+
+    def _nested(self, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Self-attention of a nested tensor, which nn.TransformerEncoder makes of padded ones for inference."""
+        lengths = [t.shape[0] for t in query.unbind()]
+        padded = torch.nested.to_padded_tensor(query, 0.0)
+        places = torch.arange(padded.shape[1], device=padded.device)
+        mask = places >= torch.tensor(lengths, device=padded.device)[:, None]
+        if not self.batch_first:
+            raise ValueError("query: expected batch_first=True for a nested tensor")
+        output, _ = self.forward(padded, padded, padded, mask, False, attn_mask, is_causal=is_causal)
+        return torch.nested.as_nested_tensor([t[:n] for t, n in zip(output, lengths, strict=True)])
 
 
 def _transposed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

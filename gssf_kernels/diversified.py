@@ -72,8 +72,8 @@ class DiversifiedAttention(nn.Module):
         Args:
             local: F [B, L, D_in] float.
             whole: g [B, D_in].
-            mask: [B, L] bool, True for the features that take part; None: all. An instance without any is represented
-                by its global feature alone, and has no penalty.
+            mask: [B, L] bool, True for the features that take part; None: all. For an instance without any, A_k F is
+                0, and it has no penalty.
 
         Raises:
             TypeError, ValueError: the argument that is wrong, what was expected and what came.
@@ -87,9 +87,10 @@ class DiversifiedAttention(nn.Module):
         if mask is None:
             mask = torch.ones(local.shape[:2], dtype=torch.bool, device=local.device)
         check_mask(mask, "mask", local.shape[:2], local.device)
+        local = torch.where(mask[:, :, None], local, 0)  # what is masked, NaN even, reaches no gradient
         logits = torch.tanh(self.hidden(local)) @ self.queries.mT  # [B, L, K]
         attention = masked_softmax(logits.mT, mask[:, None, :])  # [B, K, L]
-        features = attention.to(local.dtype) @ torch.where(mask[:, :, None], local, 0)  # [B, K, D_in]
+        features = attention.to(local.dtype) @ local  # [B, K, D_in]
         combined = self.norm(self.whole(whole)[:, None] + self.local(features))
         return DiversifiedRepresentations(combined.transpose(0, 1), attention, self._penalty(attention, mask.any(1)))
 

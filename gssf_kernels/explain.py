@@ -50,6 +50,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
     require grad, or to all floating inputs if none does. Under ``torch.no_grad()`` there is no backward. The gradient
     that it starts from is not counted.
 
+    Where a route depends on values that a CPU would read (few pairs of equal id), the one without reading is described.
+
     Counted are:
 
     * launches (CUDA): Triton's, and one for each op of PyTorch that is not a view (a sort really launches several).

@@ -17,7 +17,7 @@ from gssf_kernels.ops.segments import gather
 from gssf_kernels.ops.sums import Term, score_sums
 
 
-def every_negative(inputs: PairedInputs, margin: float, reduction: str) -> Tensor:
+def every_negative(inputs: PairedInputs, margin: float | Tensor, reduction: str) -> Tensor:
     """``triplet_loss(negatives="all")``: a scalar, or a vector for "none"."""
     x, y, pairing, symmetric, limits, positive_score = inputs
     ids = pairing.x_ids, pairing.y_ids
@@ -36,7 +36,14 @@ def every_negative(inputs: PairedInputs, margin: float, reduction: str) -> Tenso
 
 
 def _rows(
-    x: Tensor, y: Tensor, margin: float, rows: Tensor, cols: Tensor, kind: str, ids: tuple, limit: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    margin: float | Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    kind: str,
+    ids: tuple,
+    limit: Tensor | None,
 ) -> Tensor:
     """The terms of the rows' direction, of each pair (rows, cols) [P], -1 for one that does not count.
 

@@ -21,6 +21,7 @@ from gssf_kernels.ops import anchor_terms
 from gssf_kernels.ops.edges import hardest_of_edges
 from gssf_kernels.ops.mining import PairedInputs
 from gssf_kernels.ops.pairing import Pairing
+from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
 
 Metrics = StructuredSimilarity | Sequence[StructuredSimilarity] | nn.ModuleList | None
@@ -46,7 +47,7 @@ def graph_pattern_loss(
 
     n_i is the hardest negative of row i of node p among the rows of node q, n'_i that of row i of q among those of p.
     Nodes are numbered xs first: node k < K_x is xs[k], node K_x + k is ys[k]. With one node each and edges="cross"
-    this is :func:`~gssf_kernels.triplet_loss`, to the bit.
+    this is :func:`~gssf_kernels.triplet_loss`: to the bit with "sum" or "mean", without weights and metric.
 
     Args:
         xs: [K_x, N, D] float.
@@ -86,7 +87,7 @@ def graph_pattern_loss(
     count, n = edges.shape[0], xs.shape[1]
     margins = _margins(margin, count, xs)
     if weights is not None:
-        _check_of_edges(weights, "weights", count, xs)
+        _check_of_edges(weights, "weights", count, xs.device)
     metric = _metrics(metric, normalize, count, xs, ys)
     xs, ys = _checks.autocast(xs, ys)
     ids = None if ids is None else _checks.labels(ids, "ids", n, xs.device)
@@ -94,10 +95,11 @@ def graph_pattern_loss(
     if weights is None and isinstance(margins, float) and not return_edges and reduction != "none" and count and n:
         return _total(a, b, places, ids, margins, negatives, reduction)
     if negatives == "all":
-        terms = _every_negative(a, b, places, ids, margins, "none")
+        of_edges = _every_negative(a, b, places, ids, margins, "none")
+        terms = torch.stack(of_edges) if of_edges else (a.sum() + b.sum()).expand(0, n)
     else:
         positive, rows, cols = _statistics(a, b, places, ids, negatives == "semihard")
-        positive = positive - (margins if isinstance(margins, float) else margins[:, None])
+        positive = positive - (margins if isinstance(margins, float) else margins[:, None].to(positive.dtype))
         terms = anchor_terms(positive.flatten(), rows.flatten(), cols.flatten(), "hinge", [0.0], "none")
         terms = terms.view(count, n)
     weighted = terms if weights is None else weights[:, None].to(terms.dtype) * terms
@@ -112,7 +114,7 @@ def graph_pattern_loss(
 def _total(a, b, edges, ids, margin: float, negatives: str, reduction: str) -> Tensor:
     """The loss without weights, summed by the ops of the triplet loss."""
     if negatives == "all":
-        return _every_negative(a, b, edges, ids, margin, reduction).sum()
+        return torch.stack(_every_negative(a, b, edges, ids, margin, reduction)).sum()
     positive, rows, cols = (t.flatten() for t in _statistics(a, b, edges, ids, negatives == "semihard"))
     total = anchor_terms(positive, rows, cols, "hinge", [margin], reduction)
     return total * edges.shape[0] if reduction == "mean" and edges.shape[0] != 1 else total
@@ -120,12 +122,7 @@ def _total(a, b, edges, ids, margin: float, negatives: str, reduction: str) -> T
 
 def _check_nodes(xs, ys) -> None:
     for t, name in ((xs, "xs"), (ys, "ys")):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor [K, N, D], got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
-        if t.dim() != 3:
-            raise ValueError(f"{name}: expected shape [K, N, D], got {list(t.shape)}")
+        _checks.floating(t, name, "[K, N, D]")
     _checks.alike(ys, "ys", xs, "xs")
     if xs.shape[1:] != ys.shape[1:]:
         raise ValueError(f"ys: expected the N and D of xs {list(xs.shape)}, got {list(ys.shape)}")
@@ -146,6 +143,7 @@ def _edges(edges, kx: int, ky: int, device: torch.device) -> Tensor:
         raise TypeError(f"edges: expected an integer dtype (not uint64 or bool), got {edges.dtype}")
     if edges.dim() != 2 or edges.shape[1] != 2:
         raise ValueError(f"edges: expected shape [E, 2], got {list(edges.shape)}")
+    edges = edges.to(torch.int64)
     inside = (edges >= 0) & (edges < nodes) & (edges[:, :1] != edges[:, 1:])
     if _checks.readable(edges):
         if not bool(inside.all()):
@@ -154,25 +152,31 @@ def _edges(edges, kx: int, ky: int, device: torch.device) -> Tensor:
     elif edges.device.type == "cuda":
         torch._assert_async(inside.all(), "edges: expected two different nodes, got one that is out of range or twice")
         edges = edges.clamp(0, nodes - 1)
-    return edges.to(device, torch.int64).contiguous()
+    return edges.to(device).contiguous()
 
 
-def _check_of_edges(t, name: str, count: int, like: Tensor) -> None:
+def _check_of_edges(t, name: str, count: int | None = None, device: torch.device | None = None) -> None:
+    """t is a floating vector, of ``count`` edges and on the device unless they are None."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-        raise TypeError(f"{name}: expected a floating tensor [{count}], one number for each edge, got {got}")
-    if t.shape != (count,):
-        raise ValueError(f"{name}: expected shape [{count}], one number for each edge, got {list(t.shape)}")
-    if t.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {t.device}")
+        raise TypeError(f"{name}: expected a floating tensor [E], one number for each edge, got {got}")
+    if t.dim() != 1 or (count is not None and t.shape[0] != count):
+        size = "E" if count is None else count
+        raise ValueError(f"{name}: expected shape [{size}], one number for each edge, got {list(t.shape)}")
+    if device is not None and t.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {t.device}")
+
+
+def _check_margins(margin: Tensor) -> None:
+    if _checks.readable(margin) and not bool(((margin >= 0) & margin.isfinite()).all()):
+        raise ValueError(f"margin: expected finite numbers >= 0, got {margin.tolist()}")
 
 
 def _margins(margin, count: int, like: Tensor) -> float | Tensor:
     if not isinstance(margin, Tensor):
         return _checks.non_negative(margin, "margin")
-    _check_of_edges(margin, "margin", count, like)
-    if _checks.readable(margin) and not bool(((margin >= 0) & margin.isfinite()).all()):
-        raise ValueError(f"margin: expected finite numbers >= 0, got {margin.tolist()}")
+    _check_of_edges(margin, "margin", count, like.device)
+    _check_margins(margin)
     return margin.detach()
 
 
@@ -231,19 +235,17 @@ def _statistics(a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, semihar
     return p, rows, cols
 
 
-def _every_negative(a, b, edges: Tensor, ids: Tensor | None, margins: float | Tensor, reduction: str) -> Tensor:
-    """The terms over every negative [E, N], or their sum or mean [E]: a sweep for each edge."""
-    count, n = edges.shape[0], a.shape[1]
-    if not count:
-        return (a.sum() + b.sum()).expand(0, n)
-    each = [margins] * count if isinstance(margins, float) else margins.tolist()
+def _every_negative(
+    a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, margins: float | Tensor, reduction: str
+) -> list[Tensor]:
+    """The terms of each edge over every negative [N], or their sum or mean: a sweep for each edge."""
     pairing = Pairing("rows", ids, ids)
-    return torch.stack(
-        [
-            every_negative(PairedInputs(a[p], b[q], pairing, True, (None, None)), m, reduction)
-            for (p, q), m in zip(edges.tolist(), each, strict=True)
-        ]
-    )
+    terms = []
+    for e in range(edges.shape[0]):
+        left, right = (t.index_select(0, end)[0] for t, end in zip((a, b), edges[e].split(1), strict=True))
+        margin = margins if isinstance(margins, float) else margins[e].to(accumulation_dtype(a.dtype))
+        terms.append(every_negative(PairedInputs(left, right, pairing, True, (None, None)), margin, reduction))
+    return terms
 
 
 class GraphPatternLoss(nn.Module):
@@ -283,11 +285,24 @@ class GraphPatternLoss(nn.Module):
         self.margin = 0.0 if isinstance(margin, Tensor) else _checks.non_negative(margin, "margin")
         if isinstance(edges, str):
             _checks.choice(edges, "edges", ("all", "cross"))
+        elif not isinstance(edges, Tensor):
+            _edges(edges, 1, 1, torch.device("cpu"))  # raises
         self.edges = "listed" if isinstance(edges, Tensor) else edges
-        for name, t in (("margins", margin), ("pairs", edges), ("weights", weights)):
-            self.register_buffer(name, t.detach().clone() if isinstance(t, Tensor) else None)
+        if weights is not None:
+            _check_of_edges(weights, "weights")
+        if isinstance(margin, Tensor):
+            _check_of_edges(margin, "margin")
+            _check_margins(margin)
+        for name, value in (("margins", margin), ("pairs", edges), ("weights", weights)):
+            self.register_buffer(name, value.detach().clone() if isinstance(value, Tensor) else None)
         if isinstance(metric, str) or not isinstance(metric, (Sequence, nn.ModuleList)):
             check_metric(metric)
+        for each in () if metric is None or isinstance(metric, StructuredSimilarity) else metric:
+            if each is None:
+                raise TypeError("metric: expected a StructuredSimilarity for each edge, got None")
+            check_metric(each)
+        if normalize and metric is not None:
+            raise ValueError("normalize: expected False with a metric, which has its own, got True")
         self.metric = nn.ModuleList(metric) if isinstance(metric, Sequence) else metric
         self.negatives, self.reduction = negatives, reduction
         self.normalize, self.return_edges = normalize, return_edges

@@ -302,9 +302,10 @@ class LogSumExp(Function):
 
     @staticmethod
     def backward(ctx, _row_max, drow, _col_max, dcol, dpositive, _kept):
-        a, b, scale, *statistics, kept, a_labels, b_labels, bounds = ctx.saved_tensors[:11]
+        saved = ctx.saved_tensors  # read once: checkpointing without re-entrance forbids a second time
+        a, b, scale, *statistics, kept, a_labels, b_labels, bounds = saved[:11]
         columns, exclude_self, paired, ignore = ctx.flags
-        a_ids, b_ids, col_bias, *mask = ctx.saved_tensors[11:]
+        a_ids, b_ids, col_bias, *mask = saved[11:]
         selection = columns, exclude_self, a_ids, b_ids, col_bias, paired, ignore, *mask
         needs = list(ctx.needs_input_grad[:3])
         score, constants, leave_out = ctx.by_label

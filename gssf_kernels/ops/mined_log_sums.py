@@ -5,7 +5,8 @@
 
 l needs the scores of the positives alone. With it one pass over all scores has the negatives' log-sum and its largest
 logit, from which u follows but for rounding. Rows of which a positive is so close to u that rounding could decide are
-mined again, exactly. The positives' log-sum is then one over their scores, which have the bits of the pass.
+mined again, exactly. If no negative of a row counts, no positive does either: n <= min p − ε says n + ε <= p, though
+not always of rounded sums. The positives' log-sum is then one over their scores, which have the bits of the pass.
 """
 
 from typing import Any

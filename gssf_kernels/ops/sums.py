@@ -248,10 +248,11 @@ class _ScoreSums(Function):
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * len(Call._fields)
-        *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = ctx.saved_tensors[:11]
+        saved = ctx.saved_tensors  # read once: checkpointing without re-entrance forbids a second time
+        *gradients, a, b, scale, bias, a_ids, b_ids, positive_score = saved[:11]
         needs = ctx.needs_input_grad[:4]
         inputs = (a, b, scale, bias, *ctx.numbers, a_ids, b_ids)
-        mask = (*ctx.flags, *ctx.saved_tensors[11:])
+        mask = (*ctx.flags, *saved[11:])
         call = BackwardCall._make((grad_out, *gradients, *inputs, *ctx.options, list(needs[:2]), positive_score, *mask))
         grads = last_derivative(torch.ops.gssf.score_sums_backward, *call)
         *grads, dpositive = grads

@@ -149,11 +149,56 @@ def test_compiles_whole():
             torch.testing.assert_close(ours.grad, right.grad)
 
 
+def test_numbers_of_edges_in_any_dtype():
+    xs, ys = nodes(2, 1, 6, 8, torch.float32)
+    for negatives in ("hardest", "all"):
+        right = gk.graph_pattern_loss(xs, ys, margin=0.25, negatives=negatives)
+        for dtype in (torch.float64, torch.float16):
+            margin, weights = torch.full((3,), 0.25, dtype=dtype), torch.ones(3, dtype=dtype)
+            loss = gk.graph_pattern_loss(xs, ys, margin=margin, weights=weights, negatives=negatives)
+            torch.testing.assert_close(loss, right)
+        for dtype in (torch.int8, torch.int32, torch.uint16, torch.uint32):
+            edges = torch.tensor([[0, 1], [0, 2], [1, 2]]).to(dtype)
+            assert gk.graph_pattern_loss(xs, ys, margin=0.25, negatives=negatives, edges=edges) == right
+
+
+def test_a_call_explained():
+    """All edges are one sweep and one merge; with every negative, sums for each edge."""
+    xs, ys = (torch.empty(2, 512, 64, device="meta") for _ in range(2))
+    for negatives, calls in (("hardest", 1), ("semihard", 2), ("all", 6)):
+        ops = {op.name: op for op in gk.explain(gk.graph_pattern_loss, xs, ys, negatives=negatives).forward.ops}
+        op = ops["score_sums" if negatives == "all" else "hardest_negatives"]
+        assert op.calls == calls
+        if negatives != "all":
+            assert op.launches == {"sweep_kernel": calls, "merge_kernel": calls}
+        assert gk.explain(gk.graph_pattern_loss, *(torch.ones(2, 9, 4) for _ in range(2)), negatives=negatives)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"weights": 3.0}, TypeError, "weights: .*got float"),
+        ({"weights": [1.0]}, TypeError, "weights: .*got list"),
+        ({"weights": torch.ones(2, 2)}, ValueError, "weights: "),
+        ({"margin": torch.tensor([-1.0])}, ValueError, "margin: expected finite numbers >= 0"),
+        ({"margin": -1.0}, ValueError, "margin: .*got -1.0"),
+        ({"edges": [(0, 1)]}, TypeError, "edges: .*got list"),
+        ({"edges": "some"}, ValueError, "edges: .*got 'some'"),
+        ({"metric": [None]}, TypeError, "metric: .*got None"),
+        ({"metric": [torch.nn.Linear(2, 2)]}, TypeError, "metric: .*got Linear"),
+        ({"metric": metric(0), "normalize": True}, ValueError, "normalize: .*got True"),
+    ],
+)
+def test_bad_settings(settings, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        gk.GraphPatternLoss(**settings)
+
+
 X, Y = torch.ones(2, 4, 3), torch.ones(1, 4, 3)
 BAD = [
     ({"xs": torch.ones(4, 3)}, ValueError, r"xs: expected shape \[K, N, D\], got \[4, 3\]"),
     ({"xs": [X]}, TypeError, "xs: expected a tensor .*got list"),
-    ({"xs": X.long()}, TypeError, "xs: expected a floating dtype, got torch.int64"),
+    ({"xs": X.long()}, TypeError, "xs: expected dtype .*got torch.int64"),
     ({"ys": torch.ones(1, 5, 3)}, ValueError, r"ys: expected the N and D of xs \[2, 4, 3\], got \[1, 5, 3\]"),
     ({"ys": Y.double()}, TypeError, "ys: .*got torch.float64"),
     ({"margin": -0.1}, ValueError, "margin: .*got -0.1"),

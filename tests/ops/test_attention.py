@@ -210,6 +210,36 @@ def test_a_transformer_does_not_pass_by_the_weights():
         assert not torch.allclose(encoder(x), right, atol=1e-3)
 
 
+def test_an_encoder_that_makes_nested_tensors():
+    """nn.TransformerEncoder decides when it is built that padded batches become nested tensors in inference."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(3, 6, 8), torch.arange(6) > torch.tensor([[3], [4], [5]])
+    with torch.no_grad():
+        right = encoder(x, src_key_padding_mask=padding)
+        for layer in encoder.layers:
+            attention = gk.StructuredMultiheadAttention(8, 2, batch_first=True)
+            attention.load_state_dict(layer.self_attn.state_dict())
+            layer.self_attn = attention.eval()
+        ours = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(torch.where(padding[:, :, None], 0, ours), torch.where(padding[:, :, None], 0, right))
+
+
+def test_parameters_are_set_again():
+    layer = gk.StructuredMultiheadAttention(24, 4)
+    assert layer.structure.blocks.shape == (4, 1, 6, 6)  # the largest divisor of 6 channels up to 16
+    nn.init.normal_(layer.structure.diag)
+    layer._reset_parameters()
+    assert (layer.structure.diag == 1).all()
+    plain = nn.MultiheadAttention(24, 4)
+    nn.init.normal_(layer.structure.diag)
+    layer.load_state_dict(plain.state_dict())
+    assert (layer.structure.diag == 1).all()
+    partial = {name: t for name, t in layer.state_dict().items() if not name.endswith("blocks")}
+    with pytest.raises(RuntimeError, match=r"structure\.blocks"):
+        layer.load_state_dict(partial)
+
+
 def test_a_cast_layer_keeps_its_structure_in_fp32():
     layer = gk.StructuredMultiheadAttention(32, 2, batch_first=True).bfloat16()
     assert layer.structure.diag.dtype == layer.structure.blocks.dtype == torch.float32

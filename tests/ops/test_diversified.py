@@ -62,9 +62,13 @@ def test_what_is_masked_does_not_matter():
     spoiled = torch.where(mask[:, :, None], local, torch.nan)
     for ours, right in zip(layer()(spoiled, whole, mask), layer()(local, whole, mask), strict=True):
         assert torch.equal(ours, right)
-    grads = torch.autograd.grad(layer()(spoiled, whole, mask).representations.sum(), local)[0]
-    assert grads.isfinite().all()
-    assert not grads[~mask].any()
+    attention = layer()
+    result = attention(spoiled, whole, mask)
+    of_local, *of_weights = torch.autograd.grad(
+        result.representations.square().sum() + result.penalty, (local, *attention.parameters())
+    )
+    assert all(t.isfinite().all() for t in (of_local, *of_weights))
+    assert not of_local[~mask].any()
 
 
 def test_maps_of_one_place_each_have_no_penalty():

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import gssf_kernels as gk
@@ -93,3 +94,24 @@ def test_exported_with_a_dynamic_batch(name):
     for n in (2, 64, 700):
         inputs = batch(n)
         torch.testing.assert_close(loaded(*inputs), module(*inputs))
+
+
+CHECKPOINTED = {
+    "triplet, all": lambda x, y: gk.triplet_loss(x, y, negatives="all"),
+    "info_nce": lambda x, y: gk.info_nce_loss(x, y, scale=4.0),
+    "sigmoid": lambda x, y: gk.sigmoid_loss(x, y, scale=4.0, bias=-1.0),
+    "multi-similarity": lambda x, y: gk.multi_similarity_loss(x, torch.arange(6) // 2, epsilon=0.1),
+    "graph": lambda x, y: gk.graph_pattern_loss(x[None], y[None], negatives="all"),
+    "distillation": lambda x, y: gk.relational_distillation_loss(
+        x, y, y, lam=0.5, tau=1.0, metric=gk.StructuredSimilarity(8, 4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpointed_without_reentrance(name):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 8, generator=generator, requires_grad=True) for _ in range(2))
+    right = torch.autograd.grad(CHECKPOINTED[name](x, y), x)
+    loss = torch.utils.checkpoint.checkpoint(CHECKPOINTED[name], x, y, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), right)
