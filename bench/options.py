@@ -98,10 +98,10 @@ def graph_pattern(nodes: int = 4, n: int = 2048, d: int = 256) -> dict[str, Way]
 
     def plain():
         sides, total = [*xs, *ys], torch.zeros(())
-        own = torch.eye(n, dtype=torch.bool)
+        diagonal = torch.eye(n, dtype=torch.bool)
         for p, q in itertools.combinations(sides, 2):
             s = p @ q.mT
-            positive, negative = s.diagonal(), s.masked_fill(own, -torch.inf)
+            positive, negative = s.diagonal(), s.masked_fill(diagonal, -torch.inf)
             for hardest in (negative.amax(1), negative.amax(0)):
                 total = total + (0.2 + hardest - positive).relu().sum()
         return total

@@ -308,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
 
 // The same of each of a graph's edges, (left, right) [E, 2]: of the rows a[left] and b[right] of a [L, N, D] and b
 // [R, M, D]. Limits are [E, N] and [E, M], and results have a leading dimension E.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives_of_edges(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_of_edges(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
     std::string_view route, bool paired, bool columns, const std::optional<Tensor>& pair_starts,
     const std::optional<Tensor>& pair_cols, const std::optional<Tensor>& row_limit,
@@ -387,7 +387,7 @@ Tensor exact_pair_scores(const Tensor& a, const Tensor& b, const Tensor& rows, c
 }
 
 TORCH_LIBRARY_IMPL(gssf, CPU, library) {
-  library.impl("hardest_negatives", hardest_negatives_of_edges);
+  library.impl("hardest_negatives", hardest_of_edges);
   library.impl("relative_negatives", relative_negatives);
 }
 

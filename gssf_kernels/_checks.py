@@ -145,6 +145,14 @@ def labels(value, name: str, count: int, device: torch.device) -> torch.Tensor:
     return value
 
 
+def index_pairs(value, name: str, count: str) -> None:
+    """``value`` is a tensor [count, 2] of integers."""
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected an integer dtype (not uint64 or bool), got {value.dtype}")
+    if value.dim() != 2 or value.shape[1] != 2:
+        raise ValueError(f"{name}: expected shape [{count}, 2], got {list(value.shape)}")
+
+
 def index(value, name: str, count: int, device: torch.device | None = None) -> None:
     """``value`` is an int64 vector of ``count`` entries, on ``device`` unless that is None."""
     if not isinstance(value, torch.Tensor):
@@ -222,6 +230,17 @@ def flag(value, name: str) -> None:
     """``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def mask(value, name: str, shape, device: torch.device) -> None:
+    """``value`` is a bool tensor of that shape and device."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a bool tensor {list(shape)}, True for what takes part, got {got}")
+    if value.shape != tuple(shape):
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
 def true_permutation(permutation: torch.Tensor, name: str = "permutation") -> None:

@@ -274,12 +274,12 @@ class StructuredMultiheadAttention(nn.MultiheadAttention):
 
     def _nested(self, query: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """Self-attention of a nested tensor, which nn.TransformerEncoder makes of padded ones for inference."""
+        if not self.batch_first:
+            raise ValueError("query: expected batch_first=True for a nested tensor")
         lengths = [t.shape[0] for t in query.unbind()]
         padded = torch.nested.to_padded_tensor(query, 0.0)
         places = torch.arange(padded.shape[1], device=padded.device)
         mask = places >= torch.tensor(lengths, device=padded.device)[:, None]
-        if not self.batch_first:
-            raise ValueError("query: expected batch_first=True for a nested tensor")
         output, _ = self.forward(padded, padded, padded, mask, False, attn_mask, is_causal=is_causal)
         return torch.nested.as_nested_tensor([t[:n] for t, n in zip(output, lengths, strict=True)])
 

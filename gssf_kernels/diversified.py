@@ -86,10 +86,10 @@ class DiversifiedAttention(nn.Module):
             raise ValueError(f"whole: expected shape [{local.shape[0]}, {self.in_dim}], got {list(whole.shape)}")
         if mask is None:
             mask = torch.ones(local.shape[:2], dtype=torch.bool, device=local.device)
-        check_mask(mask, "mask", local.shape[:2], local.device)
+        _checks.mask(mask, "mask", local.shape[:2], local.device)
         local = torch.where(mask[:, :, None], local, 0)  # what is masked, NaN even, reaches no gradient
         logits = torch.tanh(self.hidden(local)) @ self.queries.mT  # [B, L, K]
-        attention = masked_softmax(logits.mT, mask[:, None, :])  # [B, K, L]
+        attention = _masked_softmax(logits.mT, mask[:, None, :])  # [B, K, L]
         features = attention.to(local.dtype) @ local  # [B, K, D_in]
         combined = self.norm(self.whole(whole)[:, None] + self.local(features))
         return DiversifiedRepresentations(combined.transpose(0, 1), attention, self._penalty(attention, mask.any(1)))
@@ -104,22 +104,11 @@ class DiversifiedAttention(nn.Module):
         return f"representations={self.count}"
 
 
-def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """softmax over the last dimension of those that mask [...] says, 0 elsewhere; all 0 where it says none. In fp32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lowest = torch.finfo(logits.dtype).min
     return torch.where(mask, torch.softmax(torch.where(mask, logits, lowest), -1), 0)
-
-
-def check_mask(mask, name: str, shape, device: torch.device) -> None:
-    """``mask`` is a bool tensor of that shape and device."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"{name}: expected a bool tensor {list(shape)}, True for what takes part, got {got}")
-    if mask.shape != tuple(shape):
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {mask.device}")
 
 
 class ModalityClassifier(nn.Module):

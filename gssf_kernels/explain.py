@@ -50,7 +50,7 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
     require grad, or to all floating inputs if none does. Under ``torch.no_grad()`` there is no backward. The gradient
     that it starts from is not counted.
 
-    Where a route depends on values that a CPU would read (few pairs of equal id), the one without reading is described.
+    On the CPU a route may depend on values: few pairs of equal id are listed. Here they are taken to be many.
 
     Counted are:
 

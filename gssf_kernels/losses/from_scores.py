@@ -1,15 +1,13 @@
 """Triplet loss of a matrix of scores that are no product of embeddings: of cross-attention, of fragments.
 
-The formula of :func:`~gssf_kernels.triplet_loss`, whose docstring has its sources. Plain PyTorch: the caller holds the
-matrix, and its gradient is a matrix too.
+The formula of :func:`~gssf_kernels.triplet_loss`, whose docstring has its sources. It is computed as it is defined: the
+caller holds the matrix anyway, and its gradient is a matrix too.
 """
 
-import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, reference
 from gssf_kernels.losses.triplet import NEGATIVES
-from gssf_kernels.ops import anchor_terms
 
 
 def triplet_from_scores(
@@ -42,7 +40,7 @@ def triplet_from_scores(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Extra memory: a copy of the scores with -inf where they are no negatives, and with "all" the terms.
+    Extra memory: a copy of the scores with -inf where they are no negatives; with "semihard" and "all" a few.
 
     Source: VSE++, arXiv 1707.05612.
     """
@@ -53,32 +51,15 @@ def triplet_from_scores(
     _checks.floating(scores, "scores", "[N, M]")
     _checks.score_matrix(scores, "scores")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, scores, scores.mT, "x_ids", "y_ids")
-    s = reference.accumulate(scores)
-    n = s.shape[0]
-    positive_score, same = s.diagonal(), reference.positives(s, s.mT, x_ids, y_ids)
-    directions = [(s, same), (s[:, :n].mT, same[:, :n].mT)][: 1 + symmetric]
-    if negatives == "all":
-        terms = [
-            torch.where(no_negative, 0, reference.hinge(margin + scores - positive_score[:, None])).sum(1)
-            for scores, no_negative in directions
-        ]
-        return reference.reduce(sum(terms, torch.zeros_like(positive_score)), reduction)
-    rows, *cols = (_negative(*side, positive_score, negatives == "semihard") for side in directions)
-    return anchor_terms(positive_score, rows, cols[0] if cols else None, "hinge", [margin], reduction)
-
-
-def _negative(s: Tensor, no_negative: Tensor, positive_score: Tensor, semihard: bool) -> Tensor:
-    """The negative score that each row of s [N, K] is compared with [N]; -inf for none, without gradient."""
-    with torch.no_grad():
-        masked = s.masked_fill(no_negative, -torch.inf)
-        _, index = reference.maxima(masked, 1)
-        if semihard:
-            below, lower = reference.maxima(masked.masked_fill(masked >= positive_score[:, None], -torch.inf), 1)
-            index = torch.where(below == -torch.inf, index, lower)
-    if not s.shape[1]:
-        return s.new_full(s.shape[:1], -torch.inf)
-    score = s.gather(1, index.clamp_min(0)[:, None])[:, 0]
-    return torch.where(index < 0, -torch.inf, score)
+    return reference.triplet_from_scores(
+        scores,
+        margin=margin,
+        negatives=negatives,
+        x_ids=x_ids,
+        y_ids=y_ids,
+        symmetric=symmetric,
+        reduction=reduction,
+    )
 
 
 __all__ = ["triplet_from_scores"]

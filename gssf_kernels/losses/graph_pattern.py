@@ -19,7 +19,7 @@ from gssf_kernels.losses.every_negative import every_negative
 from gssf_kernels.losses.triplet import NEGATIVES
 from gssf_kernels.ops import anchor_terms
 from gssf_kernels.ops.edges import hardest_of_edges
-from gssf_kernels.ops.mining import PairedInputs
+from gssf_kernels.ops.mining import PairedInputs, semihard_limit, semihard_or_hardest
 from gssf_kernels.ops.pairing import Pairing
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
@@ -85,13 +85,13 @@ def graph_pattern_loss(
     kx, ky = xs.shape[0], ys.shape[0]
     edges = _edges(edges, kx, ky, xs.device)
     count, n = edges.shape[0], xs.shape[1]
-    margins = _margins(margin, count, xs)
+    margins = _margins(margin, count, xs.device)
     if weights is not None:
         _check_of_edges(weights, "weights", count, xs.device)
-    metric = _metrics(metric, normalize, count, xs, ys)
+    metrics = _metrics(metric, normalize, count, xs, ys)
     xs, ys = _checks.autocast(xs, ys)
     ids = None if ids is None else _checks.labels(ids, "ids", n, xs.device)
-    a, b, places = _sides(xs, ys, edges, metric)
+    a, b, places = _sides(xs, ys, edges, metrics)
     if weights is None and isinstance(margins, float) and not return_edges and reduction != "none" and count and n:
         return _total(a, b, places, ids, margins, negatives, reduction)
     if negatives == "all":
@@ -128,21 +128,24 @@ def _check_nodes(xs, ys) -> None:
         raise ValueError(f"ys: expected the N and D of xs {list(xs.shape)}, got {list(ys.shape)}")
 
 
+def _check_edges(edges) -> None:
+    if isinstance(edges, str):
+        _checks.choice(edges, "edges", ("all", "cross"))
+    elif isinstance(edges, Tensor):
+        _checks.index_pairs(edges, "edges", "E")
+    else:
+        raise TypeError(f'edges: expected "all", "cross" or a tensor [E, 2] of integers, got {type(edges).__name__}')
+
+
 def _edges(edges, kx: int, ky: int, device: torch.device) -> Tensor:
     """[E, 2] int64 on the device."""
     nodes = kx + ky
+    _check_edges(edges)
     if isinstance(edges, str):
-        _checks.choice(edges, "edges", ("all", "cross"))
         if edges == "all":
             return torch.triu_indices(nodes, nodes, 1, device=device).T.contiguous()
         sides = torch.arange(kx, device=device), torch.arange(kx, nodes, device=device)
         return torch.cartesian_prod(*sides).view(-1, 2)
-    if not isinstance(edges, Tensor):
-        raise TypeError(f'edges: expected "all", "cross" or a tensor [E, 2] of integers, got {type(edges).__name__}')
-    if edges.dtype not in _checks.INTEGERS:
-        raise TypeError(f"edges: expected an integer dtype (not uint64 or bool), got {edges.dtype}")
-    if edges.dim() != 2 or edges.shape[1] != 2:
-        raise ValueError(f"edges: expected shape [E, 2], got {list(edges.shape)}")
     edges = edges.to(torch.int64)
     inside = (edges >= 0) & (edges < nodes) & (edges[:, :1] != edges[:, 1:])
     if _checks.readable(edges):
@@ -167,54 +170,60 @@ def _check_of_edges(t, name: str, count: int | None = None, device: torch.device
         raise ValueError(f"{name}: expected device {device}, got {t.device}")
 
 
-def _check_margins(margin: Tensor) -> None:
-    if _checks.readable(margin) and not bool(((margin >= 0) & margin.isfinite()).all()):
-        raise ValueError(f"margin: expected finite numbers >= 0, got {margin.tolist()}")
-
-
-def _margins(margin, count: int, like: Tensor) -> float | Tensor:
+def _margins(margin, count: int | None = None, device: torch.device | None = None) -> float | Tensor:
+    """margin, checked; count and device as in `_check_of_edges`."""
     if not isinstance(margin, Tensor):
         return _checks.non_negative(margin, "margin")
-    _check_of_edges(margin, "margin", count, like.device)
-    _check_margins(margin)
+    _check_of_edges(margin, "margin", count, device)
+    if _checks.readable(margin) and not bool(((margin >= 0) & margin.isfinite()).all()):
+        raise ValueError(f"margin: expected finite numbers >= 0, got {margin.tolist()}")
     return margin.detach()
 
 
-def _metrics(metric, normalize: bool, count: int, xs: Tensor, ys: Tensor) -> Metrics:
-    """metric and normalize, checked: one metric for all edges, or one for each."""
-    if metric is None or isinstance(metric, StructuredSimilarity):
-        return metric_of(metric, normalize, "graph_pattern_loss", xs.flatten(0, 1), ys.flatten(0, 1))
+def _check_metrics(metric, normalize: bool) -> None:
     if isinstance(metric, str) or not isinstance(metric, (Sequence, nn.ModuleList)):
         check_metric(metric)
-    if normalize:
+    else:
+        for each in metric:
+            check_metric(each)
+            if each is None:
+                raise TypeError("metric: expected a StructuredSimilarity for each edge, got None")
+    if normalize and metric is not None:
         raise ValueError("normalize: expected False with a metric, which has its own, got True")
+
+
+def _metrics(
+    metric, normalize: bool, count: int, xs: Tensor, ys: Tensor
+) -> StructuredSimilarity | list[StructuredSimilarity] | None:
+    """metric and normalize, checked: one metric for all edges, or one for each."""
+    _check_metrics(metric, normalize)
+    if metric is None or isinstance(metric, StructuredSimilarity):
+        return metric_of(metric, normalize, "graph_pattern_loss", xs.flatten(0, 1), ys.flatten(0, 1))
     if len(metric) != count:
         raise ValueError(f"metric: expected one, or one for each of {count} edges, got {len(metric)}")
-    for each in metric:
-        check_metric(each)
-        if each is None:
-            raise TypeError("metric: expected a StructuredSimilarity for each edge, got None")
     return list(metric)
 
 
-def _sides(xs: Tensor, ys: Tensor, edges: Tensor, metric: Metrics) -> tuple[Tensor, Tensor, Tensor]:
+def _sides(
+    xs: Tensor, ys: Tensor, edges: Tensor, metric: StructuredSimilarity | list[StructuredSimilarity] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(a [L, N, D], b [R, N, D], edges [E, 2] between them): the factors of the scores of every edge."""
     nodes = xs if ys.shape[0] == 0 else ys if xs.shape[0] == 0 else torch.cat((xs, ys))
-    if metric is None:
+    if not metric:
         return nodes, nodes, edges
     shape, rows = nodes.shape, nodes.flatten(0, 1)
     if isinstance(metric, StructuredSimilarity):
         a, b = metric.factors(rows, rows)
         return a.view(shape), b.view(shape), edges
-    factors = [
-        each.factors(*(nodes.index_select(0, end)[0] for end in edges[e].split(1)))
-        for e, each in enumerate(metric)
-        if isinstance(each, StructuredSimilarity)
-    ]
-    if not factors:
-        return nodes, nodes, edges
+    factors = [each.factors(*_ends(nodes, nodes, edges[e])) for e, each in enumerate(metric)]
     places = torch.arange(len(factors), device=edges.device)[:, None].expand(-1, 2).contiguous()
     return torch.stack([a for a, _ in factors]), torch.stack([b for _, b in factors]), places
+
+
+def _ends(a: Tensor, b: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+    """(a[p], b[q]) of an edge (p, q) [2], whose values stay on the device."""
+    left, right = (t.index_select(0, end)[0] for t, end in zip((a, b), edge.split(1), strict=True))
+    return left, right
 
 
 def _statistics(a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, semihard: bool) -> tuple[Tensor, ...]:
@@ -226,12 +235,9 @@ def _statistics(a: Tensor, b: Tensor, edges: Tensor, ids: Tensor | None, semihar
     hardest = hardest_of_edges(a, b, edges, ids, route=route)
     p, rows, cols = hardest.positive_score, hardest.row_score, hardest.col_score
     if semihard:
-        below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
-        limited = hardest_of_edges(a, b, edges, ids, below, route)
-        rows, cols = (
-            torch.where(score == -torch.inf, n, score)
-            for score, n in ((limited.row_score, rows), (limited.col_score, cols))
-        )
+        limited = hardest_of_edges(a, b, edges, ids, semihard_limit(p), route)
+        rows = semihard_or_hardest(limited.row_score, rows)
+        cols = semihard_or_hardest(limited.col_score, cols)
     return p, rows, cols
 
 
@@ -242,7 +248,7 @@ def _every_negative(
     pairing = Pairing("rows", ids, ids)
     terms = []
     for e in range(edges.shape[0]):
-        left, right = (t.index_select(0, end)[0] for t, end in zip((a, b), edges[e].split(1), strict=True))
+        left, right = _ends(a, b, edges[e])
         margin = margins if isinstance(margins, float) else margins[e].to(accumulation_dtype(a.dtype))
         terms.append(every_negative(PairedInputs(left, right, pairing, True, (None, None)), margin, reduction))
     return terms
@@ -261,8 +267,8 @@ class GraphPatternLoss(nn.Module):
         TypeError, ValueError: the setting that is wrong, what was expected and what came.
     """
 
-    margins: Tensor | None
-    pairs: Tensor | None
+    margin: float | Tensor
+    edges: str | Tensor
     weights: Tensor | None
 
     def __init__(
@@ -282,27 +288,15 @@ class GraphPatternLoss(nn.Module):
         _checks.reduction(reduction)
         _checks.flag(return_edges, "return_edges")
         _checks.flag(normalize, "normalize")
-        self.margin = 0.0 if isinstance(margin, Tensor) else _checks.non_negative(margin, "margin")
-        if isinstance(edges, str):
-            _checks.choice(edges, "edges", ("all", "cross"))
-        elif not isinstance(edges, Tensor):
-            _edges(edges, 1, 1, torch.device("cpu"))  # raises
-        self.edges = "listed" if isinstance(edges, Tensor) else edges
+        _check_edges(edges)
+        _check_metrics(metric, normalize)
         if weights is not None:
             _check_of_edges(weights, "weights")
-        if isinstance(margin, Tensor):
-            _check_of_edges(margin, "margin")
-            _check_margins(margin)
-        for name, value in (("margins", margin), ("pairs", edges), ("weights", weights)):
-            self.register_buffer(name, value.detach().clone() if isinstance(value, Tensor) else None)
-        if isinstance(metric, str) or not isinstance(metric, (Sequence, nn.ModuleList)):
-            check_metric(metric)
-        for each in () if metric is None or isinstance(metric, StructuredSimilarity) else metric:
-            if each is None:
-                raise TypeError("metric: expected a StructuredSimilarity for each edge, got None")
-            check_metric(each)
-        if normalize and metric is not None:
-            raise ValueError("normalize: expected False with a metric, which has its own, got True")
+        for name, value in (("margin", _margins(margin)), ("edges", edges), ("weights", weights)):
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value.detach().clone())
+            else:
+                setattr(self, name, value)
         self.metric = nn.ModuleList(metric) if isinstance(metric, Sequence) else metric
         self.negatives, self.reduction = negatives, reduction
         self.normalize, self.return_edges = normalize, return_edges
@@ -312,8 +306,8 @@ class GraphPatternLoss(nn.Module):
         return graph_pattern_loss(
             xs,
             ys,
-            margin=self.margin if self.margins is None else self.margins,
-            edges=self.edges if self.pairs is None else self.pairs,
+            margin=self.margin,
+            edges=self.edges,
             weights=self.weights,
             negatives=self.negatives,
             ids=ids,
@@ -324,8 +318,9 @@ class GraphPatternLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        margin = self.margin if self.margins is None else "of each edge"
-        return f"margin={margin}, edges={self.edges!r}, negatives={self.negatives!r}, reduction={self.reduction!r}"
+        margin = "of each edge" if isinstance(self.margin, Tensor) else self.margin
+        edges = f"{self.edges.shape[0]} listed" if isinstance(self.edges, Tensor) else repr(self.edges)
+        return f"margin={margin}, edges={edges}, negatives={self.negatives!r}, reduction={self.reduction!r}"
 
 
 __all__ = ["GraphPatternLoss", "graph_pattern_loss"]

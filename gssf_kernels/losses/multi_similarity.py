@@ -60,9 +60,8 @@ def multi_similarity_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward (with mining two, but on the CPU one if labels have few rows each), three backward; half
-    of each without y and metric. Extra memory: as
-    :func:`~gssf_kernels.logsumexp_scores`.
+    Time: one product forward, three backward; half of each without y and metric. With mining two products forward, but
+    one on the CPU if labels have few rows each. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`.
     """
     alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
     constants = [alpha, beta, _checks.finite(base, "base")]

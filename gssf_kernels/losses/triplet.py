@@ -63,8 +63,8 @@ def triplet_loss(
         negatives: "hardest", "all" or "semihard". "hardest" and "all" are sweeps that never store the N x M matrix; for
             their memory see :func:`~gssf_kernels.hardest_negatives` and :func:`~gssf_kernels.sum_scores`. So is
             "semihard", by two sweeps: the hardest negative that scores less than the pair, or the hardest if there is
-            none. With ``pairs``, "all" and "semihard" list the pairs of equal id and synchronise with the GPU, and the
-            second sweep of "semihard" is taken for every 16 pairs that an anchor has at most.
+            none. With ``pairs``, "all" and "semihard" list the pairs of equal id and synchronise with the GPU. The
+            second sweep of "semihard" compares with up to 16 pairs of each anchor; more pairs take further sweeps.
         pairs: P. None: (i, i), row i of x and row i of y. "ids": every (i, j) of equal id, so that pictures and their
             captions need no repeated rows; (i, i) is then nothing special. Or a tensor [P, 2] of integers, (row of x,
             row of y) each: exactly these; a pair that is listed again counts once.

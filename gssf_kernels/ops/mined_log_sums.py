@@ -19,6 +19,7 @@ from gssf_kernels.ops.labels import hardest_scores, log_sums
 from gssf_kernels.ops.logsumexp import Call, LabelledFactors, LogSumExp
 from gssf_kernels.ops.masks import Selection
 from gssf_kernels.ops.pairing import Pairing, few_as_list
+from gssf_kernels.ops.score_functions import LOGITS
 
 SCORE = "multi_similarity"
 
@@ -73,10 +74,10 @@ def _forward(factors: LabelledFactors, constants: list[float], epsilon: float, r
     bounds = torch.stack((infinite, lower))
     sides = factors.a, None if factors.b is factors.a else factors.b
     call = Call._make((*sides, *logit, *labels, bounds, factors.leave_out, *Selection()))
-    row_max, row_log, *others = torch.ops.gssf.logsumexp_scores(*call)
+    row_max, row_log, *unchanged = torch.ops.gssf.logsumexp_scores(*call)
     bounds[0] = _largest_negatives(factors, constants, epsilon, row_max[1], rows, p) + epsilon
     row_max[0], row_log[0] = _log_sums_of(p, rows, bounds[0], constants)
-    return call, (row_max, row_log, *others)
+    return call, (row_max, row_log, *unchanged)
 
 
 def _largest_negatives(
@@ -101,8 +102,8 @@ def _largest_negatives(
 
 def _log_sums_of(p: Tensor, rows: Tensor, upper: Tensor, constants: list[float]) -> tuple[Tensor, Tensor]:
     """(max, log Σ e^{t − max}) [N] over the positives p [P] of each row that score less than upper [N]."""
-    alpha, _, base = constants
-    t = torch.where(p >= upper[rows], -torch.inf, -alpha * (p - base))  # a NaN counts
+    t, _ = LOGITS[SCORE](p, torch.ones_like(p, dtype=torch.bool), *constants)
+    t = torch.where(p >= upper[rows], -torch.inf, t)  # a NaN counts
     none = upper.new_full(upper.shape, -torch.inf)
     top = none.scatter_reduce(0, rows, t, "amax")
     top = torch.where(top.isnan(), torch.inf, top)  # as the passes store it

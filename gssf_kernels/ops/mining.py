@@ -277,33 +277,36 @@ def semihard(inputs: PairedInputs) -> tuple[Tensor, Tensor, Tensor | None, Mined
     else:
         p, row, col = pair_directions(hardest, listed, columns)
         levels = [levels_of(*anchors) for anchors in zip((listed.rows, listed.cols), counts, strict=False)]
-    below = torch.nextafter(p.detach(), p.new_full((), -torch.inf))
     most = max(t.most for t in levels)
-    bounds = [_limits_below(below, t._replace(most=most), limit) for t, limit in zip(levels, limits, strict=False)]
+    bounds = [_semihard_limits(p, t._replace(most=most), limit) for t, limit in zip(levels, limits, strict=False)]
     scores: tuple[list[Tensor], list[Tensor]] = ([], [])
     for first in range(0, most, plan.LIMITS):
         part = slice(first, first + plan.LIMITS) if most > 1 else 0
-        below_pairs = bounds[0][part], bounds[1][part] if columns else None
-        mined = mine(inputs._replace(limits=below_pairs), route="sweep")
+        limits_of_part = bounds[0][part], bounds[1][part] if columns else None
+        mined = mine(inputs._replace(limits=limits_of_part), route="sweep")
         scores[0].append(mined.row_score.flatten())
         scores[1].append(mined.col_score.flatten())
-    row = _semihard_or_hardest(scores[0], levels[0], row)
-    return p, row, None if col is None else _semihard_or_hardest(scores[1], levels[1], col), hardest
+    if most:
+        row = semihard_or_hardest(gather(torch.cat(scores[0]), levels[0].places()), row)
+        col = None if col is None else semihard_or_hardest(gather(torch.cat(scores[1]), levels[1].places()), col)
+    return p, row, col, hardest
 
 
-def _limits_below(below: Tensor, levels: Levels, limit: Tensor | None) -> Tensor:
-    """The largest score of the semi-hard negatives of each anchor's pairs [most, anchors]; +inf where there is no pair.
+def semihard_limit(p: Tensor) -> Tensor:
+    """The largest number less than each pair's score p: the limit of its semi-hard negatives. No gradient."""
+    return torch.nextafter(p.detach(), p.new_full((), -torch.inf))
 
-    below [P]: of each pair the next number below its score. limit [anchors]: the limit of the anchor's negatives.
+
+def semihard_or_hardest(semihard_score: Tensor, hardest_score: Tensor) -> Tensor:
+    """The semi-hard negative's score, or the hardest's where there is no semi-hard one (-inf)."""
+    return torch.where(semihard_score == -torch.inf, hardest_score, semihard_score)
+
+
+def _semihard_limits(p: Tensor, levels: Levels, limit: Tensor | None) -> Tensor:
+    """The limits of the semi-hard negatives of each anchor's pairs [most, anchors]; +inf where there is no pair.
+
+    p [P]: the pairs' scores. limit [anchors]: the limit of the anchor's negatives.
     """
     pairs = levels.pairs()
-    bounds = torch.where(pairs < 0, torch.inf, gather(below, pairs))
+    bounds = torch.where(pairs < 0, torch.inf, gather(semihard_limit(p), pairs))
     return bounds if limit is None else torch.minimum(bounds, limit)
-
-
-def _semihard_or_hardest(scores: list[Tensor], levels: Levels, hardest: Tensor) -> Tensor:
-    """For each pair [P] its score among those of the levels, or the hardest negative of its anchor if that is -inf."""
-    if not scores:
-        return hardest
-    semihard_score = gather(torch.cat(scores), levels.places())
-    return torch.where(semihard_score == -torch.inf, hardest, semihard_score)

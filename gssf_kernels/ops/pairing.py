@@ -70,10 +70,7 @@ def pairing_of(pairs, x_ids, y_ids, x: Tensor, y: Tensor, names: tuple[str, str,
 
 def _listed(pairs: Tensor, x: Tensor, y: Tensor) -> ListedPairs:
     n, m = x.shape[0], y.shape[0]
-    if pairs.dtype not in _checks.INTEGERS:
-        raise TypeError(f"pairs: expected an integer dtype (not uint64 or bool), got {pairs.dtype}")
-    if pairs.dim() != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs: expected shape [P, 2], got {list(pairs.shape)}")
+    _checks.index_pairs(pairs, "pairs", "P")
     if pairs.device != x.device:
         raise ValueError(f"pairs: expected device {x.device}, got {pairs.device}")
     rows, cols = pairs.to(torch.int64).unbind(1)

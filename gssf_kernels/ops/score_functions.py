@@ -58,16 +58,21 @@ class ByLabel(NamedTuple):
         return ByLabel._make((self.score, self.constants, *bundle))
 
 
+def _choose(positive: Tensor, for_positives: float, for_negatives: float, s: Tensor) -> Tensor:
+    """One of two numbers for each score, in s's dtype: ``torch.where`` of two numbers would round them to fp32."""
+    return torch.where(positive, s.new_full((), for_positives), s.new_full((), for_negatives))
+
+
 def circle(s: Tensor, positive: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor]:
     """t(s) and dt/ds of circle loss: the weight of a score is its distance from the optimum."""
     weight = scale * torch.where(positive, (1 + margin) - s, s + margin).clamp_min(0)
     slope = torch.where(positive, -weight, weight)
-    return slope * (s - torch.where(positive, 1 - margin, margin)), slope
+    return slope * (s - _choose(positive, 1 - margin, margin, s)), slope
 
 
 def multi_similarity(s: Tensor, positive: Tensor, alpha: float, beta: float, base: float) -> tuple[Tensor, Tensor]:
     """t(s) and dt/ds of multi-similarity loss."""
-    slope = torch.where(positive, -alpha, beta).to(s.dtype)
+    slope = _choose(positive, -alpha, beta, s)
     return slope * (s - base), slope
 
 

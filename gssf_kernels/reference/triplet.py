@@ -58,17 +58,8 @@ def triplet_loss(
     positive_score = s[rows, cols]
 
     def terms(s, anchor, same, positive):  # of one direction: scores [N, K] of N anchors -> [P]
-        if anchor.shape[0] == 0:
-            return positive_score
         left = negatives_of(s, same, positive, false_negative_margin)[anchor]  # [P, K], the pair's anchor's negatives
-        p = positive_score[:, None]
-        if negatives == "all":
-            return hinge(margin + left - p).masked_fill(left == -torch.inf, 0).sum(1)
-        hardest = left.max(1).values
-        if negatives == "semihard":
-            semihard = left.masked_fill(left >= p, -torch.inf).max(1).values
-            hardest = torch.where(semihard == -torch.inf, hardest, semihard)
-        return hinge(margin + hardest - positive_score)
+        return terms_of_negatives(left, positive_score, margin, negatives)
 
     per_pair = terms(s, rows, same, positive)
     if symmetric:
@@ -89,20 +80,25 @@ def triplet_from_scores(
     reduction: str = "sum",
 ) -> Tensor:
     """Triplet loss of a matrix of scores; see :func:`gssf_kernels.triplet_from_scores`."""
-    n = scores.shape[0]
-    s, same = accumulate(scores), positives(scores, scores.mT, x_ids, y_ids)
-    p, terms = s.diagonal(), accumulate(scores).new_zeros(n)
-    for side, no_negative in [(s, same), (s[:, :n].mT, same[:, :n].mT)][: 1 + symmetric]:
-        left = side.masked_fill(no_negative, -torch.inf)
-        if negatives == "all":
-            terms = terms + hinge(margin + left - p[:, None]).masked_fill(no_negative, 0).sum(1)
-        elif n:
-            hardest = left.max(1).values
-            if negatives == "semihard":
-                below = left.masked_fill(left >= p[:, None], -torch.inf).max(1).values
-                hardest = torch.where(below == -torch.inf, hardest, below)
-            terms = terms + hinge(margin + hardest - p)
+    s = accumulate(scores)
+    left = s.masked_fill(positives(s, s.mT, x_ids, y_ids), -torch.inf)
+    terms = terms_of_negatives(left, s.diagonal(), margin, negatives)
+    if symmetric:
+        terms = terms + terms_of_negatives(left[:, : s.shape[0]].mT, s.diagonal(), margin, negatives)
     return reduce(terms, reduction)
+
+
+def terms_of_negatives(left: Tensor, p: Tensor, margin: float, negatives: str) -> Tensor:
+    """The terms of one direction [P] for pairs of score p [P]; left [P, K]: their negatives, -inf for what is none."""
+    if p.shape[0] == 0:
+        return p
+    if negatives == "all":
+        return hinge(margin + left - p[:, None]).masked_fill(left == -torch.inf, 0).sum(1)
+    hardest = left.max(1).values
+    if negatives == "semihard":
+        semihard = left.masked_fill(left >= p[:, None], -torch.inf).max(1).values
+        hardest = torch.where(semihard == -torch.inf, hardest, semihard)
+    return hinge(margin + hardest - p)
 
 
 def masks(a, b, a_ids, b_ids, pairs) -> tuple[Tensor, Tensor, Tensor]:

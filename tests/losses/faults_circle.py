@@ -84,4 +84,11 @@ FAULTS = [
         "negative, positive = (row_max + row_log).unbind()",
         tests="losses/test_multi_similarity",
     ),
+    Fault(
+        "labels: constants of logits are rounded to fp32, in PyTorch",
+        "gssf_kernels/ops/score_functions.py",
+        "_choose",
+        "torch.where(positive, s.new_full((), for_positives), s.new_full((), for_negatives))",
+        "torch.where(positive, for_positives, for_negatives).to(s.dtype)",
+    ),
 ]

@@ -1,21 +1,31 @@
 from planting import Fault
 
-LOSS = "gssf_kernels/losses/from_scores.py"
+DEFINITION = "gssf_kernels/reference/triplet.py"
+SCORES = "losses/test_from_scores"
 
 FAULTS = [
     Fault(
         "scores: columns are compared as rows",
-        LOSS,
+        DEFINITION,
         "triplet_from_scores",
-        "(s[:, :n].mT, same[:, :n].mT)",
-        "(s, same)",
+        "left[:, : s.shape[0]].mT",
+        "left",
+        SCORES,
     ),
-    Fault("scores: a tie is semi-hard", LOSS, "_negative", "masked >= positive_score", "masked > positive_score"),
     Fault(
-        "scores: every negative includes the pair",
-        LOSS,
+        "scores: a tie is semi-hard",
+        DEFINITION,
+        "terms_of_negatives",
+        "left >= p[:, None]",
+        "left > p[:, None]",
+        SCORES,
+    ),
+    Fault(
+        "scores: pairs are negatives",
+        DEFINITION,
         "triplet_from_scores",
-        "torch.where(no_negative, 0, ",
-        "torch.where(no_negative, margin, ",
+        "s.masked_fill(positives(s, s.mT, x_ids, y_ids), -torch.inf)",
+        "s",
+        SCORES,
     ),
 ]

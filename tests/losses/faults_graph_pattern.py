@@ -43,7 +43,7 @@ FAULTS = [
     Fault(
         "C++: every edge starts at the left node",
         "csrc/hardest.cpp",
-        "hardest_negatives_of_edges",
+        "hardest_of_edges",
         "right = ends[2 * e + 1]",
         "right = ends[2 * e]",
         NEGATIVES,

@@ -12,8 +12,8 @@ FAULTS = [
         "multi-similarity: positives push and negatives pull, in PyTorch",
         PYTORCH,
         "multi_similarity",
-        "torch.where(positive, -alpha, beta)",
-        "torch.where(positive, alpha, -beta)",
+        "_choose(positive, -alpha, beta, s)",
+        "_choose(positive, alpha, -beta, s)",
         tests=BY_LABEL,
     ),
     Fault(

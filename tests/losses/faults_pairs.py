@@ -9,7 +9,7 @@ FAULTS = [
     Fault("pairs by id: each row's first column alone", PAIRING, "_listed_by_ids", "+ places - starts[rows]", "+ 0"),
     Fault("false negatives below the margin are left out", MINING, "limits_of", "rows + margin", "rows - margin"),
     Fault("lowest positive: without those of equal id", MINING, "lowest_positives", "torch.minimum(*both)", "both[0]"),
-    Fault("semi-hard: a tie with the pair counts", MINING, "semihard", "-torch.inf))", "torch.inf))"),
+    Fault("semi-hard: a tie with the pair counts", MINING, "semihard_limit", "-torch.inf))", "torch.inf))"),
     Fault(
         "a gradient of pairs goes to row i",
         MINING,

@@ -11,6 +11,7 @@ from triton_checks import both_passes, close, few
 
 import gssf_kernels as gk
 from gssf_kernels import plan
+from gssf_kernels.ops.score_functions import LOGITS
 
 NAN, INF = math.nan, math.inf
 
@@ -203,3 +204,21 @@ def test_passes_by_label(score, constants, bounded, leave_out):
     col = col_max, col_sum.log(), torch.randn(2, m)
     for got, expected in both_passes("softmax_pass", (*by_label, *row, *col, torch.empty(n)), (0, 16)):
         close(got, expected, torch.float32, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "constants"), [("circle", (0.3, 7.1)), ("multi_similarity", (0.01, 0.3, 0.7))])
+def test_the_logits_of_the_composite_are_of_the_scores_dtype(score, constants):
+    """Constants that fp32 would round, on fp64 scores: number by number."""
+    s = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    positive = torch.arange(12) % 3 == 0
+    t, slope = LOGITS[score](s, positive, *constants)
+    for k, number in enumerate(s.tolist()):
+        if score == "circle":
+            margin, scale = constants
+            weight = scale * max((1 + margin - number) if positive[k] else (number + margin), 0)
+            derivative, optimum = (-weight, 1 - margin) if positive[k] else (weight, margin)
+        else:
+            alpha, beta, optimum = constants
+            derivative = -alpha if positive[k] else beta
+        assert slope[k].item() == pytest.approx(derivative, rel=1e-14, abs=1e-15)
+        assert t[k].item() == pytest.approx(derivative * (number - optimum), rel=1e-13, abs=1e-15)

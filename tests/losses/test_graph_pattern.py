@@ -129,7 +129,7 @@ def test_the_module_is_the_function():
     settings = {"margin": margins, "edges": LISTED, "weights": weights, "negatives": "semihard", "reduction": "mean"}
     module = gk.GraphPatternLoss(**settings)
     assert module(xs, ys) == gk.graph_pattern_loss(xs, ys, **settings)
-    assert set(module.state_dict()) == {"margins", "pairs", "weights"}
+    assert set(module.state_dict()) == {"margin", "edges", "weights"}
     each = [metric(k) for k in range(10)]
     module = gk.GraphPatternLoss(metric=each, return_edges=True)
     assert len(list(module.parameters())) == 20

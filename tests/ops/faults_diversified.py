@@ -6,7 +6,7 @@ FAULTS = [
     Fault(
         "diversified: masked features take part",
         DIVERSIFIED,
-        "masked_softmax",
+        "_masked_softmax",
         "torch.where(mask, logits, lowest)",
         "logits",
     ),

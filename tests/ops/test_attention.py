@@ -253,9 +253,9 @@ def test_a_cast_layer_keeps_its_structure_in_fp32():
 def test_its_own_state_comes_back():
     _, layer = layers({})
     nn.init.normal_(layer.structure.diag)
-    _, other = layers({})
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.structure.diag, layer.structure.diag)
+    _, loaded = layers({})
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.structure.diag, layer.structure.diag)
     for structure in ({"diagonal": False}, {"diagonal": True}):
         plain, ours = layers({}, **structure)
         ours.load_state_dict(plain.state_dict())

@@ -25,8 +25,8 @@ def some_limits(a, b):
     limits = []
     for t, near in ((s, close), (s.T, close.T)):
         limit = t.quantile(0.65, dim=1).float()
-        above = torch.nextafter(limit, limit.new_tensor(INF))
-        halfway = (limit.double() + above.double()) / 2  # what is above it rounds to a greater number
+        next_number = torch.nextafter(limit, limit.new_tensor(INF))
+        halfway = (limit.double() + next_number.double()) / 2  # what exceeds it rounds to a greater number
         unsure = ((t - halfway[:, None]).abs() <= near).any(1)
         limits.append(torch.where(unsure, INF, limit))
     return limits
