@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
     TORCH_CHECK_VALUE((a.scalar_type() == at::kFloat || a.scalar_type() == at::kHalf) && bf16_unit() != Bf16Unit::none,
                       "route: certified mining takes float32 or float16 and a processor with a bf16 unit");
     TORCH_CHECK_VALUE(!pair_starts && !of.several_limits(),
-                      "route: certified mining takes no listed pairs and no several limits for each anchor");
+                      "route: certified mining takes no listed pairs, and one limit for each anchor");
     rescored = at::zeros({}, rescored.options());
     if (any) rescored.fill_(certified(a, b, of, symmetric, out));
   } else if (route.empty() && any && !pair_starts && !of.several_limits() && certifies(a, b)) {

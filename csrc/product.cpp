@@ -32,7 +32,8 @@ void multiply_packing(const Tensor& x, const Tensor& y, Tensor& out, bool add) {
   const A* a = x.const_data_ptr<A>();
   const T* b = y.const_data_ptr<T>();
   A* c = out.mutable_data_ptr<A>();
-  // The widest tasks, which each read all of x, of which at most one in eight places of all threads stays empty.
+  // Tasks as wide as they can be, because each reads all of x. Threads take rounds of one task each; in all rounds
+  // together at most one place in eight of those tasks may stay empty.
   const int64_t threads = at::get_num_threads();
   int64_t cols = kTaskCols;
   const auto empty = [&](int64_t tasks) { return ceil_div(tasks, threads) * threads - tasks; };

@@ -115,8 +115,8 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            limits = sweep.partial_counts[1:] if several else None
-            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None, repeats=count, several=limits)
+            sizes = sweep.partial_counts[1:] if several else None
+            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None, repeats=count, several=sizes)
         if plan.upper_triangle:
             results = symmetric_results(*results)
         if not call.columns:
@@ -126,7 +126,7 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
 
 @triton.jit
 def edge_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    """`hardest_tile` for one edge: the partials, limits and scores of pairs of an edge stand behind those of others."""
+    """`hardest_tile` for one edge. Partials, limits and scores of pairs are in the order of the edges."""
     inner, sizes = state
     negatives, limits, positive_score, row_score, row_place, col_score, col_place = inner
     edge_blocks, row_partials, col_partials = sizes
