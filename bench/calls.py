@@ -242,6 +242,35 @@ def _positives() -> Iterator[Case]:
             yield Case(name, launcher, make, ("positives_kernel",), product)
 
 
+def _fragments(dtype: torch.dtype, t: int, d: int, masks: bool) -> tuple:
+    a, b = torch.zeros(40, 36, d, dtype=dtype), torch.zeros(24, t, d, dtype=dtype)
+    of = (t.new_zeros(t.shape[:2], dtype=torch.bool) if masks else None for t in (a, b))
+    return a, b, *of, masks  # with masks it is a mean
+
+
+def _fragments_backward(dtype: torch.dtype, t: int, d: int, masks: bool, stored: bool) -> tuple:
+    a, b, *rest = _fragments(dtype, t, d, masks)
+    index = torch.zeros(40, 24, t, dtype=torch.int16) if stored else None
+    return torch.zeros(40, 24), index, a, b, *rest, [True, True]
+
+
+def _late_interactions() -> Iterator[Case]:
+    """Of few words, several captions to a tile; of many, several tiles to a caption."""
+    for product, (dtype, _) in PRODUCTS.items():
+        for t, d, masks in ((20, 200, True), (32, 256, False), (300, 512, True)):
+            name, problem = f"T={t} D={d}{' with masks' if masks else ''}", (dtype, t, d, masks)
+            for keep in (True, False):
+                launcher: Callable = OPS["late_interaction"].on_cuda
+                make = partial(lambda keep, *problem: (*_fragments(*problem), keep), keep, *problem)
+                words = f"late_interaction {name}{' kept' if keep else ''}"
+                yield Case(words, launcher, make, ("late_interaction_kernel",), product)
+            for stored in (True, False):
+                launcher = OPS["late_interaction_backward"].on_cuda
+                make = partial(_fragments_backward, *problem, stored)
+                words = f"late_interaction_backward {name}{' stored' if stored else ''}"
+                yield Case(words, launcher, make, ("regions_gradient_kernel", "words_gradient_kernel"), product)
+
+
 class _Weights(NamedTuple):
     """What a projection has of them."""
 
@@ -356,6 +385,7 @@ CASES = [
     *_relative_goals(),
     *_batch_hards(),
     *_positives(),
+    *_late_interactions(),
     *_projections(),
     *_of_one(),
     *DENSE_CASES,

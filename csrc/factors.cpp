@@ -2,6 +2,8 @@
 #define GSSF_KERNELS "vector_epilogues.h"
 #include "factors.h"
 
+#include <ATen/Context.h>
+
 #include <cmath>
 
 namespace gssf {
@@ -34,6 +36,16 @@ Rounded rounded(const Tensor& x) {
 }
 
 }  // namespace
+
+// Reads the setting by backend, which the older float32MatmulPrecision sets too; reading the older one throws once both
+// have been used.
+bool rounds(const Tensor& a) {
+  if (bf16_unit() == Bf16Unit::none) return false;
+  if (a.scalar_type() == at::kBFloat16) return true;
+  return a.scalar_type() == at::kFloat && bf16_unit() == Bf16Unit::amx &&
+         at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
+             at::Float32Precision::BF16;
+}
 
 Bf16Panels::Bf16Panels(const Tensor& a, const Tensor& b) {
   RECORD_FUNCTION("gssf::stage::pack", {});

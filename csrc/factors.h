@@ -15,6 +15,21 @@ inline bool same(const at::Tensor& x, const at::Tensor& y) {
          x.scalar_type() == y.scalar_type();
 }
 
+// Calls f(A()), where A is the type of the scores of a.
+template <class F>
+void dispatch(const at::Tensor& a, F f) {
+  if (a.scalar_type() == at::kDouble) f(double());
+  else f(float());
+}
+
+inline at::TensorOptions score_options(const at::Tensor& a) {
+  return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+// Whether a and b are multiplied as bf16: if they are bf16, or if they are fp32 and PyTorch's products round it to bf16
+// too.
+bool rounds(const at::Tensor& a);
+
 // Scores of rows i0 .. i0 + n and columns j0 .. j0 + m.
 struct Tile {
   int64_t i0, n, j0, m;

@@ -112,17 +112,6 @@ void merge_symmetric(const RunningMaxima<A>& rows, const RunningMaxima<A>& cols,
   }
 }
 
-// Whether a and b are multiplied as bf16: if they are bf16, or if they are fp32 and PyTorch's products round it to bf16
-// too. This reads the setting by backend, which the older float32MatmulPrecision sets too; reading the older one throws
-// once both have been used.
-bool rounds(const Tensor& a) {
-  if (bf16_unit() == Bf16Unit::none) return false;
-  if (a.scalar_type() == at::kBFloat16) return true;
-  return a.scalar_type() == at::kFloat && bf16_unit() == Bf16Unit::amx &&
-         at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL) ==
-             at::Float32Precision::BF16;
-}
-
 // Limits of anchors in A, and kLimitPadding times +inf behind those of all; empty without limits. A wider score exceeds
 // a limit of fp32 if it does so when rounded: if it is nearer to the next number.
 template <class A>
@@ -248,17 +237,6 @@ int64_t certified(const Tensor& a, const Tensor& b, const Arguments& of, bool sy
 
 // The number of scores from which certified mining is faster. (That for AMX is not yet measured.)
 constexpr int64_t certified_least(Bf16Unit unit) { return unit == Bf16Unit::amx ? 1 << 18 : 1 << 20; }
-
-// Calls f(A()), where A is the type of the scores of a.
-template <class F>
-void dispatch(const Tensor& a, F f) {
-  if (a.scalar_type() == at::kDouble) f(double());
-  else f(float());
-}
-
-at::TensorOptions score_options(const Tensor& a) {
-  return a.options().dtype(a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-}
 
 // (positive_score, row_score, row_index, col_score, col_index, rescored). route: "sweep", "certified", or "" for the
 // faster. rescored: with "certified" how many scores were computed in fp64, else empty.

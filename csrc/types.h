@@ -131,6 +131,30 @@ struct TileTerms {
   Terms<A> rows, cols;
 };
 
+// Scores [regions, columns] of the regions of one picture, rows `row` apart, in whole vectors; mask [regions]: which
+// take part, null for all. best, index [columns]: what is wanted, or null.
+template <class A>
+struct BestRows {
+  const A* s;
+  int64_t row, regions, columns;
+  const bool* mask;
+  A* best;
+  int16_t* index;
+};
+
+// The gradient of one picture and caption, divided by the number of words in a mean; index [words]: each word's best
+// region, or -1; mask [words]: which take part, null for all. source [regions or words, channels] is the other side;
+// rows of it and of sum are `row` apart.
+template <class A>
+struct FragmentGradient {
+  const int16_t* index;
+  const bool* mask;
+  const A* source;
+  A* sum;
+  A weight;
+  int64_t words, dim;
+};
+
 // Edges grouped by destination, in their original order within a group: edge[first[d]:first[d + 1]].
 struct Groups {
   std::vector<int64_t> first, edge;

@@ -16,6 +16,7 @@ from gssf_kernels._library import backends
 from gssf_kernels.attention import StructuredMultiheadAttention, structured_attention
 from gssf_kernels.diversified import DiversifiedAttention, DiversifiedRepresentations, ModalityClassifier
 from gssf_kernels.explain import explain
+from gssf_kernels.fragments import attention_pooling, late_interaction
 from gssf_kernels.losses import (
     BatchHardLoss,
     CircleLoss,
@@ -23,6 +24,7 @@ from gssf_kernels.losses import (
     GoalLoss,
     GraphPatternLoss,
     InfoNCELoss,
+    LateInteractionTripletLoss,
     MultiSimilarityLoss,
     NTXentLoss,
     RelationalDistillationLoss,
@@ -35,6 +37,7 @@ from gssf_kernels.losses import (
     gradient_space_loss,
     graph_pattern_loss,
     info_nce_loss,
+    late_interaction_triplet_loss,
     multi_similarity_loss,
     nt_xent_loss,
     relational_distillation_loss,
@@ -61,6 +64,7 @@ __all__ = [
     "GraphPatternLoss",
     "HardestNegatives",
     "InfoNCELoss",
+    "LateInteractionTripletLoss",
     "ModalityClassifier",
     "MultiSimilarityLoss",
     "NTXentLoss",
@@ -70,6 +74,7 @@ __all__ = [
     "StructuredMultiheadAttention",
     "StructuredSimilarity",
     "TripletLoss",
+    "attention_pooling",
     "backends",
     "batch_hard_loss",
     "circle_loss",
@@ -80,6 +85,8 @@ __all__ = [
     "graph_pattern_loss",
     "hardest_negatives",
     "info_nce_loss",
+    "late_interaction",
+    "late_interaction_triplet_loss",
     "logsumexp_scores",
     "multi_similarity_loss",
     "nt_xent_loss",

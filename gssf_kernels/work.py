@@ -81,9 +81,12 @@ def _rounds(a: torch.Tensor) -> bool:
 
 def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
     """The bytes of a and b that a C++ sweep packs while it runs. The tile of each thread (1 MiB) is not counted."""
-    if name not in ("hardest_negatives", "relative_negatives"):
+    if name not in ("hardest_negatives", "relative_negatives", "late_interaction"):
         return 0
     a, b = arguments["a"], arguments["b"]
+    if name == "late_interaction":
+        a, b = a.flatten(0, 1), b.flatten(0, 1)
+        arguments = {"a": a, "b": b}
     if a.dim() == 3:  # one edge is packed at a time
         a, b = a[0], b[0]
         arguments = {**arguments, "a": a, "b": b, "edges": None}
@@ -108,6 +111,10 @@ def _mined(arguments: Mapping[str, Any]) -> int:
         return 2 * len(arguments["edges"]) * a.shape[1] * b.shape[1] * a.shape[2]
     symmetric = same(a, b) and (a_ids is None or same(a_ids, b_ids))
     return len(a) * len(b) * a.shape[1] * (1 if symmetric else 2)
+
+
+def _interacted(a: torch.Tensor, b: torch.Tensor) -> int:
+    return 2 * a.numel() * b.shape[0] * b.shape[1]
 
 
 def _multiplied(arguments: Mapping[str, Any]) -> int:
@@ -137,6 +144,7 @@ def _gathered(arguments: Mapping[str, Any]) -> int:
 _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "hardest_negatives": _mined,
     "relative_negatives": lambda arguments: 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1],
+    "late_interaction": lambda arguments: _interacted(arguments["a"], arguments["b"]),
     "multiply": _multiplied,
     "project": _projected(lambda arguments: 1),
     "project_backward": _projected(_x_and_blocks),
@@ -175,6 +183,8 @@ def _factors(v: Mapping[str, Any]) -> int:
 KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "sweep_kernel": _swept,
     "gradients_kernel": _gradients,
+    "late_interaction_kernel": lambda v: _interacted(v["a"], v["b"]),
+    "regions_gradient_kernel": lambda v: _interacted(v["a"], v["b"]),  # by 0 and 1
     "relation_tile_kernel": lambda v: v["N"] * v["N"] * sum(v["channels"]),  # upper triangles
     "relation_loss_kernel": lambda v: 0 if v["dh"] is None else 2 * v["N"] * v["N"] * v["D"],
     "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],

@@ -23,6 +23,8 @@ BLOCK = 8  # of the metric's blocks; divides every D
 SPREAD = 0.15  # standard deviation of scores of whole numbers, about
 TWICE = "b = a"
 BETWEEN = "two sides"
+MASKED = "masks"
+REGIONS, WORDS = 33, 17  # of a picture, of a caption
 
 
 class Item(NamedTuple):
@@ -200,6 +202,23 @@ def _graph(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return nodes, {**options, "margin": 0.25}
 
 
+def _fragments(**settings: Any) -> Callable:
+    """About item.n regions of pictures and item.m words of captions, with masks where the variant says so."""
+
+    def make(item: Item, g: torch.Generator) -> tuple[dict, dict]:
+        regions, words = _whole(g, item.n, item.d), _whole(g, item.m, item.d)
+        tensors = {
+            name: rows[: len(rows) // size * size].view(-1, size, item.d)
+            for name, rows, size in (("regions", regions, REGIONS), ("words", words, WORDS))
+        }
+        options = {}
+        if item.variant == MASKED:
+            options = {f"{name}_mask": torch.rand(t.shape[:2], generator=g) > 0.3 for name, t in tensors.items()}
+        return tensors, {**options, **settings}
+
+    return make
+
+
 def _distillation(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     teachers = {"image_teacher": _unit(g, item.n, item.d), "text_teacher": _unit(g, item.n, item.d // 2)}
     numbers = {"lam": torch.tensor(0.3), "tau": torch.tensor(0.5)}
@@ -232,6 +251,11 @@ FAMILIES = {
     "goal": Family("goal_loss", _two_sided(_whole, triplet="cir", pair="sig"), ("", "ids"), exact=True),
     "goal_ms": Family("goal_loss", _two_sided(_whole, triplet="nca", pair="sig_ms"), exact=True),
     "graph_pattern": Family("graph_pattern_loss", _graph, ("", "ids"), exact=True),
+    "late_interaction": Family("late_interaction", _fragments(reduce="sum"), ("", MASKED), exact=True),
+    "late_interaction_triplet": Family(
+        "late_interaction_triplet_loss", _fragments(reduce="sum", margin=0.25), ("", MASKED), exact=True
+    ),
+    "attention_pooling": Family("attention_pooling", _fragments(), ("", MASKED)),
     "batch_hard": Family("batch_hard_loss", _labelled, ("",), exact=True),
     "circle": Family("circle_loss", _by_label(margin=0.25, scale=4.0), ("", BETWEEN)),
     "multi_similarity": Family("multi_similarity_loss", _by_label(beta=5.0), ("", BETWEEN)),

@@ -8,6 +8,7 @@ from gssf_kernels.losses.goal import GoalLoss, goal_loss, goal_weights
 from gssf_kernels.losses.gradient_space import gradient_space_loss
 from gssf_kernels.losses.graph_pattern import GraphPatternLoss, graph_pattern_loss
 from gssf_kernels.losses.info_nce import InfoNCELoss, info_nce_loss
+from gssf_kernels.losses.late_interaction import LateInteractionTripletLoss, late_interaction_triplet_loss
 from gssf_kernels.losses.multi_similarity import MultiSimilarityLoss, multi_similarity_loss
 from gssf_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
 from gssf_kernels.losses.sigmoid import SigmoidLoss, sigmoid_loss
@@ -20,6 +21,7 @@ __all__ = [
     "GoalLoss",
     "GraphPatternLoss",
     "InfoNCELoss",
+    "LateInteractionTripletLoss",
     "MultiSimilarityLoss",
     "NTXentLoss",
     "RelationalDistillationLoss",
@@ -32,6 +34,7 @@ __all__ = [
     "gradient_space_loss",
     "graph_pattern_loss",
     "info_nce_loss",
+    "late_interaction_triplet_loss",
     "multi_similarity_loss",
     "nt_xent_loss",
     "relational_distillation_loss",

@@ -14,6 +14,7 @@ from gssf_kernels.reference.dense import (
     sigmoid_loss,
     sum_scores,
 )
+from gssf_kernels.reference.fragments import attention_pooling, late_interaction, late_interaction_triplet_loss
 from gssf_kernels.reference.goal import (
     AnchorStatistics,
     RelativeTerms,
@@ -57,6 +58,7 @@ __all__ = [
     "RelativeTerms",
     "accumulate",
     "anchor_statistics",
+    "attention_pooling",
     "batch_hard_loss",
     "circle_loss",
     "goal_loss",
@@ -66,6 +68,8 @@ __all__ = [
     "hardest_negatives",
     "hinge",
     "info_nce_loss",
+    "late_interaction",
+    "late_interaction_triplet_loss",
     "logsumexp_scores",
     "maxima",
     "mean_distance",

@@ -41,6 +41,17 @@ class Gradients(NamedTuple):
     num_stages: int
 
 
+class FragmentGradients(NamedTuple):
+    """A tile of late interaction's gradients: BC channels of BR regions or BT words; BK channels of their scores."""
+
+    BR: int
+    BT: int
+    BC: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+
 class Pass(NamedTuple):
     """A tile of a pass over a chunk of scores: BR rows of BM columns."""
 
@@ -117,6 +128,19 @@ GRADIENTS = {
     "half": Gradients(64, 64, 32, 4, 3),
     "tf32": Gradients(64, 64, 32, 4, 3),
     "ieee": Gradients(64, 64, 16, 4, 3),
+}
+
+# Late interaction: scores of BN regions and BM words, which are those of one or more captions.
+FRAGMENTS = {
+    "half": Sweep(64, 128, 64, 8, 3),
+    "tf32": Sweep(64, 128, 32, 8, 3),
+    "ieee": Sweep(64, 64, 16, 8, 3),
+}
+
+FRAGMENT_GRADIENTS = {
+    "half": FragmentGradients(64, 32, 64, 64, 8, 2),
+    "tf32": FragmentGradients(32, 32, 64, 32, 8, 2),
+    "ieee": FragmentGradients(32, 32, 64, 16, 8, 2),
 }
 
 RELATIONS = {  # three sums of a tile at once; BN = BM

@@ -28,10 +28,12 @@ OPS = {  # those with a kernel of their own
     "logsumexp_pass",
     "softmax_pass",
     "score_sums_pass",
+    "late_interaction",
+    "late_interaction_backward",
     "relation_pass",
 }
 PLAIN_ON_CPU = {"hardest_positives"}
-PLAIN = {"segment_terms"}  # everywhere
+PLAIN = {"segment_terms", "attention_pooling", "attention_pooling_backward"}  # everywhere
 THROUGH = {  # composites over those, which on CUDA have kernels of their own
     "logsumexp_scores",
     "logsumexp_scores_backward",
@@ -44,7 +46,7 @@ THROUGH = {  # composites over those, which on CUDA have kernels of their own
     "batch_hard_backward",
     "relation_loss",
 }
-MOST_OPS = 28  # that are registered in all
+MOST_OPS = 31  # that are registered in all: 27 of rows, and the two scores of fragments with their backwards
 
 _HIDE = """
 import sys

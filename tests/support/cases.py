@@ -460,6 +460,30 @@ def _graph_cases():
     yield Case("graph-semihard", "graph_pattern_loss", _nodes(2, 2, 20, 8, negatives="semihard"))
 
 
+def _fragments(n, r, m, t, d, masked, **options):
+    def make(g):
+        tensors = {"regions": randn(g, n, r, d), "words": randn(g, m, t, d)}
+        if masked:
+            options.update({f"{k}_mask": torch.rand(v.shape[:2], generator=g) > 0.3 for k, v in tensors.items()})
+        return tensors, dict(options)
+
+    return make
+
+
+def _fragment_cases():
+    for shape in ((1, 1, 1, 1, 1), (3, 5, 4, 2, 17), (9, 36, 13, 11, 24), (2, 600, 3, 70, 8)):
+        for masked in (False, True):
+            name = "x".join(map(str, shape)) + "-masked" * masked
+            yield Case(f"late-{name}", "late_interaction", _fragments(*shape, masked))
+            yield Case(f"pooling-{name}", "attention_pooling", _fragments(*shape, masked, scale=1.0))
+    small = 9, 7, 13, 5, 24
+    yield Case("late-sum", "late_interaction", _fragments(*small, True, reduce="sum"))
+    yield Case("pooling-words", "attention_pooling", _fragments(*small, True, over="words", scale=1.0))
+    for how in ("sum", "mean", "none"):
+        make = _fragments(*small, True, margin=0.5, reduction=how)
+        yield Case(f"late-triplet-{how}", "late_interaction_triplet_loss", make)
+
+
 CASES = [
     *_project_cases(),
     *_hardest_cases(),
@@ -475,6 +499,7 @@ CASES = [
     *_gradient_space_cases(),
     *_batch_hard_cases(),
     *_graph_cases(),
+    *_fragment_cases(),
     *_label_cases("circle_loss", False, margin=0.25, scale=2.0),
     *_label_cases("multi_similarity_loss", True, beta=5.0),
 ]

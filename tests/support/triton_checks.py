@@ -58,6 +58,9 @@ def small_tiles(which):
     settings |= {"TERM_LANES": 16, "TERMS": 16, "SCAN_EDGES": 8, "EDGE_CHANNELS": 32}
     settings |= {"GRADIENTS": dict.fromkeys(tiles.GRADIENTS, tiles.Gradients(16, 32, 16, 4, 2))}
     settings |= {"RELATIONS": dict.fromkeys(tiles.RELATIONS, tiles.Sweep(16, 16, 16, 4, 2))}
+    settings |= {"FRAGMENTS": dict.fromkeys(tiles.FRAGMENTS, sweep)}
+    gradients = tiles.FragmentGradients(16, 16, 16, 16, 4, 2)
+    settings |= {"FRAGMENT_GRADIENTS": dict.fromkeys(tiles.FRAGMENT_GRADIENTS, gradients)}
     return settings | {"CLOSE": tiles.Pass(8, 16, 4), "PASS": tiles.Pass(16, 32, 4)}
 
 
