@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks
+from gssf_kernels._library import outside_autocast
 from gssf_kernels.ops.attention_pooling import attention_pooling_of_factors
 from gssf_kernels.ops.late_interaction import MOST_REGIONS, late_interaction_of_factors
 from gssf_kernels.project import project
+from gssf_kernels.reference import accumulate
 from gssf_kernels.similarity import StructuredSimilarity, metric_of
 
 REDUCE = ("mean", "sum")
@@ -116,21 +118,19 @@ def attention_pooling(
     _checks.choice(over, "over", ("regions", "words"))
     scale = _checks.positive(scale, "scale")
     inputs = _inputs("attention_pooling", regions, words, regions_mask, words_mask, metric, metric is None)
-    v, w = inputs.regions, inputs.words
     of = inputs.metric
     assert of is not None
+    v, w = accumulate(inputs.regions), accumulate(inputs.words)  # all of it is computed in fp32
+    diag, blocks = (None if t is None else t.to(v.dtype) for t in (of.diag, of.blocks))
     masks = inputs.regions_mask, inputs.words_mask
-    if over == "regions":
-        unit = project(v, normalize=of.normalize)
-        asking = project(w, of.diag, _transposed(of.blocks), permutation=of.permutation, normalize=of.normalize)
-        return attention_pooling_of_factors(v, unit, asking, *masks, scale, of.normalize)
-    unit = project(w, normalize=of.normalize)
-    return attention_pooling_of_factors(w, unit, of.project(v), masks[1], masks[0], scale, of.normalize).mT
-
-
-def _transposed(blocks: Tensor | None) -> Tensor | None:
-    """The blocks of Wᵀ."""
-    return None if blocks is None else blocks.mT.contiguous()
+    options = {"permutation": of.permutation, "normalize": of.normalize}
+    with outside_autocast(v.device):
+        if over == "regions":
+            transposed = None if blocks is None else blocks.mT.contiguous()  # the words are multiplied by Wᵀ
+            unit, asking = project(v, normalize=of.normalize), project(w, diag, transposed, **options)
+            return attention_pooling_of_factors(v, unit, asking, *masks, scale, of.normalize)
+        unit, asking = project(w, normalize=of.normalize), project(v, diag, blocks, **options)
+        return attention_pooling_of_factors(w, unit, asking, masks[1], masks[0], scale, of.normalize).mT
 
 
 class _Inputs(NamedTuple):

@@ -112,7 +112,11 @@ FAULTS = [
         "t",
     ),
     Fault(
-        "pooling: W is applied the wrong way", PUBLIC, "_transposed", "blocks.mT.contiguous()", "blocks.contiguous()"
+        "pooling: W is applied the wrong way",
+        PUBLIC,
+        "attention_pooling",
+        "blocks.mT.contiguous()",
+        "blocks.contiguous()",
     ),
     Fault(
         "pooling: the norm's gradient points inwards",
