@@ -124,6 +124,21 @@ def attention(batch: int = 4, length: int = 1024, heads: int = 8, dim: int = 64)
     }
 
 
+def fragments(loss: bool, n: int = 256, regions: int = 36, words: int = 32, d: int = 256) -> dict[str, Way]:
+    """Scores of pictures and captions from their regions and words, or the triplet loss of these scores."""
+    v, w = (
+        unit(n * size, d, seed).detach().view(n, size, d).requires_grad_() for seed, size in ((0, regions), (1, words))
+    )
+
+    def plain():
+        scores = torch.einsum("nrd,mtd->nmrt", v, w).amax(2).mean(2)
+        return gk.reference.triplet_from_scores(scores) if loss else scores.sum()
+
+    if loss:
+        return {"ours": lambda: gk.late_interaction_triplet_loss(v, w), "plain PyTorch": plain}
+    return {"ours": lambda: gk.late_interaction(v, w).sum(), "plain PyTorch": plain}
+
+
 COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "triplet, pairs by id": lambda: pairs_by_id("triplet_loss"),
     "InfoNCE, pairs by id": lambda: pairs_by_id("info_nce_loss"),
@@ -135,6 +150,8 @@ COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "triplet, semi-hard by id": semihard_by_id,
     "graph pattern, 28 edges": graph_pattern,
     "structured attention": attention,
+    "late interaction": lambda: fragments(False),
+    "late interaction, triplet": lambda: fragments(True),
 }
 
 

@@ -28,7 +28,8 @@ def quick(device: str) -> list[Entry]:
         entries.append(_entry("triplet", size, 512, dtype, device, others, seconds, memory))
     points = ("hardest_negatives", "goal_nca_sig_ms", "info_nce", "sigmoid", "sum_hinge", "distillation")
     by_label = ("circle", "multi_similarity", "multi_similarity_mined")
-    for op in (*points, *by_label, "nearest", "top_scores"):
+    fragments = ("late_interaction", "late_interaction_scores")
+    for op in (*points, *by_label, *fragments, "nearest", "top_scores"):
         others = ["naive", *peers.serving(op, device)]
         entries.append(_entry(op, n, 512, dtype, device, others, seconds))
     if device == "cuda":

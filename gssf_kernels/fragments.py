@@ -123,14 +123,17 @@ def attention_pooling(
     v, w = accumulate(inputs.regions), accumulate(inputs.words)  # all of it is computed in fp32
     diag, blocks = (None if t is None else t.to(v.dtype) for t in (of.diag, of.blocks))
     masks = inputs.regions_mask, inputs.words_mask
-    options = {"permutation": of.permutation, "normalize": of.normalize}
+    order, cosine = of.permutation, of.normalize
     with outside_autocast(v.device):
         if over == "regions":
             transposed = None if blocks is None else blocks.mT.contiguous()  # the words are multiplied by Wᵀ
-            unit, asking = project(v, normalize=of.normalize), project(w, diag, transposed, **options)
-            return attention_pooling_of_factors(v, unit, asking, *masks, scale, of.normalize)
-        unit, asking = project(w, normalize=of.normalize), project(v, diag, blocks, **options)
-        return attention_pooling_of_factors(w, unit, asking, masks[1], masks[0], scale, of.normalize).mT
+            unit, asking = (
+                project(v, normalize=cosine),
+                project(w, diag, transposed, permutation=order, normalize=cosine),
+            )
+            return attention_pooling_of_factors(v, unit, asking, *masks, scale, cosine)
+        unit, asking = project(w, normalize=cosine), project(v, diag, blocks, permutation=order, normalize=cosine)
+        return attention_pooling_of_factors(w, unit, asking, masks[1], masks[0], scale, cosine).mT
 
 
 class _Inputs(NamedTuple):

@@ -1,6 +1,17 @@
 """The ops that are measured: ``OPS[name]``."""
 
-from bench.ops import contrastive, distillation, goal, hardest_negatives, labels, rows, search, sum_hinge, triplet
+from bench.ops import (
+    contrastive,
+    distillation,
+    fragments,
+    goal,
+    hardest_negatives,
+    labels,
+    rows,
+    search,
+    sum_hinge,
+    triplet,
+)
 
 OPS = {
     op.name: op
@@ -15,6 +26,8 @@ OPS = {
         labels.CIRCLE,
         labels.MULTI_SIMILARITY,
         labels.MINED,
+        fragments.LATE_INTERACTION,
+        fragments.LATE_SCORES,
         search.NEAREST,
         search.TOP_SCORES,
         rows.PROJECT,

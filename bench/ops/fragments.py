@@ -1,0 +1,84 @@
+"""Late interaction: the mean over words of the best region's score, for n / 32 pictures and as many captions.
+
+A picture has 36 regions, a caption 32 words. Numbers are whole, of seven bits: scores are exact in every dtype, so that
+every variant has the same best regions, and of equal ones takes the first.
+"""
+
+import torch
+
+import gssf_kernels as gk
+from bench.problem import Op, Problem, Shape, Work, compiled
+
+REGIONS, WORDS = 36, 32
+
+
+def items(shape: Shape) -> int:
+    """How many pictures, and captions."""
+    return max(shape.n // WORDS, 1)
+
+
+def naive(problem: Problem):
+    return torch.einsum("nrd,mtd->nmrt", problem.x, problem.y).max(2).values.mean(2)
+
+
+def scores_naive(problem: Problem):
+    return (naive(problem),)
+
+
+def ours(problem: Problem):
+    return gk.late_interaction(problem.x, problem.y)
+
+
+def truth(problem: Problem):
+    return gk.reference.late_interaction(problem.x, problem.y)
+
+
+def inputs(shape, dtype, device, seed):
+    g = torch.Generator(device=device).manual_seed(seed)
+    n = items(shape)
+    x, y = (
+        (torch.randint(-127, 128, (n, fragments, shape.d), generator=g, device=device) / 128).to(dtype)
+        for fragments in (REGIONS, WORDS)
+    )
+    upstream = torch.randn(n, n, generator=g, device=device)
+    return Problem(x.requires_grad_(), y.requires_grad_(), upstream=upstream)
+
+
+def scores_inputs(shape, dtype, device, seed):
+    x, y, *_ = inputs(shape, dtype, device, seed)
+    return Problem(x.detach(), y.detach())
+
+
+def work(shape, itemsize):
+    """One product forward; backward, one row of either side for every word and picture."""
+    n, d = items(shape), shape.d
+    sides = float(n * (REGIONS + WORDS) * d * itemsize)
+    words = float(n * n * WORDS)
+    return Work(2.0 * words * REGIONS * d, 4.0 * words * d, sides + 2 * words, 2 * sides + 2 * words)
+
+
+def scores_work(shape, itemsize):
+    return work(shape, itemsize)._replace(backward_flop=0.0, backward_bytes=0.0)
+
+
+LATE_INTERACTION = Op(
+    "late_interaction",
+    "late interaction of n / 32 pictures (36 regions) and captions (32 words)",
+    inputs,
+    truth,
+    {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
+    work,
+)
+LATE_SCORES = Op(
+    "late_interaction_scores",
+    "the same without gradients",
+    scores_inputs,
+    lambda problem: (truth(problem),),
+    {
+        "ours": lambda: lambda problem: (ours(problem),),
+        "naive": lambda: scores_naive,
+        "compile": compiled(scores_naive),
+    },
+    scores_work,
+    differentiable=False,
+)
