@@ -40,6 +40,7 @@ struct Arguments {
   const std::optional<Tensor>&a_ids, &b_ids;
   bool paired, columns;
   const std::optional<Tensor>&pair_starts, &pair_cols, &row_limit, &col_limit;
+  bool known_symmetric = false;  // the caller says that a bᵀ is symmetric
 
   void check(const char* name, const Tensor& a, const Tensor& b) const {
     const int64_t n = a.size(0), m = b.size(0);
@@ -77,7 +78,8 @@ struct Arguments {
   int64_t positives(int64_t n) const { return paired ? n : pair_cols ? pair_cols->numel() : 0; }
   // Whether s is symmetric and the same scores of it count for its rows and for its columns.
   bool symmetric(const Tensor& a, const Tensor& b) const {
-    return same(a, b) && (!a_ids || same(*a_ids, *b_ids)) && !pair_starts && !row_limit && !col_limit;
+    return (known_symmetric || same(a, b)) && (!a_ids || same(*a_ids, *b_ids)) && !pair_starts && !row_limit &&
+           !col_limit;
   }
 };
 
@@ -244,9 +246,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
     std::string_view route, bool paired, bool columns, const std::optional<Tensor>& pair_starts,
     const std::optional<Tensor>& pair_cols, const std::optional<Tensor>& row_limit,
-    const std::optional<Tensor>& col_limit) {
-  const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit};
+    const std::optional<Tensor>& col_limit, bool known_symmetric = false) {
+  const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit, known_symmetric};
   of.check("gssf::hardest_negatives", a, b);
+  TORCH_CHECK_VALUE(!known_symmetric || a.size(0) == b.size(0),
+                    "symmetric: expected as many rows of a as of b, got ", a.sizes(), " and ", b.sizes());
   TORCH_CHECK_VALUE(route.empty() || route == "sweep" || route == "certified",
                     "route: expected \"\", \"sweep\" or \"certified\", got ", route);
   const int64_t n = a.size(0), m = b.size(0);
@@ -290,9 +294,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_of_edges(
     const Tensor& a, const Tensor& b, const std::optional<Tensor>& a_ids, const std::optional<Tensor>& b_ids,
     std::string_view route, bool paired, bool columns, const std::optional<Tensor>& pair_starts,
     const std::optional<Tensor>& pair_cols, const std::optional<Tensor>& row_limit,
-    const std::optional<Tensor>& col_limit, const std::optional<Tensor>& edges) {
+    const std::optional<Tensor>& col_limit, const std::optional<Tensor>& edges, bool symmetric) {
   if (!edges)
-    return hardest_negatives(a, b, a_ids, b_ids, route, paired, columns, pair_starts, pair_cols, row_limit, col_limit);
+    return hardest_negatives(a, b, a_ids, b_ids, route, paired, columns, pair_starts, pair_cols, row_limit, col_limit,
+                             symmetric);
   const int64_t count = edges->size(0);
   TORCH_CHECK_VALUE(a.dim() == 3 && b.dim() == 3 && edges->dim() == 2 && edges->size(1) == 2 && paired && columns &&
                         route != "certified" && edges->scalar_type() == at::kLong,

@@ -106,7 +106,9 @@ def halves(n: int, limit: int, step: int, max_rows: int) -> Iterable[tuple[int, 
         first += count
 
 
-def triangle(inputs: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool) -> Tensor | None:
+def triangle(
+    inputs: Sequence[Tensor], visit: Callable[[list[Tensor], int], None], need: bool, other: Tensor | None = None
+) -> Tensor | None:
     """Call ``visit([s_k [R, N − first]], first)`` for every chunk of the upper triangle of ``s_k = x_k x_kᵀ``.
 
     A chunk begins on the diagonal: its row and column 0 are row ``first`` of x. So ``visit`` sees every pair of rows
@@ -116,16 +118,18 @@ def triangle(inputs: Sequence[Tensor], visit: Callable[[list[Tensor], int], None
         inputs: the x_k, [N, any] each.
         visit: with ``need``, replaces s_0 by that part of a symmetric ``E = dL/ds``.
         need: whether the gradient is computed.
+        other: [N, D], for ``s_0 = x_0 otherᵀ``, which must be symmetric too; None: x_0.
 
     Returns:
-        ``E x_0`` [N, D] in the scores' dtype, or None without ``need``.
+        ``E x_0``, or ``E other``, [N, D] in the scores' dtype, or None without ``need``.
 
     Time: half a product for each s_k, and a whole one for the gradient.
     """
     dtype, n = accumulation_dtype(inputs[0].dtype), inputs[0].shape[0]
     lefts = [operand(x, dtype) for x in inputs]
-    rights = [Right(x.mT, dtype) for x in lefts]
-    x, channels = lefts[0], Right(lefts[0], dtype) if need else None
+    factors = lefts if other is None else [operand(other, dtype), *lefts[1:]]
+    rights = [Right(y.mT, dtype) for y in factors]
+    x, channels = lefts[0], Right(factors[0], dtype) if need else None
     limit = max(2 * chunk_rows(x, x) * n // (1 + len(inputs)), 1)  # scores of a chunk of one s_k
     max_rows = plan.square_rows(_checks.device_type(x), n)
     step = max(right.width for right in rights)

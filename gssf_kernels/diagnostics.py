@@ -85,7 +85,7 @@ def diagnose_hardest(x: Tensor, margin: float, batch_hard: BatchHard) -> Diagnos
 
 def diagnose_labels(x: Tensor, y: Tensor | None, factors: LabelledFactors) -> Diagnostics:
     """Those of losses over log-sums by label."""
-    a, b, a_labels, b_labels, leave_out = factors
+    a, b, a_labels, b_labels, leave_out, _ = factors
     pairing = Pairing("ids", a_labels, b_labels)
     means = positive_means(a.detach(), b.detach(), pairing, ids=True, rows=True, exclude_self=leave_out)
     return diagnose_means(x, y, means)

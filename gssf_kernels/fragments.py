@@ -121,7 +121,7 @@ def attention_pooling(
     of = inputs.metric
     assert of is not None
     v, w = accumulate(inputs.regions), accumulate(inputs.words)  # all of it is computed in fp32
-    diag, blocks = (None if t is None else t.to(v.dtype) for t in (of.diag, of.blocks))
+    diag, blocks = (None if t is None else t.to(v.dtype) for t in of.weights)
     masks = inputs.regions_mask, inputs.words_mask
     order, cosine = of.permutation, of.normalize
     with outside_autocast(v.device):
@@ -159,7 +159,8 @@ def _inputs(name: str, regions, words, regions_mask, words_mask, metric, normali
             _checks.mask(mask, of_what, t.shape[:2], t.device)
     metric = metric_of(metric, normalize, name)
     if metric is not None:
-        _checks.metric_weights(regions, metric.diag, metric.blocks, metric.permutation, "regions")
+        diag, blocks = metric.weights
+        _checks.metric_weights(regions, diag, blocks, metric.permutation, "regions")
     regions, words = _checks.autocast(regions, words)
     if metric is not None:
         regions, words = (

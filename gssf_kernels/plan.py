@@ -138,7 +138,7 @@ class Plan:
     route: str
     why: str
     tile: tiles.Sweep | None = None  # for routes that sweep
-    upper_triangle: bool = False  # b is a, with the same ids: only the tiles of the upper triangle are computed
+    upper_triangle: bool = False  # s is symmetric, with the same ids: only the tiles of the upper triangle are computed
 
     @property
     def composite(self) -> bool:
@@ -231,20 +231,23 @@ def kernel(call: Any) -> Iterator[Plan]:
         yield Plan("composite", "forced")
 
 
-def hardest_sweeps(scores: Scores, symmetric: bool = False) -> Iterator[Plan]:
-    """Plans of a sweep for hardest negatives. symmetric: b is a, and their ids are the same."""
+def hardest_sweeps(scores: Scores, twice: bool = False, symmetric: bool = False) -> Iterator[Plan]:
+    """Plans of a sweep for hardest negatives, where columns and rows may be the same anchors of the same ids.
+
+    twice: b is a; symmetric: b is another factor of a symmetric s, of which certified mining makes no use.
+    """
     a, b = scores.a, scores.b
     if hopper("hardest_negatives", a, b):
         yield Plan("hopper", "tiles.HOPPER_CUDA names this dtype and size")
     exact = a.dtype == torch.float32 and kind(a.dtype) == "ieee"
     if exact and scores.count >= CERTIFIED:
-        yield _certified(scores, f"at least {CERTIFIED:,}: exact winners at the speed of bf16", symmetric)
+        yield _certified(scores, f"at least {CERTIFIED:,}: exact winners at the speed of bf16", twice)
     # For a small problem, merging the row and column statistics of the triangle takes longer than the skipped tiles.
-    upper = symmetric and scores.count > SMALL
+    upper = (twice or symmetric) and scores.count > SMALL
     why = f"{scores}: one sweep that stores none{', of the upper triangle' if upper else ''}"
     yield Plan("sweep", why, scores.tile(), upper_triangle=upper)
     if exact and 0 < scores.count < CERTIFIED:
-        yield _certified(scores, f"fewer than {CERTIFIED:,}: forced", symmetric)
+        yield _certified(scores, f"fewer than {CERTIFIED:,}: forced", twice)
 
 
 def _certified(scores: Scores, why: str, symmetric: bool) -> Plan:
@@ -268,11 +271,11 @@ def hardest(call: Any) -> Iterator[Plan]:
         yield Plan("reference", "forced")
         return
     plain = call.negatives.plain
-    symmetric = operands.same(call.a, call.b) and (
-        call.a_ids is None or call.b_ids is None or operands.same(call.a_ids, call.b_ids)
-    )
+    same_ids = call.a_ids is None or call.b_ids is None or operands.same(call.a_ids, call.b_ids)
+    mirrored = plain and same_ids
+    twice, symmetric = mirrored and operands.same(call.a, call.b), mirrored and call.symmetric
     routes = []
-    for option in hardest_sweeps(Scores(call.a, call.b), symmetric and plain):
+    for option in hardest_sweeps(Scores(call.a, call.b), twice, symmetric):
         if option.route == "certified" and not plain:  # its bounds know neither listed pairs nor limits
             continue
         if option.route == "hopper" and not (plain and call.paired and call.columns):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gssf_kernels import _checks
+from gssf_kernels._library import Function, last_derivative
 from gssf_kernels._modules import Fp32Module
 from gssf_kernels.project import project, project_both
 
@@ -50,6 +51,8 @@ class StructuredSimilarity(Fp32Module):
         diagonal: learn the weight w of each channel. Without it and without blocks, W = 1 (cosine).
         normalize: L2-normalise x and y.
         permutation: [D] int64, the channels in the order of the blocks, for strided or learned groupings; a buffer.
+        symmetric: keep W symmetric, by (B + Bᵀ) / 2 in the place of B, for rows of one modality: s(x, y) = s(y, x).
+            Losses by label then compute half of the scores of x with itself (certified mining on a GPU: all).
         device, dtype: of the parameters.
 
     The parameters stay fp32 when a model is cast to bf16 or fp16, and compare rows of either dtype.
@@ -58,7 +61,8 @@ class StructuredSimilarity(Fp32Module):
 
     Attributes:
         diag: [D] parameter or None.
-        blocks: [dim / block_size, block_size, block_size] parameter or None.
+        blocks: [dim / block_size, block_size, block_size] parameter B or None.
+        weights: (diag, blocks) as they are applied: with ``symmetric`` the second is (B + Bᵀ) / 2.
 
     Raises:
         TypeError, ValueError: dim or block_size is not a positive whole number, block_size does not divide dim, or
@@ -73,15 +77,17 @@ class StructuredSimilarity(Fp32Module):
         normalize: bool = True,
         *,
         permutation: Tensor | None = None,
+        symmetric: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         _checks.positive_int(dim, "dim")
+        _checks.flag(symmetric, "symmetric")
         _checks.flag(diagonal, "diagonal")
         _checks.flag(normalize, "normalize")
         _checks.parameter_dtype(dtype)
-        self.dim, self.block_size, self.normalize = dim, block_size, normalize
+        self.dim, self.block_size, self.normalize, self.symmetric = dim, block_size, normalize, symmetric
         self.diag = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if diagonal else None
         self.blocks = None
         if block_size is not None:
@@ -112,9 +118,20 @@ class StructuredSimilarity(Fp32Module):
                 if self.diag is None:
                     self.blocks.diagonal(dim1=1, dim2=2).fill_(1)
 
+    @property
+    def weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """(diag, blocks) as they are applied."""
+        blocks = self.blocks
+        return self.diag, (blocks + blocks.mT) / 2 if self.symmetric and blocks is not None else blocks
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether W is symmetric by construction; without blocks it always is."""
+        return self.symmetric or self.blocks is None
+
     def project(self, x: Tensor) -> Tensor:
         """``x̂ W`` [..., D], the factor of x: :func:`gssf_kernels.project` with these weights."""
-        return project(x, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
+        return project(x, *self.weights, permutation=self.permutation, normalize=self.normalize)
 
     def factors(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """``(a, b)`` with ``a bᵀ = self(x, y)``, for losses and retrieval. Without ``normalize``, b is y itself."""
@@ -122,11 +139,11 @@ class StructuredSimilarity(Fp32Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """All similarities of x [N, D] and y [M, D] as a matrix [N, M]; see :func:`similarity`."""
-        return similarity(x, y, self.diag, self.blocks, permutation=self.permutation, normalize=self.normalize)
+        return similarity(x, y, *self.weights, permutation=self.permutation, normalize=self.normalize)
 
     def extra_repr(self) -> str:
         parts = [f"dim={self.dim}", f"block_size={self.block_size}", f"diagonal={self.diag is not None}"]
-        parts.append(f"normalize={self.normalize}")
+        parts += [f"normalize={self.normalize}"] + ["symmetric=True"] * self.symmetric
         return ", ".join(parts + (["permutation=True"] if self.permutation is not None else []))
 
 
@@ -139,8 +156,47 @@ def paired_factors(
     """
     x, y = _checks.autocast(x, y)
     _checks.embeddings(x, y, "x", "y", paired=pairs)
-    _checks.metric_weights(x, metric.diag, metric.blocks, metric.permutation)
-    return project_both(x, y, metric.diag, metric.blocks, metric.permutation, metric.normalize, pairs)
+    weights = *metric.weights, metric.permutation
+    _checks.metric_weights(x, *weights)
+    return project_both(x, y, *weights, metric.normalize, pairs)
+
+
+def own_factors(metric: StructuredSimilarity, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(a, b)`` of x [N, D] compared with itself; one tensor for both if the metric has no weights."""
+    if metric.diag is None and metric.blocks is None:
+        (a,) = _checks.autocast(metric.project(x))
+        return a, a
+    a, b = _checks.autocast(*metric.factors(x, x))
+    return a, b
+
+
+def folded_factor(metric: StructuredSimilarity, a: Tensor, b: Tensor) -> Tensor | None:
+    """a = x̂ W, to which an op may give the whole gradient of a symmetric s = a bᵀ, b = x̂; None if s is not symmetric.
+
+    With E = dL/ds + (dL/ds)ᵀ such an op returns E b and nothing for b. Here half of it goes on to a and, times W, half
+    to b: dL/dx̂ = ½ E b Wᵀ + ½ E b W = E b W, and dL/dW = ½ x̂ᵀ E x̂, as they must be.
+    """
+    if b is a or not metric.is_symmetric:
+        return None
+    return _Folded.apply(a, b, *metric.weights, metric.permutation)
+
+
+class _Folded(Function):
+    @staticmethod
+    def forward(a, b, diag, blocks, permutation):
+        return a.view_as(a)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, *weights = inputs
+        ctx.save_for_backward(*weights)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        half = grad_out / 2
+        diag, blocks, permutation = ctx.saved_tensors
+        arguments = (half, None, diag, blocks, permutation, False)
+        return half, last_derivative(torch.ops.gssf.project, *arguments)[0], None, None, None
 
 
 _COSINE = StructuredSimilarity(1, block_size=None, diagonal=False)  # without weights, it compares rows of any width

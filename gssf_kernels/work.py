@@ -109,7 +109,8 @@ def _mined(arguments: Mapping[str, Any]) -> int:
     a, b, a_ids, b_ids = (arguments[name] for name in ("a", "b", "a_ids", "b_ids"))
     if a.dim() == 3:
         return 2 * len(arguments["edges"]) * a.shape[1] * b.shape[1] * a.shape[2]
-    symmetric = same(a, b) and (a_ids is None or same(a_ids, b_ids))
+    symmetric = arguments.get("symmetric") or same(a, b)
+    symmetric = symmetric and (a_ids is None or same(a_ids, b_ids))
     return len(a) * len(b) * a.shape[1] * (1 if symmetric else 2)
 
 
@@ -185,6 +186,7 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "gradients_kernel": _gradients,
     "late_interaction_kernel": lambda v: _interacted(v["a"], v["b"]),
     "regions_gradient_kernel": lambda v: _interacted(v["a"], v["b"]),  # by 0 and 1
+    "words_gradient_kernel": lambda v: 0,  # but for best regions that it computes again, as many as gradients are not 0
     "relation_tile_kernel": lambda v: v["N"] * v["N"] * sum(v["channels"]),  # upper triangles
     "relation_loss_kernel": lambda v: 0 if v["dh"] is None else 2 * v["N"] * v["N"] * v["D"],
     "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],

@@ -11,7 +11,7 @@ from gssf_kernels import _checks
 from gssf_kernels.diagnostics import diagnose_hardest
 from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of, own_factors
 
 
 def batch_hard_loss(
@@ -36,7 +36,8 @@ def batch_hard_loss(
         margin: m, a finite number >= 0, in units of the score.
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
             divides by N in any case.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by; of a symmetric one half of the scores
+            are computed.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
@@ -57,11 +58,12 @@ def batch_hard_loss(
     (x,) = _checks.autocast(x)
     _checks.embeddings(x, x, "x", "x")
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
-    if metric is None:
-        results = batch_hard_terms(x, labels, margin, reduction)
+    a, b = (x, x) if metric is None else own_factors(metric, x)
+    if a is b:
+        results = batch_hard_terms(a, labels, margin, reduction)
     else:
-        a, b = _checks.autocast(*metric.factors(x, x))
-        results = batch_hard_of_factors(a, b, labels, margin, reduction)
+        symmetric = metric is not None and metric.is_symmetric
+        results = batch_hard_of_factors(a, b, labels, margin, reduction, symmetric)
     return (results.loss, diagnose_hardest(x, margin, results)) if diagnostics else results.loss
 
 

@@ -42,7 +42,7 @@ def circle_loss(
         scale: γ > 0.
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
         y_labels: [M] integers.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by; without y best a symmetric one.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]). An anchor without a positive or without a negative
             contributes 0.
@@ -55,7 +55,7 @@ def circle_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y and metric. Extra memory: as
+    Time: one product forward, three backward; half of each without y if the metric is symmetric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`.
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]

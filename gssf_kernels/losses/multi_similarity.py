@@ -48,7 +48,7 @@ def multi_similarity_loss(
             negative counts, and without negatives no positive. None: all count.
         y: [M, D] of x's dtype and device, any M, with y_labels; or None.
         y_labels: [M] integers.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by; without y best a symmetric one.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over all N anchors, "sum" or "none" ([N]).
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
@@ -60,7 +60,7 @@ def multi_similarity_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y and metric. With mining two products forward, but
+    Time: one product forward, three backward; half of each without y if the metric is symmetric. With mining two products forward, but
     one on the CPU if labels have few rows each. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`.
     """
     alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")

@@ -46,7 +46,7 @@ def nt_xent_loss(
         y: [M, D] of x's dtype and device, any M, with y_labels: the candidates. Then anchors are the rows of x alone,
             and no score is left out. None: the rows of x are compared with one another, without themselves.
         y_labels: [M] integers.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare by; without y best a symmetric one.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         reduction: "mean" over the anchors that have a positive, "sum" or "none" ([N]). Other anchors contribute 0.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
@@ -58,7 +58,7 @@ def nt_xent_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y and metric. Extra memory: as
+    Time: one product forward, three backward; half of each without y if the metric is symmetric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`, and three N x D matrices.
 
     Source: arXiv 2002.05709, 2004.11362.
@@ -70,7 +70,9 @@ def nt_xent_loss(
     a, b = factors.a, factors.b
     kappa = _checks.scale(scale, a)
     kappa = kappa.tensor.exp() if isinstance(kappa, _checks.Logarithm) else kappa
-    row_max, row_log, *_ = paired_logsumexp(a, b, kappa, Selection(columns=False, exclude_self=factors.leave_out))
+    left, right, other = factors.sides()
+    selection = Selection(columns=False, exclude_self=factors.leave_out)
+    row_max, row_log, *_ = paired_logsumexp(left, right, kappa, selection, other)
     pairing = Pairing("ids", factors.a_labels, factors.b_labels)
     means = positive_means(a, b, pairing, ids=True, rows=True, exclude_self=factors.leave_out)
     assert means.present is not None  # only pairs (i, i) are there in any case

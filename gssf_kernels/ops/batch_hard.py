@@ -55,9 +55,15 @@ def batch_hard_terms(x: Tensor, labels: Tensor, margin: float, reduction: str) -
     return BatchHard(loss, positive_score, negative_score, positive_index)
 
 
-def batch_hard_of_factors(a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str) -> BatchHard:
-    """The same of ``s = a bᵀ``, where a and b [N, D] are the factors of a metric, both made of x."""
-    negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels)[2]
+def batch_hard_of_factors(
+    a: Tensor, b: Tensor, labels: Tensor, margin: float, reduction: str, symmetric: bool
+) -> BatchHard:
+    """The same of ``s = a bᵀ``, where a and b [N, D] are the factors of a metric, both made of x.
+
+    symmetric: s is, and half of it is computed.
+    """
+    negatives = True, False, None, None, None, None, None, symmetric
+    negative_index = torch.ops.gssf.hardest_negatives(a.detach(), b.detach(), labels, labels, "", *negatives)[2]
     positive_index = hardest_positives(a, labels, b)
     positive_score, negative_score = pair_scores(a, b, positive_index), pair_scores(a, b, negative_index)
     valid = has_both(positive_index, negative_score)

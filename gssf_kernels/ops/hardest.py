@@ -39,6 +39,9 @@ class HardestNegativesCall(NamedTuple):
     # [E, 2] int64, of a graph's edges: each compares a[left] with b[right]. Results and limits are [E, …]. Only with
     # pairs (i, i), columns, and the route "sweep" or any.
     edges: Tensor | None = None
+    # Whether a bᵀ is symmetric though b is not a, as with a symmetric metric: then a score and its mirror, which differ
+    # by rounding, are one, of which the upper triangle is computed. The definition computes both.
+    symmetric: bool = False
 
     @property
     def negatives(self) -> Negatives:
@@ -191,8 +194,9 @@ def checked_inputs(x, y, x_ids, y_ids, names, metric):
     x_ids, y_ids = distinct(x_ids, y_ids)
     if metric is None:
         return (x, y, x_ids, y_ids), (None, None, None, False)
-    _checks.metric_weights(x, metric.diag, metric.blocks, metric.permutation, names[0])
-    return (x, y, x_ids, y_ids), (metric.diag, metric.blocks, metric.permutation, metric.normalize)
+    diag, blocks = metric.weights
+    _checks.metric_weights(x, diag, blocks, metric.permutation, names[0])
+    return (x, y, x_ids, y_ids), (diag, blocks, metric.permutation, metric.normalize)
 
 
 def projected_factors(x, y, diag, blocks, permutation, normalize):

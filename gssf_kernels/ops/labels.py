@@ -13,7 +13,7 @@ from gssf_kernels import _checks
 from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
 from gssf_kernels.ops.positives import hardest_positives
 from gssf_kernels.ops.segment_terms import lowest_of_pairs
-from gssf_kernels.similarity import StructuredSimilarity, check_metric
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, folded_factor, own_factors
 
 
 def labelled_factors(
@@ -33,8 +33,12 @@ def labelled_factors(
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
     if y_labels is not None:
         y_labels = _checks.labels(y_labels, "y_labels", y.shape[0], x.device)
-    a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
-    return LabelledFactors(a, b, labels, labels if y_labels is None else y_labels, leave_out=symmetric)
+    of_x = labels, labels if y_labels is None else y_labels, symmetric
+    if metric is None or not symmetric:
+        a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
+        return LabelledFactors(a, b, *of_x)
+    a, b = own_factors(metric, x)
+    return LabelledFactors(a, b, *of_x, folded_factor(metric, a, b))
 
 
 def log_sums(
@@ -57,10 +61,11 @@ def hardest_scores(factors: LabelledFactors) -> tuple[Tensor, Tensor]:
 
     Both are constants to autograd. Time: one product, half of it if b is a, and the scores of the positives.
     """
-    a_labels, b_labels, leave_out = factors[2:]
+    a_labels, b_labels, leave_out, _ = factors[2:]
     a = factors.a.detach()
     b = a if factors.b is factors.a else factors.b.detach()
-    negative = torch.ops.gssf.hardest_negatives(a, b, a_labels, b_labels, "", False, False)[1]
+    negatives = False, False, None, None, None, None, None, factors.symmetric
+    negative = torch.ops.gssf.hardest_negatives(a, b, a_labels, b_labels, "", *negatives)[1]
     if not leave_out:
         return lowest_of_pairs(a, b, a_labels, b_labels)[0], negative
     index = hardest_positives(a, a_labels, None if b is a else b)

@@ -108,21 +108,22 @@ def kept_for(a: Tensor, b: Tensor, scale: Any, columns: bool) -> str:
 
 
 def paired_logsumexp(
-    a: Tensor, b: Tensor, scale: Tensor | float, selection: Selection | None = None
+    a: Tensor, b: Tensor | None, scale: Tensor | float, selection: Selection | None = None, other: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(row_max, row_log [N], col_max, col_log [M], positive_logit [min(N, M)])``, where positive_logit_i is t_ii.
 
     The maxima are constants to autograd: the whole gradient of a log-sum-exp goes through row_log and col_log.
+    b, other: as in `Call`; b may also be a itself.
     """
     selection = Selection() if selection is None else selection
     tensor, constant = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-    keep = kept_for(a, b, scale, selection.columns)
-    symmetric = b is a and selection._replace(exclude_self=False).plain
+    keep = kept_for(a, a if b is None else b, scale, selection.columns)
+    symmetric = b is None or (b is a and selection._replace(exclude_self=False).plain)
     a_ids, b_ids = distinct(selection.a_ids, selection.b_ids)
     selection = selection._replace(a_ids=a_ids, b_ids=b_ids)
     a, b = distinct(a, None if symmetric else b)
     labels: tuple = ("scaled", [], None, None, None, False)
-    return LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, *selection)))[:5]
+    return LogSumExp.apply(*Call._make((a, b, tensor, constant, keep, *labels, other, *selection)))[:5]
 
 
 class LabelledFactors(NamedTuple):
@@ -133,6 +134,17 @@ class LabelledFactors(NamedTuple):
     a_labels: Tensor  # [N] int64
     b_labels: Tensor  # [M] int64
     leave_out: bool  # row i and column i are the same sample: s_ii is neither a positive nor a negative
+    folded: Tensor | None = None  # a, if s is symmetric though b is not a; see `similarity.folded_factor`
+
+    @property
+    def symmetric(self) -> bool:
+        return self.folded is not None
+
+    def sides(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(a, b, other) as in `Call`."""
+        if self.folded is not None:
+            return self.folded, None, self.b.detach()
+        return self.a, None if self.b is self.a else self.b, None
 
 
 def logsumexp_by_label(
@@ -144,11 +156,11 @@ def logsumexp_by_label(
     bounds: [2, N]. A positive of row i counts only if it scores less than bounds[0, i], a negative only if it scores
     greater than bounds[1, i]. Where none counts, both numbers are -inf. The maxima are constants to autograd.
     """
-    a, b = factors.a, factors.b
-    keep = "scores" if may_keep(a, b) else ""
+    a, b, other = factors.sides()
+    keep = "scores" if may_keep(factors.a, factors.b) else ""
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
-    call = Call._make((a, None if b is a else b, *logit, *labels, bounds, factors.leave_out, *Selection()))
+    call = Call._make((a, b, *logit, *labels, bounds, factors.leave_out, other, *Selection()))
     return LogSumExp.apply(*call)[:2]
 
 
@@ -174,6 +186,8 @@ class Call(NamedTuple):
     b_labels: Tensor | None = None  # [M] int64
     bounds: Tensor | None = None  # [2, N]
     leave_out: bool = False
+    # [N, D], for a symmetric s = a otherᵀ, whose gradient da is then all of it, (ds + dsᵀ) other; only without b.
+    other: Tensor | None = None
     # Which scores take part, and what is added to the logits; see `Selection`.
     columns: bool = True
     exclude_self: bool = False
@@ -193,8 +207,8 @@ class Call(NamedTuple):
 
     @property
     def general(self) -> bool:
-        """Whether only the loop over chunks computes it, because the kernels know no left-out scores and no biases."""
-        selective = self.exclude_self or self.ignore
+        """Whether only the loop over chunks computes it: kernels know no left-out scores, biases and other factors."""
+        selective = self.exclude_self or self.ignore or self.other is not None
         return selective or any(t is not None for t in (self.col_bias, self.row_limit, self.col_limit))
 
     @property
@@ -252,6 +266,8 @@ class BackwardCall(NamedTuple):
     b_labels: Tensor | None = None
     bounds: Tensor | None = None
     leave_out: bool = False
+    # [N, D], for a symmetric s = a otherᵀ, whose gradient da is then all of it, (ds + dsᵀ) other; only without b.
+    other: Tensor | None = None
     # Which scores take part, and what is added to the logits; see `Selection`.
     columns: bool = True
     exclude_self: bool = False
@@ -277,7 +293,7 @@ class BackwardCall(NamedTuple):
     def forward(self) -> Call:
         """The arguments of the forward."""
         inputs = self.a, self.b, self.scale, self.constant, ""
-        labels = self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out
+        labels = self.score, self.constants, self.a_labels, self.b_labels, self.bounds, self.leave_out, self.other
         return Call._make((*inputs, *labels, *self.selection))
 
 
@@ -297,7 +313,7 @@ class LogSumExp(Function):
         ctx.constant, ctx.keep, ctx.by_label = call.constant, call.keep, (call.score, call.constants, call.leave_out)
         labels, selection = (call.a_labels, call.b_labels, call.bounds), call.selection
         ctx.flags = selection.columns, selection.exclude_self, selection.paired, selection.ignore
-        tensors = (*selection[2:5], *selection[7:])
+        tensors = (*selection[2:5], *selection[7:], call.other)
         ctx.save_for_backward(call.a, call.b, call.scale, row_max, row_log, col_max, col_log, kept, *labels, *tensors)
 
     @staticmethod
@@ -305,11 +321,11 @@ class LogSumExp(Function):
         saved = ctx.saved_tensors  # read once: checkpointing without re-entrance forbids a second time
         a, b, scale, *statistics, kept, a_labels, b_labels, bounds = saved[:11]
         columns, exclude_self, paired, ignore = ctx.flags
-        a_ids, b_ids, col_bias, *mask = saved[11:]
+        a_ids, b_ids, col_bias, *mask, other = saved[11:]
         selection = columns, exclude_self, a_ids, b_ids, col_bias, paired, ignore, *mask
         needs = list(ctx.needs_input_grad[:3])
         score, constants, leave_out = ctx.by_label
-        labels = score, constants, a_labels, b_labels, bounds, leave_out
+        labels = score, constants, a_labels, b_labels, bounds, leave_out, other
         inputs = drow, dcol, dpositive, a, b, scale, ctx.constant
         call = BackwardCall._make((*inputs, *statistics, needs, kept, ctx.keep, *labels, *selection))
         grads = last_derivative(torch.ops.gssf.logsumexp_scores_backward, *call)

@@ -74,7 +74,7 @@ def by_chunks(call: Call) -> tuple[Tensor, ...]:
         )
 
     if call.b is None:
-        triangle((a,), visit_half, False)
+        triangle((a,), visit_half, False, call.other)
         col_max, col_sum = row_max.clone(), row_sum.clone()
     else:
         softmax_b, _ = chunks(a, call.b, visit, (means, False))
@@ -205,7 +205,7 @@ def gradients_by_chunks(call: BackwardCall) -> tuple[Tensor, Tensor, Tensor]:
             dscores_dot_s[rows] += pairs_dot
 
     if b is None:
-        da, db = triangle((a,), visit_half, needs[0]), None
+        da, db = triangle((a,), visit_half, needs[0], call.other), None
     else:
         kept = call.kept if call.keep == "scores" and call.kept is not None and call.kept.numel() else None
         da, db = chunks(a, b, visit_chunk, needs[:2], kept)  # from dL/dt; multiplied by κ below

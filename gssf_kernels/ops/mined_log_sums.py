@@ -30,7 +30,8 @@ def mined_log_sums(factors: LabelledFactors, constants: list[float], epsilon: fl
     constants: α, β and the base of multi-similarity's logits. Time: one product forward on the CPU if few pairs have
     equal labels (`plan.lists_pairs`), else two; three backward; half of each if b is a.
     """
-    listed = few_as_list(Pairing("ids", factors.a_labels, factors.b_labels))
+    # Of a symmetric s of two factors, a score and its mirror differ by rounding, and one of them is computed.
+    listed = None if factors.symmetric else few_as_list(Pairing("ids", factors.a_labels, factors.b_labels))
     if listed is None:
         least_positive, largest_negative = hardest_scores(factors)
         bounds = torch.stack((largest_negative + epsilon, least_positive - epsilon))
@@ -73,7 +74,7 @@ def _forward(factors: LabelledFactors, constants: list[float], epsilon: float, r
     labels = distinct(factors.a_labels, factors.b_labels)
     bounds = torch.stack((infinite, lower))
     sides = factors.a, None if factors.b is factors.a else factors.b
-    call = Call._make((*sides, *logit, *labels, bounds, factors.leave_out, *Selection()))
+    call = Call._make((*sides, *logit, *labels, bounds, factors.leave_out, None, *Selection()))
     row_max, row_log, *unchanged = torch.ops.gssf.logsumexp_scores(*call)
     bounds[0] = _largest_negatives(factors, constants, epsilon, row_max[1], rows, p) + epsilon
     row_max[0], row_log[0] = _log_sums_of(p, rows, bounds[0], constants)

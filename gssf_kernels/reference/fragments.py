@@ -63,7 +63,7 @@ def attention_pooling(
         context = torch.einsum("nmrt,mtd->nmrd", attention, pooled)
         x, y = asking[:, None], context
     if metric is not None:
-        x = project(x, metric.diag, metric.blocks, permutation=metric.permutation, normalize=metric.normalize)
+        x = project(x, *metric.weights, permutation=metric.permutation, normalize=metric.normalize)
     elif cosine:
         x = F.normalize(x, dim=-1, eps=EPS)
     y = F.normalize(y, dim=-1, eps=EPS) if cosine else y

@@ -173,7 +173,7 @@ def factors(x: Tensor, y: Tensor, metric, normalize: bool = False) -> tuple[Tens
     """The factors ``(a, b)`` of the metric's scores ``a bᵀ``; x and y themselves, or normalised, without a metric."""
     if metric is None:
         return project(x, normalize=normalize), project(y, normalize=normalize)
-    a = project(x, metric.diag, metric.blocks, permutation=metric.permutation, normalize=metric.normalize)
+    a = project(x, *metric.weights, permutation=metric.permutation, normalize=metric.normalize)
     return a, project(y, normalize=metric.normalize)
 
 

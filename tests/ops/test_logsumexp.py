@@ -293,7 +293,7 @@ def test_without_statistics_of_columns(monkeypatch, route):
     monkeypatch.setattr(tiles, "MIN_SLAB_BLOCKS", 1)
     a, b = row_panel_checks.sides(50, 40, 16)
     scale = torch.tensor(1.5, device=DEVICE)
-    rows_alone = ("scaled", [], None, None, None, False, False)
+    rows_alone = ("scaled", [], None, None, None, False, None, False)
     assert device_ops.route("logsumexp_scores", a, b, scale, 1.0, "", *rows_alone) == route
     *both, positive_logit, _ = device_ops.logsumexp_scores(a, b, scale, 1.0)
     *alone, the_same_logit, _ = device_ops.logsumexp_scores(a, b, scale, 1.0, "", *rows_alone)
@@ -310,7 +310,7 @@ def test_without_statistics_of_columns(monkeypatch, route):
 @few
 def test_small_problems_keep_no_means():
     a, b = row_panel_checks.sides(50, 40, 16)
-    rows_alone = ("scaled", [], None, None, None, False, False)
+    rows_alone = ("scaled", [], None, None, None, False, None, False)
     *_, kept = device_ops.logsumexp_scores(a, b, None, 1.5, "means", *rows_alone)
     assert kept.shape == (0, 16)
     *_, kept, _ = device_ops.info_nce(b, a, None, 1.5, None, None, 0.0, False, "mean", "means")
@@ -321,7 +321,7 @@ def test_small_problems_keep_no_means():
 def test_more_scores_keep_means(monkeypatch):
     monkeypatch.setitem(plan.KEPT_MEANS, "cuda", 50 * 40 - 1)
     a, b = row_panel_checks.sides(50, 40, 16)
-    rows_alone = ("scaled", [], None, None, None, False, False)
+    rows_alone = ("scaled", [], None, None, None, False, None, False)
     assert device_ops.route("logsumexp_scores", a, b, None, 1.5, "means", *rows_alone) == "chunks"
     *_, means = device_ops.logsumexp_scores(a, b, None, 1.5, "means", *rows_alone)
     x, y = a.double().cpu(), b.double().cpu()

@@ -39,8 +39,8 @@ FAULTS = [
         "plan: a symmetric sweep computes all tiles",
         PLAN,
         "hardest_sweeps",
-        "upper = symmetric and scores.count > SMALL",
-        "upper = symmetric and scores.count < 0",
+        "upper = (twice or symmetric) and scores.count > SMALL",
+        "upper = (twice or symmetric) and scores.count < 0",
         tests="ops/test_explain",
     ),
 ]
