@@ -82,4 +82,4 @@ test-env-gpu: env-gpu
 	cd $(GPU_TREE) && $(GPU_PY) bench/first_light.py --dry-run build/first-light
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build *.egg-info gssf_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis examples/emoji/out
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info gssf_kernels/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis examples/*/out

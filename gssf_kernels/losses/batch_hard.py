@@ -36,8 +36,8 @@ def batch_hard_loss(
         margin: m, a finite number >= 0, in units of the score.
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
             divides by N in any case.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by; of a symmetric one half of the scores
-            are computed.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by; a symmetric one computes half of the
+            scores.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 

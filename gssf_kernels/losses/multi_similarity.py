@@ -60,8 +60,9 @@ def multi_similarity_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y if the metric is symmetric. With mining two products forward, but
-    one on the CPU if labels have few rows each. Extra memory: as :func:`~gssf_kernels.logsumexp_scores`.
+    Time: one product forward, three backward; half of each without y if the metric is symmetric. With mining two
+    products forward, but one on the CPU if labels have few rows each and the metric, if any, is not symmetric. Extra
+    memory: as :func:`~gssf_kernels.logsumexp_scores`.
     """
     alpha, beta = _checks.positive(alpha, "alpha"), _checks.positive(beta, "beta")
     constants = [alpha, beta, _checks.finite(base, "base")]

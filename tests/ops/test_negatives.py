@@ -173,6 +173,37 @@ def test_one_side_twice_without_pairs(columns):
             assert torch.equal(ours, right)
 
 
+def two_factors(n, ids):
+    """Arguments for s = a bᵀ with a = b W and a symmetric W, of whole numbers."""
+    random = torch.Generator().manual_seed(n)
+    b, w = torch.randint(-3, 4, (n, 9), generator=random).float(), torch.randint(-2, 3, (9, 9), generator=random)
+    ids = torch.randint(0, 7, (n,), generator=random) if ids else None
+    return b @ (w + w.T).float(), b, ids, ids
+
+
+@many
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("n", [1, 33, 70])
+def test_a_symmetric_product_of_two_factors_by_triton(n, ids, columns):
+    call = *two_factors(n, ids), "sweep", True, columns, None, None, None, None, None
+    expected = device_ops.composite("hardest_negatives", *call)
+    inputs = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in call]
+    op = OPS["hardest_negatives"]
+    assert plan.choose(op.name, op.plans, op.call(*inputs, True)).upper_triangle
+    for ours, right in zip(device_ops.on_cuda("hardest_negatives", *inputs, True), expected, strict=True):
+        assert torch.equal(ours.cpu(), right)
+
+
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("ids", [True, False])
+def test_a_symmetric_product_of_two_factors_on_the_cpu(ids, columns):
+    call = *two_factors(700, ids), "sweep", True, columns, None, None, None, None, None
+    expected = device_ops.composite("hardest_negatives", *call)
+    for ours, right in zip(torch.ops.gssf.hardest_negatives(*call, True), expected, strict=True):
+        assert torch.equal(ours, right)
+
+
 EDGES = torch.tensor([[0, 1], [2, 0], [2, 1], [0, 1], [1, 1]])
 
 
