@@ -161,7 +161,7 @@ def paired_factors(
     return project_both(x, y, *weights, metric.normalize, pairs)
 
 
-def own_factors(metric: StructuredSimilarity, x: Tensor) -> tuple[Tensor, Tensor]:
+def factors_with_itself(metric: StructuredSimilarity, x: Tensor) -> tuple[Tensor, Tensor]:
     """``(a, b)`` of x [N, D] compared with itself; one tensor for both if the metric has no weights."""
     if metric.diag is None and metric.blocks is None:
         (a,) = _checks.autocast(metric.project(x))

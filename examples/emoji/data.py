@@ -24,6 +24,7 @@ SIDE = 32  # pixels
 BUCKETS = 1 << 15
 CAPTIONS = 5  # of a picture, one a language
 GRAM_DROPOUT = 0.2
+WORDS = 8  # of a caption that stand for themselves, see fragments.py
 LANGUAGES = {"en": "English", "de": "German", "fr": "French", "es": "Spanish", "it": "Italian"}
 
 
@@ -53,6 +54,8 @@ class Emoji:
     owner: Tensor  # [C] int64
     captions: list[str]
     languages: list[str]
+    words: Bags  # of all words, those of a caption together: at most WORDS of each
+    spans: Tensor  # [C + 1] int64, words[spans[c]:spans[c + 1]] are those of caption c
 
 
 class Batches:
@@ -76,7 +79,10 @@ class Batches:
 
     def bags(self, captions: Tensor) -> Bags:
         """The bags of captions [K], some of their n-grams dropped."""
-        bags = self.emoji.bags.take(captions)
+        return self.thinned(self.emoji.bags.take(captions))
+
+    def thinned(self, bags: Bags) -> Bags:
+        """The bags with some of their n-grams dropped."""
         kept = torch.rand(len(bags.weights), generator=self.generator) >= GRAM_DROPOUT
         return Bags(bags.grams, bags.weights * kept, bags.starts)
 
@@ -88,13 +94,12 @@ class Batches:
         return pictures, bags, torch.arange(len(picked)).repeat_interleave(CAPTIONS), picked
 
 
-def ngrams(caption: str) -> list[str]:
+def ngrams(caption: str) -> list[list[str]]:
     """'<cat>' and its 3-, 4-, 5-grams, for each word."""
     grams = []
     for word in caption.lower().replace(":", " ").replace(",", " ").split():
         word = f"<{word}>"
-        grams.append(word)
-        grams += [word[i : i + n] for n in (3, 4, 5) for i in range(len(word) - n + 1) if n < len(word)]
+        grams.append([word, *(word[i : i + n] for n in (3, 4, 5) for i in range(len(word) - n + 1) if n < len(word))])
     return grams
 
 
@@ -106,7 +111,10 @@ def load() -> dict[str, Emoji]:
     with gzip.open(HERE / "captions.tsv.gz", "rt", encoding="utf8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
 
-    hashed = [[zlib.crc32(gram.encode()) % BUCKETS for gram in ngrams(row["caption"])] for row in rows]
+    by_word = [
+        [[zlib.crc32(gram.encode()) % BUCKETS for gram in word] for word in ngrams(row["caption"])] for row in rows
+    ]
+    hashed = [[gram for word in words for gram in word] for words in by_word]
     seen = Counter(g for row, bag in zip(rows, hashed, strict=True) if row["split"] == "train" for g in set(bag))
     rarity = [1 / math.sqrt(1 + seen[g]) for g in range(BUCKETS)]
 
@@ -122,6 +130,8 @@ def load() -> dict[str, Emoji]:
             owner=torch.tensor([place[picture] for picture in index]),
             captions=[rows[k]["caption"] for k in chosen],
             languages=[rows[k]["lang"] for k in chosen],
+            words=pack([word for k in chosen for word in by_word[k][:WORDS]], rarity),
+            spans=torch.tensor([0, *(min(len(by_word[k]), WORDS) for k in chosen)]).cumsum(0),
         )
     return splits
 

@@ -181,3 +181,43 @@ def weights(path: Path, diag: Tensor, blocks: Tensor) -> None:
     axes.grid(False)
     figure.colorbar(drawn, ax=axes, shrink=0.85)
     save(figure, path)
+
+
+@torch.no_grad()
+def attentions(path: Path, emoji: Emoji, model) -> None:
+    """Where the K representations of ten pictures look; model: of graph.py."""
+    chosen = [int(emoji.owner[c]) for c in queries(emoji, 10)]
+    pictures = emoji.pictures[chosen].float() / 255
+    maps = model.attentions(pictures)  # [10, K, 8, 8]
+    count = maps.shape[1]
+    figure, axes = plt.subplots(count + 1, len(chosen), figsize=(13, 1.45 * (count + 1) + 0.5), layout="constrained")
+    title = f"Attention of the {count} representations of a picture (held-out pictures); darker: more"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12)
+    for column, one in enumerate(pictures):
+        shown = one.permute(1, 2, 0).numpy()
+        axes[0, column].imshow(shown, interpolation="lanczos", extent=(0, 8, 8, 0))
+        for k in range(count):
+            axes[k + 1, column].imshow(shown, interpolation="lanczos", extent=(0, 8, 8, 0), alpha=0.35)
+            axes[k + 1, column].imshow(
+                maps[column, k].numpy(), cmap="Blues", vmin=0, alpha=0.75, extent=(0, 8, 8, 0), interpolation="nearest"
+            )
+    for axis in axes.flat:
+        axis.axis("off")
+    save(figure, path)
+
+
+@torch.no_grad()
+def heads(path: Path, structure) -> None:
+    """The learned W = diag(w) + blockdiag(B) of every head of an attention layer; structure: its weights."""
+    matrices = [torch.diag(w) + torch.block_diag(*b) for w, b in zip(structure.diag, structure.blocks, strict=True)]
+    limit = float(max((m - torch.eye(len(m))).abs().max() for m in matrices)) or 1.0
+    figure, axes = plt.subplots(1, len(matrices), figsize=(13, 3.9), layout="constrained")
+    title = "Learned W of each attention head, less the identity from which it starts"
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12)
+    for k, (axis, matrix) in enumerate(zip(axes, matrices, strict=True)):
+        change = (matrix - torch.eye(len(matrix))).numpy()
+        drawn = axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        axis.set(title=f"head {k}")
+        axis.grid(False)
+    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    save(figure, path)

@@ -19,12 +19,16 @@ from torch import Tensor, nn
 import gssf_kernels as gk
 
 NAMES = ("triplet", "triplet-hardest", "triplet-semihard", "triplet-all", "goal", "infonce", "siglip", "distill")
+APART = ("graph", "fragments")  # whose models have losses of their own: graph.py, fragments.py
+SIGLIP = {"scale": 10.0, "bias": -10.0}  # at the start, as in the paper
 MARGIN = 0.2
 WARM_UP = 0.25  # of the run
 
 
 def choice(name: str, progress: float) -> str:
     """What loss `name` takes at `progress` in [0, 1] of the run: a choice of negatives, or a loss's own name."""
+    if name in APART:
+        name = "triplet"
     if name in ("triplet", "goal"):
         return "semihard" if progress < WARM_UP else {"triplet": "hardest", "goal": "goal"}[name]
     return name.removeprefix("triplet-")
@@ -51,17 +55,18 @@ class Criterion(nn.Module):
         name: one of NAMES.
         naive: take the definitions, which store the scores.
         goal: GOAL's ``triplet=`` and ``pair=``.
+        siglip: the scale and bias that "siglip" starts from; SIGLIP by default.
         teachers: for "distill", the unit rows (u [P, D], t [P, D]) that the teachers give the P training pictures.
     """
 
-    def __init__(self, name: str, *, naive: bool = False, goal: dict | None = None, teachers=None):
+    def __init__(self, name: str, *, naive: bool = False, goal: dict | None = None, siglip=None, teachers=None):
         super().__init__()
         if (name == "distill") != (teachers is not None):
             raise ValueError(f"teachers: expected them with 'distill' and with no other loss, got {name!r}")
         self.name, self.kernels, self.goal, self.teachers = name, gk.reference if naive else gk, goal or {}, teachers
         # The swap: the same call, once storing the scores, once not. For the learned ones, a module or its definition.
         self.info_nce = gk.InfoNCELoss() if name in ("infonce", "distill") else None
-        self.sigmoid = gk.SigmoidLoss(scale=10.0, bias=-10.0) if name == "siglip" else None
+        self.sigmoid = gk.SigmoidLoss(**(siglip or SIGLIP)) if name == "siglip" else None
         self.relations = gk.RelationalDistillationLoss(lam=0.5, tau=0.07) if name == "distill" else None
 
     def forward(self, a: Tensor, b: Tensor, owner: Tensor, picked: Tensor, progress: float) -> Tensor:

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import torch
-from data import BUCKETS, Bags, Emoji
+from data import BUCKETS, Bags, Batches, Emoji
 from torch import Tensor, nn
 
 import gssf_kernels as gk
@@ -72,16 +72,32 @@ def embed_captions(tower: CaptionTower, emoji: Emoji) -> Tensor:
     return rows
 
 
+# The parts of W = diag(w) + blockdiag(B) that are learned: (block_size, diagonal).
+METRICS = {"cosine": (None, False), "diag": (None, True), "blocks": (16, False), "both": (16, True)}
+
+
 class Model(nn.Module):
     """Both towers and the structured similarity between them."""
 
-    def __init__(self):
+    def __init__(self, metric: str = "both"):
         super().__init__()
         self.pictures = PictureTower(DIM).to(memory_format=torch.channels_last)
         self.captions = CaptionTower(DIM)
-        self.metric = gk.StructuredSimilarity(DIM, block_size=16)
+        block_size, diagonal = METRICS[metric]
+        self.metric = gk.StructuredSimilarity(DIM, block_size=block_size, diagonal=diagonal)
+
+    def loss(self, batches: Batches, criterion, progress: float) -> tuple[Tensor, tuple | None]:
+        """The loss of the next batch, and what it is made of: (a [B, D], b [N, D], owner [N], picked [B]) or None."""
+        pictures, bags, owner, picked = batches.next()
+        a, b = self.metric.factors(self.pictures(pictures), self.captions(bags))
+        return criterion(a, b, owner, picked, progress), (a, b, owner, picked)
 
     @torch.no_grad()
     def embed(self, emoji: Emoji) -> tuple[Tensor, Tensor]:
         """a [P, D] of the pictures (weighted), b [C, D] of the captions: scores are a bᵀ."""
         return self.metric.factors(embed_pictures(self.pictures, emoji), embed_captions(self.captions, emoji))
+
+    def scores(self, emoji: Emoji) -> Tensor:
+        """[P, C] of all pictures and captions."""
+        a, b = self.embed(emoji)
+        return a @ b.T

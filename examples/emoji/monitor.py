@@ -1,5 +1,6 @@
 """What is watched while training: loss, active anchors, validation recall, the loss against its definition."""
 
+import math
 import sys
 import time
 
@@ -39,12 +40,11 @@ class Monitor:
         return time.process_time() - self.worked
 
     def step(self, step: int, progress: float, loss: Tensor, batch, criterion: Criterion, model, val) -> None:
-        """batch: the factors a [B, D], b [N, D] of this step, owner [N] and picked [B]; see Criterion."""
-        a, b, owner, _ = batch
+        """batch: the factors a [B, D], b [N, D] of this step, owner [N] and picked [B], see Criterion; or None."""
         negatives = choice(criterion.name, progress)
         last = progress >= 1
         self.bar.update()
-        if step % CHECK_EVERY == 1 or last:
+        if batch is not None and (step % CHECK_EVERY == 1 or last):
             loss_error, gradient_error = agree(criterion, negatives, *batch)
             self.checks["checks"] += 1
             self.checks["loss_error"] = max(self.checks["loss_error"], loss_error)
@@ -53,7 +53,7 @@ class Monitor:
             row = {
                 "step": step,
                 "loss": float(loss.detach()),
-                "active": active(a, b, owner),
+                "active": math.nan if batch is None else active(*batch[:3]),
                 "negatives": negatives,
             }
             for name, value in row.items():
@@ -64,8 +64,7 @@ class Monitor:
             self.bar.close()
 
     def validate(self, step: int, progress: float, model, val) -> None:
-        a, b = model.embed(val)
-        scores = recall(a @ b.T, val.owner)
+        scores = recall(model.scores(val), val.owner)
         self.log["val_step"].append(step)
         for name, value in scores.items():
             self.log[f"val_{name}"].append(value)

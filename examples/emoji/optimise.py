@@ -16,9 +16,9 @@ def adamw(decayed: list[nn.Parameter], free: list[nn.Parameter]) -> torch.optim.
     return torch.optim.AdamW(groups, lr=LEARNING_RATE)
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, progress: float) -> None:
+def set_learning_rate(optimiser: torch.optim.Optimizer, progress: float, highest: float = LEARNING_RATE) -> None:
     """At progress in (0, 1] of the run."""
-    rate = LEARNING_RATE * min(1.0, progress / WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
+    rate = highest * min(1.0, progress / WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
     for group in optimiser.param_groups:
         group["lr"] = rate
 

@@ -35,12 +35,12 @@ ROWS = {
 }
 
 
-def run(row: str, seed: int, options) -> dict:
-    """The results of one training run."""
+def run(row: str, words: list[str], seed: int, options) -> dict:
+    """The results of one training run, by train.py with these words; of an earlier one if it is there."""
     folder = options.out / f"{row}-{options.steps}-{seed}"
     file = folder / "results.json"
     if not file.exists():
-        command = [sys.executable, HERE / "train.py", *ROWS[row], "--seed", seed, "--steps", options.steps]
+        command = [sys.executable, HERE / "train.py", *words, "--seed", seed, "--steps", options.steps]
         command += ["--threads", 1, "--no-cost", "--out", folder]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         if done.returncode:
@@ -84,7 +84,7 @@ def main() -> None:
         parser.error(f"--jobs: expected a whole number >= 1, got {options.jobs}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
     with ThreadPoolExecutor(options.jobs) as pool:
-        runs = {row: [pool.submit(run, row, seed, options) for seed in seeds] for row in rows}
+        runs = {row: [pool.submit(run, row, ROWS[row], seed, options) for seed in seeds] for row in rows}
         table = {row: cells([one.result() for one in of_row]) for row, of_row in runs.items()}
     heads = ["loss", *(way.replace("_", " ") for way in WAYS), "processor s"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))

@@ -22,9 +22,11 @@ import teachers
 import torch
 from check import Disagreement
 from data import CAPTIONS, Batches, Emoji, load
+from fragments import FragmentModel
+from graph import GraphModel
 from losses import Criterion
 from measure import compare
-from model import Model
+from model import METRICS, Model
 from monitor import Monitor
 from recall import KS, WAYS, recall
 
@@ -39,12 +41,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--loss",
-        choices=losses.NAMES,
+        choices=losses.NAMES + losses.APART,
         default="triplet",
         help="triplet: semi-hard negatives, then the hardest (default); triplet-hardest, -semihard, -all: "
         "one choice throughout; goal: semi-hard negatives, then GOAL; infonce, siglip: CLIP's and SigLIP's; distill: "
-        "infonce and relational distillation from two teachers, trained first",
+        "infonce and relational distillation from two teachers, trained first; graph, fragments: several "
+        "representations of a picture, its patches against words, each with a triplet loss",
     )
+    parser.add_argument("--metric", choices=METRICS, default="both", help="what W has: nothing, diag, blocks, both")
+    parser.add_argument("--scale", type=float, default=losses.SIGLIP["scale"], help="siglip's at the start")
+    parser.add_argument("--bias", type=float, default=losses.SIGLIP["bias"], help="siglip's at the start")
+    parser.add_argument("--rate", type=float, default=optimise.LEARNING_RATE, help="of learning, at its highest")
     parser.add_argument("--triplet", choices=goal.TRIPLET, default="nca", help="GOAL's triplet weight (default nca)")
     parser.add_argument("--pair", choices=goal.PAIR, default="con", help="GOAL's pair weights (default con)")
     length = parser.add_mutually_exclusive_group()
@@ -76,6 +83,13 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--teacher-steps: expected with --loss distill alone, got --loss {options.loss}")
     if options.loss == "distill":
         options.teacher_steps = options.teacher_steps or TEACHER_STEPS
+    if options.loss in losses.APART:
+        options.no_cost = True  # which is that of the default
+        if options.naive:
+            parser.error(f"--naive: expected a loss of embeddings, got --loss {options.loss}")
+    for name in ("scale", "rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name}: expected a positive number, got {getattr(options, name)}")
     if options.seconds is not None and not 0 < options.seconds < math.inf:
         parser.error(f"--seconds: expected a positive number, got {options.seconds}")
     try:
@@ -88,21 +102,19 @@ def arguments() -> argparse.Namespace:
 def train(model: Model, criterion: Criterion, splits: dict[str, Emoji], options) -> Monitor:
     """Trains the model in place; returns what was seen on the way."""
     batches = Batches(splits["train"], options.batch, torch.Generator().manual_seed(options.seed))
-    decayed = [*model.pictures.parameters(), *model.captions.parameters()]
-    optimiser = optimise.adamw(decayed, [*model.metric.parameters(), *criterion.parameters()])
+    structure = [p for name, p in model.named_parameters() if name.startswith("metric.") or ".structure." in name]
+    decayed = [p for p in model.parameters() if all(p is not other for other in structure)]
+    optimiser = optimise.adamw(decayed, [*structure, *criterion.parameters()])
     monitor = Monitor(options.steps)
 
     step, progress = 0, 0.0
     while progress < 1:
         step += 1
         progress = step / options.steps if options.steps else min(1.0, monitor.seconds / options.seconds)
-        optimise.set_learning_rate(optimiser, progress)
-
-        pictures, bags, owner, picked = batches.next()
-        a, b = model.metric.factors(model.pictures(pictures), model.captions(bags))  # [B, D], [N, D]
-        loss = criterion(a, b, owner, picked, progress)
+        optimise.set_learning_rate(optimiser, progress, options.rate)
+        loss, batch = model.loss(batches, criterion, progress)
         optimise.step(optimiser, loss, f"step {step}")
-        monitor.step(step, progress, loss, (a, b, owner, picked), criterion, model, splits["val"])
+        monitor.step(step, progress, loss, batch, criterion, model, splits["val"])
     return monitor
 
 
@@ -147,7 +159,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     begun = time.perf_counter()
     splits = load()
-    model = Model()
+    model = {"graph": GraphModel, "fragments": FragmentModel}.get(options.loss, Model)(options.metric)
     counts = f"{len(splits['train'].pictures)} pictures, {len(splits['train'].captions)} captions"
     software = f"gssf_kernels {gk.__version__}, torch {torch.__version__}, {options.threads} threads"
     name = f"GOAL {options.triplet}·{options.pair}" if options.loss == "goal" else options.loss
@@ -155,17 +167,18 @@ def main() -> None:
     try:
         rows, facts = taught(options, splits)
         modes = {"triplet": options.triplet, "pair": options.pair}
-        criterion = Criterion(options.loss, naive=options.naive, goal=modes, teachers=rows)
+        siglip = {"scale": options.scale, "bias": options.bias}
+        criterion = Criterion(options.loss, naive=options.naive, goal=modes, siglip=siglip, teachers=rows)
         monitor = train(model, criterion, splits, options)
     except Disagreement as error:
         raise SystemExit(f"error: {error}") from None
     steps, seconds, cpu_seconds = monitor.log["step"][-1], monitor.seconds, monitor.cpu_seconds
 
     test = splits["test"]
-    a, b = model.embed(test)
-    s = a @ b.T
+    s = model.scores(test)
     cost = {}
-    a_train, b_train = model.embed(splits["train"])
+    if not options.no_cost:
+        a_train, b_train = model.embed(splits["train"])
     sizes = () if options.no_cost else ((min(options.batch * CAPTIONS, len(b_train)), 20), (LARGE, 7))
     for pairs, rounds in sizes:
         owner = splits["train"].owner[:pairs]
@@ -195,11 +208,16 @@ def main() -> None:
     title = f"Emoji retrieval, {name} loss, {steps} steps in {seconds:.0f} s"
     figures.gallery(options.out / "gallery.png", test, s)
     figures.curves(options.out / "curves.png", monitor.log, title)
-    figures.weights(options.out / "weights.png", model.metric.diag.detach(), model.metric.blocks.detach())
+    if options.metric == "both":
+        figures.weights(options.out / "weights.png", model.metric.diag.detach(), model.metric.blocks.detach())
+    if isinstance(model, GraphModel):
+        figures.attentions(options.out / "attentions.png", test, model)
+    if isinstance(model, FragmentModel):
+        figures.heads(options.out / "heads.png", model.captions.attention.structure)
     results["seconds_in_all"] = time.perf_counter() - begun
     (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf8")
     print(
-        f"gallery.png, curves.png, weights.png, results.json in {options.out} "
+        f"{', '.join(sorted(file.name for file in options.out.iterdir()))} in {options.out} "
         f"({results['seconds_in_all']:.0f} s in all)"
     )
 

@@ -11,7 +11,7 @@ from gssf_kernels import _checks
 from gssf_kernels.diagnostics import diagnose_hardest
 from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of, own_factors
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of, factors_with_itself
 
 
 def batch_hard_loss(
@@ -36,8 +36,8 @@ def batch_hard_loss(
         margin: m, a finite number >= 0, in units of the score.
         reduction: "mean", "sum" or "none" ([N]). A row without a positive or without a negative contributes 0; "mean"
             divides by N in any case.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by; a symmetric one computes half of the
-            scores.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity` to compare the rows by; of a symmetric one half of
+            the scores are computed.
         normalize: compare by cosine: divide the rows by their L2 norms first, in the same pass as a metric would.
         diagnostics: return ``(loss, Diagnostics)``; see :mod:`gssf_kernels.diagnostics`.
 
@@ -58,7 +58,7 @@ def batch_hard_loss(
     (x,) = _checks.autocast(x)
     _checks.embeddings(x, x, "x", "x")
     labels = _checks.labels(labels, "labels", x.shape[0], x.device)
-    a, b = (x, x) if metric is None else own_factors(metric, x)
+    a, b = (x, x) if metric is None else factors_with_itself(metric, x)
     if a is b:
         results = batch_hard_terms(a, labels, margin, reduction)
     else:

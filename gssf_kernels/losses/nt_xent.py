@@ -70,7 +70,7 @@ def nt_xent_loss(
     a, b = factors.a, factors.b
     kappa = _checks.scale(scale, a)
     kappa = kappa.tensor.exp() if isinstance(kappa, _checks.Logarithm) else kappa
-    left, right, other = factors.sides()
+    left, right, other = factors.operands()
     selection = Selection(columns=False, exclude_self=factors.leave_out)
     row_max, row_log, *_ = paired_logsumexp(left, right, kappa, selection, other)
     pairing = Pairing("ids", factors.a_labels, factors.b_labels)

@@ -84,13 +84,13 @@ class Block(NamedTuple):
 
     def shares(self, call) -> tuple[Tensor, Tensor]:
         """(whether any p takes part [n, 1], the weight of each q in its mean [m, T])."""
-        some = torch.ones(self.p.shape[0], 1, dtype=torch.bool, device=self.p.device)
+        present = torch.ones(self.p.shape[0], 1, dtype=torch.bool, device=self.p.device)
         if call.p_mask is not None:
-            some = call.p_mask[self.rows].any(1, keepdim=True)
+            present = call.p_mask[self.rows].any(1, keepdim=True)
         mask = self.q.new_ones(call.q[self.cols].shape[:2])
         if call.q_mask is not None:
             mask = call.q_mask[self.cols].to(self.q.dtype)
-        return some, mask / mask.sum(1, keepdim=True).clamp_min(1)
+        return present, mask / mask.sum(1, keepdim=True).clamp_min(1)
 
 
 def _blocks(call) -> Iterator[Block]:
@@ -126,10 +126,10 @@ def _attention_pooling(call):
     N, (M, T, _) = call.p.shape[0], call.q.shape
     scores = call.p.new_zeros(N, M, dtype=accumulation_dtype(call.p.dtype))
     for block in () if _empty(call) else _blocks(call):
-        some, weights = block.shares(call)
+        present, weights = block.shares(call)
         each = (block.product / block.norm).unflatten(1, (-1, T))
         each = torch.where(weights != 0, each, 0)
-        scores[block.rows, block.cols] = torch.where(some, (each * weights).sum(2), 0)
+        scores[block.rows, block.cols] = torch.where(present, (each * weights).sum(2), 0)
     return scores
 
 
@@ -140,8 +140,8 @@ def _attention_pooling_backward(call):
     grad_out = call.grad_out.to(dtype)
     for block in () if _empty(call) else _blocks(call):
         rows, cols, p, unit, q, attention, pooled, product, norm = block
-        some, weights = block.shares(call)
-        g = torch.where(some, grad_out[rows, cols], 0)  # [n, m]
+        present, weights = block.shares(call)
+        g = torch.where(present, grad_out[rows, cols], 0)  # [n, m]
         g = (g[:, :, None] * weights).flatten(1) / norm  # [n, m T], of c · q
         dq_of_block = (g[:, :, None] * pooled).sum(0)
         dpooled = g[:, :, None] * q

@@ -13,7 +13,7 @@ from gssf_kernels import _checks
 from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
 from gssf_kernels.ops.positives import hardest_positives
 from gssf_kernels.ops.segment_terms import lowest_of_pairs
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, folded_factor, own_factors
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, folded_factor, factors_with_itself
 
 
 def labelled_factors(
@@ -37,7 +37,7 @@ def labelled_factors(
     if metric is None or not symmetric:
         a, b = (x, y) if metric is None else _checks.autocast(*metric.factors(x, y))
         return LabelledFactors(a, b, *of_x)
-    a, b = own_factors(metric, x)
+    a, b = factors_with_itself(metric, x)
     return LabelledFactors(a, b, *of_x, folded_factor(metric, a, b))
 
 

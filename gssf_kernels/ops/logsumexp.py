@@ -140,7 +140,7 @@ class LabelledFactors(NamedTuple):
     def symmetric(self) -> bool:
         return self.folded is not None
 
-    def sides(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(a, b, other) as in `Call`."""
         if self.folded is not None:
             return self.folded, None, self.b.detach()
@@ -156,7 +156,7 @@ def logsumexp_by_label(
     bounds: [2, N]. A positive of row i counts only if it scores less than bounds[0, i], a negative only if it scores
     greater than bounds[1, i]. Where none counts, both numbers are -inf. The maxima are constants to autograd.
     """
-    a, b, other = factors.sides()
+    a, b, other = factors.operands()
     keep = "scores" if may_keep(factors.a, factors.b) else ""
     logit = None, 1.0, keep, score, constants
     labels = distinct(factors.a_labels, factors.b_labels)
