@@ -54,8 +54,9 @@ def floating(t, name: str, shape: str) -> None:
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(t).__name__}")
     if t.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected dtype {_FLOAT_NAMES}, got {t.dtype}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense (strided) tensor, got layout {t.layout}")
+    if t.layout != torch.strided or t.is_nested:
+        got = "a nested one" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: expected a dense (strided) tensor, got {got}")
     rank = shape.count(",") + 1
     if t.dim() != rank:
         raise ValueError(f"{name}: expected shape {shape}, got {list(t.shape)}")

@@ -140,6 +140,9 @@ def triangle(
         scores = [buffer[: count * width].view(count, width) for buffer in buffers]
         for s, left, right in zip(scores, lefts, rights, strict=True):
             right.part(column=first).product(left[rows], s)
+        if other is not None:  # in the square too, a score and its mirror must be one number
+            square = scores[0][:, :count]
+            square.copy_(square.triu() + square.triu(1).mT)
         visit(scores, first)
         if channels is not None and dx is not None:
             ds = gradient(scores[0], x)

@@ -63,11 +63,14 @@ class StructuredSimilarity(Fp32Module):
         diag: [D] parameter or None.
         blocks: [dim / block_size, block_size, block_size] parameter B or None.
         weights: (diag, blocks) as they are applied: with ``symmetric`` the second is (B + Bᵀ) / 2.
+        is_symmetric: whether W is symmetric: with ``symmetric``, and always without blocks.
 
     Raises:
         TypeError, ValueError: dim or block_size is not a positive whole number, block_size does not divide dim, or
             permutation does not contain each channel once.
     """
+
+    symmetric = False  # of a module that was pickled before there was this setting
 
     def __init__(
         self,

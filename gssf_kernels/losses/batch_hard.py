@@ -11,7 +11,7 @@ from gssf_kernels import _checks
 from gssf_kernels.diagnostics import diagnose_hardest
 from gssf_kernels.ops import batch_hard_of_factors, batch_hard_terms
 from gssf_kernels.reference import Diagnostics
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, metric_of, factors_with_itself
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, factors_with_itself, metric_of
 
 
 def batch_hard_loss(

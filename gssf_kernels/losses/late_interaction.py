@@ -80,7 +80,7 @@ class LateInteractionTripletLoss(nn.Module):
     """:func:`late_interaction_triplet_loss` as a module.
 
     Args:
-        margin, negatives, reduce, symmetric, reduction, metric, normalize: as in :func:`late_interaction_triplet_loss`;
+        margin, negatives, reduction, metric, reduce, symmetric, normalize: as in :func:`late_interaction_triplet_loss`;
             the metric's parameters become this module's.
 
     Raises:
@@ -91,10 +91,10 @@ class LateInteractionTripletLoss(nn.Module):
         self,
         margin: float = 0.2,
         negatives: str = "hardest",
-        reduce: str = "mean",
-        metric: StructuredSimilarity | None = None,
         reduction: str = "sum",
+        metric: StructuredSimilarity | None = None,
         *,
+        reduce: str = "mean",
         symmetric: bool = True,
         normalize: bool = False,
     ):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels import plan
+from gssf_kernels import _checks, plan
 from gssf_kernels._library import Function, distinct, last_derivative, register
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import EPS, accumulate
@@ -96,12 +96,16 @@ class Block(NamedTuple):
 def _blocks(call) -> Iterator[Block]:
     p, unit, q = (accumulate(t) for t in (call.p, call.unit, call.q))
     (N, R, D), (M, T, _) = p.shape, q.shape
-    numbers = plan.CHUNK_SCORES.get(p.device.type, plan.CHUNK_SCORES["cuda"]) // (R + D)  # of pairs of p's row and q
-    cols = min(max(numbers // T, 1), M)
-    rows = min(max(numbers // (cols * T), 1), N)
+    pairs = _scores_of_chunk(p) // (3 * (R + D))  # (row of p, of q): each has R logits, D channels, and copies of both
+    cols = min(max(pairs // T, 1), M)
+    rows = min(max(pairs // (cols * T), 1), N)
     for i in plan.starts(N, rows):
         for j in plan.starts(M, cols):
             yield _block(call, p, unit, q, slice(i, min(i + rows, N)), slice(j, min(j + cols, M)))
+
+
+def _scores_of_chunk(t: Tensor) -> int:
+    return plan.CHUNK_SCORES.get(_checks.device_type(t), plan.CHUNK_SCORES["cuda"])
 
 
 def _block(call, p: Tensor, unit: Tensor, q: Tensor, rows: slice, cols: slice) -> Block:

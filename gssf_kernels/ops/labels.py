@@ -13,7 +13,7 @@ from gssf_kernels import _checks
 from gssf_kernels.ops.logsumexp import LabelledFactors, logsumexp_by_label
 from gssf_kernels.ops.positives import hardest_positives
 from gssf_kernels.ops.segment_terms import lowest_of_pairs
-from gssf_kernels.similarity import StructuredSimilarity, check_metric, folded_factor, factors_with_itself
+from gssf_kernels.similarity import StructuredSimilarity, check_metric, factors_with_itself, folded_factor
 
 
 def labelled_factors(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gssf_kernels import plan, reference
+from gssf_kernels import _checks, plan, reference
 from gssf_kernels._library import Function, distinct, last_derivative, may_keep, register
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import accumulate, maxima
@@ -85,7 +85,7 @@ def _words(call) -> tuple[Tensor, int]:
     """(all words [M T, D], how many pictures a chunk of their scores has)."""
     words = accumulate(call.b).flatten(0, 1)
     scores = max(call.a.shape[1] * words.shape[0], 1)
-    return words, max(plan.CHUNK_SCORES.get(call.a.device.type, plan.CHUNK_SCORES["cuda"]) // scores, 1)
+    return words, max(plan.CHUNK_SCORES.get(_checks.device_type(call.a), plan.CHUNK_SCORES["cuda"]) // scores, 1)
 
 
 def _late_interaction(call):

@@ -216,13 +216,27 @@ def test_a_call_explained():
     (op,) = [op for op in forward.ops if op.name == "late_interaction"]
     assert op.launches == {"late_interaction_kernel": 1}
     assert op.flops == 2 * 64 * 36 * 64 * 20 * 32
+    small = torch.ones(24, 36, 32), torch.ones(24, 20, 32)
+    assert gk.explain(gk.attention_pooling, *small).forward.extra_mib < 30
     on_cpu = gk.explain(gk.late_interaction_triplet_loss, torch.ones(4, 3, 8), torch.ones(4, 5, 8))
     assert {op.name for op in on_cpu.forward.ops} >= {"late_interaction"}
     assert gk.explain(gk.attention_pooling, v, w).forward.flops >= 2 * 2 * 64 * 36 * 64 * 20 * 32
 
 
+@every_function
+def test_nothing_to_compare_still_reaches_the_metric(name):
+    function = getattr(gk, name.partition(",")[0])
+    of = metric()
+    for n, r, m, t in ((0, 3, 2, 4), (2, 0, 2, 4), (2, 3, 2, 0), (0, 3, 0, 4)):
+        sides = torch.randn(n, r, 8, dtype=torch.float64), torch.randn(m, t, 8, dtype=torch.float64)
+        function(*sides, metric=of, **FUNCTIONS[name]).sum().backward()
+        assert not of.diag.grad.any()
+
+
 V, W = torch.ones(4, 3, 2), torch.ones(4, 5, 2)
+NESTED = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(5, 2)])
 BAD = [
+    ({"words": NESTED}, TypeError, r"words: expected a dense \(strided\) tensor, got a nested one"),
     ({"regions": torch.ones(4, 3)}, ValueError, r"regions: expected shape \[N, R, D\], got \[4, 3\]"),
     ({"regions": [V]}, TypeError, "regions: .*got list"),
     ({"words": W.double()}, TypeError, "words: .*got torch.float64"),

@@ -206,3 +206,35 @@ def test_mirrored_scores_of_the_op():
 def test_a_bad_setting(value):
     with pytest.raises(TypeError, match=r"^symmetric: expected True or False"):
         gk.StructuredSimilarity(8, 4, symmetric=value)
+
+
+@pytest.mark.parametrize("name", ["symmetric", "diagonal"])
+def test_mirrored_scores_in_16_bits(name):
+    """In bf16, a_i · b_j and a_j · b_i differ: one of them counts for both, forward and backward, mined or not."""
+    of = metric(name, 16, torch.float32) if name == "diagonal" else gk.StructuredSimilarity(16, 4, symmetric=True)
+    plain = gk.StructuredSimilarity(16, 4)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in of.parameters():
+            weight += 0.1 * torch.randn(weight.shape, generator=random)
+        diag, blocks = of.weights
+        plain.diag.copy_(diag)
+        plain.blocks.copy_(torch.zeros(4, 4, 4) if blocks is None else blocks)
+    labels = torch.arange(24) // 4
+    for seed in range(60):
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(6, 16, generator=random)[labels] + 0.7 * torch.randn(24, 16, generator=random)
+        x = x.bfloat16().requires_grad_()
+        loss = gk.multi_similarity_loss(x, labels, metric=of, epsilon=0.1)
+        assert torch.autograd.grad(loss, x)[0].isfinite().all()
+        if seed >= 10:
+            continue
+        truth = x.detach().double().requires_grad_()
+        wide = copy.deepcopy(of).double()
+        loss = gk.reference.nt_xent_loss(truth, labels, scale=100.0, metric=wide)
+        right = torch.autograd.grad(loss, truth)[0]
+        errors = []
+        for one in (of, plain):
+            loss = gk.nt_xent_loss(x, labels, scale=100.0, metric=one)
+            errors.append(float((torch.autograd.grad(loss, x)[0].double() - right).norm() / right.norm()))
+        assert errors[0] <= 2.5 * errors[1] + 0.01
