@@ -17,6 +17,7 @@ FAULTS = [
     Fault(
         "symmetric: the scores are those of a with itself", DENSE, "triangle", "for y in factors]", "for y in lefts]"
     ),
+    Fault("symmetric: a square has scores and mirrors", DENSE, "triangle", "if other is not None:", "if False:"),
     Fault(
         "symmetric: batch-hard computes all scores",
         "gssf_kernels/losses/batch_hard.py",
