@@ -39,6 +39,7 @@ _OF_ROWS: tuple = (
     None,
     None,
     False,
+    None,
     False,
 )  # the arguments behind `keep`: columns have no statistics
 

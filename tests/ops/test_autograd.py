@@ -88,7 +88,22 @@ def _op_samples():
             yield "batch_hard", (a, ids[0], 0.2, reduction)
             partners = torch.randint(-1, 9, (2, 9), generator=g).unbind()
             yield "batch_hard_backward", (grad_out, *lines[:2], *partners, a, 0.2, reduction)
+        yield from _fragment_samples(a, b)
         yield from _dense_samples(a, b, g)
+
+
+def _fragment_samples(a, b):
+    """The scores of fragments, of rows of a [9, D] and of b [14, D]."""
+    a, b = a.view(3, 3, -1), b.view(2, 7, -1)
+    grad_out = a.new_ones(3, 2, dtype=plan.accumulation_dtype(a.dtype))
+    for masks in ((None, None), (torch.arange(9).view(3, 3) % 4 > 0, torch.arange(14).view(2, 7) % 3 > 0)):
+        for keep in (True, False):
+            yield "late_interaction", (a, b, *masks, keep, keep)
+            best = torch.arange(42).view(3, 2, 7) % 4 - 1 if keep else None
+            best = None if best is None else best.to(torch.int16)
+            yield "late_interaction_backward", (grad_out, best, a, b, *masks, keep, [True, keep])
+            yield "attention_pooling", (a, a * 0.5, b, *masks, 2.0, keep)
+            yield "attention_pooling_backward", (grad_out, a, a * 0.5, b, *masks, 2.0, keep)
 
 
 def _dense_samples(a, b, g):
@@ -99,12 +114,14 @@ def _dense_samples(a, b, g):
     chunk = randn(g, n, m).to(wide)
     yield "logsumexp_scores", (a, b, scale, 1.0)
     yield "logsumexp_scores", (a, b, scale, 1.0, "scores")
-    rows_only = ("scaled", [], None, None, None, False, False)
+    rows_only = ("scaled", [], None, None, None, False, None, False)
     yield "logsumexp_scores", (a, b, scale, 1.0, "means", *rows_only)
     sides, kept = (rows[2], None, rows[3], a, b, scale, 1.0, *rows[:2]), (chunk @ b.to(wide), "means")
     empty = rows[0].new_empty(0), rows[0].new_empty(0)
     yield "logsumexp_scores_backward", (*sides, *empty, [True, False, True], *kept, *rows_only)
     yield "logsumexp_scores", (a, None, None, 0.5)
+    of_two = ("scaled", [], None, None, None, False, a + 0.5)
+    yield "logsumexp_scores", (a, None, None, 0.5, "", *of_two)
     lines = (rows[0], rows[1].abs(), cols[0], cols[1].abs())
     yield "logsumexp_scores_backward", (rows[2], cols[2], rows[3], a, b, scale, 1.0, *lines, [True, True, True])
     yield "logsumexp_scores_backward", (rows[2], None, None, a, b, scale, 1.0, *lines, [False, False, True])
@@ -195,7 +212,7 @@ def _samples_with_options(a, b, g):
     empty = limits[0].new_empty(4, 0).unbind()
     yield "score_sums_backward", (limits[0], *empty, a, b, None, None, 1.0, 0.1, *ids, *options, limits[0])
     for taking in ((True, True, *ids, limits[1], True, *mask), (False, False, None, None, limits[1])):
-        plain = ("scaled", [], None, None, None, False)
+        plain = ("scaled", [], None, None, None, False, None)
         yield "logsumexp_scores", (a, b, None, 1.5, "scores", *plain, *taking)
         columns = limits[1] if taking[0] else limits[1].new_empty(0)
         statistics = (limits[0], limits[0].abs(), columns, columns.abs())

@@ -69,7 +69,12 @@ def run(call, a, b, a_mask, b_mask, grad, mean, stored):
     da, db = call("late_interaction_backward", *arguments, [True, True])
     for needs in ([True, False], [False, True]):
         for one, both, need in zip(call("late_interaction_backward", *arguments, needs), (da, db), needs, strict=True):
-            assert torch.equal(one, both) if need else one.numel() == 0
+            if not need:
+                assert one.numel() == 0
+            elif call is device_ops.composite:  # whose sums PyTorch's threads add up in any order
+                torch.testing.assert_close(one, both)
+            else:
+                assert torch.equal(one, both)
     return scores, index, da, db
 
 
