@@ -249,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hardest_negatives(
     const std::optional<Tensor>& col_limit, bool known_symmetric = false) {
   const Arguments of{a_ids, b_ids, paired, columns, pair_starts, pair_cols, row_limit, col_limit, known_symmetric};
   of.check("gssf::hardest_negatives", a, b);
-  TORCH_CHECK_VALUE(!known_symmetric || a.size(0) == b.size(0),
-                    "symmetric: expected as many rows of a as of b, got ", a.sizes(), " and ", b.sizes());
+  TORCH_CHECK_VALUE(!known_symmetric || a.size(0) == b.size(0), "symmetric: expected as many rows of a as of b, got ",
+                    a.sizes(), " and ", b.sizes());
   TORCH_CHECK_VALUE(route.empty() || route == "sweep" || route == "certified",
                     "route: expected \"\", \"sweep\" or \"certified\", got ", route);
   const int64_t n = a.size(0), m = b.size(0);

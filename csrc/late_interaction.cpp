@@ -15,7 +15,8 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTogether = 8;          // pictures or captions whose gradients are summed side by side
+constexpr int64_t kPictures = 16;  // the most of a tile, so that its partials are few where pictures have few regions
+constexpr int64_t kTogether = 8;   // pictures or captions whose gradients are summed side by side
 constexpr int64_t kIndexPanel = 1 << 21;  // best regions that a backward holds at once, where none are kept: 4 MiB
 
 // Regions a [N, R, D] of N pictures, words b [M, T, D] of M captions, and which of them take part: all, or those of the
@@ -117,7 +118,8 @@ std::tuple<Tensor, Tensor> late_interaction(const Tensor& a, const Tensor& b, co
   Tensor index = keep ? at::full({of.n, of.m, of.t}, -1, index_options) : at::empty({0}, index_options);
   if (!of.any()) return {scores, index};
   const Tensor regions = a.reshape({-1, of.dim}), words = b.reshape({-1, of.dim});
-  const Blocks rows(of.n * of.r, kTileMost, of.r), cols(of.m * of.t, tile_cols(of.m * of.t));
+  const Blocks rows(of.n * of.r, std::min(kTileMost, kPictures * of.r), of.r),
+      cols(of.m * of.t, tile_cols(of.m * of.t));
   dispatch(a, [&](auto type) {
     using A = decltype(type);
     A* out = scores.mutable_data_ptr<A>();
@@ -134,7 +136,7 @@ std::tuple<Tensor, Tensor> late_interaction(const Tensor& a, const Tensor& b, co
   return {scores, index};
 }
 
-// Best regions of the pairs of some pictures and all captions, computed again where the gradient is not 0.
+// Best regions of a range of pictures for the words of all captions, computed again where the gradient is not 0.
 template <class A>
 class BestAgain {
  public:

@@ -30,7 +30,7 @@ from gssf_kernels.plan import accumulation_dtype, fp32_products
 
 def chunk_rows(a: Tensor, b: Tensor) -> int:
     """Rows of a in one chunk. It depends only on the problem, so that the same inputs are summed in the same order."""
-    scores = plan.CHUNK_SCORES.get(_checks.device_type(a), plan.CHUNK_SCORES["cpu"])
+    scores = plan.chunk_scores(_checks.device_type(a))
     return min(max(scores // max(b.shape[0], 1), plan.MIN_CHUNK_ROWS), max(a.shape[0], 1))
 
 

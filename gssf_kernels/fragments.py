@@ -121,17 +121,15 @@ def attention_pooling(
     inputs = _inputs("attention_pooling", regions, words, regions_mask, words_mask, metric, metric is None)
     of = inputs.metric
     assert of is not None
-    v, w = accumulate(inputs.regions), accumulate(inputs.words)  # all of it is computed in fp32
+    v, w = accumulate(inputs.regions), accumulate(inputs.words)
     diag, blocks = (None if t is None else t.to(v.dtype) for t in of.weights)
     masks = inputs.regions_mask, inputs.words_mask
     order, cosine = of.permutation, of.normalize
     with outside_autocast(v.device):
         if over == "regions":
             transposed = None if blocks is None else blocks.mT.contiguous()  # the words are multiplied by Wᵀ
-            unit, asking = (
-                project(v, normalize=cosine),
-                project(w, diag, transposed, permutation=order, normalize=cosine),
-            )
+            unit = project(v, normalize=cosine)
+            asking = project(w, diag, transposed, permutation=order, normalize=cosine)
             return attention_pooling_of_factors(v, unit, asking, *masks, scale, cosine)
         unit, asking = project(w, normalize=cosine), project(v, diag, blocks, permutation=order, normalize=cosine)
         return attention_pooling_of_factors(w, unit, asking, masks[1], masks[0], scale, cosine).mT

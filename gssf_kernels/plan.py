@@ -105,6 +105,16 @@ def project_tile(dtype: torch.dtype) -> tiles.Project:
     return tiles.PROJECT[kind(dtype)]
 
 
+def fragments_tile(dtype: torch.dtype, D: int) -> tiles.Sweep:
+    """The tile config of late interaction's scores. Masks of channels take registers if D is no multiple of 16."""
+    return tiles.FRAGMENTS[kind(dtype), "ragged" if D % 16 else "aligned"]
+
+
+def fragment_gradients_tile(dtype: torch.dtype, D: int) -> tiles.FragmentGradients:
+    """The tile config of late interaction's gradients."""
+    return tiles.FRAGMENT_GRADIENTS[kind(dtype), "ragged" if D % 16 else "aligned"]
+
+
 def gradients_tile(dtype: torch.dtype) -> tiles.Gradients:
     """The tile config of the products ds b and dsᵀ a, for inputs of ``dtype``."""
     return tiles.GRADIENTS[kind(dtype)]
@@ -116,6 +126,11 @@ def starts(length: int, step: int) -> Iterable[int]:
     All but the last have the same size. `explain` replaces this function and runs only a few of them.
     """
     return range(0, length, step)
+
+
+def chunk_scores(device_type: str) -> int:
+    """The most scores of a chunk on this type of device; of a type without a line, as on the CPU."""
+    return CHUNK_SCORES.get(device_type, CHUNK_SCORES["cpu"])
 
 
 def lists_pairs(pairs: int, anchors: int) -> bool:

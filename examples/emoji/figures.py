@@ -216,8 +216,8 @@ def heads(path: Path, structure) -> None:
     figure.suptitle(title, x=0.012, ha="left", fontsize=12)
     for k, (axis, matrix) in enumerate(zip(axes, matrices, strict=True)):
         change = (matrix - torch.eye(len(matrix))).numpy()
-        drawn = axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        image = axis.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         axis.set(title=f"head {k}")
         axis.grid(False)
-    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    figure.colorbar(image, ax=axes, shrink=0.8)
     save(figure, path)

@@ -55,7 +55,7 @@ def circle_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y if the metric is symmetric. Extra memory: as
+    Time: one product forward, three backward; half of each without y, unless W is not symmetric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`.
     """
     constants = [_checks.non_negative(margin, "margin"), _checks.positive(scale, "scale")]

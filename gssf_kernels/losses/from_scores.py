@@ -44,10 +44,7 @@ def triplet_from_scores(
 
     Source: VSE++, arXiv 1707.05612.
     """
-    margin = _checks.non_negative(margin, "margin")
-    _checks.choice(negatives, "negatives", NEGATIVES)
-    _checks.flag(symmetric, "symmetric")
-    _checks.reduction(reduction)
+    margin = checked_settings(margin, negatives, symmetric, reduction)
     _checks.floating(scores, "scores", "[N, M]")
     _checks.score_matrix(scores, "scores")
     x_ids, y_ids = _checks.ids(x_ids, y_ids, scores, scores.mT, "x_ids", "y_ids")
@@ -60,6 +57,15 @@ def triplet_from_scores(
         symmetric=symmetric,
         reduction=reduction,
     )
+
+
+def checked_settings(margin, negatives, symmetric, reduction) -> float:
+    """The margin as a number; all four are checked."""
+    margin = _checks.non_negative(margin, "margin")
+    _checks.choice(negatives, "negatives", NEGATIVES)
+    _checks.flag(symmetric, "symmetric")
+    _checks.reduction(reduction)
+    return margin
 
 
 __all__ = ["triplet_from_scores"]

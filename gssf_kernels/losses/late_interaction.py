@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from gssf_kernels import _checks
 from gssf_kernels.fragments import REDUCE, scores_of_fragments
-from gssf_kernels.losses.from_scores import triplet_from_scores
-from gssf_kernels.losses.triplet import NEGATIVES
+from gssf_kernels.losses.from_scores import checked_settings, triplet_from_scores
 from gssf_kernels.similarity import StructuredSimilarity, check_metric
 
 
@@ -47,14 +46,11 @@ def late_interaction_triplet_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Extra memory: copies of regions and words, and some matrices [N, M]; no best regions are kept.
+    Extra memory: copies of regions and words, and a few matrices [N, M]; no best regions are kept.
 
     Source: VSE++, arXiv 1707.05612, on the scores of ColBERT, arXiv 2004.12832, and SCAN, arXiv 1803.08024.
     """
-    margin = _checks.non_negative(margin, "margin")
-    _checks.choice(negatives, "negatives", NEGATIVES)
-    _checks.flag(symmetric, "symmetric")
-    _checks.reduction(reduction)
+    margin = checked_settings(margin, negatives, symmetric, reduction)
     for t, name, shape in ((regions, "regions", "[N, R, D]"), (words, "words", "[M, T, D]")):
         _checks.floating(t, name, shape)
     if words.shape[0] < regions.shape[0]:
@@ -99,11 +95,8 @@ class LateInteractionTripletLoss(nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
-        self.margin = _checks.non_negative(margin, "margin")
-        _checks.choice(negatives, "negatives", NEGATIVES)
+        self.margin = checked_settings(margin, negatives, symmetric, reduction)
         _checks.choice(reduce, "reduce", REDUCE)
-        _checks.reduction(reduction)
-        _checks.flag(symmetric, "symmetric")
         _checks.flag(normalize, "normalize")
         check_metric(metric)
         if normalize and metric is not None:

@@ -60,7 +60,7 @@ def multi_similarity_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y if the metric is symmetric. With mining two
+    Time: one product forward, three backward; half of each without y, unless W is not symmetric. With mining two
     products forward, but one on the CPU if labels have few rows each and the metric, if any, is not symmetric. Extra
     memory: as :func:`~gssf_kernels.logsumexp_scores`.
     """

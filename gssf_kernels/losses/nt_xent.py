@@ -58,7 +58,7 @@ def nt_xent_loss(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one product forward, three backward; half of each without y if the metric is symmetric. Extra memory: as
+    Time: one product forward, three backward; half of each without y, unless W is not symmetric. Extra memory: as
     :func:`~gssf_kernels.logsumexp_scores`, and three N x D matrices.
 
     Source: arXiv 2002.05709, 2004.11362.

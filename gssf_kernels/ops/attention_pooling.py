@@ -96,16 +96,13 @@ class Block(NamedTuple):
 def _blocks(call) -> Iterator[Block]:
     p, unit, q = (accumulate(t) for t in (call.p, call.unit, call.q))
     (N, R, D), (M, T, _) = p.shape, q.shape
-    pairs = _scores_of_chunk(p) // (3 * (R + D))  # (row of p, of q): each has R logits, D channels, and copies of both
+    # Of a row of p and one of q. Each has R logits and D channels, and copies of both.
+    pairs = plan.chunk_scores(_checks.device_type(p)) // (3 * (R + D))
     cols = min(max(pairs // T, 1), M)
     rows = min(max(pairs // (cols * T), 1), N)
     for i in plan.starts(N, rows):
         for j in plan.starts(M, cols):
             yield _block(call, p, unit, q, slice(i, min(i + rows, N)), slice(j, min(j + cols, M)))
-
-
-def _scores_of_chunk(t: Tensor) -> int:
-    return plan.CHUNK_SCORES.get(_checks.device_type(t), plan.CHUNK_SCORES["cuda"])
 
 
 def _block(call, p: Tensor, unit: Tensor, q: Tensor, rows: slice, cols: slice) -> Block:

@@ -85,7 +85,7 @@ def _words(call) -> tuple[Tensor, int]:
     """(all words [M T, D], how many pictures a chunk of their scores has)."""
     words = accumulate(call.b).flatten(0, 1)
     scores = max(call.a.shape[1] * words.shape[0], 1)
-    return words, max(plan.CHUNK_SCORES.get(_checks.device_type(call.a), plan.CHUNK_SCORES["cuda"]) // scores, 1)
+    return words, max(plan.chunk_scores(_checks.device_type(call.a)) // scores, 1)
 
 
 def _late_interaction(call):

@@ -16,8 +16,14 @@ import triton
 import triton.language as tl
 
 from gssf_kernels import plan as planning
-from gssf_kernels.triton import operands, tiles
+from gssf_kernels.triton import operands
 from gssf_kernels.triton.reductions import argmax, take_larger
+
+
+@triton.jit
+def int64(x):
+    """x, the variable of a loop, which the interpreter has as Python's number."""
+    return tl.max(tl.zeros([1], tl.int64) + x, 0)
 
 
 @triton.jit
@@ -125,8 +131,7 @@ def regions_gradient_kernel(
     c = tl.program_id(0) % pieces * BC + tl.arange(0, BC)
     total = tl.zeros([BR, BC], tl.float32)
     for caption in range(0, M):
-        m = tl.zeros([1], tl.int64) + caption
-        m = tl.max(m, 0)
+        m = int64(caption)
         weight = tl.load(grad + n * M + m)
         if weight != 0:
             if MEAN:
@@ -163,8 +168,7 @@ def words_gradient_kernel(
         count = words_of(b_mask, m, T, BT)
     total = tl.zeros([BT, BC], tl.float32)
     for picture in range(0, N):
-        n = tl.zeros([1], tl.int64) + picture
-        n = tl.max(n, 0)
+        n = int64(picture)
         weight = tl.load(grad + n * M + m)
         if weight != 0:
             place = places_of(best, a, a_mask, b, n, m, t, inside, M, R, T, D, BR, BT, BK, PRECISION)
@@ -177,10 +181,9 @@ def words_gradient_kernel(
 
 
 def _options(a: torch.Tensor, tile: Any) -> dict[str, Any]:
-    """What depends on the dtype and the channels of a. Masks of channels and products of fp32 take registers."""
-    ieee = planning.kind(a.dtype) == "ieee"
+    """The options of a launch. Masks of channels and products of fp32 take registers."""
     registers = planning.most_registers(a.shape[2], mixed=a.dtype == torch.float32)
-    options = {"BK": min(tile.BK, 32) if a.shape[2] % 16 else tile.BK, "PRECISION": "ieee" if ieee else "tf32"}
+    options = {"BK": tile.BK, "PRECISION": "ieee" if planning.kind(a.dtype) == "ieee" else "tf32"}
     return options | {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True, **registers}
 
 
@@ -193,7 +196,7 @@ def late_interaction(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
     best = a.new_empty((N, M, T) if call.keep else (0,), dtype=torch.int16)
     if not (N and R and M and T):
         return scores.zero_(), best.fill_(-1)
-    tile = tiles.FRAGMENTS[planning.kind(a.dtype)]
+    tile = planning.fragments_tile(a.dtype, D)
     BT = min(max(triton.next_power_of_2(T), 16), tile.BM)
     with torch.cuda.device_of(a):
         late_interaction_kernel[(N * triton.cdiv(M, tile.BM // BT),)](
@@ -211,7 +214,7 @@ def late_interaction_backward(call: Any, plan: Any) -> tuple[torch.Tensor, torch
     da, db = (torch.empty_like(t) if need else t.new_empty(0) for t, need in zip((a, b), call.needs, strict=True))
     if not (N and R and M and T):
         return da.zero_(), db.zero_()
-    tile = tiles.FRAGMENT_GRADIENTS[planning.kind(a.dtype)]
+    tile = planning.fragment_gradients_tile(a.dtype, D)
     pieces = triton.cdiv(D, tile.BC)
     with torch.cuda.device_of(a):
         for kernel, out, programs in (

@@ -130,17 +130,24 @@ GRADIENTS = {
     "ieee": Gradients(64, 64, 16, 4, 3),
 }
 
-# Late interaction: scores of BN regions and BM words, which are those of one or more captions.
+# Late interaction: scores of BN regions and BM words, which are those of one caption or of several. Key: kind of
+# product, and "ragged" if D is no multiple of 16.
 FRAGMENTS = {
-    "half": Sweep(64, 128, 64, 8, 3),
-    "tf32": Sweep(64, 128, 32, 8, 3),
-    "ieee": Sweep(64, 64, 16, 8, 3),
+    ("half", "aligned"): Sweep(64, 128, 64, 8, 3),
+    ("half", "ragged"): Sweep(64, 128, 32, 8, 3),
+    ("tf32", "aligned"): Sweep(64, 128, 32, 8, 3),
+    ("tf32", "ragged"): Sweep(64, 128, 32, 8, 3),
+    ("ieee", "aligned"): Sweep(64, 64, 16, 8, 3),
+    ("ieee", "ragged"): Sweep(64, 64, 16, 8, 3),
 }
 
 FRAGMENT_GRADIENTS = {
-    "half": FragmentGradients(64, 32, 64, 64, 8, 2),
-    "tf32": FragmentGradients(32, 32, 64, 32, 8, 2),
-    "ieee": FragmentGradients(32, 32, 64, 16, 8, 2),
+    ("half", "aligned"): FragmentGradients(64, 32, 64, 64, 8, 2),
+    ("half", "ragged"): FragmentGradients(64, 32, 64, 32, 8, 2),
+    ("tf32", "aligned"): FragmentGradients(32, 32, 64, 32, 8, 2),
+    ("tf32", "ragged"): FragmentGradients(32, 32, 64, 32, 8, 2),
+    ("ieee", "aligned"): FragmentGradients(32, 32, 64, 16, 8, 2),
+    ("ieee", "ragged"): FragmentGradients(32, 32, 64, 16, 8, 2),
 }
 
 RELATIONS = {  # three sums of a tile at once; BN = BM

@@ -1,5 +1,9 @@
 """Late interaction: against loops over single fragments in fp64, on the CPU, in plain PyTorch and by Triton."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import device_ops
 import pytest
 import torch
@@ -8,6 +12,7 @@ from triton_checks import INF, few
 
 import gssf_kernels as gk
 
+ROOT = Path(__file__).parents[2]
 # (N, R, M, T, D): one of everything, nothing on an edge of a tile, more regions or words than a tile.
 SHAPES = [(1, 1, 1, 1, 1), (3, 5, 4, 7, 9), (2, 40, 3, 33, 20), (5, 17, 9, 2, 33)]
 MASKS = ["none", "both", "regions", "words"]
@@ -170,3 +175,20 @@ def test_equal_captions_have_equal_scores_wherever_tiles_end():
     words = torch.randn(1, 29, 24, generator=random).expand(90, -1, -1)
     scores = gk.late_interaction(regions, words)
     assert torch.equal(scores, scores[:, :1].expand(-1, 90))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
+def test_few_regions_take_little_memory():
+    """In a fresh process: besides the results, 16 MiB, a few times the inputs and the tiles of two threads."""
+    code = """
+import torch
+import gssf_kernels as gk
+from bench.clock import CpuClock
+torch.set_num_threads(2)
+a, b = torch.nn.functional.normalize(torch.randn(2, 2048, 1, 32), dim=-1)
+words = b.expand(-1, 4, -1).contiguous()
+gk.late_interaction(a[:2], words[:2])
+print(CpuClock(torch.device("cpu")).peak_mib(lambda: gk.late_interaction(a, words)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 16 + 24
