@@ -7,6 +7,7 @@ every variant has the same best regions, and of equal ones takes the first.
 import torch
 
 import gssf_kernels as gk
+from bench import whole
 from bench.problem import Op, Problem, Shape, Work, compiled
 
 REGIONS, WORDS = 36, 32
@@ -31,6 +32,22 @@ def ours(problem: Problem):
 
 def truth(problem: Problem):
     return gk.reference.late_interaction(problem.x, problem.y)
+
+
+def whole_truth(exact: Problem, dtype: torch.dtype) -> whole.Expected:
+    """The truth in chunks of pictures, and the gradients of both leaves if there are any."""
+    x, y = exact.x, exact.y
+    step = max(whole.CHUNK_SCORES[x.device.type] // max(y.shape[0] * y.shape[1] * x.shape[1], 1), 1)
+    scores, gradients = [], [torch.zeros_like(leaf) for leaf in exact.leaves()]
+    for first in range(0, len(x), step):
+        rows = slice(first, first + step)
+        score = truth(exact._replace(x=x[rows]))
+        scores.append(score.detach())
+        if gradients:
+            of_pictures, of_captions = torch.autograd.grad(score, (x, y), exact.upstream[rows])
+            gradients[0] += of_pictures
+            gradients[1] += of_captions
+    return [torch.cat(scores), *map(whole.Rows, gradients)]
 
 
 def inputs(shape, dtype, device, seed):
@@ -68,6 +85,7 @@ LATE_INTERACTION = Op(
     truth,
     {"ours": lambda: ours, "naive": lambda: naive, "compile": compiled(naive)},
     work,
+    whole_truth,
 )
 LATE_SCORES = Op(
     "late_interaction_scores",
@@ -80,5 +98,6 @@ LATE_SCORES = Op(
         "compile": compiled(scores_naive),
     },
     scores_work,
+    whole_truth,
     differentiable=False,
 )

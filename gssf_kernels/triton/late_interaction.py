@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels import plan as planning
-from gssf_kernels.triton import operands
+from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.reductions import argmax, take_larger
 
 
@@ -198,11 +198,16 @@ def late_interaction(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return scores.zero_(), best.fill_(-1)
     tile = planning.fragments_tile(a.dtype, D)
     BT = min(max(triton.next_power_of_2(T), 16), tile.BM)
+    programs = triton.cdiv(M, tile.BM // BT)
+    step = min(N, tiles.GRID_FIRST // programs)
     with torch.cuda.device_of(a):
-        late_interaction_kernel[(N * triton.cdiv(M, tile.BM // BT),)](
-            a, b, a_mask, b_mask, scores, best if call.keep else None, N, M, R, T, D,
-            MEAN=call.mean, BR=tile.BN, BW=tile.BM, BT=BT, **_options(a, tile),
-        )  # fmt: skip
+        for first in range(0, N, step):  # once, but for scores of many GiB
+            rows = slice(first, first + step)
+            x, mask, places = (None if t is None else t[rows] for t in (a, a_mask, best if call.keep else None))
+            late_interaction_kernel[(len(x) * programs,)](
+                x, b, mask, b_mask, scores[rows], places, len(x), M, R, T, D,
+                MEAN=call.mean, BR=tile.BN, BW=tile.BM, BT=BT, **_options(a, tile),
+            )  # fmt: skip
     return scores, best
 
 

@@ -174,5 +174,5 @@ SCAN_EDGES = 32  # edges that a scan for an index compares at a time
 SLAB_ENTRIES = 1 << 24  # partials of a slab (6 bytes each), unless MIN_SLAB_BLOCKS makes it larger
 ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of bf16
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
-GRID_SECOND = 65_535  # CUDA's limit on the second dimension of a grid; that on the first is 2³¹ - 1
+GRID_FIRST, GRID_SECOND = 2**31 - 1, 65_535  # CUDA's limits on the dimensions of a grid
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor

@@ -89,6 +89,13 @@ def row_panels(n, m, d):
     device_ops.total(a, b, None, None, 1.0, 0.0, None, None, "softplus", "negate", False, share=0.5, needs=both)
 
 
+def fragments(n, m, d, regions=36, words=32):
+    """Late interaction, with stored places and without."""
+    a, b, masks = half(n, regions, d), half(m, words, d), (None, None)
+    device_ops.late_interaction(a, b, *masks, True, False)
+    device_ops.late_interaction_backward(zeros(n, m), None, a, b, *masks, True, [True, True])
+
+
 def small(n, m, d):
     """What takes few scores, of many channels or many rows of one side."""
     a, b, both = zeros(n, d), zeros(m, d), [True, True]
@@ -151,6 +158,10 @@ CASES = {
     "few scores of many channels": lambda: small(64, 64, 9 * MILLION),
     "few scores of one row": lambda: small(1, plan.SMALL, 1024),
     "few scores of one side": lambda: square(512, 9 * MILLION),
+    "late interaction of many pictures": lambda: fragments(3 * MILLION, 16, 64),
+    "late interaction of many captions": lambda: fragments(16, 3 * MILLION, 64),
+    "late interaction of many channels": lambda: fragments(64, 64, 5 * MILLION),
+    "late interaction of many of both": lambda: fragments(1 << 18, 1 << 16, 64, words=200),
     "formulas": lambda: formulas(2**31 - 4096),
     "gradients scaled": lambda: scaled(1 << 31, 512),
 }
@@ -186,8 +197,15 @@ def test_sizes_are_such_that_a_grid_could_fail(asked):
     for launched in asked.values():
         for kernel, grid in launched:
             largest[kernel] = max(largest.get(kernel, 0), *grid)
-    by_tiles = {name for name in largest if name.endswith(("project_kernel", "sides_kernel"))}
-    by_tiles |= {"segment_sum_kernel", "scan_kernel", "batch_scan_kernel", "chunk_kernel", "relation_pass_kernel"}
+    by_tiles = {name for name in largest if name.endswith(("project_kernel", "sides_kernel", "gradient_kernel"))}
+    by_tiles |= {
+        "late_interaction_kernel",
+        "segment_sum_kernel",
+        "scan_kernel",
+        "batch_scan_kernel",
+        "chunk_kernel",
+        "relation_pass_kernel",
+    }
     assert all(largest[name] >= 65_535 for name in by_tiles), largest
 
 
