@@ -36,15 +36,15 @@ def truth(problem: Problem):
 
 def whole_truth(exact: Problem, dtype: torch.dtype) -> whole.Expected:
     """The truth in chunks of pictures, and the gradients of both leaves if there are any."""
-    x, y = exact.x, exact.y
+    x, y, grad_out = exact.x, exact.y, exact.upstream
     step = max(whole.CHUNK_SCORES[x.device.type] // max(y.shape[0] * y.shape[1] * x.shape[1], 1), 1)
     scores, gradients = [], [torch.zeros_like(leaf) for leaf in exact.leaves()]
     for first in range(0, len(x), step):
         rows = slice(first, first + step)
         score = truth(exact._replace(x=x[rows]))
         scores.append(score.detach())
-        if gradients:
-            of_pictures, of_captions = torch.autograd.grad(score, (x, y), exact.upstream[rows])
+        if gradients and grad_out is not None:
+            of_pictures, of_captions = torch.autograd.grad(score, (x, y), grad_out[rows])
             gradients[0] += of_pictures
             gradients[1] += of_captions
     return [torch.cat(scores), *map(whole.Rows, gradients)]

@@ -203,9 +203,9 @@ def late_interaction(call: Any, plan: Any) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.cuda.device_of(a):
         for first in range(0, N, step):  # once, but for scores of many GiB
             rows = slice(first, first + step)
-            x, mask, places = (None if t is None else t[rows] for t in (a, a_mask, best if call.keep else None))
+            x, mask = a[rows], None if a_mask is None else a_mask[rows]
             late_interaction_kernel[(len(x) * programs,)](
-                x, b, mask, b_mask, scores[rows], places, len(x), M, R, T, D,
+                x, b, mask, b_mask, scores[rows], best[rows] if call.keep else None, len(x), M, R, T, D,
                 MEAN=call.mean, BR=tile.BN, BW=tile.BM, BT=BT, **_options(a, tile),
             )  # fmt: skip
     return scores, best
