@@ -48,6 +48,15 @@ from gssf_kernels.losses import (
 from gssf_kernels.ops import hardest_negatives, logsumexp_scores, pair_scores, rescored_candidates, sum_scores
 from gssf_kernels.project import project
 from gssf_kernels.reference import AnchorStatistics, Diagnostics, HardestNegatives, RelativeTerms
+from gssf_kernels.retrieval import (
+    PositiveRanks,
+    Ranks,
+    RankSegments,
+    TopScores,
+    TwoSidedTopScores,
+    ranks,
+    top_scores,
+)
 from gssf_kernels.similarity import StructuredSimilarity, similarity
 
 __version__ = "0.1.0"
@@ -68,12 +77,17 @@ __all__ = [
     "ModalityClassifier",
     "MultiSimilarityLoss",
     "NTXentLoss",
+    "PositiveRanks",
+    "RankSegments",
+    "Ranks",
     "RelationalDistillationLoss",
     "RelativeTerms",
     "SigmoidLoss",
     "StructuredMultiheadAttention",
     "StructuredSimilarity",
+    "TopScores",
     "TripletLoss",
+    "TwoSidedTopScores",
     "attention_pooling",
     "backends",
     "batch_hard_loss",
@@ -92,6 +106,7 @@ __all__ = [
     "nt_xent_loss",
     "pair_scores",
     "project",
+    "ranks",
     "reference",
     "relational_distillation_loss",
     "rescored_candidates",
@@ -99,6 +114,7 @@ __all__ = [
     "similarity",
     "structured_attention",
     "sum_scores",
+    "top_scores",
     "triplet_from_scores",
     "triplet_loss",
 ]

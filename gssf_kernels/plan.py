@@ -370,6 +370,27 @@ def relative_terms(call: Any) -> Iterator[Plan]:
     yield Plan("reference", "forced")
 
 
+def top_scores(call: Any) -> Iterator[Plan]:
+    """Plans of ``top_scores``."""
+    scores = Scores(call.a, call.b)
+    if call.a.dtype == torch.float64:
+        yield Plan("composite", _FP64)
+        return
+    tile = top_tile(call.a.dtype, call.k)
+    yield Plan("sweep", f"{scores}: one sweep that keeps {min(call.k, tile.BK_LIST)} of each row in registers")
+    yield Plan("composite", "forced")
+
+
+def score_counts(call: Any) -> Iterator[Plan]:
+    """Plans of ``score_counts``: the sweep has one level of each row and column."""
+    scores = Scores(call.a, call.b)
+    if call.a.dtype == torch.float64:
+        yield Plan("composite", _FP64)
+        return
+    yield Plan("sweep", f"{scores}: one sweep that counts", scores.tile("sums"))
+    yield Plan("composite", "forced")
+
+
 _WEIGHTS = "blocks of at least 2^31 numbers, whose indices in a tile are 32-bit"
 
 

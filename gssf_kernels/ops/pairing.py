@@ -8,6 +8,7 @@ A pair is never a negative, and neither is a score of equal id. A pair that is l
 marked with -1, so that the list's length depends on no value: only `as_list` and `levels_of` synchronise.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,33 @@ def few_as_list(pairing: Pairing) -> ListedPairs | None:
     order, counts, first = _matches_by_id(pairing)
     few = plan.lists_pairs(int(counts.sum()), counts.shape[0] + order.shape[0])
     return _listed_by_ids(order, counts, first) if few else None
+
+
+MOST_LISTED = 1 << 22  # pairs of a list of `listed_pairs`
+
+
+def listed_pairs(pairing: Pairing, n: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """(rows, columns) of all pairs of n rows, each once, by row and then by column; a GPU synchronises.
+
+    Those of equal id come in lists of at most `MOST_LISTED`, or of one row's.
+    """
+    if pairing.kind == "rows":
+        places = torch.arange(n, device=device)
+        yield places, places
+    elif pairing.listed is not None:
+        counted = pairing.listed.counted
+        yield pairing.listed.rows[counted], pairing.listed.cols[counted]
+    else:
+        order, counts, first = _matches_by_id(pairing)
+        ends = counts.cumsum(0)
+        row = 0
+        while row < n:
+            before = int(ends[row - 1]) if row else 0
+            last = int(torch.searchsorted(ends, before + MOST_LISTED, right=True))
+            rows = slice(row, max(last, row + 1))
+            listed = _listed_by_ids(order, counts[rows], first[rows])
+            yield listed.rows + row, listed.cols
+            row = rows.stop
 
 
 class Levels(NamedTuple):

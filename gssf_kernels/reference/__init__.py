@@ -25,6 +25,15 @@ from gssf_kernels.reference.goal import (
 )
 from gssf_kernels.reference.graph_pattern import graph_pattern_loss
 from gssf_kernels.reference.labels import circle_loss, multi_similarity_loss
+from gssf_kernels.reference.retrieval import (
+    PositiveRanks,
+    Ranks,
+    RankSegments,
+    TopScores,
+    TwoSidedTopScores,
+    ranks,
+    top_scores,
+)
 from gssf_kernels.reference.statistics import (
     EPS,
     HardestNegatives,
@@ -55,7 +64,12 @@ __all__ = [
     "AnchorStatistics",
     "Diagnostics",
     "HardestNegatives",
+    "PositiveRanks",
+    "RankSegments",
+    "Ranks",
     "RelativeTerms",
+    "TopScores",
+    "TwoSidedTopScores",
     "accumulate",
     "anchor_statistics",
     "attention_pooling",
@@ -79,6 +93,7 @@ __all__ = [
     "paired",
     "positives",
     "project",
+    "ranks",
     "reduce",
     "relational_distillation_loss",
     "relative_negatives",
@@ -87,6 +102,7 @@ __all__ = [
     "similarity",
     "structured_attention",
     "sum_scores",
+    "top_scores",
     "triplet_from_scores",
     "triplet_loss",
     "weighted_sums",
