@@ -118,7 +118,7 @@ class Candidates {
     for (int64_t i = std::max(i0, j0); paired_ && i < std::min(i0 + n, j0 + m); ++i)
       s[(i - i0) * kTileMost + (i - j0)] = kNone;
     for (int64_t i = 0; i < n && width > m; ++i) std::fill(s + i * kTileMost + m, s + i * kTileMost + width, kNone);
-    if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0);
+    if (!col_id_.empty()) GSSF_VECTORIZED(mask_ids_of, s, n, m, row_id_.data() + i0, col_id_.data() + j0, kNone);
 
     const auto row_error = [&](int64_t i) { return row_error_.of(i0 + i, j0 / cols_.size); };
     const auto col_error = [&](int64_t j) { return col_error_.of(j0 + j, i0 / rows_.size); };

@@ -64,15 +64,16 @@ GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x,
   return total[0];
 }
 
-// Sets the scores of s [n, m] with equal ids to -inf.
-static void mask_ids_of(float* s, int64_t n, int64_t m, const int32_t* row_id, const int32_t* col_id) {
-  using V = Simd<float>::Vector;
-  using I = Simd<float>::Index;
-  const V none = V{} - std::numeric_limits<float>::infinity();
+// Sets the scores of s [n, m] with equal ids to `value`.
+template <class A>
+GSSF_INLINE void mask_ids(A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
+                          const typename Simd<A>::Lane* col_id, A value) {
+  using V = typename Simd<A>::Vector;
+  using I = typename Simd<A>::Index;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += Simd<float>::lanes) {
-      float* at = s + i * kTileMost + j;
-      store(at, load<I>(col_id + j) == I{} + row_id[i] ? none : load<V>(at));
+    for (int64_t j = 0; j < m; j += Simd<A>::lanes) {
+      A* at = s + i * kTileMost + j;
+      store(at, load<I>(col_id + j) == I{} + row_id[i] ? V{} + value : load<V>(at));
     }
 }
 
@@ -107,19 +108,20 @@ static void tile_tops_of(const float* s, int64_t n, int64_t m, const float* row_
   else tile_tops<false>(s, n, m, row_most, col_most, row, col);
 }
 
-// What makes a score of a tile a candidate: that it reaches the least of its row, or of its column; and with limits
-// that it does not exceed the most. Behind the last column col_least is +inf.
+// What makes a score of a tile a candidate: that it is not below the least of its row, or of its column, as no NaN is;
+// and with limits that it does not exceed the most. Behind the last column col_least is +inf.
+template <class A>
 struct Reach {
-  const float *row_least, *col_least;
-  const float *row_most = nullptr, *col_most = nullptr;
+  const A *row_least, *col_least;
+  const A *row_most = nullptr, *col_most = nullptr;
 };
 
 // Writes the places i * kTileMost + j of the candidates of s [n, m], and returns their number; `places` can hold all.
-template <bool kLimits>
-GSSF_INLINE int64_t reaching(const float* s, int64_t n, int64_t m, const Reach& reach, int32_t* places) {
-  using V = Simd<float>::Vector;
-  using I = Simd<float>::Index;
-  constexpr int64_t L = Simd<float>::lanes;
+template <class A, bool kLimits>
+GSSF_INLINE int64_t reaching(const A* s, int64_t n, int64_t m, const Reach<A>& reach, int32_t* places) {
+  using V = typename Simd<A>::Vector;
+  using I = typename Simd<A>::Index;
+  constexpr int64_t L = Simd<A>::lanes;
   const auto any = [](const I& mask) {
     int64_t word[8], all = 0;
     std::memcpy(word, &mask, sizeof(mask));
@@ -131,7 +133,7 @@ GSSF_INLINE int64_t reaching(const float* s, int64_t n, int64_t m, const Reach& 
     const V least = V{} + reach.row_least[i];
     const auto hits = [&](int64_t j) {
       const V v = load<V>(s + i * kTileMost + j);
-      I in_row = v >= least, in_col = v >= load<V>(reach.col_least + j);
+      I in_row = ~(v < least), in_col = ~(v < load<V>(reach.col_least + j));
       if (kLimits) in_row &= v <= V{} + reach.row_most[i], in_col &= v <= load<V>(reach.col_most + j);
       return in_row | in_col;
     };
@@ -148,11 +150,19 @@ GSSF_INLINE int64_t reaching(const float* s, int64_t n, int64_t m, const Reach& 
   return count;
 }
 
-static int64_t reaching_of(const float* s, int64_t n, int64_t m, const float* row_least, const float* col_least,
-                           const float* row_most, const float* col_most, int32_t* places) {
-  const Reach reach{row_least, col_least, row_most, col_most};
-  return row_most ? reaching<true>(s, n, m, reach, places) : reaching<false>(s, n, m, reach, places);
-}
+#define GSSF_REACHING_KERNELS(A)                                                                                \
+  static void mask_ids_of(A* s, int64_t n, int64_t m, const Simd<A>::Lane* row_id, const Simd<A>::Lane* col_id, \
+                          A value) {                                                                            \
+    mask_ids(s, n, m, row_id, col_id, value);                                                                   \
+  }                                                                                                             \
+  static int64_t reaching_of(const A* s, int64_t n, int64_t m, const A* row_least, const A* col_least,          \
+                             const A* row_most, const A* col_most, int32_t* places) {                           \
+    const Reach<A> reach{row_least, col_least, row_most, col_most};                                             \
+    return row_most ? reaching<A, true>(s, n, m, reach, places) : reaching<A, false>(s, n, m, reach, places);   \
+  }
+GSSF_REACHING_KERNELS(float)
+GSSF_REACHING_KERNELS(double)
+#undef GSSF_REACHING_KERNELS
 
 #define GSSF_CERTIFIED_KERNELS(T)                                                                   \
   static void round_row_of(const T* x, int64_t n, int64_t padded, uint16_t* out, float* squares) {  \

@@ -3,3 +3,4 @@
 #include "vector_maxima.h"
 #include "vector_product.h"
 #include "vector_relative.h"
+#include "vector_search.h"

@@ -1,6 +1,10 @@
-"""``python -m gssf_kernels``: versions, devices and backends of this installation, for bug reports."""
+"""``python -m gssf_kernels``: versions, devices and backends of this installation, for bug reports.
+
+``python -m gssf_kernels COMMAND``: :mod:`gssf_kernels.retrieval.commands`.
+"""
 
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -70,4 +74,8 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        from gssf_kernels.retrieval.commands import main
+
+        sys.exit(main(sys.argv[1:]))
     print(report())

@@ -6,6 +6,7 @@ Public functions call these before any work is done. Ops and kernels trust the s
 import numbers
 import sys
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -327,6 +328,18 @@ def whole(value, name: str, least: int) -> None:
         raise TypeError(f"{name}: expected a whole number >= {least}, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value}")
+
+
+def cutoffs(value, name: str) -> tuple[int, ...]:
+    """``value``, several whole numbers >= 1, as a tuple in which none is repeated."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name}: expected whole numbers >= 1, as in (1, 5, 10), got {type(value).__name__}")
+    different = tuple(dict.fromkeys(value))
+    for k in different:
+        whole(k, name, 1)
+    if not different:
+        raise ValueError(f"{name}: expected at least one whole number >= 1, got none")
+    return tuple(int(k) for k in different)
 
 
 def parameter_dtype(dtype) -> None:

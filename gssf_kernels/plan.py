@@ -115,6 +115,23 @@ def fragment_gradients_tile(dtype: torch.dtype, D: int) -> tiles.FragmentGradien
     return tiles.FRAGMENT_GRADIENTS[kind(dtype), "ragged" if D % 16 else "aligned"]
 
 
+def top_tile(dtype: torch.dtype, k: int) -> tiles.Top:
+    """The tile config of a search for the k best."""
+    lists = sorted(length for product, length in tiles.TOP if product == kind(dtype))
+    return tiles.TOP[kind(dtype), next((length for length in lists if length >= k), lists[-1])]
+
+
+def top_splits(device: torch.device, blocks: int, M: int, tile: tiles.Top) -> tuple[int, int]:
+    """(splits, columns of each) of a search in M columns, so that ``blocks`` of rows keep a card busy.
+
+    A split has at least as many columns as lists have places, eight times over, else merging would be most of it.
+    """
+    wanted = -(-tiles.TARGET_PROGRAMS // max(blocks, 1))
+    splits = max(min(wanted, M // max(8 * tile.LIST, tile.BM)), 1)
+    columns = -(-M // (splits * tile.BM)) * tile.BM
+    return -(-M // columns), columns
+
+
 def gradients_tile(dtype: torch.dtype) -> tiles.Gradients:
     """The tile config of the products ds b and dsᵀ a, for inputs of ``dtype``."""
     return tiles.GRADIENTS[kind(dtype)]
@@ -377,17 +394,17 @@ def top_scores(call: Any) -> Iterator[Plan]:
         yield Plan("composite", _FP64)
         return
     tile = top_tile(call.a.dtype, call.k)
-    yield Plan("sweep", f"{scores}: one sweep that keeps {min(call.k, tile.BK_LIST)} of each row in registers")
+    yield Plan("sweep", f"{scores}: one sweep that keeps {min(call.k, tile.LIST)} of each row in registers")
     yield Plan("composite", "forced")
 
 
 def score_counts(call: Any) -> Iterator[Plan]:
-    """Plans of ``score_counts``: the sweep has one level of each row and column."""
+    """Plans of ``score_counts``. The tile config is that of listed pairs, whose scores become levels."""
     scores = Scores(call.a, call.b)
     if call.a.dtype == torch.float64:
         yield Plan("composite", _FP64)
         return
-    yield Plan("sweep", f"{scores}: one sweep that counts", scores.tile("sums"))
+    yield one_tile_each(Plan("sweep", f"{scores}: one sweep that counts", scores.tile("sums")))
     yield Plan("composite", "forced")
 
 

@@ -70,14 +70,17 @@ def empty_results(a: torch.Tensor, b: torch.Tensor, negatives: Negatives | None 
     return results
 
 
-def negatives_state(call: Any) -> tuple[tuple, tuple]:
-    """The arguments (negatives, limits) of epilogues, from an op's `Negatives` and its ids."""
+def negatives_of(paired: bool, call: Any) -> tuple:
+    """The argument ``negatives`` of `only_negatives`, from an op's ids and listed pairs."""
     listed = None
     if call.pair_starts is not None:
         listed = tuple(operands.contiguous(call.pair_starts, call.pair_cols))
-    ids = operands.contiguous(call.a_ids, call.b_ids)
-    limits = operands.contiguous(call.row_limit, call.col_limit)
-    return (tl.constexpr(call.paired), (*ids, listed)), tuple(limits)
+    return tl.constexpr(paired), (*operands.contiguous(call.a_ids, call.b_ids), listed)
+
+
+def negatives_state(call: Any) -> tuple[tuple, tuple]:
+    """The arguments (negatives, limits) of epilogues, from an op's `Negatives` and its ids."""
+    return negatives_of(call.paired, call), tuple(operands.contiguous(call.row_limit, call.col_limit))
 
 
 NO_LIMITS = (None, None), None  # of rows and of columns, and not several

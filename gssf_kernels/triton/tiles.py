@@ -52,6 +52,17 @@ class FragmentGradients(NamedTuple):
     num_stages: int
 
 
+class Top(NamedTuple):
+    """A tile of a search: scores [BN, BM], summed over BK channels at a time, and the best LIST of each row so far."""
+
+    BN: int
+    BM: int
+    BK: int
+    LIST: int
+    num_warps: int
+    num_stages: int
+
+
 class Pass(NamedTuple):
     """A tile of a pass over a chunk of scores: BR rows of BM columns."""
 
@@ -156,6 +167,15 @@ RELATIONS = {  # three sums of a tile at once; BN = BM
     "ieee": Sweep(64, 64, 16, 8, 3),
 }
 
+TOP = {  # (kind of product, LIST): of several the shortest list that holds the k best, else the longest
+    ("half", 16): Top(128, 128, 64, 16, 8, 3),
+    ("half", 128): Top(64, 128, 64, 128, 8, 3),
+    ("tf32", 16): Top(128, 128, 32, 16, 8, 3),
+    ("tf32", 128): Top(64, 128, 32, 128, 8, 3),
+    ("ieee", 16): Top(64, 64, 16, 16, 8, 3),
+    ("ieee", 128): Top(32, 64, 16, 128, 8, 3),
+}
+
 PASS = Pass(16, 64, 8)
 CLOSE = Pass(16, 128, 4)  # relative terms of a small problem: anchors of a program, and scores of each at a time
 ROUND = Pass(4, 256, 4)
@@ -175,4 +195,5 @@ SLAB_ENTRIES = 1 << 24  # partials of a slab (6 bytes each), unless MIN_SLAB_BLO
 ROW_PANEL_SCORES = 1 << 26  # dscores of a row panel, stored at once: 128 MiB of bf16
 MIN_SLAB_BLOCKS = 16  # row blocks in a slab: enough tiles to fill a card
 GRID_FIRST, GRID_SECOND = 2**31 - 1, 65_535  # CUDA's limits on the dimensions of a grid
+TOP_KEYS = 1 << 24  # keys of a search that are held at once: 128 MiB
 TARGET_PROGRAMS = 512  # programs to aim for where the work can be split freely: a few per processor

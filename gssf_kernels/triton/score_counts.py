@@ -1,0 +1,68 @@
+"""above[l] = how many scores of the anchor of level l are greater, reaching[l] = how many are at least as great.
+
+An epilogue of the sweep. Tiles add their counts up atomically: sums of whole numbers are the same in every order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gssf_kernels.triton.epilogues import only_negatives
+from gssf_kernels.triton.hardest import negatives_of
+from gssf_kernels.triton.sweep import Sweep
+
+
+@triton.jit
+def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.constexpr):
+    """Count s [BN, BM] over axis for every level of the anchors of the other axis."""
+    exists = anchor < anchors
+    if starts is None:
+        first = anchor.to(tl.int64)
+        count = exists.to(tl.int64)
+    else:
+        first = tl.load(starts + anchor, mask=exists, other=0)
+        count = tl.load(starts + anchor + 1, mask=exists, other=0) - first
+    place = 0
+    while place < tl.max(count, 0):
+        has = place < count
+        level = tl.expand_dims(tl.load(levels + first + place, mask=has, other=0.0), axis)
+        tl.atomic_add(above + first + place, tl.sum((s > level).to(tl.int32), axis).to(tl.int64), mask=has)
+        tl.atomic_add(reaching + first + place, tl.sum((s >= level).to(tl.int32), axis).to(tl.int64), mask=has)
+        place += 1
+
+
+@triton.jit
+def count_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
+    negatives, rows, cols = state
+    i0, j0 = (first + tile_i) * BN, tile_j * BM
+    counted = only_negatives(tl.zeros([BN, BM], tl.float32), i0, j0, N, M, negatives, None, BN, BM) == 0
+    s = tl.where(s != s, float("inf"), s)  # ahead of every level
+    s = tl.where(counted, s, float("nan"))  # which reaches none
+    levels, starts, above, reaching = rows
+    add_counts(s, i0 + tl.arange(0, BN), N, levels, starts, above, reaching, 1)
+    if cols is not None:
+        levels, starts, above, reaching = cols
+        add_counts(s, j0 + tl.arange(0, BM), M, levels, starts, above, reaching, 0)
+
+
+def score_counts(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
+    """The launcher of the op."""
+    a, b = call.a, call.b
+    sides: list[Any] = []
+    for levels, starts in ((call.row_levels, call.row_starts), (call.col_levels, call.col_starts)):
+        if levels is None:
+            sides.append(None)
+            continue
+        counts = (torch.zeros(levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
+        sides.append((levels.contiguous(), None if starts is None else starts.contiguous(), *counts))
+    if len(a) and len(b):
+        negatives = negatives_of(call.exclude_self, call)
+        with torch.cuda.device_of(a):
+            sweep = Sweep(a, b, plan.tile)
+            sweep.run(count_tile, (negatives, *sides), 0, sweep.row_blocks)
+    none = torch.empty(0, dtype=torch.int64, device=a.device)
+    return *sides[0][2:], *((none, none.clone()) if sides[1] is None else sides[1][2:])
