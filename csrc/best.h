@@ -6,6 +6,7 @@
 // value, NaN first, and then by index.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -60,16 +61,13 @@ class BestOfAnchors {
     if (candidate.score == -std::numeric_limits<A>::infinity()) return;
     auto& heap = kept_[anchor];
     int32_t& size = size_[anchor];
-    if (size < k_) {
-      if (!heap) heap = std::make_unique_for_overwrite<Scored<A>[]>(k_);
-      heap[size++] = candidate;
-      std::push_heap(heap.get(), heap.get() + size, before<A>);
-    } else {
+    if (!heap) heap = std::make_unique_for_overwrite<Scored<A>[]>(k_);
+    if (size == k_) {
       if (!before(candidate, heap[0])) return;
-      std::pop_heap(heap.get(), heap.get() + size, before<A>);
-      heap[size - 1] = candidate;
-      std::push_heap(heap.get(), heap.get() + size, before<A>);
+      std::pop_heap(heap.get(), heap.get() + size--, before<A>);
     }
+    heap[size++] = candidate;
+    std::push_heap(heap.get(), heap.get() + size, before<A>);
     if (size == k_) {
       const A last = heap[0].score;
       least_[anchor].store(last == last ? last : std::numeric_limits<A>::infinity(), std::memory_order_relaxed);
@@ -114,15 +112,22 @@ struct LeftOut {
   }
 };
 
-// Calls f(i, j) for the places of a tile that reach the least of their row or of their column, row by row.
-template <class A, class F>
-void for_each_reaching(const A* s, const Tile& at, const PerAnchor<A>& row, const PerAnchor<A>& col, const F& f) {
-  const auto places = std::make_unique_for_overwrite<int32_t[]>(at.n * kTileMost);
-  const int64_t count = [&] {
-    return GSSF_VECTORIZED(reaching_of, s, at.n, at.m, row.data(), col.data(), nullptr, nullptr, places.get());
-  }();
-  for (int64_t p = 0; p < count; ++p)
-    if (const int64_t j = places[p] % kTileMost; j < at.m) f(places[p] / kTileMost, j);
+// Calls f(i, j) for the places of a tile that reach the least of their row or, unless col is null, of their column, row
+// by row and under the lock of the row.
+template <class A, class Anchors, class F>
+void for_each_reaching(const A* s, const Tile& at, const A* row, const A* col, Anchors& anchors, const F& f) {
+  constexpr int64_t kRows = AnchorLocks::kAnchors;
+  std::array<int32_t, kRows * kTileMost> places;
+  for (int64_t i0 = 0; i0 < at.n; i0 += kRows) {
+    const int64_t rows = std::min(kRows, at.n - i0), count = [&] {
+      return GSSF_VECTORIZED(reaching_of, s + i0 * kTileMost, rows, at.m, row + i0, col, nullptr, nullptr,
+                             places.data());
+    }();
+    if (count == 0) continue;
+    const std::lock_guard guard(anchors.lock(at.i0 + i0));  // a tile's rows begin at a multiple of kRows
+    for (int64_t p = 0; p < count; ++p)
+      if (const int64_t j = places[p] % kTileMost; j < at.m) f(i0 + places[p] / kTileMost, j);
+  }
 }
 
 // The k best scores of every row and, with `columns`, of every column.
@@ -143,12 +148,9 @@ class BestScores {
     col.fill(-kNone);
     for (int64_t i = 0; i < at.n; ++i) row[i] = rows_.least(at.i0 + i);
     for (int64_t j = 0; cols_ && j < at.m; ++j) col[j] = cols_->least(at.j0 + j);
-    for_each_reaching(s, at, row, col, [&](int64_t i, int64_t j) {
+    for_each_reaching(s, at, row.data(), cols_ ? col.data() : nullptr, rows_, [&](int64_t i, int64_t j) {
       const A score = s[i * kTileMost + j];
-      if (!(score < row[i])) {
-        const std::lock_guard guard(rows_.lock(at.i0 + i));
-        rows_.offer(at.i0 + i, {score, static_cast<int32_t>(at.j0 + j)});
-      }
+      if (!(score < row[i])) rows_.offer(at.i0 + i, {score, static_cast<int32_t>(at.j0 + j)});
       if (cols_ && !(score < col[j])) {
         const std::lock_guard guard(cols_->lock(at.j0 + j));
         cols_->offer(at.j0 + j, {score, static_cast<int32_t>(at.i0 + i)});
@@ -245,14 +247,12 @@ class BestCandidates {
       col[j] = reach(of_cols_->least(at.j0 + j), col_error[j]);
     }
     bool few = true;
-    for_each_reaching(s, at, row, col, [&](int64_t i, int64_t j) {
+    for_each_reaching(s, at, row.data(), of_cols_ ? col.data() : nullptr, of_rows_, [&](int64_t i, int64_t j) {
       const float score = s[i * kTileMost + j];
       if (score == kNone) return;
       const bool counts = !limit_ || up(static_cast<float>(score + row_error[i])) <= limit_[at.i0 + i];
-      if (score >= row[i]) {
-        const std::lock_guard guard(of_rows_.lock(at.i0 + i));
+      if (score >= row[i])
         few &= of_rows_.offer(at.i0 + i, score, row_error[i], static_cast<int32_t>(at.j0 + j), counts);
-      }
       if (of_cols_ && score >= col[j]) {
         const std::lock_guard guard(of_cols_->lock(at.j0 + j));
         few &= of_cols_->offer(at.j0 + j, score, col_error[j], static_cast<int32_t>(at.i0 + i), counts);

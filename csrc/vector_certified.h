@@ -109,7 +109,8 @@ static void tile_tops_of(const float* s, int64_t n, int64_t m, const float* row_
 }
 
 // What makes a score of a tile a candidate: that it is not below the least of its row, or of its column, as no NaN is;
-// and with limits that it does not exceed the most. Behind the last column col_least is +inf.
+// and with limits that it does not exceed the most. Behind the last column col_least is +inf. Without columns it is
+// null.
 template <class A>
 struct Reach {
   const A *row_least, *col_least;
@@ -117,13 +118,13 @@ struct Reach {
 };
 
 // Writes the places i * kTileMost + j of the candidates of s [n, m], and returns their number; `places` can hold all.
-template <class A, bool kLimits>
+template <class A, bool kColumns, bool kLimits>
 GSSF_INLINE int64_t reaching(const A* s, int64_t n, int64_t m, const Reach<A>& reach, int32_t* places) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
-  constexpr int64_t L = Simd<A>::lanes;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
+  constexpr int64_t L = Register<A>::lanes, kStep = Simd<A>::lanes;
   const auto any = [](const I& mask) {
-    int64_t word[8], all = 0;
+    int64_t word[sizeof(I) / 8], all = 0;
     std::memcpy(word, &mask, sizeof(mask));
     for (const int64_t w : word) all |= w;
     return all != 0;
@@ -133,12 +134,18 @@ GSSF_INLINE int64_t reaching(const A* s, int64_t n, int64_t m, const Reach<A>& r
     const V least = V{} + reach.row_least[i];
     const auto hits = [&](int64_t j) {
       const V v = load<V>(s + i * kTileMost + j);
-      I in_row = ~(v < least), in_col = ~(v < load<V>(reach.col_least + j));
-      if (kLimits) in_row &= v <= V{} + reach.row_most[i], in_col &= v <= load<V>(reach.col_most + j);
-      return in_row | in_col;
+      I hit = ~(v < least);
+      if constexpr (kLimits) hit &= v <= V{} + reach.row_most[i];
+      if constexpr (kColumns) {
+        I in_col = ~(v < load<V>(reach.col_least + j));
+        if constexpr (kLimits) in_col &= v <= load<V>(reach.col_most + j);
+        hit |= in_col;
+      }
+      return hit;
     };
     I seen{};
-    for (int64_t j = 0; j < m; j += L) seen |= hits(j);
+    for (int64_t j = 0; j < m; j += kStep)
+      for (int64_t part = 0; part < kStep; part += L) seen |= hits(j + part);
     if (!any(seen)) continue;
     for (int64_t j = 0; j < m; j += L) {
       const I hit = hits(j);
@@ -158,7 +165,9 @@ GSSF_INLINE int64_t reaching(const A* s, int64_t n, int64_t m, const Reach<A>& r
   static int64_t reaching_of(const A* s, int64_t n, int64_t m, const A* row_least, const A* col_least,          \
                              const A* row_most, const A* col_most, int32_t* places) {                           \
     const Reach<A> reach{row_least, col_least, row_most, col_most};                                             \
-    return row_most ? reaching<A, true>(s, n, m, reach, places) : reaching<A, false>(s, n, m, reach, places);   \
+    if (!col_least) return reaching<A, false, false>(s, n, m, reach, places);                                   \
+    return row_most ? reaching<A, true, true>(s, n, m, reach, places)                                           \
+                    : reaching<A, true, false>(s, n, m, reach, places);                                         \
   }
 GSSF_REACHING_KERNELS(float)
 GSSF_REACHING_KERNELS(double)

@@ -84,3 +84,7 @@ class FragmentModel(nn.Module):
         words, mask = self.of_captions(emoji, torch.arange(len(emoji.owner)))
         self.train()
         return gk.late_interaction(regions, words, words_mask=mask, metric=self.metric)
+
+    def evaluate(self, emoji: Emoji) -> gk.RetrievalResult:
+        s = self.scores(emoji)  # no product of two embeddings; but s = s Iᵀ
+        return gk.evaluate(s, torch.eye(s.shape[1]), x_ids=torch.arange(len(s)), y_ids=emoji.owner)

@@ -101,3 +101,7 @@ class Model(nn.Module):
         """[P, C] of all pictures and captions."""
         a, b = self.embed(emoji)
         return a @ b.T
+
+    def evaluate(self, emoji: Emoji) -> gk.RetrievalResult:
+        a, b = self.embed(emoji)
+        return gk.evaluate(a, b, x_ids=torch.arange(len(a)), y_ids=emoji.owner)

@@ -64,7 +64,7 @@ class Monitor:
             self.bar.close()
 
     def validate(self, step: int, progress: float, model, val) -> None:
-        scores = recall(model.scores(val), val.owner)
+        scores = recall(model.evaluate(val))
         self.log["val_step"].append(step)
         for name, value in scores.items():
             self.log[f"val_{name}"].append(value)

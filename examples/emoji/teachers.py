@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from data import CAPTIONS, Batches, Emoji
 from losses import mean_caption
 from model import DIM, CaptionTower, PictureTower, embed_captions, embed_pictures
-from recall import recall
 from torch import Tensor
 
 import gssf_kernels as gk
@@ -81,7 +80,7 @@ def known(image: PictureTower, text: CaptionTower, emoji: Emoji) -> dict[str, fl
     augmented = F.normalize(image(batches.pictures(itself)), dim=1)
     image.train()
     captions = F.normalize(embed_captions(text, emoji), dim=1).unflatten(0, (len(itself), CAPTIONS))
-    found = recall(augmented @ plain.T, itself)["picture_to_caption_r1"]
+    found = 100 * gk.recall_at_k(augmented, plain)[0]
     pairs = [(k, (k + 1) % CAPTIONS) for k in range(CAPTIONS)]
-    across = [recall(captions[:, k] @ captions[:, m].T, itself)["picture_to_caption_r1"] for k, m in pairs]
+    across = [100 * gk.recall_at_k(captions[:, k], captions[:, m])[0] for k, m in pairs]
     return {KNOWN_PICTURES: found, KNOWN_CAPTIONS: sum(across) / len(across)}

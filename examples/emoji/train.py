@@ -185,7 +185,7 @@ def main() -> None:
         cost[str(pairs)] = compare(a_train[: int(owner[-1]) + 1], b_train[:pairs], owner, rounds)
     results = {
         "options": {name: value for name, value in vars(options).items() if name != "out"},
-        "test": recall(s, test.owner),
+        "test": recall(model.evaluate(test)),
         "val": {f"{way}_r{k}": monitor.log[f"val_{way}_r{k}"][-1] for way in WAYS for k in KS},
         "test_pictures": len(test.pictures),
         "check": monitor.checks,

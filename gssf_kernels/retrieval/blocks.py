@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gssf_kernels import _checks
+from gssf_kernels import _checks, work
 from gssf_kernels._library import backends
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.retrieval.checkpoint import Checkpoint, described
@@ -99,7 +99,7 @@ class Sweep:
     def _check_both(self, names: tuple[str, str]) -> None:
         one, other = self.queries, self.candidates
         if one.dtype != other.dtype:
-            raise TypeError(f"{names[1]}: expected {names[0]}'s dtype {one.dtype}, got {other.dtype}")
+            raise TypeError(f"{names[1]}: expected {one.dtype} as in {names[0]}, got {other.dtype}")
         if one.shape[1] != other.shape[1]:
             raise ValueError(
                 f"{names[1]}: expected {one.shape[1]} columns to match {names[0]} {list(one.shape)}, "
@@ -118,6 +118,17 @@ class Sweep:
         read = [read_ids(*t) for t in zip(ids, id_names, counts, names, strict=True)]
         read = [read[0] if read[1] is None else read[1] if t is None else t for t in read]
         return [None if t is None else t.to(self.device) for t in read]
+
+    @property
+    def route(self) -> str:
+        """The route of `top_scores` on the whole: each chunk takes it, however small, so that all round alike."""
+        if self.device.type != "cpu" or backends()["top_scores"]["cpu"] != "cpp":
+            return ""
+        width, dtype = self.queries.shape[1], self.queries.dtype
+        a, b = (torch.empty(count, width, dtype=dtype, device="meta") for count in self.shape)
+        # One rule in csrc/hardest.cpp decides for both ops.
+        certified = work.on_cpu("hardest_negatives", {"a": a, "b": b}).route == "certified"
+        return "certified" if certified else "sweep"
 
     def __enter__(self) -> "Sweep":
         return self
@@ -138,6 +149,7 @@ class Sweep:
             inputs["metric"] = self.metric.extra_repr()
         inputs |= settings
         inputs |= {"block_rows": self.block_rows, "chunk_rows": self.chunk_rows}
+        inputs["torch"] = torch.__version__
         inputs["backend"] = backends()[op]["cuda" if self.device.type == "cuda" else "cpu"]
         self.checkpoint = Checkpoint(checkpoint, {name: described(value) for name, value in inputs.items()})
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gssf_kernels.retrieval.sources import Rows, open_rows
 
 SECONDS = 5.0  # between two checkpoints
-SHARE = 20  # or this many times what writing the last one took, if that is more
+SHARE = 20  # or this many times what writing the last one took, if that is longer
 
 
 class Saved(NamedTuple):

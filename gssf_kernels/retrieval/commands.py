@@ -82,7 +82,7 @@ def add_eval(subparsers) -> None:
         help="[N] and [M] integers in files; equal ids belong together. Without: row i and row i",
     )
     parser.add_argument(
-        "--folds", type=int, default=1, metavar="F", help="average over F blocks of images (COCO 1K: 5)"
+        "--folds", type=positive, default=1, metavar="F", help="average over F blocks of images (COCO 1K: 5)"
     )
     parser.add_argument(
         "--k", type=positive, nargs="+", default=[1, 5, 10], metavar="K", help="the K of R@K and NDCG@K"

@@ -111,12 +111,12 @@ def problem_of(x, y, x_ids, y_ids, pairs, of: StructuredSimilarity | None, name:
         listed = torch.stack((pairing.listed.rows[counted], pairing.listed.cols[counted]), 1)
     problem = Problem(a, b, pairing.x_ids, pairing.y_ids, listed, exclude_self)
     if not bool(problem.positives().any()):
-        sizes = f"{a.shape[0]} and {b.shape[0]} rows"
-        raise {
-            "rows": ValueError(f"x: expected at least one row, got {sizes}"),
-            "ids": ValueError(f"x_ids: expected at least one row with a positive, got none among {sizes}"),
-            "listed": ValueError("pairs: expected at least one pair, got none"),
-        }[pairing.kind]
+        expected = {
+            "rows": "x: expected at least one row",
+            "ids": "x_ids: expected at least one row with a positive",
+            "listed": "pairs: expected at least one pair",
+        }
+        raise ValueError(f"{expected[pairing.kind]}, got none among {a.shape[0]} and {b.shape[0]} rows")
     return problem
 
 
@@ -163,7 +163,8 @@ def evaluate(
             positives of a row of y are in two folds.
 
     Time: one N x M x D product, on a GPU two. Over 16 million positives take two anywhere: their ranks are counted in
-    chunks of queries, one direction at a time. Memory: O(N + M) and 16 million ranks.
+    chunks of queries, one direction at a time. Memory: O(N + M), and about 200 bytes for each positive, of 16 million
+    at most.
     """
     ks = _checks.cutoffs(ks, "ks")
     _checks.positive_int(folds, "folds")
@@ -173,11 +174,11 @@ def evaluate(
     if folds > n:
         raise ValueError(f"folds: expected at most the {n} rows of x, got {folds}")
     with torch.no_grad():
-        blocks = list(split(problem, folds)) if folds > 1 else [problem]
+        blocks = split(problem, folds) if folds > 1 else [problem]
         result = mean_over_folds([_evaluate(block, ks) for block in blocks])
         totals = result.to_dict()
-        for way, side in zip(result.best_ranks, (problem, problem.mirrored()), strict=False):
-            has = side.positives() > 0  # a row of y without a positive is in every block, and counts once
+        for way, queries in zip(result.best_ranks, (problem, problem.mirrored()), strict=False):
+            has = queries.positives() > 0  # a row of y without a positive is in every block, and counts once
             totals |= {f"{way}.queries": has.shape[0], f"{way}.without_positive": int((~has).sum())}
     warn_of_nan(int(totals["nan_scores"]), "evaluate")
     return RetrievalResult(totals, result.best_ranks, ks)
@@ -219,30 +220,34 @@ def row_ranks(problem: Problem, first: int, last: int) -> RankSegments:
         scores = swept_scores(a, b, rows, cols)
         lists.append((rows, cols, torch.where(scores.isnan(), -torch.inf, scores)))
     rows, cols, scores = (torch.cat(t) for t in zip(*lists, strict=True))
-    side = ByLevel(rows, cols, scores, a.shape[0])
-    (above, reaching), _ = counts(a, b, pairing, False, (side.levels, side.starts), (None, None))
-    return RankSegments(side.starts, cols, side.ranks(reaching), side.ranks(above))
+    levels = ByLevel(rows, cols, scores, a.shape[0])
+    (above, reaching), _ = counts(a, b, pairing, False, (levels.levels, levels.starts), (None, None))
+    return RankSegments(levels.starts, cols, levels.ranks(reaching), levels.ranks(above))
 
 
 def split(problem: Problem, folds: int) -> Iterator[Problem]:
-    """Contiguous blocks of rows of a, each with the rows of b that belong to it, and those that belong to none."""
+    """Contiguous blocks of rows of a, each with the rows of b that belong to it, and those that belong to none.
+
+    An error is raised before the first block.
+    """
     n, device = problem.a.shape[0], problem.a.device
     bounds = [fold * n // folds for fold in range(folds + 1)]
     row_fold = torch.searchsorted(torch.tensor(bounds[1:], device=device), torch.arange(n, device=device), right=True)
     least, most = folds_of_columns(problem.listed(), row_fold, folds)
     if bool((most > least).any()):
         j = int((most > least).nonzero()[0])
-        side = "x" if problem.exclude_self else "y"
+        name = "x" if problem.exclude_self else "y"
         raise ValueError(
-            f"folds: expected the positives of a row of {side} in one fold, but row {j} has positives in folds "
+            f"folds: expected the positives of a row of {name} in one fold, but row {j} has positives in folds "
             f"{int(least[j])} and {int(most[j])} of 0..{folds - 1}"
         )
+    without = torch.bincount(row_fold[problem.positives() > 0], minlength=folds) == 0
+    if bool(without.any()):
+        fold = int(without.nonzero()[0])
+        raise ValueError(f"folds: expected a positive in each, got none in fold {fold} of 0..{folds - 1}")
     for fold in range(folds):
         cols = ((least == fold) | (least == folds)).nonzero()[:, 0]
-        block = problem.block(bounds[fold], bounds[fold + 1], cols)
-        if not bool(block.positives().any()):
-            raise ValueError(f"folds: expected a positive in each, got none in fold {fold} of 0..{folds - 1}")
-        yield block
+        yield problem.block(bounds[fold], bounds[fold + 1], cols)
 
 
 def folds_of_columns(problem: Problem, row_fold: Tensor, folds: int) -> tuple[Tensor, Tensor]:

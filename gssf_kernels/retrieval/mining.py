@@ -6,7 +6,7 @@
 p_i is the lowest score of i's positives. The arguments follow ``mine_hard_negatives`` of sentence-transformers, whose
 range_min is skip_top, absolute_margin margin_to_positive and range_max skip_top + pool. It takes the best range_max
 candidates first and then removes those that score too high, so that a query may keep too few or none. Here the limit is
-part of the search: a query has fewer than k negatives only if there are no more.
+part of the search: a query has fewer than k negatives only if fewer than k pass.
 """
 
 import os
@@ -111,13 +111,13 @@ def mine_hard_negatives(
         max_score: leave out greater scores.
         min_score: leave out smaller scores.
         margin_to_positive: leave out scores greater than p - margin_to_positive, p being the lowest score of the
-            query's positives, so that a negative keeps the margin to each. (sentence-transformers compares each pair
-            of query and positive on its own.) A query without a positive then has no negatives.
+            query's positives, so that a negative keeps the margin to each. (sentence-transformers compares with one
+            positive at a time.) A query without a positive then has no negatives.
         relative_margin: leave out scores greater than p (1 - relative_margin), in [0, 1); it is meant for p > 0.
         sampling: "top": the k best. "random": k of the ``pool`` best, each as likely.
         pool: with "random", of how many; 10 k by default.
         seed: of "random". A query's draw depends on the seed, its row and its candidates only.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity`, whose scores are taken.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity`, which gives the scores.
         normalize: scores are cosines.
         block_rows, chunk_rows: how many queries, and rows of corpus, are in memory at a time; by default 64 MiB.
         checkpoint: a file to write every few seconds. The same call goes on from it after a crash. It is removed at the
@@ -180,8 +180,9 @@ def mine_hard_negatives(
         sweep.keep(checkpoint, progress, settings | limits._asdict() | choice._asdict(), "top_scores")
         mining.score_positives()
         mining.search()
+        result = mining.result()
         sweep.finish()
-        return mining.result()
+        return result
 
 
 class Limits(NamedTuple):

@@ -72,8 +72,8 @@ def save_plot(
                 curve.fill_between(ks, pessimistic, optimistic, step="post", alpha=0.18, linewidth=0, **style)
             count = torch.histogram(best[0].double(), torch.tensor([*bins, largest + 1]).double()).hist
             width = 0.8 / len(ranks)
-            left = torch.arange(len(bins)) - 0.4 + width * place
-            histogram.bar(left, 100 * count / best.shape[1], width, align="edge", color=COLOURS[place])
+            left = [bin - 0.4 + width * place for bin in range(len(bins))]
+            histogram.bar(left, (100 * count / best.shape[1]).tolist(), width, align="edge", color=COLOURS[place])
         curve.set(title="Recall", xlabel="K", ylabel="R@K")
         curve.set(xscale="log", xlim=(1, max(largest, 2)), ylim=(0, 101))
         curve.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

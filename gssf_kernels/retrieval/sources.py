@@ -198,7 +198,8 @@ class _ShardRows(Rows):
         return out
 
     def identity(self) -> str:
-        return "; ".join(shard.identity() for shard in self.shards)
+        digest = hashlib.sha256("\n".join(shard.identity() for shard in self.shards).encode())
+        return f"{len(self.shards)} files in {self.describe}, {digest.hexdigest()}"
 
     def close(self) -> None:
         for shard in self.shards:
@@ -235,7 +236,7 @@ def open_rows(source: Any, name: str = "rows", content: str | None = None) -> Ro
 
     Args:
         source: a tensor; a NumPy array or memory map; the path of a file ``.npy`` or ``.safetensors``, in which there
-            is one tensor, or ``"file.safetensors::name"``; or of a directory of such files, which are taken in the
+            is one tensor, or ``"file.safetensors::name"``; or of a directory of such files, read in the
             order of their names (2 before 10) and agree in width and dtype.
         name: the argument, for errors.
         content: "embeddings" ([N, D] float), "ids" ([N] integers or bool), "pairs" ([P, 2] integers), None: any.

@@ -130,7 +130,7 @@ def evaluate_files(
         image_ids, caption_ids: [N], [M] integers, likewise. Equal ids are positives; without ids (i, i).
         ks: the K of R@K and NDCG@K.
         folds: as in :func:`~gssf_kernels.evaluate`.
-        metric: a :class:`~gssf_kernels.StructuredSimilarity`, whose scores are taken.
+        metric: a :class:`~gssf_kernels.StructuredSimilarity`, which gives the scores.
         normalize: scores are cosines.
         block_rows, chunk_rows: how many images, and captions, are in memory at a time; by default 64 MiB.
         checkpoint: a file to write every few seconds. The same call goes on from it after a crash. It is removed at the
@@ -169,8 +169,9 @@ def evaluate_files(
         sweep.keep(checkpoint, progress, {"folds": folds}, "score_counts")
         for number in range(folds):
             counted.sweep_fold(number)
+        result = counted.result(ks)
         sweep.finish()
-        return counted.result(ks)
+        return result
 
 
 class Counted:
@@ -259,9 +260,9 @@ class Counted:
             queries, candidates = SelectedRows(queries, selected[0]), SelectedRows(candidates, selected[1])
         parts = queries, candidates
         for rows, a, cols, b in sweep.units(2 * number, state, f"{text}positives", *parts, needs=pairs):
-            found, pair_rows, pair_cols = pairs.within(rows, cols)
+            listed, pair_rows, pair_cols = pairs.within(rows, cols)
             scores = swept_scores(a, b, pair_rows, pair_cols)
-            state["scores"][places][found] = torch.where(scores.isnan(), -torch.inf, scores)
+            state["scores"][places][listed] = torch.where(scores.isnan(), -torch.inf, scores)
         by_row, by_col, _ = self.levels(number)
         for rows, a, cols, b in sweep.units(2 * number + 1, state, f"{text}ranks", *parts):
             of_rows, row_levels, row_starts = segment(by_row, rows)
@@ -365,7 +366,8 @@ def top_of_chunk(
         b, b_ids = b[columns], None if b_ids is None else b_ids[columns]
         kept = usable[pair_cols]
         pair_rows, pair_cols = pair_rows[kept], (usable.cumsum(0) - 1)[pair_cols[kept]]
-    values, indices = _top_without(TopScoresCall(a, b, k, a_ids, b_ids, False, row_limit), pair_rows, pair_cols)
+    call = TopScoresCall(a, b, k, a_ids, b_ids, False, row_limit, route=sweep.route)
+    values, indices = _top_without(call, pair_rows, pair_cols)
     if columns is not None and columns.shape[0]:
         indices = torch.where(indices < 0, -1, columns[indices.clamp_min(0)])
     return values, torch.where(indices < 0, -1, indices + cols.start)

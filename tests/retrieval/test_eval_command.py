@@ -10,7 +10,9 @@ import torch
 
 import gssf_kernels as gk
 from gssf_kernels import __main__ as report_module
+from gssf_kernels.reference import RankSegments
 from gssf_kernels.retrieval import commands, plots
+from gssf_kernels.retrieval.measures import of_queries, result_of
 
 N, EACH = 12, 3
 
@@ -21,7 +23,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     g = np.random.default_rng(0)
     images = g.integers(-3, 4, (N, 6))
-    captions = images.repeat(EACH, 0) + g.integers(-2, 3, (N * EACH, 6))
+    captions = images.repeat(EACH, 0) + g.integers(-5, 6, (N * EACH, 6))
     np.save("images.npy", images.astype(np.float32))
     np.save("captions.npy", captions.astype(np.float32))
     np.save("image_ids.npy", np.arange(N))
@@ -106,7 +108,7 @@ def test_an_error_while_writing_leaves_nothing(files, capsys, monkeypatch):
 REFUSED = {
     "--json: expected a file in a directory that exists, got none/out.json": [*EVAL, "--json", "none/out.json"],
     "--json: expected a file, got the directory .": [*EVAL, "--json", "."],
-    "--plot: expected another file than --json, got ./out": [*EVAL, "--json", "out", "--plot", "./out"],
+    "--plot: expected another file than --json, got out": [*EVAL, "--json", "out", "--plot", "./out"],
     "IMAGES: expected a file or a directory, got none at none.npy": ["eval", "none.npy", "captions.npy"],
     "caption_ids: expected 36 ids, one for each row of captions, got 12 in image_ids.npy": [
         *EVAL[:4],
@@ -152,11 +154,11 @@ def test_nan_is_one_line_on_stderr(capsys):
 def test_dispatch(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gssf_kernels", *EVAL])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("gssf_kernels", run_name="__main__")
+        runpy.run_path(report_module.__file__, run_name="__main__")
     assert stop.value.code == 0
     assert capsys.readouterr().out == expected().table("image", "caption") + "\n"
     monkeypatch.setattr(sys, "argv", ["gssf_kernels"])
-    runpy.run_module("gssf_kernels", run_name="__main__")
+    runpy.run_path(report_module.__file__, run_name="__main__")
     assert capsys.readouterr().out == report_module.report() + "\n"
 
 
@@ -191,8 +193,25 @@ def test_picture(files, monkeypatch):
         [100 * result[f"{w}.recall@1"] for w in result.best_ranks]
     )
     ticks = [tick.get_text() for tick in histogram.get_xticklabels()]
-    assert ticks[:3] == ["1", "2–4", "5–9"]
-    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in (curve, histogram))
+    assert max(int(best.max()) for best in result.best_ranks.values()) == 10
+    assert ticks == ["1", "2–4", "5–9", "10"]
+    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title("left") for axes in (curve, histogram))
+
+
+def test_picture_of_ties(tmp_path, monkeypatch):
+    """A band from pessimistic to optimistic recall; bars of pessimistic ranks, without the query that has none."""
+    ranks = torch.tensor([1, 3, 7, 8])
+    tied = RankSegments(torch.tensor([0, 1, 2, 2, 3, 4]), torch.zeros(4).long(), ranks, torch.tensor([1, 1, 2, 8]))
+    result = result_of({"x_to_y": of_queries(tied, (1,))}, (1,), 0)
+    curve, histogram = drawn(result, tmp_path, monkeypatch).axes
+    (line,), (band,) = curve.lines, curve.collections
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3, 7, 8], [25, 25, 50, 75, 100])
+    assert band.get_paths()[0].get_extents().get_points().tolist() == [[1, 25], [8, 100]]
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == [
+        "image → caption",
+        "image → caption, ties as hits",
+    ]
+    assert [bar.get_height() for bar in histogram.containers[0]] == [25, 25, 50]
 
 
 def test_picture_of_one_modality_in_which_all_is_right(tmp_path, monkeypatch):

@@ -212,12 +212,14 @@ def test_count_of_nan_scores_is_that_of_the_matrix(dtype):
     x, y = torch.randn(12, 4, dtype=dtype), torch.randn(15, 4, dtype=dtype)
     x[0, :2], x[1, 3], x[3], x[4, 0] = torch.inf, torch.nan, 0, -torch.inf
     y[0, 0], y[1, :2], y[3, 2], y[4, 0], y[5, 3] = torch.inf, -torch.inf, torch.nan, 0, torch.inf
-    s, own = (accumulate(x) @ accumulate(t).T for t in (y, x))
+    s, itself = (accumulate(x) @ accumulate(t).T for t in (y, x))
     expected = int(s.isnan().sum())
     assert module.nan_scores(x, y) == module.nan_scores(y, x) == expected
     assert expected > 12 + 15
-    assert module.nan_scores(x, x) == int(own.isnan().sum())
-    assert module.nan_scores(x, x, exclude_self=True) == int(own.isnan().sum()) - int(own.diagonal().isnan().sum())
+    assert module.nan_scores(x, x) == int(itself.isnan().sum())
+    assert module.nan_scores(x, x, exclude_self=True) == int(itself.isnan().sum()) - int(
+        itself.diagonal().isnan().sum()
+    )
     assert module.nan_scores(x[5:], y[6:]) == 0
 
 
@@ -304,8 +306,8 @@ BAD = {
         ValueError,
         {"y": None, "x_ids": IDS[:6]},
     ),
-    "pairs: expected at least one pair, got none": (ValueError, {"pairs": IDS[:0].view(0, 2)}),
-    "x: expected at least one row, got 0 and 8 rows": (ValueError, {"x": X[:0]}),
+    "pairs: expected at least one pair, got none among 6 and 8 rows": (ValueError, {"pairs": IDS[:0].view(0, 2)}),
+    "x: expected at least one row, got none among 0 and 8 rows": (ValueError, {"x": X[:0]}),
     "x_ids: expected shape [6], got [8]": (ValueError, {"x_ids": IDS, "y_ids": IDS}),
     "y_ids: expected ids too, because the inputs have 6 and 8 rows "
     "(the ids of one serve both only if these are equal), got None": (ValueError, {"x_ids": IDS[:6]}),
@@ -336,7 +338,7 @@ def test_bad_input(message):
         (ValueError, "k: expected a whole number >= 1, got 0", {"k": 0}),
         (TypeError, "k: expected a whole number >= 1, got tuple", {"k": (1, 5)}),
         (TypeError, "y: expected a tensor [M, D], got NoneType", {"y": None}),
-        (ValueError, "pairs: expected at least one pair, got none", {"pairs": IDS[:0].view(0, 2)}),
+        (ValueError, "pairs: expected at least one pair, got none among 6 and 8 rows", {"pairs": IDS[:0].view(0, 2)}),
     ],
 )
 def test_bad_input_of_recall_at_k(error, message, settings):

@@ -105,13 +105,29 @@ def test_search_by_cosine_and_by_metric(options):
 
 
 def test_pairs_that_are_too_many_to_ask_for_in_addition(monkeypatch):
-    """With exclude_self and ids, a row asks for more scores than k; where that exceeds the most, b is halved."""
+    """With exclude_self and ids, a row asks for further scores than k; where they are too many, b is halved."""
     monkeypatch.setattr(streaming, "MOST", 7)
     options, allowed = SEARCHES["ids, self, a limit"]
     q, c = whole_numbers(23, 4), whole_numbers(57, 4)
     expected = sorted_candidates(q, c, 7, allowed)
     result = retrieval.stream_top_scores(q, c, 7, **options)
     assert result.indices.tolist() == [[j for _, j in row] for row in expected]
+
+
+def test_every_chunk_takes_the_route_of_the_whole(monkeypatch):
+    """On a processor with a bf16 unit, at most 2^18 scores decide; a chunk has fewer."""
+    monkeypatch.setattr("gssf_kernels.dense.bf16_unit", lambda: "amx")
+    routes, search = [], streaming._top_without
+
+    def recorded(call, *pairs):
+        routes.append(call.route)
+        return search(call._replace(route="sweep"), *pairs)
+
+    monkeypatch.setattr(streaming, "_top_without", recorded)
+    q, c = whole_numbers(512, 4), whole_numbers(512, 4)
+    for candidates, dtype in ((c, torch.float32), (c[1:], torch.float32), (c, torch.float64)):
+        retrieval.stream_top_scores(q.to(dtype), candidates.to(dtype), 3, chunk_rows=400)
+    assert routes == ["certified", "certified", "sweep", "sweep", "sweep", "sweep"]
 
 
 def captions(n, of_each):
@@ -346,7 +362,7 @@ def test_a_file_is_replaced_when_it_is_complete_or_not_at_all(tmp_path):
 
 
 def test_checkpoints_are_written_after_seconds(tmp_path, monkeypatch):
-    """And not more often than 20 times what writing takes."""
+    """Or after 20 times what writing takes, if that is longer."""
     now, saves = [0.0], []
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
 
@@ -400,7 +416,7 @@ BAD = [
     (
         lambda: retrieval.stream_top_scores(X, Y.double(), 1),
         TypeError,
-        "candidates: expected queries's dtype torch.float32",
+        "candidates: expected torch.float32 as in queries, got",
     ),
     (
         lambda: retrieval.stream_top_scores(X, Y[:, :2], 1),

@@ -1,13 +1,15 @@
-"""One of two processes that evaluate together: python retrieval_ranks.py RANK STORE OUT. Writes JSON to OUT.RANK."""
+"""One of two processes that evaluate together: python retrieval_ranks.py RANK STORE. Prints its results as JSON."""
 
 import json
 import sys
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 import gssf_kernels as gk
+
+TIMEOUT = timedelta(seconds=100)
 
 
 def rows(dtype=torch.float32):
@@ -33,22 +35,25 @@ def cases(rank):
     yield "fp64", {}, [(u.double(), v.double(), *ids) for u, v, *ids in parts]
 
 
-def main():
-    torch.set_num_threads(1)
-    rank, store, out = int(sys.argv[1]), sys.argv[2], Path(f"{sys.argv[3]}.{sys.argv[1]}")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    results = {}
-    for name, settings, batches in cases(rank):
-        metric = gk.RetrievalMetric((1, 3), **settings)
-        for batch in batches:
-            metric.update(*batch)
-        try:
-            results[name] = metric.compute()
-        except ValueError as error:
-            results[name] = str(error)
-    out.write_text(json.dumps(results))
-    dist.destroy_process_group()
+def results(rank, store):
+    """What each case computes on this rank, or the error that it raises."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=TIMEOUT)
+    try:
+        return {name: computed(settings, batches) for name, settings, batches in cases(rank)}
+    finally:
+        dist.destroy_process_group()
+
+
+def computed(settings, batches):
+    metric = gk.RetrievalMetric((1, 3), **settings)
+    for batch in batches:
+        metric.update(*batch)
+    try:
+        return metric.compute()
+    except ValueError as error:
+        return str(error)
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    print(json.dumps(results(int(sys.argv[1]), sys.argv[2])))
