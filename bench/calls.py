@@ -14,6 +14,7 @@ import torch
 
 from bench.case import PRODUCTS, Case, zeros
 from bench.dense_calls import DENSE_CASES
+from bench.retrieval_calls import RETRIEVAL_CASES
 from gssf_kernels import plan
 from gssf_kernels._library import OPS
 from gssf_kernels.ops.negatives import Negatives
@@ -389,4 +390,5 @@ CASES = [
     *_projections(),
     *_of_one(),
     *DENSE_CASES,
+    *RETRIEVAL_CASES,
 ]

@@ -68,10 +68,10 @@ GSSF_INLINE double exact_dot(const T* x, const T* y, int64_t n, const T* next_x,
 template <class A>
 GSSF_INLINE void mask_ids(A* s, int64_t n, int64_t m, const typename Simd<A>::Lane* row_id,
                           const typename Simd<A>::Lane* col_id, A value) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += Simd<A>::lanes) {
+    for (int64_t j = 0; j < m; j += Register<A>::lanes) {
       A* at = s + i * kTileMost + j;
       store(at, load<I>(col_id + j) == I{} + row_id[i] ? V{} + value : load<V>(at));
     }

@@ -3,9 +3,9 @@
 // Sets scores of s [n, m] that are greater than the limit of their row to -inf. NaN stays.
 template <class A>
 GSSF_INLINE void limit_rows(A* s, int64_t n, int64_t m, const A* most) {
-  using V = typename Simd<A>::Vector;
+  using V = typename Register<A>::Vector;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += Simd<A>::lanes) {
+    for (int64_t j = 0; j < m; j += Register<A>::lanes) {
       A* at = s + i * kTileMost + j;
       const V v = load<V>(at);
       store(at, v > V{} + most[i] ? V{} - std::numeric_limits<A>::infinity() : v);
@@ -15,9 +15,9 @@ GSSF_INLINE void limit_rows(A* s, int64_t n, int64_t m, const A* most) {
 // NaN becomes +inf: a score that is ahead of every level.
 template <class A>
 GSSF_INLINE void nan_ahead(A* s, int64_t n, int64_t m) {
-  using V = typename Simd<A>::Vector;
+  using V = typename Register<A>::Vector;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += Simd<A>::lanes) {
+    for (int64_t j = 0; j < m; j += Register<A>::lanes) {
       A* at = s + i * kTileMost + j;
       const V v = load<V>(at);
       store(at, v == v ? v : V{} + std::numeric_limits<A>::infinity());
@@ -82,10 +82,10 @@ GSSF_INLINE void count_rows(const A* s, int64_t n, int64_t m, const A* levels, c
 template <class A>
 GSSF_INLINE void count_columns(const A* s, int64_t n, int64_t m, const A* level, typename Simd<A>::Lane* above,
                                typename Simd<A>::Lane* reaching) {
-  using V = typename Simd<A>::Vector;
-  using I = typename Simd<A>::Index;
+  using V = typename Register<A>::Vector;
+  using I = typename Register<A>::Index;
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; j += Simd<A>::lanes) {
+    for (int64_t j = 0; j < m; j += Register<A>::lanes) {
       const V v = load<V>(s + i * kTileMost + j), least = load<V>(level + j);
       store(above + j, load<I>(above + j) - (v > least));
       store(reaching + j, load<I>(reaching + j) - (v >= least));

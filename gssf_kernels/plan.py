@@ -399,12 +399,14 @@ def top_scores(call: Any) -> Iterator[Plan]:
 
 
 def score_counts(call: Any) -> Iterator[Plan]:
-    """Plans of ``score_counts``. The tile config is that of listed pairs, whose scores become levels."""
+    """Plans of ``score_counts``. A loop over several levels of each column takes registers, so that tiles are small."""
     scores = Scores(call.a, call.b)
     if call.a.dtype == torch.float64:
         yield Plan("composite", _FP64)
         return
-    yield one_tile_each(Plan("sweep", f"{scores}: one sweep that counts", scores.tile("sums")))
+    several = call.row_starts is not None or call.col_starts is not None
+    tile = sweep_tile(call.a.device, call.a.dtype, "small") if several else scores.tile("sums")
+    yield one_tile_each(Plan("sweep", f"{scores}: one sweep that counts", tile))
     yield Plan("composite", "forced")
 
 

@@ -28,10 +28,11 @@ def results(item: Item, module: Any, tensors: Results, options: dict[str, Any]) 
     """Outputs, and as "d name" the gradient of every input."""
     outputs = item.run(module, tensors, options)
     floating = {name: t for name, t in outputs.items() if t.is_floating_point() and t.requires_grad}
-    grads = torch.autograd.grad(
-        list(floating.values()), list(tensors.values()), [_upstream(t) for t in floating.values()], allow_unused=True
-    )
-    gradients = {f"d {name}": g for name, g in zip(tensors, grads, strict=True) if g is not None}
+    gradients = {}
+    if floating:  # ranks have none
+        upstream = [_upstream(t) for t in floating.values()]
+        grads = torch.autograd.grad(list(floating.values()), list(tensors.values()), upstream, allow_unused=True)
+        gradients = {f"d {name}": g for name, g in zip(tensors, grads, strict=True) if g is not None}
     return {**{name: t.detach() for name, t in outputs.items()}, **gradients}
 
 

@@ -180,6 +180,14 @@ def _listed(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return tensors, {**options, "pairs": torch.stack((rows, torch.randint(0, item.m, (2 * item.n,), generator=g)), 1)}
 
 
+def _searched(item: Item, g: torch.Generator) -> tuple[dict, dict]:
+    """The 200 best of rows and columns, which several sweeps find; with ids the 10 best of other ids."""
+    tensors, options = _sides(item, g, _whole, ("a", "b"))
+    if item.variant == "ids":
+        return tensors, {**options, "k": 10, "exclude_same_id": True}
+    return tensors, {**options, "k": 200, "columns": True, "exclude_self": item.variant == TWICE}
+
+
 def _labelled(item: Item, g: torch.Generator) -> tuple[dict, dict]:
     return {"x": _whole(g, item.n, item.d)}, {"labels": _labels(g, item.n, item.n // 3), "margin": 0.25}
 
@@ -256,6 +264,8 @@ FAMILIES = {
         "late_interaction_triplet_loss", _fragments(reduce="sum", margin=0.25), ("", MASKED), exact=True
     ),
     "attention_pooling": Family("attention_pooling", _fragments(), ("", MASKED)),
+    "top_scores": Family("top_scores", _searched, exact=True),
+    "ranks": Family("ranks", _two_sided(_whole), exact=True),
     "batch_hard": Family("batch_hard_loss", _labelled, ("",), exact=True),
     "circle": Family("circle_loss", _by_label(margin=0.25, scale=4.0), ("", BETWEEN)),
     "multi_similarity": Family("multi_similarity_loss", _by_label(beta=5.0), ("", BETWEEN)),

@@ -15,6 +15,11 @@ from gssf_kernels.triton.epilogues import only_negatives
 from gssf_kernels.triton.hardest import negatives_of
 from gssf_kernels.triton.sweep import Sweep
 
+@triton.jit
+def raised(s):
+    """s with the lowest number for -inf, which is for what is left out."""
+    return tl.where(s == float("-inf"), -3.4028234663852886e38, s)
+
 
 @triton.jit
 def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.constexpr):
@@ -29,7 +34,7 @@ def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.con
     place = 0
     while place < tl.max(count, 0):
         has = place < count
-        level = tl.expand_dims(tl.load(levels + first + place, mask=has, other=0.0), axis)
+        level = tl.expand_dims(raised(tl.load(levels + first + place, mask=has, other=0.0)), axis)
         tl.atomic_add(above + first + place, tl.sum((s > level).to(tl.int32), axis).to(tl.int64), mask=has)
         tl.atomic_add(reaching + first + place, tl.sum((s >= level).to(tl.int32), axis).to(tl.int64), mask=has)
         place += 1
@@ -39,9 +44,8 @@ def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.con
 def count_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     negatives, rows, cols = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
-    counted = only_negatives(tl.zeros([BN, BM], tl.float32), i0, j0, N, M, negatives, None, BN, BM) == 0
-    s = tl.where(s != s, float("inf"), s)  # ahead of every level
-    s = tl.where(counted, s, float("nan"))  # which reaches none
+    s = tl.where(s != s, float("inf"), raised(s))  # NaN is ahead of every level
+    s = only_negatives(s, i0, j0, N, M, negatives, None, BN, BM)  # -inf, which reaches none
     levels, starts, above, reaching = rows
     add_counts(s, i0 + tl.arange(0, BN), N, levels, starts, above, reaching, 1)
     if cols is not None:

@@ -168,11 +168,11 @@ RELATIONS = {  # three sums of a tile at once; BN = BM
 }
 
 TOP = {  # (kind of product, LIST): of several the shortest list that holds the k best, else the longest
-    ("half", 16): Top(128, 128, 64, 16, 8, 3),
-    ("half", 128): Top(64, 128, 64, 128, 8, 3),
-    ("tf32", 16): Top(128, 128, 32, 16, 8, 3),
-    ("tf32", 128): Top(64, 128, 32, 128, 8, 3),
-    ("ieee", 16): Top(64, 64, 16, 16, 8, 3),
+    ("half", 16): Top(64, 128, 32, 16, 8, 3),
+    ("half", 128): Top(64, 64, 32, 128, 8, 3),
+    ("tf32", 16): Top(64, 128, 32, 16, 8, 3),
+    ("tf32", 128): Top(64, 64, 32, 128, 8, 3),
+    ("ieee", 16): Top(64, 32, 16, 16, 8, 3),
     ("ieee", 128): Top(32, 64, 16, 128, 8, 3),
 }
 

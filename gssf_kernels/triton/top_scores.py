@@ -37,7 +37,7 @@ def ordered(s):
 
 @triton.jit
 def key_of(order, column):
-    return (order.to(tl.int64) << 32) + (LAST_COLUMN - column.to(tl.int64))
+    return (order.to(tl.int64) << 32) - column.to(tl.int64) + LAST_COLUMN
 
 
 @triton.jit(do_not_specialize=["N", "M", "blocks", "columns", "first_row"])
@@ -62,6 +62,8 @@ def top_scores_kernel(
     if last_keys is not None:
         after = tl.load(last_keys + row * splits + split)
         open_rows = open_rows & (after > tl.load(least_key + row))
+    after_order = (after >> 32).to(tl.int32)[:, None]
+    after_column = (-(after & 0xFFFFFFFF) + LAST_COLUMN).to(tl.int32)[:, None]
     stop = tl.minimum(split * columns + columns, M)
     if tl.max(open_rows.to(tl.int32), 0) == 0:
         stop = 0
@@ -85,7 +87,7 @@ def top_scores_kernel(
             candidate &= (s > tl.load(column_limit + column)[None, :]) == 0
         order = ordered(s)
         if last_keys is not None:
-            candidate &= key_of(order, j[None, :]) < after[:, None]
+            candidate &= (order < after_order) | ((order == after_order) & (j[None, :] > after_column))
         order = tl.where(candidate, order, NOTHING)
         best = tl.max(order, 1)
         while tl.max((best > worst).to(tl.int32), 0) > 0:
@@ -165,7 +167,7 @@ def best_of_slab(a, b, k, ids, limits, exclude_self, first, step, sizes):
             first, SELF=exclude_self, BN=tile.BN, BM=tile.BM, BK=tile.BK, LIST=tile.LIST,
             PRECISION="ieee" if planning.kind(x.dtype) == "ieee" else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-            **planning.most_registers(D),
+            **planning.most_registers(D, mixed=True),  # lists take registers
         )  # fmt: skip
         keys = keys if best is None else torch.cat((best, keys), 1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values

@@ -87,6 +87,7 @@ py::array_t<T> array(const std::vector<T>& values) {
 
 // What each source adds to the module. Kernels that exist once per instruction set go into its submodule of that name.
 void bind_epilogues(py::module_& internals);
+void bind_search(py::module_& internals);
 void bind_row_kernels(py::module_& internals);
 void bind_passes(py::module_& internals);
 void bind_products(py::module_& internals);

@@ -79,7 +79,7 @@ py::object round_row(const py::array& x, int64_t padded) {
 
 // most: the largest scores of rows and of columns that count, or none.
 template <class Kernels>
-int64_t reaching(const py::array& s, int64_t m, const py::array& row_least, const py::array& col_least,
+int64_t reaching(const py::array& s, int64_t m, const py::array& row_least, const std::optional<py::array>& col_least,
                  py::array& places, const std::optional<py::array>& row_most,
                  const std::optional<py::array>& col_most) {
   const int64_t n = tile_rows<float>(s, m), width = whole_vectors(m, Simd<float>::lanes);
@@ -118,7 +118,8 @@ void bind(py::module_ set) {
   set.def("mask_ids", [](py::array s, int64_t m, const py::array& row_id, const py::array& col_id) {
     const int64_t n = tile_rows<float>(s, m);
     Kernels::mask_ids_of(written<float>("s", s, n * kTileMost), n, m, read<int32_t>("row_id", row_id, n),
-                         read<int32_t>("col_id", col_id, whole_vectors(m, Simd<float>::lanes)));
+                         read<int32_t>("col_id", col_id, whole_vectors(m, Simd<float>::lanes)),
+                         -std::numeric_limits<float>::infinity());
   });
   set.def(
       "tile_tops",
@@ -134,8 +135,8 @@ void bind(py::module_ set) {
       py::arg("s"), py::arg("m"), py::arg("row_most") = py::none(), py::arg("col_most") = py::none());
   set.def(
       "reaching",
-      [](const py::array& s, int64_t m, const py::array& row_least, const py::array& col_least, py::array places,
-         const std::optional<py::array>& row_most, const std::optional<py::array>& col_most) {
+      [](const py::array& s, int64_t m, const py::array& row_least, const std::optional<py::array>& col_least,
+         py::array places, const std::optional<py::array>& row_most, const std::optional<py::array>& col_most) {
         return reaching<Kernels>(s, m, row_least, col_least, places, row_most, col_most);
       },
       py::arg("s"), py::arg("m"), py::arg("row_least"), py::arg("col_least"), py::arg("places"),

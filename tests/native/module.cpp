@@ -3,6 +3,7 @@
 
 PYBIND11_MODULE(internals, internals) {
   bind_epilogues(internals);
+  bind_search(internals);
   bind_row_kernels(internals);
   bind_passes(internals);
   bind_products(internals);

@@ -25,7 +25,14 @@ FAULTS = [
         "size < offset",
         "test_sources",
     ),
-    Fault("sources: the thread outlives its consumer", SOURCES, "chunks", "stopped.set()", "pass", "test_sources"),
+    Fault(
+        "sources: an error of the thread is lost",
+        SOURCES,
+        "chunks",
+        "results.put(error)",
+        "results.put(None)",
+        "test_sources",
+    ),
     Fault(
         "sources: rows between those that are asked for are kept",
         SOURCES,

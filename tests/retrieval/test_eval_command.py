@@ -212,6 +212,7 @@ def test_picture_of_ties(tmp_path, monkeypatch):
         "image → caption, ties as hits",
     ]
     assert [bar.get_height() for bar in histogram.containers[0]] == [25, 25, 50]
+    assert [bar.get_x() for bar in histogram.containers[0]] == pytest.approx([-0.4, 0.6, 1.6])
 
 
 def test_picture_of_one_modality_in_which_all_is_right(tmp_path, monkeypatch):

@@ -151,6 +151,15 @@ def test_every_reason_occurs():
     assert seen == mining.REASONS.keys()
 
 
+def test_a_listed_positive_of_equal_id_is_left_out_once():
+    """Four candidates remain, enough for k; it is max_score that leaves fewer."""
+    q, c = torch.ones(1, 1), torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]])
+    ids = {"query_ids": torch.tensor([7]), "corpus_ids": torch.tensor([7, 1, 2, 3, 4])}
+    result = gk.mine_hard_negatives(q, c, k=4, positives=torch.tensor([[0, 0]]), max_score=3.0, **ids)
+    assert result.indices.tolist() == [[2, 3, 4, -1]]
+    assert result.report.fewer == {"max_score": 1}
+
+
 def test_more_positives_than_can_be_asked_for_in_addition(monkeypatch):
     """The corpus is halved until k and the positives of a row fit into the most scores of a search."""
     monkeypatch.setattr(streaming, "MOST", 9)

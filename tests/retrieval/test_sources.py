@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from gssf_kernels.retrieval.sources import SelectedRows, chunks, open_rows, read_ids
+
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 FLOATS = (torch.float16, torch.float32, torch.float64, torch.bfloat16)
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)

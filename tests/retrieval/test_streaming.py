@@ -379,6 +379,7 @@ def test_checkpoints_are_written_after_seconds(tmp_path, monkeypatch):
 
 
 def test_the_bar_is_on_stderr_and_starts_where_the_checkpoint_stopped(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
     saved(tmp_path, x=whole_numbers(20, 4), y=whole_numbers(100, 4))
     interrupted_search(tmp_path, monkeypatch)
     retrieval.stream_top_scores(tmp_path / "x.npy", tmp_path / "y.npy", 5, progress=True, **search_options(tmp_path))

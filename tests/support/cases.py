@@ -220,6 +220,15 @@ def _hardest_cases():
         yield Case(f"hardest-{layout}", "hardest_negatives", _scored(40, 70, 24, "five", layout))
 
 
+def _search_cases():
+    for n, m, d, k in ((1, 1, 1, 1), (7, 5, 3, 8), (129, 257, 40, 10), (513, 600, 24, 70)):
+        for columns in (False, True):
+            name = f"top-{n}x{m}x{d}-{k}" + "-columns" * columns
+            yield Case(name, "top_scores", _scored(n, m, d, k=k, columns=columns))
+    options = {"exclude_same_id": True, "exclude_self": True, "columns": True, "max_score": 1.0}
+    yield Case("top-left-out", "top_scores", _scored(60, 70, 16, "random", k=5, **options))
+
+
 def _pair_cases():
     yield Case("pairs", "pair_scores", _pairs(40, 30, 24, lambda g: torch.randint(-1, 30, (40,), generator=g)))
     yield Case("pairs-diagonal", "pair_scores", _pairs(40, 45, 24))
@@ -488,6 +497,7 @@ CASES = [
     *_project_cases(),
     *_hardest_cases(),
     *_pair_cases(),
+    *_search_cases(),
     *_triplet_cases(),
     *_metric_cases(),
     *_logsumexp_cases(),

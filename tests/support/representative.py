@@ -33,6 +33,7 @@ SINGLE = [
     "hardest-129x257x40-random",
     "logsumexp-129x257x40",
     "pairs",
+    "top-left-out",
     "project-b16-permuted-normalized",
     "similarity",
 ]
