@@ -51,7 +51,7 @@ def on_cpu(name: str, arguments: Mapping[str, Any]) -> Plan:
         if _library.EXTENSION_ERROR is None:
             return Plan("pytorch", "a formula over other ops")
         return Plan("pytorch", "the compiled extension is not loaded (gk.backends())")
-    if name not in ("hardest_negatives", "relative_negatives"):
+    if name not in ("hardest_negatives", "relative_negatives", "top_scores"):
         return Plan("c++", "the compiled extension")
     edges = arguments.get("edges")
     if edges is not None and len(edges):
@@ -81,7 +81,7 @@ def _rounds(a: torch.Tensor) -> bool:
 
 def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
     """The bytes of a and b that a C++ sweep packs while it runs. The tile of each thread (1 MiB) is not counted."""
-    if name not in ("hardest_negatives", "relative_negatives", "late_interaction"):
+    if name not in ("hardest_negatives", "relative_negatives", "late_interaction", "top_scores", "score_counts"):
         return 0
     a, b = arguments["a"], arguments["b"]
     if name == "late_interaction":
@@ -91,7 +91,7 @@ def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
         a, b = a[0], b[0]
         arguments = {**arguments, "a": a, "b": b, "edges": None}
     (N, D), M = a.shape, len(b)
-    if on_cpu(name, arguments).route == "certified" or _rounds(a):
+    if on_cpu(name, arguments).route == "certified" or (_rounds(a) and name != "score_counts"):
         row = 2 * -(-max(D, 1) // 32) * 32  # of bf16
         return row * (N + (0 if same(a, b) else M) + -(-M // 64) * 64)
     size, width = (8, 16) if a.dtype == torch.float64 else (4, 32)
@@ -112,6 +112,10 @@ def _mined(arguments: Mapping[str, Any]) -> int:
     symmetric = arguments.get("symmetric") or same(a, b)
     symmetric = symmetric and (a_ids is None or same(a_ids, b_ids))
     return len(a) * len(b) * a.shape[1] * (1 if symmetric else 2)
+
+
+def _scored(arguments: Mapping[str, Any]) -> int:
+    return 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1]
 
 
 def _interacted(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -144,7 +148,9 @@ def _gathered(arguments: Mapping[str, Any]) -> int:
 
 _NATIVE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "hardest_negatives": _mined,
-    "relative_negatives": lambda arguments: 2 * len(arguments["a"]) * len(arguments["b"]) * arguments["a"].shape[1],
+    "relative_negatives": _scored,
+    "top_scores": _scored,
+    "score_counts": _scored,
     "late_interaction": lambda arguments: _interacted(arguments["a"], arguments["b"]),
     "multiply": _multiplied,
     "project": _projected(lambda arguments: 1),
@@ -192,6 +198,7 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],
     "parameter_kernel": lambda v: 0 if v["dblocks"] is None else 2 * v["N"] * v["D"] * v["B"],
     "sides_kernel": _factors,
+    "top_scores_kernel": lambda v: 2 * v["N"] * v["M"] * v["D"] * (v["last_keys"] is None),  # seldom a split again
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gssf_kernels import _checks, plan
-from gssf_kernels._library import backends, register
+from gssf_kernels._library import register
 from gssf_kernels.plan import accumulation_dtype
 from gssf_kernels.reference import accumulate
 
@@ -23,13 +23,13 @@ class ScoreCountsCall(NamedTuple):
     a: Tensor  # [N, D]
     b: Tensor  # [M, D]
     row_levels: Tensor  # [P] of the scores' dtype, no NaN, ascending within a row
-    row_starts: Tensor | None = None  # [N + 1] int64: levels of row i are row_starts[i] .. row_starts[i + 1]; None: one each
+    row_starts: Tensor | None = None  # [N + 1] int64: row i has the levels from row_starts[i] on; None: one each
     col_levels: Tensor | None = None  # [Q]; None: columns are not counted
     col_starts: Tensor | None = None  # [M + 1] int64
     a_ids: Tensor | None = None  # [N] int64
     b_ids: Tensor | None = None  # [M] int64
     exclude_self: bool = False
-    pair_starts: Tensor | None = None  # [N + 1] int64: pairs (i, pair_cols[e]), pair_starts[i] <= e < pair_starts[i + 1]
+    pair_starts: Tensor | None = None  # [N + 1] int64: row i has the pairs (i, pair_cols[e]) from pair_starts[i] on
     pair_cols: Tensor | None = None  # [E] int64, ascending within a row
 
 
@@ -40,16 +40,18 @@ def swept_scores(a: Tensor, b: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """
     if rows.shape[0] == 0:
         return a.new_empty(0, dtype=accumulation_dtype(a.dtype))
-    table = backends()["score_counts"]
-    if a.device.type == "cpu" and table["cpu"] == "cpp":
+    device = _checks.device_type(a)
+    keys = {"cpu": "CPU", "cuda": "CUDA"}
+    has_kernels = device in keys and torch._C._dispatch_has_kernel_for_dispatch_key("gssf::score_counts", keys[device])
+    if device == "cpu" and has_kernels:
         return torch.ops.gssf.pair_scores(a, b, rows, cols)
     starts = torch.searchsorted(rows, torch.arange(a.shape[0] + 1, device=rows.device))
-    if a.device.type == "cuda" and table["cuda"] == "triton" and a.dtype != torch.float64:
+    if device == "cuda" and has_kernels and a.dtype != torch.float64:
         call = (a, b, None, None, "sweep", False, False, starts, cols)
         return torch.ops.gssf.hardest_negatives(*call)[0]
     out = a.new_empty(rows.shape, dtype=accumulation_dtype(a.dtype))
     y = accumulate(b).mT
-    step = max(plan.chunk_scores(_checks.device_type(a)) // b.shape[0], 1)
+    step = max(plan.chunk_scores(device) // b.shape[0], 1)
     for first in plan.starts(a.shape[0], step):
         last = min(first + step, a.shape[0])
         pairs = slice(int(starts[first]), int(starts[last]))

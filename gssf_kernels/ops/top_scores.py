@@ -2,8 +2,8 @@
 
     values[i] = the k largest s_ij, best first; ties by lowest j; NaN before all others
 
-The state of a row is its k best so far, and a score enters it that beats the last of them: few do, so that a sweep costs
-little more than the product. Only the k scores of a row carry gradient (:mod:`gssf_kernels.ops.pairs`).
+The state of a row is its k best so far, and a score enters it that beats the last of them. Few do, so that a sweep
+costs little more than the product. Only the k scores of a row carry gradient (:mod:`gssf_kernels.ops.pairs`).
 """
 
 from typing import NamedTuple

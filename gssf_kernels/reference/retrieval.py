@@ -73,8 +73,9 @@ def top_scores(
 
 def left_out(a: Tensor, b: Tensor, a_ids, b_ids, exclude_same_id: bool, exclude_self: bool) -> Tensor:
     """[N, M] bool: which scores are no candidates."""
-    ids = (a_ids, b_ids) if exclude_same_id else (None, None)
-    return positives(a, b, *ids, None if exclude_self else "ids")
+    if not exclude_same_id:
+        a_ids = b_ids = None
+    return positives(a, b, a_ids, b_ids, None if exclude_self else "ids")
 
 
 def best(s: Tensor, k: int) -> tuple[Tensor, Tensor]:

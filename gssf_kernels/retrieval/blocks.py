@@ -127,7 +127,7 @@ class Sweep:
         width, dtype = self.queries.shape[1], self.queries.dtype
         a, b = (torch.empty(count, width, dtype=dtype, device="meta") for count in self.shape)
         # One rule in csrc/hardest.cpp decides for both ops.
-        certified = work.on_cpu("hardest_negatives", {"a": a, "b": b}).route == "certified"
+        certified = work.on_cpu("top_scores", {"a": a, "b": b}).route == "certified"
         return "certified" if certified else "sweep"
 
     def __enter__(self) -> "Sweep":

@@ -92,11 +92,10 @@ def counts(
     a: Tensor, b: Tensor, pairing: Pairing, exclude_self: bool, rows: tuple, cols: tuple
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """((above, reaching) of rows, of columns) over negatives; rows, cols: (levels, starts or None)."""
-    listed = pairing.listed
-    lists = (None, None) if listed is None else (listed.starts, listed.sorted_cols)
-    call = ScoreCountsCall(
-        a, b, *rows, *cols, pairing.x_ids, pairing.y_ids, exclude_self or pairing.kind == "rows", *lists
-    )
+    call = ScoreCountsCall(a, b, *rows)._replace(col_levels=cols[0], col_starts=cols[1])
+    call = call._replace(a_ids=pairing.x_ids, b_ids=pairing.y_ids, exclude_self=exclude_self or pairing.kind == "rows")
+    if pairing.listed is not None:
+        call = call._replace(pair_starts=pairing.listed.starts, pair_cols=pairing.listed.sorted_cols)
     row_above, row_reaching, col_above, col_reaching = torch.ops.gssf.score_counts(*call)
     return (row_above, row_reaching), (col_above, col_reaching)
 

@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels import plan as planning
 from gssf_kernels.triton.epilogues import only_negatives
 from gssf_kernels.triton.hardest import negatives_of
 from gssf_kernels.triton.sweep import Sweep
+
 
 @triton.jit
 def raised(s):
@@ -66,7 +68,7 @@ def score_counts(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     if len(a) and len(b):
         negatives = negatives_of(call.exclude_self, call)
         with torch.cuda.device_of(a):
-            sweep = Sweep(a, b, plan.tile)
+            sweep = Sweep(a, b, plan.tile, registers=planning.most_registers(a.shape[1], mixed=True))
             sweep.run(count_tile, (negatives, *sides), 0, sweep.row_blocks)
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     return *sides[0][2:], *((none, none.clone()) if sides[1] is None else sides[1][2:])

@@ -145,6 +145,7 @@ class Sweep:
     N and M stay below 2³¹; addresses are 64-bit. With ``upper_triangle``, for a symmetric s, tiles below the diagonal
     are not computed and their partials not written; a whole tile may lie past N or M. With ``exact`` fp32 products
     never use TF32. results: how many each row and column has, and so how often a tile has partials for them.
+    registers: `plan.most_registers`, for an epilogue that needs them.
     """
 
     def __init__(
@@ -155,9 +156,10 @@ class Sweep:
         upper_triangle: bool = False,
         exact: bool = False,
         results: int = 1,
+        registers: dict[str, int] | None = None,
     ) -> None:
         self.N, self.M, self.upper_triangle, self.tile = len(a), len(b), upper_triangle, tile
-        self.results = results
+        self.results, self.registers = results, registers or {}
         self.edges: tuple | None = None
         self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
         multiple = 16 // a.element_size() if tile.tma else 16
@@ -195,7 +197,7 @@ class Sweep:
             first, blocks, rows, columns, self.column_blocks, self.edges, state,
             EPILOGUE=epilogue, PRECISION=self.precision, TMA=tile.tma, PERSISTENT=tile.persistent > 0,
             BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tiles.GROUP, UPPER=self.upper_triangle,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **self.registers,
         )  # fmt: skip
 
     def numbering(self, first: int, blocks: int) -> tuple[int, int]:

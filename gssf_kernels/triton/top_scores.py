@@ -131,7 +131,7 @@ def best_of_rows(
     exclude_self: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(values, indices) [N, k]; at most one of the limits, which are those of rows and of columns."""
-    (N, D), M = a.shape, len(b)
+    N, M = len(a), len(b)
     values = a.new_full((N, k), -torch.inf, dtype=torch.float32)
     indices = torch.full((N, k), -1, dtype=torch.int64, device=a.device)
     if not (N and M):
@@ -148,7 +148,18 @@ def best_of_rows(
     return values, indices
 
 
-def best_of_slab(a, b, k, ids, limits, exclude_self, first, step, sizes):
+def best_of_slab(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    k: int,
+    ids: tuple,
+    limits: tuple,
+    exclude_self: bool,
+    first: int,
+    step: int,
+    sizes: tuple,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of ``step`` rows from ``first`` on; sizes: (tile, splits, columns of each)."""
     tile, splits, columns = sizes
     rows = slice(first, first + step)
     x = a[rows]
@@ -157,11 +168,12 @@ def best_of_slab(a, b, k, ids, limits, exclude_self, first, step, sizes):
     limit = None if limits[0] is None else limits[0][rows]
     blocks = triton.cdiv(N, tile.BN)
     sweeps = triton.cdiv(k, tile.LIST)
-    best = last = None
+    last: torch.Tensor | None = None
+    best: torch.Tensor = x.new_empty(N, 0, dtype=torch.int64)
     for sweep in range(sweeps):
         keys = x.new_empty(N, splits * tile.LIST, dtype=torch.int64)
         new_last = keys.new_empty(N, splits) if sweep + 1 < sweeps else None
-        least = None if best is None else last_of_best(best, k)
+        least = None if sweep == 0 else last_of_best(best, k)
         top_scores_kernel[(blocks * splits,)](
             x, b, row_ids, ids[1], limit, limits[1], last, least, keys, new_last, N, len(b), D, blocks, columns,
             first, SELF=exclude_self, BN=tile.BN, BM=tile.BM, BK=tile.BK, LIST=tile.LIST,
@@ -169,7 +181,7 @@ def best_of_slab(a, b, k, ids, limits, exclude_self, first, step, sizes):
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **planning.most_registers(D, mixed=True),  # lists take registers
         )  # fmt: skip
-        keys = keys if best is None else torch.cat((best, keys), 1)
+        keys = keys if sweep == 0 else torch.cat((best, keys), 1)
         best = keys.topk(min(k, keys.shape[1]), dim=1).values
         last = new_last
     return decoded(best, k)

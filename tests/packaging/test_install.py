@@ -31,6 +31,8 @@ OPS = {  # those with a kernel of their own
     "late_interaction",
     "late_interaction_backward",
     "relation_pass",
+    "top_scores",
+    "score_counts",
 }
 PLAIN_ON_CPU = {"hardest_positives"}
 PLAIN = {"segment_terms", "attention_pooling", "attention_pooling_backward"}  # everywhere
@@ -46,7 +48,7 @@ THROUGH = {  # composites over those, which on CUDA have kernels of their own
     "batch_hard_backward",
     "relation_loss",
 }
-MOST_OPS = 32  # that are registered in all: 28 of rows, and the two scores of fragments with their backwards
+MOST_OPS = 34  # that are registered in all: 28 of rows, two scores of fragments with their backwards, search and counts
 
 _HIDE = """
 import sys
