@@ -1,4 +1,4 @@
-"""Options of the two-sided losses beside what they replace: forward and backward, in turns, on the CPU.
+"""What the package offers besides plain losses, beside what it replaces: forward and backward, in turns, on the CPU.
 
     python -m bench.options [--turns 5] [--only NAME] [--out bench/results/cpu-options.json]
 
@@ -17,16 +17,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import gssf_kernels as gk
+from bench import retrieval
 from bench.clock import CpuClock
 from bench.results import machine
 
-Way = Callable[[], Tensor]
+Way = Callable[[], Any]  # a tensor to go back from, or results without a gradient
 
 
 def unit(n: int, d: int, seed: int = 0, grad: bool = True) -> Tensor:
@@ -152,12 +154,20 @@ COMPARISONS: dict[str, Callable[[], dict[str, Way]]] = {
     "structured attention": attention,
     "late interaction": lambda: fragments(False),
     "late interaction, triplet": lambda: fragments(True),
+    **retrieval.COMPARISONS,
 }
+
+
+def run(way: Way) -> None:
+    """Forward, and backward if there is one."""
+    result = way()
+    if isinstance(result, Tensor):
+        result.backward()
 
 
 def seconds(way: Way) -> float:
     start = time.perf_counter()
-    way().backward()
+    run(way)
     return time.perf_counter() - start
 
 
@@ -185,7 +195,7 @@ def peak_mib(name: str, way: str) -> float:
 def print_peak(name: str, way: str) -> None:
     (unit(64, 64) @ unit(64, 64, 1).mT).sum().backward()  # libraries allocate at their first use
     function = COMPARISONS[name]()[way]
-    print(CpuClock(torch.device("cpu")).peak_mib(lambda: function().backward()))
+    print(CpuClock(torch.device("cpu")).peak_mib(lambda: run(function)))
 
 
 def main() -> None:

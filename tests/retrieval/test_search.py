@@ -264,6 +264,19 @@ def test_bad_input(change, error, message):
         gk.top_scores(**arguments)
 
 
+def test_explained():
+    """Without the extension, too, and on a card that is not there."""
+    x, y = torch.randn(300, 64), torch.randn(2000, 64)
+    on_cpu = gk.explain(gk.top_scores, x, y, 10)
+    assert on_cpu.forward.flops == 2 * 300 * 2000 * 64
+    on_card = gk.explain(gk.top_scores, x.to("meta"), y.to("meta"), 200, columns=True)
+    assert on_card.forward.flops == 2 * 2 * 300 * 2000 * 64
+    assert on_card.forward.ops[0].route == "sweep"
+    ranked = gk.explain(gk.ranks, x, y)
+    assert ranked.forward.ops[-1].name == "score_counts"
+    assert ranked.forward.flops == 2 * 300 * 2000 * 64
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
 def test_memory():
     """In a fresh process: 4096 x 16384 scores are 256 MiB; what is held is the packed b, tiles and the results."""
