@@ -5,7 +5,7 @@
 #include "bf16.cpp"
 #include "factors.cpp"
 
-#include "certified.h"
+#include "best.h"
 
 #include "bindings.h"
 
@@ -119,6 +119,37 @@ py::object candidates(const py::array& a, const py::array& b, const py::array& s
   return py::make_tuple(kept.given_up(), array(i), array(j), array(score));
 }
 
+// The same for the k best: (given up, (anchors, candidates) of rows, of columns). Rows and columns of equal place are
+// left out with `self`.
+py::object best_candidates(const py::array& a, const py::array& b, const py::array& scores, int64_t k, bool self,
+                           const std::vector<int64_t>& order, const std::optional<py::array>& row_limit) {
+  const int64_t n = a.shape(0), m = b.shape(0);
+  const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
+  const std::vector<Tile> tiles = tiles_of(rows, cols);
+  const float* from = read<float>("scores", scores, n * m);
+  const Bf16Panels factors(tensor(a), tensor(b));
+  const std::vector<int32_t> no_ids;
+  CandidatesOfAnchors of_rows(n, k), of_cols(m, k);
+  BestCandidates kept(factors, rows, cols, {no_ids, no_ids, self}, read<float>("row_limit", row_limit, n), of_rows,
+                      &of_cols);
+  std::vector<float> s(kTileMost * kTileMost);
+  for (const int64_t number : order) {
+    const Tile tile = tiles.at(number);
+    for (int64_t i = 0; i < tile.n; ++i)
+      std::copy_n(from + (tile.i0 + i) * m + tile.j0, tile.m, s.data() + i * kTileMost);
+    BestCandidates::Slot slot;
+    kept.tile(s.data(), tile, slot);
+  }
+  const auto left = [](CandidatesOfAnchors& candidates) {
+    std::vector<int32_t> anchors, others;
+    for (int64_t anchor = 0; anchor < candidates.anchors(); ++anchor)
+      for (const auto& candidate : candidates.left(anchor))
+        anchors.push_back(static_cast<int32_t>(anchor)), others.push_back(candidate.index);
+    return py::make_tuple(array(anchors), array(others));
+  };
+  return py::make_tuple(kept.given_up(), left(of_rows), left(of_cols));
+}
+
 std::pair<double, int64_t> exact_best(const std::vector<double>& scores, const std::vector<int64_t>& indices) {
   ExactMaximum best;
   for (size_t k = 0; k < scores.size(); ++k) best.add(scores[k], indices.at(k));
@@ -137,5 +168,7 @@ void bind_certified(py::module_& internals) {
   certified.def("candidates", candidates, py::arg("a"), py::arg("b"), py::arg("scores"), py::arg("row_id"),
                 py::arg("col_id"), py::arg("order"), py::arg("row_limit") = py::none(),
                 py::arg("col_limit") = py::none());
+  certified.def("best_candidates", best_candidates, py::arg("a"), py::arg("b"), py::arg("scores"), py::arg("k"),
+                py::arg("self"), py::arg("order"), py::arg("row_limit") = py::none());
   certified.def("exact_best", exact_best);
 }

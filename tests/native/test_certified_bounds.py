@@ -277,6 +277,64 @@ def test_every_winner_is_a_candidate(internals, n, m, d, name, with_ids, limited
         np.testing.assert_array_equal(score, scores[i, j])
 
 
+def best_places(negatives, k):
+    """(i, j) of the k largest of every row, that are scores, and of every column."""
+    places = []
+    for t in (negatives, negatives.T):
+        order = np.argsort(-t, axis=1, kind="stable")[:, :k]
+        places.append({(i, int(j)) for i, row in enumerate(order) for j in row if t[i, j] > -INF})
+    return places
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["", "limits"])
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("name", ["unit", "large", "small"])
+@pytest.mark.parametrize(("n", "m", "d"), [(40, 70, 33), (520, 600, 16)])
+def test_each_of_the_k_best_is_a_candidate(internals, n, m, d, name, k, limited):
+    """Whatever the errors of the scores, inside the bound, and the order of the tiles."""
+    random = np.random.default_rng(m + k)
+    scale = {"unit": 1, "large": 1e6, "small": 1e-6}[name]
+    a, b = (torch.nn.functional.normalize(torch.randn(count, d), dim=1).numpy() * scale for count in (n, m))
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    exact = a.astype(np.float64) @ b.T.astype(np.float64)
+    negatives = exact.copy()
+    np.fill_diagonal(negatives, -INF)
+    limit = np.quantile(exact, 0.8, axis=1).astype(np.float32) if limited else None
+    if limited:
+        negatives = np.where(negatives > limit[:, None].astype(np.float64), -INF, negatives)
+    best = best_places(negatives, k)
+    columns = min(max(m // 4, 64), TILE)
+    bound = np.minimum(error_bounds(internals, a, b, columns)[0], error_bounds(internals, b, a)[0].T)
+    is_best = np.zeros((n, m), bool)
+    for i, j in best[0]:
+        is_best[i, j] = True
+    for error in (0, np.where(is_best, -1, 1), random.uniform(-1, 1, (n, m))):
+        scores = (exact + 0.99 * error * bound).astype(np.float32)
+        order = random.permutation(internals.certified.tile_count(n, m)).tolist()
+        given_up, *left = internals.certified.best_candidates(a, b, scores, k, True, order, limit)
+        if given_up:  # scores are dense below a limit, and where the best look worst
+            continue
+        for (anchors, others), wanted in zip(left, best, strict=True):
+            assert wanted <= set(zip(anchors.tolist(), others.tolist(), strict=True))
+
+
+def test_few_candidates_of_the_k_best_are_left(internals):
+    """Of random unit rows, in which rounding to bf16 tells most apart; of copies it gives up."""
+    a, b = (torch.nn.functional.normalize(torch.randn(count, 64), dim=1).numpy() for count in (400, 2000))
+    scores = to_bf16(a) @ to_bf16(b).T
+    order = list(range(internals.certified.tile_count(400, 2000)))
+    given_up, (rows, _), (cols, _) = internals.certified.best_candidates(a, b, scores, 10, False, order)
+    assert not given_up
+    assert 10 * 400 <= len(rows) <= 2 * 10 * 400
+    assert 10 * 2000 <= len(cols) <= 2.5 * 10 * 2000
+    a = np.tile(a[:1], (600, 1))
+    order = list(range(internals.certified.tile_count(600, 600)))
+    given_up, *_ = internals.certified.best_candidates(a, a, (a @ a.T).astype(np.float32), 3, False, order)
+    assert given_up
+    a[3, 4] = np.nan
+    assert internals.certified.best_candidates(a, a, np.zeros((600, 600), np.float32), 3, False, order)[0]
+
+
 def test_few_candidates_are_left(internals):
     """Of random unit rows little more than one a line."""
     a, b = (torch.nn.functional.normalize(torch.randn(count, 64), dim=1).numpy() for count in (400, 500))
