@@ -76,4 +76,7 @@ def coco(pictures: int = 5_000, captions: int = 5, d: int = 1024) -> dict[str, C
     }
 
 
-COMPARISONS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {"retrieval, top 10 of 262,144": search, "retrieval, COCO 5K": coco}
+COMPARISONS: dict[str, Callable[[], dict[str, Callable[[], Any]]]] = {
+    "retrieval, top 10 of 262,144": search,
+    "retrieval, COCO 5K": coco,
+}
