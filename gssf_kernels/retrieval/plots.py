@@ -53,7 +53,7 @@ def save_plot(
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
     names = {"x": x, "y": y}
     ranks = {way: best[:, best[0] > 0].sort(1).values for way, best in result.best_ranks.items()}
@@ -76,7 +76,9 @@ def save_plot(
             histogram.bar(left, (100 * count / best.shape[1]).tolist(), width, align="edge", color=COLOURS[place])
         curve.set(title="Recall", xlabel="K", ylabel="R@K")
         curve.set(xscale="log", xlim=(1, max(largest, 2)), ylim=(0, 101))
+        curve.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if largest < 1000 else (1,)))
         curve.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        curve.xaxis.set_minor_formatter(NullFormatter())
         curve.legend(loc="lower right")
         histogram.set(title="Rank of the best positive", xlabel="rank, ties as mistakes", ylabel="share of queries")
         histogram.set_xticks(
