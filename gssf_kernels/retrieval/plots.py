@@ -53,7 +53,7 @@ def save_plot(
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
     names = {"x": x, "y": y}
     ranks = {way: best[:, best[0] > 0].sort(1).values for way, best in result.best_ranks.items()}
@@ -86,6 +86,7 @@ def save_plot(
         )
         histogram.grid(axis="x", visible=False)
         for axes in (curve, histogram):
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
             axes.yaxis.set_major_formatter(PercentFormatter(decimals=0))
         figure.savefig(path, dpi=150, format=format)
 
