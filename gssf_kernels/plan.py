@@ -121,7 +121,7 @@ def top_tile(dtype: torch.dtype, k: int) -> tiles.Top:
     return tiles.TOP[kind(dtype), next((length for length in lists if length >= k), lists[-1])]
 
 
-def top_splits(device: torch.device, blocks: int, M: int, tile: tiles.Top) -> tuple[int, int]:
+def top_splits(blocks: int, M: int, tile: tiles.Top) -> tuple[int, int]:
     """(splits, columns of each) of a search in M columns, so that ``blocks`` of rows keep a card busy.
 
     A split has at least as many columns as lists have places, eight times over, else merging would be most of it.

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from gssf_kernels import plan as planning
+from gssf_kernels.triton import operands
 from gssf_kernels.triton.epilogues import only_negatives
 from gssf_kernels.triton.hardest import negatives_of
 from gssf_kernels.triton.sweep import Sweep
@@ -44,31 +45,29 @@ def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.con
 
 @triton.jit
 def count_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    negatives, rows, cols = state
+    negatives, row_levels, row_starts, row_above, row_reaching, col_levels, col_starts, col_above, col_reaching = state
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     s = tl.where(s != s, float("inf"), raised(s))  # NaN is ahead of every level
     s = only_negatives(s, i0, j0, N, M, negatives, None, BN, BM)  # -inf, which reaches none
-    levels, starts, above, reaching = rows
-    add_counts(s, i0 + tl.arange(0, BN), N, levels, starts, above, reaching, 1)
-    if cols is not None:
-        levels, starts, above, reaching = cols
-        add_counts(s, j0 + tl.arange(0, BM), M, levels, starts, above, reaching, 0)
+    add_counts(s, i0 + tl.arange(0, BN), N, row_levels, row_starts, row_above, row_reaching, 1)
+    if col_levels is not None:
+        add_counts(s, j0 + tl.arange(0, BM), M, col_levels, col_starts, col_above, col_reaching, 0)
 
 
 def score_counts(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     """The launcher of the op."""
     a, b = call.a, call.b
-    sides: list[Any] = []
-    for levels, starts in ((call.row_levels, call.row_starts), (call.col_levels, call.col_starts)):
-        if levels is None:
-            sides.append(None)
-            continue
-        counts = (torch.zeros(levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
-        sides.append((levels.contiguous(), None if starts is None else starts.contiguous(), *counts))
+    levels = (call.row_levels, call.col_levels)
+    counts = [
+        None if t is None else torch.zeros(t.shape, dtype=torch.int64, device=a.device) for t in levels for _ in "ab"
+    ]
+    of_rows, of_columns = (
+        (*operands.contiguous(t, starts), *counts[2 * k : 2 * k + 2])
+        for k, (t, starts) in enumerate(zip(levels, (call.row_starts, call.col_starts), strict=True))
+    )
     if len(a) and len(b):
         negatives = negatives_of(call.exclude_self, call)
         with torch.cuda.device_of(a):
             sweep = Sweep(a, b, plan.tile, registers=planning.most_registers(a.shape[1], mixed=True))
-            sweep.run(count_tile, (negatives, *sides), 0, sweep.row_blocks)
-    none = torch.empty(0, dtype=torch.int64, device=a.device)
-    return *sides[0][2:], *((none, none.clone()) if sides[1] is None else sides[1][2:])
+            sweep.run(count_tile, (negatives, *of_rows, *of_columns), 0, sweep.row_blocks)
+    return tuple(torch.empty(0, dtype=torch.int64, device=a.device) if t is None else t for t in counts)

@@ -138,7 +138,7 @@ def best_of_rows(
         return values, indices
     tile = planning.top_tile(a.dtype, k)
     blocks = triton.cdiv(N, tile.BN)
-    splits, columns = planning.top_splits(a.device, blocks, M, tile)
+    splits, columns = planning.top_splits(blocks, M, tile)
     step = max(tiles.TOP_KEYS // (splits * tile.LIST + k) // tile.BN, 1) * tile.BN  # rows whose keys are held at once
     with torch.cuda.device_of(a):
         for first in range(0, N, step):
