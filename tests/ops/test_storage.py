@@ -123,6 +123,8 @@ def run_one_side_twice(dtype, device):
             step([gk.sigmoid_loss(x, x, scale=2.0, bias=0.0, x_ids=labels, reduction=how)], [x])
             step([gk.triplet_loss(x, x, negatives="all", x_ids=labels, reduction=how)], [x])
         step(gk.logsumexp_scores(x, x, scale=2.0), [x])
+        levels = torch.zeros(n, dtype=torch.float32, device=device)
+        torch.ops.gssf.score_counts(x.detach(), x.detach(), levels, None, levels, None, labels, labels, True)
 
 
 @pytest.fixture(scope="module")
