@@ -16,6 +16,22 @@
 
 namespace gssf {
 
+// b is packed in chunks of rows of at most this size, or of a tile's columns: they stay in a shared cache, and memory
+// does not grow with b.
+constexpr int64_t kChunkBytes = 16 << 20;
+
+// Calls f(first, rows of b from there on) for each chunk, whose numbers have `bytes` bytes when they are packed.
+template <class F>
+void for_each_chunk(const at::Tensor& b, int64_t bytes, const F& f) {
+  const int64_t tiles = kChunkBytes / (std::max<int64_t>(b.size(1), 1) * bytes * kTileMost);
+  const int64_t step = std::max<int64_t>(tiles, 1) * kTileMost;
+  for (int64_t first = 0; first < b.size(0); first += step)
+    f(first, b.slice(0, first, std::min(first + step, b.size(0))));
+}
+
+// A tile of a chunk whose columns begin at `first`, among all columns.
+inline Tile moved(const Tile& at, int64_t first) { return {at.i0, at.n, at.j0 + first, at.m}; }
+
 // A score with the index of its candidate.
 template <class A>
 struct Scored {
@@ -140,7 +156,11 @@ class BestScores {
   BestScores(const LeftOut<A>& left_out, const A* limit, BestOfAnchors<A>& rows, BestOfAnchors<A>* cols)
       : left_out_(left_out), limit_(limit), rows_(rows), cols_(cols) {}
 
-  void tile(A* s, const Tile& at, Slot&) {
+  // The columns of the tiles to come begin at `first`.
+  void begin(int64_t first) { first_ = first; }
+
+  void tile(A* s, const Tile& of_chunk, Slot&) {
+    const Tile at = moved(of_chunk, first_);
     constexpr A kNone = -std::numeric_limits<A>::infinity();
     left_out_.mask(s, at, kNone);
     if (limit_) GSSF_VECTORIZED(limit_rows_of, s, at.n, ceil_div(at.m, 16) * 16, limit_ + at.i0);
@@ -165,6 +185,7 @@ class BestScores {
   const A* limit_;
   BestOfAnchors<A>& rows_;
   BestOfAnchors<A>* cols_;
+  int64_t first_ = 0;
 };
 
 // Candidates of the k best exact scores of each anchor: the k largest lower bounds so far, and every score whose upper
@@ -209,13 +230,14 @@ class CandidatesOfAnchors {
   size_t limit_;
 };
 
-// The candidates of rows and, with `columns`, of columns, from products of bf16; ErrorBound has the bound.
+// The candidates of rows and, with `columns`, of columns, from products of bf16; ErrorBound has the bound. For one
+// chunk, whose columns begin at `first`.
 class BestCandidates {
  public:
   struct Slot {};
 
   BestCandidates(const Bf16Panels& factors, const Blocks& rows, const Blocks& cols, const LeftOut<float>& left_out,
-                 const float* limit, CandidatesOfAnchors& of_rows, CandidatesOfAnchors* of_cols)
+                 const float* limit, CandidatesOfAnchors& of_rows, CandidatesOfAnchors* of_cols, int64_t first = 0)
       : left_out_(left_out),
         limit_(limit),
         of_rows_(of_rows),
@@ -224,26 +246,28 @@ class BestCandidates {
         cols_(cols),
         row_error_(factors.a(), factors.b(), cols, factors.depth()),
         col_error_(factors.b(), factors.a(), rows, factors.depth()),
+        first_(first),
         given_up_(!row_error_.sums_are_finite() || !col_error_.sums_are_finite()) {}
 
   bool given_up() const { return given_up_; }
 
-  void tile(float* s, const Tile& at, Slot&) {
+  void tile(float* s, const Tile& of_chunk, Slot&) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     if (given_up_) return;
+    const Tile at = moved(of_chunk, first_);
     left_out_.mask(s, at, kNone);
     PerAnchor<double> row_error, col_error;
     PerAnchor<float> row, col, most;
     col.fill(-kNone);
     for (int64_t i = 0; i < at.n; ++i) {
-      row_error[i] = row_error_.of(at.i0 + i, at.j0 / cols_.size);
+      row_error[i] = row_error_.of(at.i0 + i, of_chunk.j0 / cols_.size);
       row[i] = reach(of_rows_.least(at.i0 + i), row_error[i]);
       // An exact score a little above the limit may be rounded to it.
       if (limit_) most[i] = up(static_cast<float>(up(limit_[at.i0 + i]) + row_error[i]));
     }
     if (limit_) GSSF_VECTORIZED(limit_rows_of, s, at.n, ceil_div(at.m, 16) * 16, most.data());
     for (int64_t j = 0; of_cols_ && j < at.m; ++j) {
-      col_error[j] = col_error_.of(at.j0 + j, at.i0 / rows_.size);
+      col_error[j] = col_error_.of(of_chunk.j0 + j, at.i0 / rows_.size);
       col[j] = reach(of_cols_->least(at.j0 + j), col_error[j]);
     }
     bool few = true;
@@ -276,6 +300,7 @@ class BestCandidates {
   CandidatesOfAnchors &of_rows_, *of_cols_;
   const Blocks &rows_, &cols_;
   ErrorBound row_error_, col_error_;
+  int64_t first_;
   std::atomic<bool> given_up_;
 };
 

@@ -63,7 +63,11 @@ class CountScores {
   CountScores(const LeftOut<A>& left_out, const Listed& listed, Counted<A>& rows, Counted<A>* cols)
       : left_out_(left_out), listed_(listed), rows_(rows), cols_(cols) {}
 
-  void tile(A* s, const Tile& at, Slot&) {
+  // The columns of the tiles to come begin at `first`.
+  void begin(int64_t first) { first_ = first; }
+
+  void tile(A* s, const Tile& of_chunk, Slot&) {
+    const Tile at = moved(of_chunk, first_);
     constexpr A kLeftOut = std::numeric_limits<A>::quiet_NaN();
     const auto [i0, n, j0, m] = at;
     GSSF_VECTORIZED(nan_ahead_of, s, n, m);
@@ -122,6 +126,7 @@ class CountScores {
   Listed listed_;
   Counted<A>& rows_;
   Counted<A>* cols_;
+  int64_t first_ = 0;
 };
 
 void check_starts(const char* name, const std::optional<Tensor>& starts, int64_t anchors, int64_t count) {
@@ -177,7 +182,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_counts(
       const Listed listed =
           pairs ? Listed{pairs->const_data_ptr<int64_t>(), columns_of_pairs->const_data_ptr<int64_t>()} : Listed{};
       CountScores<A> epilogue({ids.first, ids.second, exclude_self}, listed, rows, col_levels ? &cols : nullptr);
-      sweep(Panels<A>(a, b), Blocks(n, kTileMost), Blocks(m, tile_cols(m)), epilogue);
+      const Tensor x = a.to(c10::CppTypeToScalarType<A>::value).contiguous();
+      for_each_chunk(b, sizeof(A), [&](int64_t first, const Tensor& y) {
+        epilogue.begin(first);
+        sweep(Panels<A>(x, y), Blocks(n, kTileMost), Blocks(y.size(0), tile_cols(y.size(0))), epilogue);
+      });
     });
   return {out[0], out[1], out[2], out[3]};
 }

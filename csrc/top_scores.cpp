@@ -50,16 +50,21 @@ Results sweep_for(const Search& of) {
   const int64_t n = of.a.size(0), m = of.b.size(0);
   std::pair<std::vector<Lane>, std::vector<Lane>> ids;
   if (of.a_ids) ids = dense_ids<Lane>(of.a_ids->contiguous(), of.b_ids->contiguous());
-  const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
+  const Blocks rows(n, kTileMost);
   BestOfAnchors<A> of_rows(n, of.k), of_cols(of.columns ? m : 0, of.k);
   BestScores<A> epilogue({ids.first, ids.second, of.self}, of.limit ? of.limit->const_data_ptr<A>() : nullptr, of_rows,
                          of.columns ? &of_cols : nullptr);
   bool narrow = false;
   if constexpr (std::is_same_v<A, float>) narrow = rounds(of.a);
-  if constexpr (std::is_same_v<A, float>) {
-    if (narrow) sweep(Bf16Panels(of.a, of.b), rows, cols, epilogue);
-  }
-  if (!narrow) sweep(Panels<A>(of.a, of.b), rows, cols, epilogue);
+  const Tensor a = narrow ? of.a : of.a.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  for_each_chunk(of.b, narrow ? 2 : sizeof(A), [&](int64_t first, const Tensor& b) {
+    const Blocks cols(b.size(0), tile_cols(b.size(0)));
+    epilogue.begin(first);
+    if constexpr (std::is_same_v<A, float>) {
+      if (narrow) return sweep(Bf16Panels(a, b), rows, cols, epilogue);
+    }
+    sweep(Panels<A>(a, b), rows, cols, epilogue);
+  });
   const auto score = of.a.options().dtype(c10::CppTypeToScalarType<A>::value), index = score.dtype(at::kLong);
   Results out{at::empty({n, of.k}, score), at::empty({n, of.k}, index), at::empty({of_cols.anchors(), of.k}, score),
               at::empty({of_cols.anchors(), of.k}, index)};
@@ -100,17 +105,19 @@ std::pair<Results, int64_t> certified(const Search& of) {
   const int64_t n = of.a.size(0), m = of.b.size(0), depth = of.a.size(1);
   std::pair<std::vector<int32_t>, std::vector<int32_t>> ids;
   if (of.a_ids) ids = dense_ids<int32_t>(of.a_ids->contiguous(), of.b_ids->contiguous());
-  const Blocks rows(n, kTileMost), cols(m, tile_cols(m));
+  const Blocks rows(n, kTileMost);
   CandidatesOfAnchors of_rows(n, of.k), of_cols(of.columns ? m : 0, of.k);
   const float* limit = of.limit ? of.limit->const_data_ptr<float>() : nullptr;
-  bool given_up;
-  {
-    const Bf16Panels factors(of.a, of.b);
+  bool given_up = false;
+  for_each_chunk(of.b, 2, [&](int64_t first, const Tensor& b) {
+    if (given_up) return;
+    const Blocks cols(b.size(0), tile_cols(b.size(0)));
+    const Bf16Panels factors(of.a, b);
     BestCandidates epilogue(factors, rows, cols, {ids.first, ids.second, of.self}, limit, of_rows,
-                            of.columns ? &of_cols : nullptr);
+                            of.columns ? &of_cols : nullptr, first);
     if (!epilogue.given_up()) sweep(factors, rows, cols, epilogue);
     given_up = epilogue.given_up();
-  }
+  });
   const auto score = score_options(of.a), index = score.dtype(at::kLong);
   if (given_up) {
     const Tensor a = of.a.to(at::kDouble), b = of.b.to(at::kDouble);

@@ -79,6 +79,9 @@ def _rounds(a: torch.Tensor) -> bool:
     return dense.bf16_unit() != "none" and (a.dtype == torch.bfloat16 or by_setting)
 
 
+PACKED_CHUNK = 16 << 20  # bytes, kChunkBytes of csrc/best.h
+
+
 def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
     """The bytes of a and b that a C++ sweep packs while it runs. The tile of each thread (1 MiB) is not counted."""
     if name not in ("hardest_negatives", "relative_negatives", "late_interaction", "top_scores", "score_counts"):
@@ -91,6 +94,8 @@ def packed_bytes(name: str, arguments: Mapping[str, Any]) -> int:
         a, b = a[0], b[0]
         arguments = {**arguments, "a": a, "b": b, "edges": None}
     (N, D), M = a.shape, len(b)
+    if name in ("top_scores", "score_counts"):  # b in chunks: csrc/best.h
+        M = min(M, max(PACKED_CHUNK // (max(D, 1) * a.dtype.itemsize * 512), 1) * 512)
     if on_cpu(name, arguments).route == "certified" or (_rounds(a) and name != "score_counts"):
         row = 2 * -(-max(D, 1) // 32) * 32  # of bf16
         return row * (N + (0 if same(a, b) else M) + -(-M // 64) * 64)
