@@ -51,8 +51,8 @@ def top_scores(
     Raises:
         TypeError, ValueError: the argument that is wrong, what was expected and what came.
 
-    Time: one N x M x D product; on a GPU one for each direction. Extra memory: 16 to 32 MiB of b, packed, and of a copies
-    as in :func:`~gssf_kernels.hardest_negatives`; k scores and places of each row, twice; no N x M.
+    Time: one N x M x D product; on a GPU one for each direction. Extra memory: 16 to 32 MiB of b, packed, and of a
+    copies as in :func:`~gssf_kernels.hardest_negatives`; k scores and places of each row, twice; no N x M.
     """
     _checks.whole(k, "k", 1)
     if k > MOST:

@@ -279,7 +279,10 @@ def test_explained():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
 def test_memory():
-    """In a fresh process: 4096 x 65536 scores are 1 GiB, and b 64 MiB. Held are 16 MiB of b, packed, at times twice, tiles and results."""
+    """In a fresh process: 4096 x 65536 scores are 1 GiB, and b 64 MiB.
+
+    Held are 16 MiB of b, packed, at times twice, tiles and results.
+    """
     code = """
 import torch
 import gssf_kernels as gk
