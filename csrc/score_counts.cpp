@@ -19,13 +19,13 @@ template <class A>
 class Counted {
  public:
   // starts: [anchors + 1], or null for one level each.
-  Counted(const Tensor& levels, const std::optional<Tensor>& starts, int64_t anchors, const Tensor& above,
+  Counted(const Tensor& levels, const std::optional<Tensor>& starts, int64_t anchors, const Tensor& greater,
           const Tensor& reaching)
       : levels_(levels.const_data_ptr<A>()),
         starts_(anchors + 1),
-        above_(above.mutable_data_ptr<int64_t>()),
+        greater_(greater.mutable_data_ptr<int64_t>()),
         reaching_(reaching.mutable_data_ptr<int64_t>()),
-        locks_(ceil_div(anchors, AnchorLocks::kAnchors)) {
+        locks_(anchors) {
     if (starts) std::copy_n(starts->const_data_ptr<int64_t>(), anchors + 1, starts_.begin());
     else std::iota(starts_.begin(), starts_.end(), int64_t(0));
     for (int64_t i = 0; i < anchors; ++i) most_ = std::max(most_, starts_[i + 1] - starts_[i]);
@@ -36,16 +36,16 @@ class Counted {
   int64_t most() const { return most_; }  // the most levels of an anchor
 
   // Adds what a tile counted for the levels first .. last, of anchors from `anchor` on.
-  void add(int64_t anchor, int64_t first, int64_t last, const int64_t* above, const int64_t* reaching) {
-    const std::lock_guard guard(locks_[anchor / AnchorLocks::kAnchors]);
-    for (int64_t l = first; l < last; ++l) above_[l] += above[l - first], reaching_[l] += reaching[l - first];
+  void add(int64_t anchor, int64_t first, int64_t last, const int64_t* greater, const int64_t* reaching) {
+    const std::lock_guard guard(locks_.of(anchor));
+    for (int64_t l = first; l < last; ++l) greater_[l] += greater[l - first], reaching_[l] += reaching[l - first];
   }
 
  private:
   const A* levels_;
   std::vector<int64_t> starts_;
-  int64_t *above_, *reaching_;
-  std::vector<std::mutex> locks_;
+  int64_t *greater_, *reaching_;
+  AnchorLocks locks_;
   int64_t most_ = 0;
 };
 
@@ -77,14 +77,14 @@ class CountScores {
       for (const int64_t* e = std::lower_bound(listed_.cols + listed_.starts[i], end, j0); e < end && *e < j0 + m; ++e)
         s[(i - i0) * kTileMost + *e - j0] = kLeftOut;
     }
-    count(rows_, i0, n, [&](const int64_t* starts, int64_t* bins, int64_t* above, int64_t* reaching) {
-      GSSF_VECTORIZED(count_rows_of, s, n, m, rows_.levels() + rows_.starts()[i0], starts, bins, above, reaching);
+    count(rows_, i0, n, [&](const int64_t* starts, int64_t* bins, int64_t* greater, int64_t* reaching) {
+      GSSF_VECTORIZED(count_rows_of, s, n, m, rows_.levels() + rows_.starts()[i0], starts, bins, greater, reaching);
     });
     if (!cols_) return;
     if (cols_->most() <= 1) count_columns(s, at);
     else
-      count(*cols_, j0, m, [&](const int64_t* starts, int64_t* bins, int64_t* above, int64_t* reaching) {
-        GSSF_VECTORIZED(count_column_levels_of, s, n, m, cols_->levels() + cols_->starts()[j0], starts, bins, above,
+      count(*cols_, j0, m, [&](const int64_t* starts, int64_t* bins, int64_t* greater, int64_t* reaching) {
+        GSSF_VECTORIZED(count_column_levels_of, s, n, m, cols_->levels() + cols_->starts()[j0], starts, bins, greater,
                         reaching);
       });
   }
@@ -106,16 +106,16 @@ class CountScores {
   void count_columns(const A* s, const Tile& at) {
     using Lane = typename Simd<A>::Lane;
     PerAnchor<A> level;
-    PerAnchor<Lane> above, reaching;
+    PerAnchor<Lane> greater, reaching;
     level.fill(std::numeric_limits<A>::infinity());
-    above.fill(0), reaching.fill(0);
+    greater.fill(0), reaching.fill(0);
     const int64_t* starts = cols_->starts() + at.j0;
     for (int64_t j = 0; j < at.m; ++j)
       if (starts[j] < starts[j + 1]) level[j] = cols_->levels()[starts[j]];
-    GSSF_VECTORIZED(count_columns_of, s, at.n, at.m, level.data(), above.data(), reaching.data());
+    GSSF_VECTORIZED(count_columns_of, s, at.n, at.m, level.data(), greater.data(), reaching.data());
     std::vector<int64_t> counts;
     counts.reserve(2 * at.m);
-    for (const auto* each : {&above, &reaching})
+    for (const auto* each : {&greater, &reaching})
       for (int64_t j = 0; j < at.m; ++j)
         if (starts[j] < starts[j + 1]) counts.push_back((*each)[j]);
     const int64_t count = starts[at.m] - starts[0];
@@ -129,6 +129,7 @@ class CountScores {
   int64_t first_ = 0;
 };
 
+// starts: where the levels, or the pairs, of each anchor begin.
 void check_starts(const char* name, const std::optional<Tensor>& starts, int64_t anchors, int64_t count) {
   bool valid = starts ? starts->dim() == 1 && starts->size(0) == anchors + 1 && starts->scalar_type() == at::kLong
                       : count == anchors;
@@ -137,7 +138,7 @@ void check_starts(const char* name, const std::optional<Tensor>& starts, int64_t
     valid = s[0] == 0 && s[anchors] == count;
     for (int64_t i = 0; i < anchors; ++i) valid = valid && s[i] <= s[i + 1];
   }
-  TORCH_CHECK_VALUE(valid, "gssf::score_counts: expected ", name, " from 0 to the number of levels, ascending");
+  TORCH_CHECK_VALUE(valid, "gssf::score_counts: expected ", name, ", ascending from 0 to the number of its entries");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> score_counts(
@@ -167,7 +168,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_counts(
   const auto pairs = contiguous(pair_starts), columns_of_pairs = contiguous(pair_cols);
   TORCH_CHECK_VALUE(pairs.has_value() == columns_of_pairs.has_value(),
                     "gssf::score_counts: expected pair_starts [N + 1] and pair_cols, or neither");
-  if (pairs) check_starts("pair_starts", pairs, n, columns_of_pairs->numel());
+  if (pairs) {
+    check_starts("pair_starts", pairs, n, columns_of_pairs->numel());
+    const int64_t *first = pairs->const_data_ptr<int64_t>(), *cols = columns_of_pairs->const_data_ptr<int64_t>();
+    bool valid = true;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t e = first[i]; e < first[i + 1]; ++e)
+        valid = valid && cols[e] >= 0 && cols[e] < m && (e == first[i] || cols[e - 1] <= cols[e]);
+    TORCH_CHECK_VALUE(valid, "gssf::score_counts: expected pair_cols in 0..M-1, ascending within each row");
+  }
   const std::array<Tensor, 4> out{at::zeros(levels.sizes(), index), at::zeros(levels.sizes(), index),
                                   at::zeros(of_columns.sizes(), index), at::zeros(of_columns.sizes(), index)};
   if (n > 0 && m > 0)

@@ -24,27 +24,27 @@ GSSF_INLINE void nan_ahead(A* s, int64_t n, int64_t m) {
     }
 }
 
-// How many of s [m] are above a level, and how many reach it; NaN does neither, and is behind the last score up to a
-// whole vector.
+// How many of s [m] are greater than a level, and how many reach it; NaN does neither, and is behind the last score up
+// to a whole vector.
 template <class A>
-GSSF_INLINE void count_level(const A* s, int64_t m, A level, int64_t& above, int64_t& reaching) {
+GSSF_INLINE void count_level(const A* s, int64_t m, A level, int64_t& greater, int64_t& reaching) {
   using V = typename Register<A>::Vector;
   using I = typename Register<A>::Index;
-  I greater{}, equal{};
+  I over{}, equal{};
   for (int64_t j = 0; j < m; j += Register<A>::lanes) {
     const V v = load<V>(s + j);
-    greater -= v > V{} + level;
+    over -= v > V{} + level;
     equal -= v == V{} + level;
   }
-  const int64_t count = sum_lanes(greater);
-  above += count, reaching += count + sum_lanes(equal);
+  const int64_t count = sum_lanes(over);
+  greater += count, reaching += count + sum_lanes(equal);
 }
 
 // The same for every level of an anchor, ascending; score j is s[j * step]. bins [2, levels + 1] is scratch.
 template <class A>
 GSSF_INLINE void count_levels(const A* s, int64_t m, int64_t step, const A* levels, int64_t count, int64_t* bins,
-                              int64_t* above, int64_t* reaching) {
-  int64_t *const over = bins, *const up_to = bins + count + 1;  // of how many levels a score is above; that it reaches
+                              int64_t* greater, int64_t* reaching) {
+  int64_t *const over = bins, *const up_to = bins + count + 1;  // how many levels a score exceeds; that it reaches
   std::fill_n(bins, 2 * (count + 1), int64_t(0));
   for (int64_t j = 0; j < m; ++j) {
     const A v = s[j * step];
@@ -55,7 +55,7 @@ GSSF_INLINE void count_levels(const A* s, int64_t m, int64_t step, const A* leve
     ++over[first - levels], ++up_to[last - levels];
   }
   for (int64_t l = count, sum = 0, sum_up_to = 0; l-- > 0;) {
-    above[l] += sum += over[l + 1];
+    greater[l] += sum += over[l + 1];
     reaching[l] += sum_up_to += up_to[l + 1];
   }
 }
@@ -66,49 +66,50 @@ constexpr int64_t kFewLevels = 8;
 // Counts for rows: those of row i have the levels starts[i] .. starts[i + 1].
 template <class A>
 GSSF_INLINE void count_rows(const A* s, int64_t n, int64_t m, const A* levels, const int64_t* starts, int64_t* bins,
-                            int64_t* above, int64_t* reaching) {
+                            int64_t* greater, int64_t* reaching) {
   for (int64_t i = 0; i < n; ++i) {
     const A* row = s + i * kTileMost;
     const int64_t first = starts[i], count = starts[i + 1] - first;
     if (count > kFewLevels) {
-      count_levels(row, m, 1, levels + first, count, bins, above + first, reaching + first);
+      count_levels(row, m, 1, levels + first, count, bins, greater + first, reaching + first);
     } else {
-      for (int64_t l = first; l < first + count; ++l) count_level(row, m, levels[l], above[l], reaching[l]);
+      for (int64_t l = first; l < first + count; ++l) count_level(row, m, levels[l], greater[l], reaching[l]);
     }
   }
 }
 
-// Counts for columns with one level each: level [m], above and reaching [m] are padded to whole vectors.
+// Counts for columns with one level each: level [m], greater and reaching [m] are padded to whole vectors.
 template <class A>
-GSSF_INLINE void count_columns(const A* s, int64_t n, int64_t m, const A* level, typename Simd<A>::Lane* above,
+GSSF_INLINE void count_columns(const A* s, int64_t n, int64_t m, const A* level, typename Simd<A>::Lane* greater,
                                typename Simd<A>::Lane* reaching) {
   using V = typename Register<A>::Vector;
   using I = typename Register<A>::Index;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < m; j += Register<A>::lanes) {
       const V v = load<V>(s + i * kTileMost + j), least = load<V>(level + j);
-      store(above + j, load<I>(above + j) - (v > least));
+      store(greater + j, load<I>(greater + j) - (v > least));
       store(reaching + j, load<I>(reaching + j) - (v >= least));
     }
 }
 
-#define GSSF_SEARCH_KERNELS(A)                                                                                        \
-  static void limit_rows_of(A* s, int64_t n, int64_t m, const A* most) { limit_rows(s, n, m, most); }                 \
-  static void nan_ahead_of(A* s, int64_t n, int64_t m) { nan_ahead(s, n, m); }                                        \
-  static void count_rows_of(const A* s, int64_t n, int64_t m, const A* levels, const int64_t* starts, int64_t* bins,  \
-                            int64_t* above, int64_t* reaching) {                                                      \
-    count_rows(s, n, m, levels, starts, bins, above, reaching);                                                       \
-  }                                                                                                                   \
-  static void count_column_levels_of(const A* s, int64_t n, int64_t m, const A* levels, const int64_t* starts,        \
-                                     int64_t* bins, int64_t* above, int64_t* reaching) {                              \
-    for (int64_t j = 0; j < m; ++j) {                                                                                 \
-      const int64_t first = starts[j], count = starts[j + 1] - first;                                                 \
-      if (count > 0) count_levels(s + j, n, kTileMost, levels + first, count, bins, above + first, reaching + first); \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  static void count_columns_of(const A* s, int64_t n, int64_t m, const A* level, Simd<A>::Lane* above,                \
-                               Simd<A>::Lane* reaching) {                                                             \
-    count_columns(s, n, m, level, above, reaching);                                                                   \
+#define GSSF_SEARCH_KERNELS(A)                                                                                       \
+  static void limit_rows_of(A* s, int64_t n, int64_t m, const A* most) { limit_rows(s, n, m, most); }                \
+  static void nan_ahead_of(A* s, int64_t n, int64_t m) { nan_ahead(s, n, m); }                                       \
+  static void count_rows_of(const A* s, int64_t n, int64_t m, const A* levels, const int64_t* starts, int64_t* bins, \
+                            int64_t* greater, int64_t* reaching) {                                                   \
+    count_rows(s, n, m, levels, starts, bins, greater, reaching);                                                    \
+  }                                                                                                                  \
+  static void count_column_levels_of(const A* s, int64_t n, int64_t m, const A* levels, const int64_t* starts,       \
+                                     int64_t* bins, int64_t* greater, int64_t* reaching) {                           \
+    for (int64_t j = 0; j < m; ++j) {                                                                                \
+      const int64_t first = starts[j], count = starts[j + 1] - first;                                                \
+      if (count > 0)                                                                                                 \
+        count_levels(s + j, n, kTileMost, levels + first, count, bins, greater + first, reaching + first);           \
+    }                                                                                                                \
+  }                                                                                                                  \
+  static void count_columns_of(const A* s, int64_t n, int64_t m, const A* level, Simd<A>::Lane* greater,             \
+                               Simd<A>::Lane* reaching) {                                                            \
+    count_columns(s, n, m, level, greater, reaching);                                                                \
   }
 GSSF_SEARCH_KERNELS(float)
 GSSF_SEARCH_KERNELS(double)

@@ -1,4 +1,4 @@
-"""For `explain` only: what runs on the CPU, and the FLOPs of an op or a launch.
+"""What runs on the CPU, which `explain` says and streaming asks; and the FLOPs of an op or a launch.
 
     s = a bᵀ                            2 N M D; half of that if only the upper triangle is computed
     ds b, dsᵀ a                         2 N M D each
@@ -203,7 +203,7 @@ KERNELS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "project_kernel": lambda v: 0 if v["blocks"] is None else 2 * v["N"] * v["D"] * v["B"],
     "parameter_kernel": lambda v: 0 if v["dblocks"] is None else 2 * v["N"] * v["D"] * v["B"],
     "sides_kernel": _factors,
-    "top_scores_kernel": lambda v: 2 * v["N"] * v["M"] * v["D"] * (v["last_keys"] is None),  # seldom a split again
+    "top_scores_kernel": lambda v: 2 * len(v["keys"]) * v["M"] * v["D"] * (v["last_keys"] is None),  # seldom again
 }
 
 

@@ -1,9 +1,9 @@
 """How many scores of ``s = a bᵀ`` reach levels of their row, and of their column: what ranks are made of.
 
-    row_above[l] = |{j: s_ij > level_l}|,   row_reaching[l] = |{j: s_ij >= level_l}|    for the levels l of row i
+    row_greater[l] = |{j: s_ij > level_l}|,  row_reaching[l] = |{j: s_ij >= level_l}|,  of each level l of row i
 
-Left out are scores of equal ids, of listed pairs and, with exclude_self, (i, i). A NaN score is above every level. One
-sweep counts for both directions and sorts nothing.
+Left out are scores of equal ids, of listed pairs and, with exclude_self, (i, i). A NaN score is greater than every
+level. One sweep counts for both directions and sorts nothing.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from gssf_kernels.reference import accumulate
 
 
 class ScoreCountsCall(NamedTuple):
-    """(row_above [P], row_reaching [P], col_above [Q], col_reaching [Q]), int64; those of columns may be empty."""
+    """(row_greater [P], row_reaching [P], col_greater [Q], col_reaching [Q]), int64; those of columns may be empty."""
 
     a: Tensor  # [N, D]
     b: Tensor  # [M, D]
@@ -63,10 +63,10 @@ def _score_counts(call):
     """In chunks of rows."""
     a, b, *_ = call
     N, M = a.shape[0], b.shape[0]
-    row_above, row_reaching = (torch.zeros(call.row_levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
+    row_greater, row_reaching = (torch.zeros(call.row_levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
     columns = call.col_levels is not None
-    col_levels = call.col_levels if columns else row_above.new_empty(0, dtype=accumulation_dtype(a.dtype))
-    col_above, col_reaching = (torch.zeros(col_levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
+    col_levels = call.col_levels if columns else row_greater.new_empty(0, dtype=accumulation_dtype(a.dtype))
+    col_greater, col_reaching = (torch.zeros(col_levels.shape, dtype=torch.int64, device=a.device) for _ in "ab")
     row_of = _anchor_of(call.row_starts, call.row_levels)
     col_of = _anchor_of(call.col_starts, col_levels) if columns else None
     width = max(M + call.row_levels.shape[0] * M // max(N, 1) + col_levels.shape[0], 1)
@@ -93,12 +93,12 @@ def _score_counts(call):
             levels = slice(int(call.row_starts[first]), int(call.row_starts[min(first + step, N)]))
         of = s[row_of[levels] - first]
         level = call.row_levels[levels, None]
-        row_above[levels], row_reaching[levels] = (of > level).sum(1), (of >= level).sum(1)
+        row_greater[levels], row_reaching[levels] = (of > level).sum(1), (of >= level).sum(1)
         if columns:
             of = s[:, col_of]
-            col_above += (of > col_levels).sum(0)
+            col_greater += (of > col_levels).sum(0)
             col_reaching += (of >= col_levels).sum(0)
-    return row_above, row_reaching, col_above, col_reaching
+    return row_greater, row_reaching, col_greater, col_reaching
 
 
 def _anchor_of(starts: Tensor | None, levels: Tensor) -> Tensor:

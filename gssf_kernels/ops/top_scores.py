@@ -65,12 +65,12 @@ class _TopScores(Function):
         if dvalues is None and dcol_values is None:
             return None, None, *none
         rows, cols, grads = [], [], []
-        for grad, other, transposed in ((dvalues, index, False), (dcol_values, col_index, True)):
+        for grad, candidates, transposed in ((dvalues, index, False), (dcol_values, col_index, True)):
             if grad is None or (transposed and not ctx.columns):
                 continue
-            anchors = torch.arange(other.shape[0], device=other.device)[:, None].expand_as(other)
-            pair = (other, anchors) if transposed else (anchors, other)
-            listed = other >= 0  # a row without k candidates has places without a score
+            anchors = torch.arange(candidates.shape[0], device=candidates.device)[:, None].expand_as(candidates)
+            pair = (candidates, anchors) if transposed else (anchors, candidates)
+            listed = candidates >= 0  # a row without k candidates has places without a score
             rows.append(torch.where(listed, pair[0], -1).flatten())
             cols.append(torch.where(listed, pair[1], -1).flatten())
             grads.append(grad.flatten())

@@ -103,8 +103,8 @@ def ranks(
     pairs = "ids" if pairs is None and not (x_ids is None and y_ids is None) else pairs
     positive, not_negative = paired(a, b, x_ids, y_ids, pairs), positives(a, b, x_ids, y_ids, pairs)
     if exclude_self:
-        own = torch.eye(*s.shape, dtype=torch.bool, device=s.device)
-        positive, not_negative = positive & ~own, not_negative | own
+        itself = torch.eye(*s.shape, dtype=torch.bool, device=s.device)
+        positive, not_negative = positive & ~itself, not_negative | itself
     both = (s, positive, not_negative), (s.mT, positive.mT, not_negative.mT)
     if every_positive:
         return PositiveRanks(*(_every_rank(*t) for t in both))
@@ -112,7 +112,7 @@ def ranks(
 
 
 def _ahead(s: Tensor, not_negative: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many negatives are not below the level of their row, how many above it). NaN is ahead of everything."""
+    """(how many negatives are not below the level of their row, how many greater). NaN is ahead of everything."""
     s = torch.where(s.isnan(), torch.inf, s)
     return (~not_negative & (s >= level[:, None])).sum(1), (~not_negative & (s > level[:, None])).sum(1)
 
@@ -137,9 +137,9 @@ def _every_rank(s: Tensor, positive: Tensor, not_negative: Tensor) -> RankSegmen
     of_positives = _of_positives(s, positive)
     level = of_positives[rows, cols]
     # How many positives of the row are before it: greater, or as great and of lower index.
-    other = of_positives[rows]
+    of_row = of_positives[rows]  # [P, M]
     index = torch.arange(s.shape[1], device=s.device)
-    before = (other > level[:, None]) | ((other == level[:, None]) & (index < cols[:, None]))
+    before = (of_row > level[:, None]) | ((of_row == level[:, None]) & (index < cols[:, None]))
     place = (before & positive[rows]).sum(1)
     pessimistic, optimistic = (1 + place + t for t in _ahead(s[rows], not_negative[rows], level))
     return RankSegments(starts, cols, pessimistic, optimistic)

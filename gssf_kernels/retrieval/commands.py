@@ -6,18 +6,16 @@ the end, so that it is never half a file; one that exists is refused without ``-
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from gssf_kernels.retrieval import plots
+from gssf_kernels.retrieval.checkpoint import replacing
 from gssf_kernels.retrieval.sources import open_rows
 
 EMBEDDINGS = "a file .npy or .safetensors (FILE.safetensors::NAME) or a directory of such files"
@@ -30,15 +28,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(words: Sequence[str]) -> int:
     """Run a subcommand; words: the command line after ``python -m gssf_kernels``. Returns the exit status."""
+    from gssf_kernels.retrieval.mine_command import add_mine  # which imports this file
+
     parser = Parser(
         prog="python -m gssf_kernels", description="Without a command: versions, devices and backends, for bug reports."
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     add_eval(subparsers)
-    if importlib.util.find_spec("gssf_kernels.retrieval.mine_command"):
-        from gssf_kernels.retrieval.mine_command import add_mine
-
-        add_mine(subparsers)
+    add_mine(subparsers)
     options = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a table has arrows, which not every terminal has
@@ -153,19 +150,10 @@ def check_output(path: Path, name: str, force: bool) -> None:
 
 @contextlib.contextmanager
 def written(path: Path, name: str, force: bool) -> Iterator[Path]:
-    """A path beside ``path`` to write to, renamed at the end; removed if an error is raised."""
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(beside)
+    """A path beside ``path`` to write to, which takes its place at the end, or is removed if an error is raised."""
+    with replacing(path) as file:
+        yield Path(file.name)
         check_output(path, name, force)  # again: it may have come meanwhile
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(beside, 0o666 & ~umask)  # mkstemp's files are the owner's alone
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 __all__ = ["main"]

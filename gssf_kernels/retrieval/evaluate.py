@@ -221,8 +221,8 @@ def row_ranks(problem: Problem, first: int, last: int) -> RankSegments:
         lists.append((rows, cols, torch.where(scores.isnan(), -torch.inf, scores)))
     rows, cols, scores = (torch.cat(t) for t in zip(*lists, strict=True))
     levels = ByLevel(rows, cols, scores, a.shape[0])
-    (above, reaching), _ = counts(a, b, pairing, False, (levels.levels, levels.starts), (None, None))
-    return RankSegments(levels.starts, cols, levels.ranks(reaching), levels.ranks(above))
+    (greater, reaching), _ = counts(a, b, pairing, False, (levels.levels, levels.starts), (None, None))
+    return RankSegments(levels.starts, cols, levels.ranks(reaching), levels.ranks(greater))
 
 
 def split(problem: Problem, folds: int) -> Iterator[Problem]:
@@ -234,17 +234,7 @@ def split(problem: Problem, folds: int) -> Iterator[Problem]:
     bounds = [fold * n // folds for fold in range(folds + 1)]
     row_fold = torch.searchsorted(torch.tensor(bounds[1:], device=device), torch.arange(n, device=device), right=True)
     least, most = folds_of_columns(problem.listed(), row_fold, folds)
-    if bool((most > least).any()):
-        j = int((most > least).nonzero()[0])
-        name = "x" if problem.exclude_self else "y"
-        raise ValueError(
-            f"folds: expected the positives of a row of {name} in one fold, but row {j} has positives in folds "
-            f"{int(least[j])} and {int(most[j])} of 0..{folds - 1}"
-        )
-    without = torch.bincount(row_fold[problem.positives() > 0], minlength=folds) == 0
-    if bool(without.any()):
-        fold = int(without.nonzero()[0])
-        raise ValueError(f"folds: expected a positive in each, got none in fold {fold} of 0..{folds - 1}")
+    check_folds(least, most, row_fold[problem.positives() > 0], folds, "x" if problem.exclude_self else "y")
     for fold in range(folds):
         cols = ((least == fold) | (least == folds)).nonzero()[:, 0]
         yield problem.block(bounds[fold], bounds[fold + 1], cols)
@@ -253,19 +243,37 @@ def split(problem: Problem, folds: int) -> Iterator[Problem]:
 def folds_of_columns(problem: Problem, row_fold: Tensor, folds: int) -> tuple[Tensor, Tensor]:
     """(least, most) [M], the folds in which each row of b has its positives; (folds, -1) where it has none."""
     m, device = problem.b.shape[0], row_fold.device
-    least, most = torch.full((m,), folds, device=device), torch.full((m,), -1, device=device)
     if isinstance(problem.pairs, Tensor):
         rows, cols = problem.pairs.unbind(1)
-        fold = row_fold[rows]
-        return least.scatter_reduce(0, cols, fold, "amin"), most.scatter_reduce(0, cols, fold, "amax")
+        return folds_of_listed(cols, row_fold[rows], m, folds)
     assert problem.x_ids is not None
     assert problem.y_ids is not None
     ids, order = problem.x_ids.sort(stable=True)  # within an id, folds ascend
     sought = problem.y_ids.contiguous()
     begin, end = torch.searchsorted(ids, sought), torch.searchsorted(ids, sought, right=True)
     has = end > begin
+    least, most = torch.full((m,), folds, device=device), torch.full((m,), -1, device=device)
     least[has], most[has] = row_fold[order[begin[has]]], row_fold[order[end[has] - 1]]
     return least, most
+
+
+def folds_of_listed(cols: Tensor, fold: Tensor, m: int, folds: int) -> tuple[Tensor, Tensor]:
+    """The same of listed positives, at cols [P] and in folds [P]."""
+    least, most = torch.full((m,), folds, device=fold.device), torch.full((m,), -1, device=fold.device)
+    return least.scatter_reduce(0, cols, fold, "amin"), most.scatter_reduce(0, cols, fold, "amax")
+
+
+def check_folds(least: Tensor, most: Tensor, fold: Tensor, folds: int, name: str) -> None:
+    """Each row of ``name`` has its positives in one fold, least to most, and each fold is that of a positive."""
+    if bool((most > least).any()):
+        j = int((most > least).nonzero()[0])
+        raise ValueError(
+            f"folds: expected the positives of a row of {name} in one fold, but row {j} has positives in folds "
+            f"{int(least[j])} and {int(most[j])} of 0..{folds - 1}"
+        )
+    empty = (torch.bincount(fold, minlength=folds) == 0).nonzero()
+    if empty.shape[0]:
+        raise ValueError(f"folds: expected a positive in each, got none in fold {int(empty[0])} of 0..{folds - 1}")
 
 
 def nan_scores(a: Tensor, b: Tensor, exclude_self: bool = False) -> int:

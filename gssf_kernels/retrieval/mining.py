@@ -146,11 +146,11 @@ def mine_hard_negatives(
         if sampling == "top":
             raise ValueError(f'pool: expected None with sampling="top", got {pool!r}')
         _checks.whole(pool, "pool", k)
-    drawn = k if sampling == "top" else POOL * k if pool is None else pool
-    if drawn + skip_top > MOST:
+    pool_size = k if sampling == "top" else POOL * k if pool is None else pool
+    if pool_size + skip_top > MOST:
         terms = {"top": "k + skip_top", "random": "pool + skip_top"}[sampling]
         default = f" (pool is {POOL} k by default)" if sampling == "random" and pool is None else ""
-        raise ValueError(f"{terms}: expected at most {MOST}, got {drawn + skip_top}{default}")
+        raise ValueError(f"{terms}: expected at most {MOST}, got {pool_size + skip_top}{default}")
     limits = Limits(
         None if max_score is None else _checks.finite(max_score, "max_score"),
         None if margin_to_positive is None else _checks.finite(margin_to_positive, "margin_to_positive"),
@@ -165,7 +165,7 @@ def mine_hard_negatives(
         ("queries", "corpus"),
         (query_ids, corpus_ids),
         ("query_ids", "corpus_ids"),
-        k=drawn + skip_top,
+        k=pool_size + skip_top,
         metric=metric,
         normalize=normalize,
         block_rows=block_rows,
@@ -174,7 +174,7 @@ def mine_hard_negatives(
         function="mine_hard_negatives",
     )
     with sweep, torch.no_grad():
-        choice = Choice(k, skip_top, drawn, min_score, seed if sampling == "random" else None)
+        choice = Choice(k, skip_top, pool_size, min_score, seed if sampling == "random" else None)
         mining = Mining(sweep, positives, limits, choice)
         settings = {"positives": mining.positives.cols, "positive_rows": mining.positives.rows}
         sweep.keep(checkpoint, progress, settings | limits._asdict() | choice._asdict(), "top_scores")

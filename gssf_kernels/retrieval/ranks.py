@@ -91,13 +91,13 @@ def scored_positives(
 def counts(
     a: Tensor, b: Tensor, pairing: Pairing, exclude_self: bool, rows: tuple, cols: tuple
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((above, reaching) of rows, of columns) over negatives; rows, cols: (levels, starts or None)."""
+    """((greater, reaching) of rows, of columns) over negatives; rows, cols: (levels, starts or None)."""
     call = ScoreCountsCall(a, b, *rows)._replace(col_levels=cols[0], col_starts=cols[1])
     call = call._replace(a_ids=pairing.x_ids, b_ids=pairing.y_ids, exclude_self=exclude_self or pairing.kind == "rows")
     if pairing.listed is not None:
         call = call._replace(pair_starts=pairing.listed.starts, pair_cols=pairing.listed.sorted_cols)
-    row_above, row_reaching, col_above, col_reaching = torch.ops.gssf.score_counts(*call)
-    return (row_above, row_reaching), (col_above, col_reaching)
+    row_greater, row_reaching, col_greater, col_reaching = torch.ops.gssf.score_counts(*call)
+    return (row_greater, row_reaching), (col_greater, col_reaching)
 
 
 def best_rank(a: Tensor, b: Tensor, pairing: Pairing, exclude_self: bool) -> Ranks:
@@ -113,8 +113,8 @@ def best_rank(a: Tensor, b: Tensor, pairing: Pairing, exclude_self: bool) -> Ran
     return Ranks(
         *(
             torch.where(one, 1 + count, 0)
-            for (above, reaching), one in zip(results, has, strict=True)
-            for count in (reaching, above)
+            for (greater, reaching), one in zip(results, has, strict=True)
+            for count in (reaching, greater)
         )
     )
 
@@ -131,8 +131,8 @@ def every_rank(a: Tensor, b: Tensor, pairing: Pairing, exclude_self: bool) -> Po
     results = counts(a, b, pairing, exclude_self, *((side.levels, side.starts) for side in sorted_sides))
     return PositiveRanks(
         *(
-            RankSegments(side.starts, positives, *(side.ranks(count) for count in (reaching, above)))
-            for side, (_, positives, *_), (above, reaching) in zip(sorted_sides, sides, results, strict=True)
+            RankSegments(side.starts, positives, *(side.ranks(count) for count in (reaching, greater)))
+            for side, (_, positives, *_), (greater, reaching) in zip(sorted_sides, sides, results, strict=True)
         )
     )
 

@@ -18,13 +18,13 @@ from gssf_kernels.ops.score_counts import ScoreCountsCall, swept_scores
 from gssf_kernels.ops.top_scores import MOST, TopScoresCall, merged
 from gssf_kernels.reference import RankSegments, TopScores
 from gssf_kernels.retrieval.blocks import Pairs, Sweep
-from gssf_kernels.retrieval.evaluate import nan_scores
+from gssf_kernels.retrieval.evaluate import check_folds, folds_of_listed, nan_scores
 from gssf_kernels.retrieval.measures import RetrievalResult, mean_over_folds, of_queries, result_of, warn_of_nan
 from gssf_kernels.retrieval.ranks import ByLevel
 from gssf_kernels.retrieval.sources import SelectedRows
 from gssf_kernels.similarity import StructuredSimilarity
 
-COUNTS = ("row_above", "row_reaching", "col_above", "col_reaching")
+COUNTS = ("row_greater", "row_reaching", "col_greater", "col_reaching")
 
 
 def stream_top_scores(
@@ -206,21 +206,9 @@ class Counted:
         """The columns of each fold, ascending: those with positives in it, and those without any. None: all."""
         if self.folds == 1:
             return [None]
-        m = self.sweep.shape[1]
         fold = torch.searchsorted(ends, self.pairs.rows, right=True)
-        least = torch.full((m,), self.folds, device=fold.device).scatter_reduce(0, self.pairs.cols, fold, "amin")
-        most = torch.full((m,), -1, device=fold.device).scatter_reduce(0, self.pairs.cols, fold, "amax")
-        if bool((most > least).any()):
-            j = int((most > least).nonzero()[0])
-            raise ValueError(
-                f"folds: expected the positives of a row of captions in one fold, but row {j} has positives in folds "
-                f"{int(least[j])} and {int(most[j])} of 0..{self.folds - 1}"
-            )
-        empty = (torch.bincount(fold, minlength=self.folds) == 0).nonzero()
-        if empty.shape[0]:
-            raise ValueError(
-                f"folds: expected a positive in each, got none in fold {int(empty[0])} of 0..{self.folds - 1}"
-            )
+        least, most = folds_of_listed(self.pairs.cols, fold, self.sweep.shape[1], self.folds)
+        check_folds(least, most, fold, self.folds, "captions")
         return [((least == number) | (least == self.folds)).nonzero()[:, 0] for number in range(self.folds)]
 
     def fold(self, number: int) -> tuple[Pairs, slice, int, int]:
@@ -279,10 +267,10 @@ class Counted:
         for number in range(self.folds):
             pairs, places, *_ = self.fold(number)
             by_row, by_col, order = self.levels(number)
-            row_above, row_reaching, col_above, col_reaching = (self.state[name][places] for name in COUNTS)
-            rows = RankSegments(by_row.starts, pairs.cols, by_row.ranks(row_reaching), by_row.ranks(row_above))
+            row_greater, row_reaching, col_greater, col_reaching = (self.state[name][places] for name in COUNTS)
+            rows = RankSegments(by_row.starts, pairs.cols, by_row.ranks(row_reaching), by_row.ranks(row_greater))
             ways = {"x_to_y": of_queries(rows, ks)}
-            cols = RankSegments(by_col.starts, pairs.rows[order], by_col.ranks(col_reaching), by_col.ranks(col_above))
+            cols = RankSegments(by_col.starts, pairs.rows[order], by_col.ranks(col_reaching), by_col.ranks(col_greater))
             ways["y_to_x"] = of_queries(cols, ks)
             results.append(result_of(ways, ks, int(self.state["nan_scores"][number])))
         result = mean_over_folds(results)
@@ -364,8 +352,9 @@ def top_of_chunk(
     if usable is not None and not bool(usable.all()):
         columns = usable.nonzero().squeeze(1)
         b, b_ids = b[columns], None if b_ids is None else b_ids[columns]
-        kept = usable[pair_cols]
-        pair_rows, pair_cols = pair_rows[kept], (usable.cumsum(0) - 1)[pair_cols[kept]]
+        usable_pairs = usable[pair_cols]
+        pair_rows = pair_rows[usable_pairs]
+        pair_cols = (usable.cumsum(0) - 1)[pair_cols[usable_pairs]]
     call = TopScoresCall(a, b, k, a_ids, b_ids, False, row_limit, route=sweep.route)
     values, indices = _top_without(call, pair_rows, pair_cols)
     if columns is not None and columns.shape[0]:

@@ -1,4 +1,4 @@
-"""above[l] = how many scores of the anchor of level l are greater, reaching[l] = how many are at least as great.
+"""greater[l] = how many scores of the anchor of level l are greater, reaching[l] = how many are at least as great.
 
 An epilogue of the sweep. Tiles add their counts up atomically: sums of whole numbers are the same in every order.
 """
@@ -25,7 +25,7 @@ def raised(s):
 
 
 @triton.jit
-def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.constexpr):
+def add_counts(s, anchor, anchors, levels, starts, greater, reaching, axis: tl.constexpr):
     """Count s [BN, BM] over axis for every level of the anchors of the other axis."""
     exists = anchor < anchors
     if starts is None:
@@ -38,20 +38,22 @@ def add_counts(s, anchor, anchors, levels, starts, above, reaching, axis: tl.con
     while place < tl.max(count, 0):
         has = place < count
         level = tl.expand_dims(raised(tl.load(levels + first + place, mask=has, other=0.0)), axis)
-        tl.atomic_add(above + first + place, tl.sum((s > level).to(tl.int32), axis).to(tl.int64), mask=has)
+        tl.atomic_add(greater + first + place, tl.sum((s > level).to(tl.int32), axis).to(tl.int64), mask=has)
         tl.atomic_add(reaching + first + place, tl.sum((s >= level).to(tl.int32), axis).to(tl.int64), mask=has)
         place += 1
 
 
 @triton.jit
 def count_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
-    negatives, row_levels, row_starts, row_above, row_reaching, col_levels, col_starts, col_above, col_reaching = state
+    negatives, row_levels, row_starts, row_greater, row_reaching, col_levels, col_starts, col_greater, col_reaching = (
+        state
+    )
     i0, j0 = (first + tile_i) * BN, tile_j * BM
     s = tl.where(s != s, float("inf"), raised(s))  # NaN is ahead of every level
     s = only_negatives(s, i0, j0, N, M, negatives, None, BN, BM)  # -inf, which reaches none
-    add_counts(s, i0 + tl.arange(0, BN), N, row_levels, row_starts, row_above, row_reaching, 1)
+    add_counts(s, i0 + tl.arange(0, BN), N, row_levels, row_starts, row_greater, row_reaching, 1)
     if col_levels is not None:
-        add_counts(s, j0 + tl.arange(0, BM), M, col_levels, col_starts, col_above, col_reaching, 0)
+        add_counts(s, j0 + tl.arange(0, BM), M, col_levels, col_starts, col_greater, col_reaching, 0)
 
 
 def score_counts(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ key; the others' programs end at once. Nothing synchronises.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,8 @@ import triton.language as tl
 
 from gssf_kernels import plan as planning
 from gssf_kernels.triton import operands, tiles
+from gssf_kernels.triton.epilogues import only_negatives, within
+from gssf_kernels.triton.sweep import load_tile
 
 # The order of nothing: below that of every score. Kernels read it as a constexpr.
 NOTHING = tl.constexpr(-(2**31))
@@ -42,53 +44,44 @@ def key_of(order, column):
 
 @triton.jit(do_not_specialize=["N", "M", "blocks", "columns", "first_row"])
 def top_scores_kernel(
-    a, b, a_ids, b_ids, limit, column_limit, last_keys, least_key, keys, new_last_keys,
-    N, M, D: tl.int32, blocks, columns, first_row,
-    SELF: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    a, b, negatives, limits, last_keys, least_key, keys, new_last_keys, N, M, D: tl.int32, blocks, columns, first_row,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LIST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """last_keys [N, splits]: of the sweep before, or None; least_key [N]: the last of the k best so far."""
+    """The rows from first_row on, to which keys [rows, splits, LIST], last_keys and least_key belong.
+
+    negatives: as `only_negatives` takes them; limits: of rows and of columns; last_keys [rows, splits]: of the sweep
+    before, or None; least_key [rows]: the last of the k best so far.
+    """
     block = tl.program_id(0) % blocks
     split = tl.program_id(0) // blocks
     splits = tl.num_programs(0) // blocks
-    i = block * BN + tl.arange(0, BN)
-    row = tl.minimum(i, N - 1).to(tl.int64)
-    at_list = (i.to(tl.int64) * splits + split)[:, None] * LIST + tl.arange(0, LIST)[None, :]
+    i0 = first_row + block * BN
+    i = i0 + tl.arange(0, BN)
+    place_of_row = (i - first_row).to(tl.int64) * splits + split
+    row_limit, col_limit = limits
     top = tl.full([BN, LIST], NOTHING, tl.int32)
     place = tl.zeros([BN, 1], tl.int32) - 1 - tl.arange(0, LIST)[None, :]  # of empty places, all different
     worst = tl.full([BN], NOTHING, tl.int32)
-    open_rows = i < N
-    after = tl.full([BN], 2**63 - 1, tl.int64)
-    if last_keys is not None:
-        after = tl.load(last_keys + row * splits + split)
-        open_rows = open_rows & (after > tl.load(least_key + row))
-    after_order = (after >> 32).to(tl.int32)[:, None]
-    after_column = (-(after & 0xFFFFFFFF) + LAST_COLUMN).to(tl.int32)[:, None]
     stop = tl.minimum(split * columns + columns, M)
-    if tl.max(open_rows.to(tl.int32), 0) == 0:
-        stop = 0
+    if last_keys is not None:
+        after = tl.load(last_keys + place_of_row, mask=i < N, other=-(2**63))
+        is_open = (i < N) & (after > tl.load(least_key + i - first_row, mask=i < N, other=0))
+        after_order = (after >> 32).to(tl.int32)[:, None]
+        after_column = (-(after & 0xFFFFFFFF) + LAST_COLUMN).to(tl.int32)[:, None]
+        stop = tl.where(tl.max(is_open.to(tl.int32), 0) > 0, stop, 0)
     for j0 in range(split * columns, stop, BM):
         j = j0 + tl.arange(0, BM)
-        column = tl.minimum(j, M - 1).to(tl.int64)
         s = tl.zeros([BN, BM], tl.float32)
         for k in range(0, D, BK):
-            c = k + tl.arange(0, BK)
-            x = tl.load(a + row[:, None] * D + c[None, :], mask=(c < D)[None, :], other=0.0)
-            y = tl.load(b + column[:, None] * D + c[None, :], mask=(c < D)[None, :], other=0.0)
+            x = load_tile(a, D, i0, k, N, D, BN, BK, False)  # [BN, BK]
+            y = load_tile(b, D, j0, k, M, D, BM, BK, False)  # [BM, BK]
             s = tl.dot(x, y.T, s, input_precision=PRECISION)
-        candidate = open_rows[:, None] & (j < stop)[None, :]
-        if SELF:
-            candidate &= (first_row + i)[:, None] != j[None, :]
-        if a_ids is not None:
-            candidate &= tl.load(a_ids + row)[:, None] != tl.load(b_ids + column)[None, :]
-        if limit is not None:
-            candidate &= (s > tl.load(limit + row)[:, None]) == 0
-        if column_limit is not None:
-            candidate &= (s > tl.load(column_limit + column)[None, :]) == 0
+        s = only_negatives(s, i0, j0, N, M, negatives, None, BN, BM)
+        s = within(within(s, row_limit, i, N, 1), col_limit, j, M, 0)
         order = ordered(s)
         if last_keys is not None:
-            candidate &= (order < after_order) | ((order == after_order) & (j[None, :] > after_column))
-        order = tl.where(candidate, order, NOTHING)
+            comes_after = (order < after_order) | ((order == after_order) & (j[None, :] > after_column))
+            order = tl.where(is_open[:, None] & comes_after, order, NOTHING)
         best = tl.max(order, 1)
         while tl.max((best > worst).to(tl.int32), 0) > 0:
             best_column = tl.min(tl.where(order == best[:, None], j[None, :], LAST_COLUMN), 1)
@@ -101,90 +94,73 @@ def top_scores_kernel(
             order = tl.where(enters & (j[None, :] == best_column[:, None]), NOTHING, order)
             best = tl.max(order, 1)
     key = key_of(top, place)
-    inside = (i < N)[:, None]
-    tl.store(keys + at_list, key, mask=inside)
+    tl.store(keys + place_of_row[:, None] * LIST + tl.arange(0, LIST)[None, :], key, mask=(i < N)[:, None])
     if new_last_keys is not None:
-        tl.store(new_last_keys + row * splits + split, tl.min(key, 1), mask=i < N)
+        tl.store(new_last_keys + place_of_row, tl.min(key, 1), mask=i < N)
+
+
+class Search(NamedTuple):
+    """Rows a [N, D], their candidates b [M, D], and what is left out."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    k: int
+    negatives: tuple  # as `only_negatives` takes them
+    limits: tuple  # of rows and of columns, or None
 
 
 def top_scores(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     """The launcher of the op: a sweep for rows and, with `columns`, one for columns."""
-    a, b, k, *_ = call
-    a_ids, b_ids = operands.contiguous(call.a_ids, call.b_ids)
-    a, b = a.contiguous(), b.contiguous()
-    limit = None if call.row_limit is None else call.row_limit.contiguous()
-    results = [*best_of_rows(a, b, k, (a_ids, b_ids), limit, None, call.exclude_self)]
+    a, b = call.a.contiguous(), call.b.contiguous()
+    a_ids, b_ids, limit = operands.contiguous(call.a_ids, call.b_ids, call.row_limit)
+    without_self = tl.constexpr(call.exclude_self)
+    results = [*best_of_rows(Search(a, b, call.k, (without_self, (a_ids, b_ids, None)), (limit, None)))]
     if call.columns:
-        results += best_of_rows(b, a, k, (b_ids, a_ids), None, limit, call.exclude_self)
+        results += best_of_rows(Search(b, a, call.k, (without_self, (b_ids, a_ids, None)), (None, limit)))
     else:
-        results += [t.new_empty(0, k) for t in results]
+        results += [t.new_empty(0, call.k) for t in results]
     return *results, results[1].new_empty(0)
 
 
-def best_of_rows(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    k: int,
-    ids: tuple,
-    limit: torch.Tensor | None,
-    column_limit: torch.Tensor | None,
-    exclude_self: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, indices) [N, k]; at most one of the limits, which are those of rows and of columns."""
-    N, M = len(a), len(b)
-    values = a.new_full((N, k), -torch.inf, dtype=torch.float32)
-    indices = torch.full((N, k), -1, dtype=torch.int64, device=a.device)
+def best_of_rows(search: Search) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, indices) [N, k], for as many rows at a time as their keys may be held."""
+    (N, M), k, device = (len(search.a), len(search.b)), search.k, search.a.device
+    values = torch.full((N, k), -torch.inf, device=device)
+    indices = torch.full((N, k), -1, dtype=torch.int64, device=device)
     if not (N and M):
         return values, indices
-    tile = planning.top_tile(a.dtype, k)
-    blocks = triton.cdiv(N, tile.BN)
-    splits, columns = planning.top_splits(blocks, M, tile)
-    step = max(tiles.TOP_KEYS // (splits * tile.LIST + k) // tile.BN, 1) * tile.BN  # rows whose keys are held at once
-    with torch.cuda.device_of(a):
+    tile = planning.top_tile(search.a.dtype, k)
+    splits, columns = planning.top_splits(triton.cdiv(N, tile.BN), M, tile)
+    step = max(tiles.TOP_KEYS // (splits * tile.LIST + k) // tile.BN, 1) * tile.BN
+    with torch.cuda.device_of(search.a):
         for first in range(0, N, step):
-            rows = slice(first, first + step)
-            values[rows], indices[rows] = best_of_slab(a, b, k, ids, (limit, column_limit), exclude_self, first, step,
-                                                       (tile, splits, columns))  # fmt: skip
+            rows = slice(first, min(first + step, N))
+            values[rows], indices[rows] = decoded(best_keys(search, rows, tile, splits, columns), k)
     return values, indices
 
 
-def best_of_slab(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    k: int,
-    ids: tuple,
-    limits: tuple,
-    exclude_self: bool,
-    first: int,
-    step: int,
-    sizes: tuple,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of ``step`` rows from ``first`` on; sizes: (tile, splits, columns of each)."""
-    tile, splits, columns = sizes
-    rows = slice(first, first + step)
-    x = a[rows]
-    N, D = x.shape
-    row_ids = None if ids[0] is None else ids[0][rows]
-    limit = None if limits[0] is None else limits[0][rows]
-    blocks = triton.cdiv(N, tile.BN)
-    sweeps = triton.cdiv(k, tile.LIST)
+def best_keys(search: Search, rows: slice, tile: tiles.Top, splits: int, columns: int) -> torch.Tensor:
+    """The keys of the k best of these rows, or of all their candidates if those are fewer, best first."""
+    a, b, k, negatives, limits = search
+    count, D = rows.stop - rows.start, a.shape[1]
+    blocks, sweeps = triton.cdiv(count, tile.BN), triton.cdiv(k, tile.LIST)
     last: torch.Tensor | None = None
-    best: torch.Tensor = x.new_empty(N, 0, dtype=torch.int64)
+    best = torch.empty(count, 0, dtype=torch.int64, device=a.device)
     for sweep in range(sweeps):
-        keys = x.new_empty(N, splits * tile.LIST, dtype=torch.int64)
-        new_last = keys.new_empty(N, splits) if sweep + 1 < sweeps else None
-        least = None if sweep == 0 else last_of_best(best, k)
+        keys = best.new_empty(count, splits * tile.LIST)
+        new_last = best.new_empty(count, splits) if sweep + 1 < sweeps else None
+        least = None if last is None else last_of_best(best, k)
         top_scores_kernel[(blocks * splits,)](
-            x, b, row_ids, ids[1], limit, limits[1], last, least, keys, new_last, N, len(b), D, blocks, columns,
-            first, SELF=exclude_self, BN=tile.BN, BM=tile.BM, BK=tile.BK, LIST=tile.LIST,
-            PRECISION="ieee" if planning.kind(x.dtype) == "ieee" else "tf32",
+            a, b, negatives, limits, last, least, keys, new_last, len(a), len(b), D, blocks, columns, rows.start,
+            BN=tile.BN, BM=tile.BM, BK=tile.BK, LIST=tile.LIST,
+            PRECISION="ieee" if planning.kind(a.dtype) == "ieee" else "tf32",
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
             **planning.most_registers(D, mixed=True),  # lists take registers
         )  # fmt: skip
-        keys = keys if sweep == 0 else torch.cat((best, keys), 1)
-        best = keys.topk(min(k, keys.shape[1]), dim=1).values
+        best = torch.cat((best, keys), 1)
+        best = best.topk(min(k, best.shape[1]), dim=1).values
         last = new_last
-    return decoded(best, k)
+    return best
 
 
 def last_of_best(best: torch.Tensor, k: int) -> torch.Tensor:

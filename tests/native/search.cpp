@@ -18,24 +18,24 @@ namespace {
   };
 FOR_EACH_SET(KERNELS)
 
-// (above, reaching) of levels, those of anchor i at starts[i] .. starts[i + 1].
+// (greater, reaching) of levels, those of anchor i at starts[i] .. starts[i + 1].
 template <class A, class F>
 py::object counted(const py::array& levels, const py::array& starts, int64_t anchors, F f) {
   const int64_t count = levels.size();
-  std::vector<int64_t> above(count, 0), reaching(count, 0), bins(2 * (count + 1), -7);
-  f(read<A>("levels", levels, count), read<int64_t>("starts", starts, anchors + 1), bins.data(), above.data(),
+  std::vector<int64_t> greater(count, 0), reaching(count, 0), bins(2 * (count + 1), -7);
+  f(read<A>("levels", levels, count), read<int64_t>("starts", starts, anchors + 1), bins.data(), greater.data(),
     reaching.data());
-  return py::make_tuple(array(above), array(reaching));
+  return py::make_tuple(array(greater), array(reaching));
 }
 
 template <class A, class Kernels>
 py::object count_columns(const py::array& s, int64_t m, const py::array& level) {
   using Lane = typename Simd<A>::Lane;
   const int64_t n = s.shape(0), width = ceil_div(m, Simd<A>::lanes) * Simd<A>::lanes;
-  std::vector<Lane> above(width, 0), reaching(width, 0);
-  Kernels::count_columns_of(read<A>("s", s, n * kTileMost), n, m, read<A>("level", level, width), above.data(),
+  std::vector<Lane> greater(width, 0), reaching(width, 0);
+  Kernels::count_columns_of(read<A>("s", s, n * kTileMost), n, m, read<A>("level", level, width), greater.data(),
                             reaching.data());
-  return py::make_tuple(array(above.data(), m), array(reaching.data(), m));
+  return py::make_tuple(array(greater.data(), m), array(reaching.data(), m));
 }
 
 template <class Kernels>

@@ -41,7 +41,7 @@ def test_limits_and_nan_of_a_tile(kernels, dtype, m):
 
 
 def counts(scores, levels, starts):
-    """(above, reaching) of every level, by loops over single rows."""
+    """(greater, reaching) of every level, by loops over single rows."""
     of = np.searchsorted(starts, np.arange(len(levels)), side="right") - 1
     rows = scores[of]
     return (rows > levels[:, None]).sum(1), (rows >= levels[:, None]).sum(1)

@@ -48,6 +48,18 @@ def test_the_best_of_exact_scores(name, k):
             check(col_values, col_indices, t.T, size.T, d)
 
 
+@pytest.mark.parametrize("name", ["unit", "duplicates", "hubs"])
+def test_wide_rows(name):
+    """b is packed in several chunks."""
+    torch.manual_seed(4)
+    a, b = MAKERS[name](40, 1300, 8192)
+    s, size = a.double() @ b.double().T, a.double().abs() @ b.double().abs().T
+    s.diagonal().fill_(-INF)
+    values, indices, col_values, col_indices, _ = certified(a, b, 9, exclude_self=True)
+    check(values, indices, s, size, 8192)
+    check(col_values, col_indices, s.T, size.T, 8192)
+
+
 @pytest.mark.parametrize("name", ["unit", "normal", "duplicates", "hubs"])
 def test_limits(name):
     torch.manual_seed(3)

@@ -7,6 +7,7 @@ from interpreted import DEVICE, DTYPES
 from triton_checks import INF, NAN, few
 
 import gssf_kernels as gk
+from gssf_kernels import backends
 from gssf_kernels.ops import pairing
 from gssf_kernels.ops.score_counts import ScoreCountsCall
 
@@ -72,14 +73,14 @@ def transposed(options):
 def test_against_loops(shape, pairs, exclude_self):
     x, y, options = problem(*shape, pairs)
     every, best = loops(x, y, options, exclude_self)
-    other = x, y
+    rows = x, y
     if pairs == "rows":  # columns past N have no positive
         flipped = {"pairs": torch.stack((torch.arange(len(x)),) * 2, 1)}
         every_col, best_col = loops(y, x, flipped, exclude_self)
     else:
         every_col, best_col = loops(y, x, transposed(options), exclude_self)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-        x, y = (t.to(dtype) for t in other)
+        x, y = (t.to(dtype) for t in rows)
         result = gk.ranks(x, y, **options, exclude_self=exclude_self)
         assert list(zip(*(t.tolist() for t in result[:2]), strict=True)) == best
         assert list(zip(*(t.tolist() for t in result[2:]), strict=True)) == best_col
@@ -87,9 +88,9 @@ def test_against_loops(shape, pairs, exclude_self):
             gk.ranks(x, y, **options, exclude_self=exclude_self, every_positive=True), (every, every_col), strict=True
         ):
             anchors = torch.repeat_interleave(torch.arange(len(segments.starts) - 1), segments.starts.diff())
-            found = zip(anchors.tolist(), segments.positives.tolist(), strict=True)
+            places = zip(anchors.tolist(), segments.positives.tolist(), strict=True)
             ranks = zip(segments.pessimistic.tolist(), segments.optimistic.tolist(), strict=True)
-            assert dict(zip(found, ranks, strict=True)) == right
+            assert dict(zip(places, ranks, strict=True)) == right
 
 
 def as_defined(result, right):
@@ -108,6 +109,16 @@ def test_many_tiles(pairs, every_positive, monkeypatch):
     as_defined(gk.ranks(x, y, **options, every_positive=every_positive), right)
     monkeypatch.setattr(pairing, "MOST_LISTED", 7)  # positives in many lists
     as_defined(gk.ranks(x, y, **options, every_positive=every_positive), right)
+
+
+@pytest.mark.parametrize("every_positive", [False, True], ids=["best", "every"])
+@pytest.mark.parametrize("pairs", ["rows", "ids", "listed with ids"])
+def test_wide_rows(pairs, every_positive):
+    """y is packed in chunks of a single tile's columns."""
+    x, y, options = problem(9, 1300, 8192, pairs)
+    right = gk.reference.ranks(x, y, **options, every_positive=every_positive)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        as_defined(gk.ranks(x.to(dtype), y.to(dtype), **options, every_positive=every_positive), right)
 
 
 @pytest.mark.parametrize("every_positive", [False, True], ids=["best", "every"])
@@ -171,13 +182,13 @@ def counted(call):
         (s, out, call.row_levels, call.row_starts),
         (s.T, out.T, call.col_levels, call.col_starts),
     ):
-        above, reaching = [], []
+        greater, reaching = [], []
         for i in range(len(scores) if levels is not None else 0):
             places = range(i, i + 1) if starts is None else range(int(starts[i]), int(starts[i + 1]))
             counting = scores[i][~left_out[i]]
-            above += [int((counting > levels[place]).sum()) for place in places]
+            greater += [int((counting > levels[place]).sum()) for place in places]
             reaching += [int((counting >= levels[place]).sum()) for place in places]
-        results += [above, reaching]
+        results += [greater, reaching]
     return results
 
 
@@ -216,6 +227,16 @@ def test_counts_of_what_is_no_number_by_triton():
     results = [t.tolist() for t in device_ops.score_counts(*on_device)]
     assert results == [t.tolist() for t in torch.ops.gssf.score_counts(*call)]
     assert results == [t.tolist() for t in device_ops.composite("score_counts", *call)]
+
+
+@pytest.mark.parametrize("cols", [[0, 5], [-1, 2], [3, 1]], ids=["past the last", "negative", "descending"])
+def test_pairs_that_are_not_listed_as_they_must_be(cols):
+    call = ScoreCountsCall(torch.ones(2, 3), torch.ones(5, 3), torch.zeros(2))
+    call = call._replace(pair_starts=torch.tensor([0, 2, 2]), pair_cols=torch.tensor(cols))
+    if backends()["score_counts"]["cpu"] != "cpp":
+        pytest.skip("the extension checks them")
+    with pytest.raises(ValueError, match="pair_cols"):
+        torch.ops.gssf.score_counts(*call)
 
 
 def test_no_rows_and_no_columns():

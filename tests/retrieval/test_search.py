@@ -120,6 +120,16 @@ def test_by_triton(shape, leaves_out, columns):
         check(device_ops.top_scores(moved[0].to(dtype), moved[1].to(dtype), *moved[2:])[:4], call, expected)
 
 
+@pytest.mark.parametrize("run", [op, composite])
+def test_wide_rows_on_the_cpu(run):
+    """b is packed in chunks of a single tile's columns."""
+    call = problem(9, 1300, 8192, 30, "all", True)
+    expected = loops(call)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        limit = call.row_limit.double() if dtype == torch.float64 else call.row_limit
+        check(run(*call._replace(a=call.a.to(dtype), b=call.b.to(dtype), row_limit=limit)), call, expected)
+
+
 def hard(k, d=6, m=90):
     """Rows of NaN, of infinities, of -0, all equal and all the best in one place."""
     g = torch.Generator().manual_seed(3)

@@ -61,6 +61,7 @@ def small_tiles(which):
     settings |= {"FRAGMENTS": dict.fromkeys(tiles.FRAGMENTS, sweep)}
     gradients = tiles.FragmentGradients(16, 16, 16, 16, 4, 2)
     settings |= {"FRAGMENT_GRADIENTS": dict.fromkeys(tiles.FRAGMENT_GRADIENTS, gradients)}
+    settings["TOP_KEYS"] = 256  # those of a few rows at a time
     settings["TOP"] = {
         (kind, length): tiles.Top(16, 32, 16, length, 4, 2) for kind, _ in tiles.TOP for length in (4, 16)
     }
