@@ -85,6 +85,9 @@ def add_eval(subparsers) -> None:
         "--k", type=positive, nargs="+", default=[1, 5, 10], metavar="K", help="the K of R@K and NDCG@K"
     )
     parser.add_argument("--normalize", action="store_true", help="scores are cosines")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="write the state to FILE, from which the same command goes on"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the measures to this file")
     parser.add_argument(
         "--plot", type=Path, metavar="OUT.png", help="draw recall and ranks into this file (matplotlib)"
@@ -112,6 +115,7 @@ def run_eval(options: argparse.Namespace) -> None:
         ks=tuple(options.k),
         folds=options.folds,
         normalize=options.normalize,
+        checkpoint=options.checkpoint,
         progress=sys.stderr.isatty(),
     )
     if options.json is not None:

@@ -1,6 +1,7 @@
 """``python -m gssf_kernels eval``: what it prints and writes, what it refuses, and its picture."""
 
 import json
+import os
 import runpy
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import gssf_kernels as gk
 from gssf_kernels import __main__ as report_module
 from gssf_kernels.reference import RankSegments
-from gssf_kernels.retrieval import commands, plots
+from gssf_kernels.retrieval import checkpoint, commands, plots, streaming
 from gssf_kernels.retrieval.measures import of_queries, result_of
 
 N, EACH = 12, 3
@@ -60,6 +61,32 @@ def test_prints_and_writes_what_evaluate_gives(capsys):
     with open("out.json") as file:
         assert json.load(file) == result.to_dict()
     assert 0.1 < result["x_to_y.recall@1"] < 1
+
+
+@pytest.mark.usefixtures("files")
+def test_a_checkpoint_is_gone_on_from_and_removed(monkeypatch, capsys):
+    command = [*EVAL, "--checkpoint", "state", "--json", "out.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SECONDS", 0.0)
+        patch.setattr(checkpoint, "SHARE", 0)
+        patch.setattr(streaming.Counted, "result", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            commands.main(command)
+    with monkeypatch.context() as patch:  # both passes were done
+        patch.setattr(streaming, "swept_scores", stopped)
+        assert commands.main(command) == 0
+    with open("out.json") as file:
+        assert json.load(file) == expected().to_dict()
+    assert not os.path.exists("state")
+    with open("state", "w") as file:
+        file.write("not a checkpoint")
+    capsys.readouterr()
+    message = refused([*EVAL, "--checkpoint", "state"], capsys)
+    assert "checkpoint: expected a new file or one of an interrupted run" in message
+
+
+def stopped(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.usefixtures("files")
