@@ -74,7 +74,8 @@ def _sweeps() -> Iterator[Case]:
             ("none with ids ragged", ragged["small"], "off 16 bytes", "none"),
         ):
             make = partial(_sweep, dtype, *shape, labels, "hinge", [0.2], reduction)
-            yield Case(f"hardest_terms hinge {name}", OPS["hardest_terms"].on_cuda, make, kernels, product)
+            of_terms = ("sweep_kernel", "merge_terms_kernel")
+            yield Case(f"hardest_terms hinge {name}", OPS["hardest_terms"].on_cuda, make, of_terms, product)
         for kind in (*GENERAL, "listed with ids and several limits"):
             make = partial(_general, dtype, *sizes["wide"], kind)
             yield Case(f"hardest_negatives wide {kind}", launcher, make, kernels, product)
@@ -170,7 +171,7 @@ def _terms() -> Iterator[Case]:
             options = (formula, _constants(formula), reduction)
             make = partial(_sweep, torch.float32, _anchors(reduction), 256, "on 16 bytes", *options)
             name, launcher = f"hardest_terms {formula} {reduction}", OPS["hardest_terms"].on_cuda
-            yield Case(name, launcher, make, ("sweep_kernel", "merge_kernel"))
+            yield Case(name, launcher, make, ("sweep_kernel", "merge_terms_kernel"))
 
 
 INFO_NCE = ("info_nce, both targets", "info_nce, one target", "info_nce, rows")
@@ -200,7 +201,7 @@ def _batch_hards() -> Iterator[Case]:
         for reduction, n, d in (("sum", 128, 256), ("mean", 1024, 1024), ("none", 129, 200)):
             problem = PRODUCTS[product][0], n, d, reduction
             make, launcher = partial(_batch_hard, *problem), OPS["batch_hard"].on_cuda
-            kernels: tuple[str, ...] = ("sweep_kernel", "merge_kernel")
+            kernels: tuple[str, ...] = ("sweep_kernel", "merge_terms_kernel")
             yield Case(f"batch_hard {reduction}", launcher, make, kernels, product)
             make, launcher = partial(_batch_hard_backward, *problem), OPS["batch_hard_backward"].on_cuda
             yield Case(f"batch_hard_backward {reduction}", launcher, make, ("batch_scan_kernel",), product)

@@ -127,7 +127,7 @@ def _sums(product: str) -> Iterator[Case]:
         ("hinge relative", 128, 256, hinge, False, "ab"),
         ("hinge relative of known pairs ragged", 129, 200, hinge, True, "ab"),
     ):
-        options, kernels = (dtype, n, d, term, learned, sides), ("sweep_kernel", "merge_sums_kernel")
+        options, kernels = (dtype, n, d, term, learned, sides), ("sweep_kernel", "merge_terms_kernel")
         launched = ("pair_scores_kernel", *kernels) if term.relative and not learned else kernels
         yield Case(f"score_sums rows {name}", _launcher("score_sums"), partial(_rows, *options), launched, product)
         make, kernels = partial(_rows_backward, *options), ("sweep_kernel", "gradients_kernel")
@@ -162,14 +162,14 @@ def _small() -> Iterator[Case]:
         ):
             launcher = _launcher("logsumexp_scores")
             make = partial(_logsumexp_small, dtype, n, d, scaled, twice)
-            yield Case("logsumexp_scores" + name, launcher, make, ("sweep_kernel", "merge_logs_kernel"), product)
+            yield Case("logsumexp_scores" + name, launcher, make, ("sweep_kernel", "merge_kernel"), product)
             launcher = _launcher("logsumexp_scores_backward")
             needs = [True, not twice, scaled]
             make = partial(_logsumexp_small_backward, dtype, n, d, scaled, twice, "row col pair", needs)
             yield Case(
                 "logsumexp_scores_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product
             )
-        make, kernels = partial(_of_rows, dtype, 129, 200, True), ("sweep_kernel", "merge_logs_kernel")
+        make, kernels = partial(_of_rows, dtype, 129, 200, True), ("sweep_kernel", "merge_kernel")
         yield Case("logsumexp_scores of rows", _launcher("logsumexp_scores"), make, kernels, product)
         make, kernels = partial(_of_rows_backward, dtype, 129, 200, True), ("sweep_kernel", "gradients_kernel")
         yield Case("logsumexp_scores_backward of rows", _launcher("logsumexp_scores_backward"), make, kernels, product)
@@ -215,7 +215,7 @@ def _labelled(product: str) -> Iterator[Case]:
         ("multi_similarity mined of two sides ragged", 129, 200, "multi_similarity", True, False),
     ):
         options = dtype, n, d, score, mined, alone
-        make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_logs_kernel")
+        make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_kernel")
         yield Case(f"logsumexp_scores {name}", _launcher("logsumexp_scores"), make, kernels, product)
         make, kernels = partial(_by_label_backward, *options), ("sweep_kernel", "gradients_kernel")
         yield Case(f"logsumexp_scores_backward {name}", _launcher("logsumexp_scores_backward"), make, kernels, product)
@@ -226,14 +226,14 @@ def _row_panels() -> Iterator[Case]:
     for name, n, d, learned in (("", 1024, 512, False), (" learnable ragged", 1025, 200, True)):
         launcher = _launcher("logsumexp_scores")
         make = partial(_logsumexp_small, torch.bfloat16, n, d, learned)
-        yield Case("logsumexp_scores row panels" + name, launcher, make, ("sweep_kernel", "merge_logs_kernel"), "bf16")
+        yield Case("logsumexp_scores row panels" + name, launcher, make, ("sweep_kernel", "merge_kernel"), "bf16")
         launcher, needs = _launcher("logsumexp_scores_backward"), [True, True, learned]
         make = partial(_logsumexp_small_backward, torch.bfloat16, n, d, learned, False, "row col pair", needs)
         yield Case("logsumexp_scores_backward row panels" + name, launcher, make, ("sweep_kernel",), "bf16")
         for score in SCORES:
             options = torch.bfloat16, n, d, score, learned, False
             words = f"row panels {score}{name}"
-            make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_logs_kernel")
+            make, kernels = partial(_by_label, *options), ("sweep_kernel", "merge_kernel")
             yield Case(f"logsumexp_scores {words}", _launcher("logsumexp_scores"), make, kernels, "bf16")
             make, launcher = partial(_by_label_backward, *options), _launcher("logsumexp_scores_backward")
             yield Case(f"logsumexp_scores_backward {words}", launcher, make, ("sweep_kernel",), "bf16")
@@ -278,7 +278,7 @@ def _info_nces(product: str) -> Iterator[Case]:
         (" of one side twice", _InfoNCE(128, 256, True, False, 0.0, True, "mean", True)),
     ):
         make, launcher = partial(call.forward, PRODUCTS[product][0]), _launcher("info_nce")
-        yield Case("info_nce" + name, launcher, make, ("sweep_kernel", "merge_info_nce_kernel"), product)
+        yield Case("info_nce" + name, launcher, make, ("sweep_kernel", "merge_terms_kernel"), product)
         make, launcher = partial(call.backward, PRODUCTS[product][0]), _launcher("info_nce_backward")
         yield Case("info_nce_backward" + name, launcher, make, ("sweep_kernel", "gradients_kernel"), product)
 
@@ -340,7 +340,7 @@ def _passes() -> Iterator[Case]:
     def case(name: str, make: Callable[[], tuple]) -> Case:
         op = name.partition(" ")[0]
         kernels = {
-            "logsumexp_pass": ("chunk_kernel", "merge_logs_kernel"),
+            "logsumexp_pass": ("chunk_kernel", "merge_kernel"),
             "relation_pass": ("relation_pass_kernel",),
         }
         return Case(name, _launcher(op), make, kernels.get(op, ("chunk_kernel",)))
@@ -373,12 +373,12 @@ def _of_one() -> Iterator[Case]:
     dtype, call = torch.float32, _InfoNCE(1, 1, True, True, 0.1, True, "mean")
     relative = (dtype, 1, 1, _Term("hinge", "exclude", True), True, "ab")
     for name, make, kernels in (
-        ("info_nce", partial(call.forward, dtype), ("sweep_kernel", "merge_info_nce_kernel")),
+        ("info_nce", partial(call.forward, dtype), ("sweep_kernel", "merge_terms_kernel")),
         ("info_nce_backward", partial(call.backward, dtype), ("sweep_kernel", "gradients_kernel")),
         ("score_sums_backward", partial(_rows_backward, *relative), ("sweep_kernel", "gradients_kernel")),
         ("relation_loss", partial(_relation_loss, dtype, 1, 1, "abs", True, True),
          ("relation_tile_kernel", "relation_loss_kernel")),
-        ("logsumexp_pass", partial(_logsumexp, 1), ("chunk_kernel", "merge_logs_kernel")),
+        ("logsumexp_pass", partial(_logsumexp, 1), ("chunk_kernel", "merge_kernel")),
     ):  # fmt: skip
         yield Case(f"{name} of one", _launcher(name), make, kernels)
 

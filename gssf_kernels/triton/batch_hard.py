@@ -16,10 +16,9 @@ import triton.language as tl
 
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import partial_offsets
-from gssf_kernels.triton.hardest import merge_terms
 from gssf_kernels.triton.pairs import add_row
-from gssf_kernels.triton.reductions import argmax
-from gssf_kernels.triton.score_functions import hinge_weighted
+from gssf_kernels.triton.reductions import argmax, merge_rows, merge_terms
+from gssf_kernels.triton.score_functions import hinge, hinge_weighted
 from gssf_kernels.triton.sweep import Sweep
 from gssf_kernels.triton.terms import upstream
 
@@ -39,6 +38,18 @@ def batch_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, 
     score, place = argmax(tl.where(positive, -s, float("-inf")), tl.arange(0, BM)[None, :], 1)
     tl.store(positive_score + row_at, score)
     tl.store(positive_place + row_at, place.to(tl.int16))
+
+
+@triton.jit
+def batch_terms(
+    negative_partial, positive_partial, negatives, positives, constants, i, N, M, blocks,
+    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """The hinge of rows i, 0 where there is no positive or no negative. In the columns' place are the positives."""
+    n, _ = merge_rows(negative_partial, negatives, i, N, M, 0, blocks, "argmax", BN, BM, BP)
+    p, place = merge_rows(positive_partial, positives, i, N, M, 0, blocks, "argmin", BN, BM, BP)
+    return tl.where((place >= 0) & (n != float("-inf")), hinge(p, n, constants, TRIPLET, PAIR), 0.0)
 
 
 @triton.jit
@@ -95,10 +106,10 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     out = positive.new_empty(() if reduction != "none" else N)
     with torch.cuda.device_of(x):
         sweep = Sweep(x, x, plan.tile, exact=True)
-        partial = tuple(t for _ in range(2) for t in sweep.empty_partials(torch.float32, torch.int16)[0])
-        sweep.run(batch_tile, (labels.contiguous(), *partial), 0, sweep.row_blocks)
-        results = negative, negative_index, positive, positive_index
-        merge_terms(sweep, partial, results, (None, out, (margin,)), "hinge", reduction, by_label=True)
+        of_negatives, of_positives = (sweep.empty_partials(torch.float32, torch.int16)[0] for _ in range(2))
+        sweep.run(batch_tile, (labels.contiguous(), *of_negatives, *of_positives), 0, sweep.row_blocks)
+        merged = of_negatives, of_positives, (negative, negative_index), (positive, positive_index)
+        merge_terms(sweep, merged, (margin,), out, reduction, batch_terms)
     return out, positive, negative, positive_index, negative_index
 
 

@@ -9,6 +9,7 @@ that is larger (16 row blocks); and a copy of a and b where their rows are not a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +17,10 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.ops.negatives import Negatives, fake_results
-from gssf_kernels.triton import certified, hopper, operands, tiles
+from gssf_kernels.triton import certified, hopper, operands
 from gssf_kernels.triton.epilogues import only_negatives, partial_offsets, within
-from gssf_kernels.triton.reductions import argmax, merge_kernel
+from gssf_kernels.triton.reductions import argmax, merge_columns, merge_kernel, merge_rows
 from gssf_kernels.triton.sweep import EdgeSweep, Sweep
-from gssf_kernels.triton.terms import formula_of
 
 
 @triton.jit
@@ -105,7 +105,6 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         return certified.hardest_negatives(call, plan)
     columns = call.columns or plan.upper_triangle  # whose columns are its rows
     positive_score, *results = empty_results(a, b, call.negatives._replace(columns=columns))
-    merged = (*results[:2], *(results[2:] if columns else (None, None)))
     several = call.negatives.several_limits
     count = len(call.row_limit) if several else 1
     with torch.cuda.device_of(a):
@@ -118,13 +117,31 @@ def hardest_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
                 if plan.upper_triangle and score is not None:  # partials of tiles below the diagonal
                     score.fill_(float("-inf"))
             sweep.run(hardest_tile, state, first, blocks)
-            sizes = sweep.partial_counts[1:] if several else None
-            sweep.merge(merge_kernel, first, blocks, (*rows, *cols), merged, None, repeats=count, several=sizes)
+            strides = (*sweep.partial_counts[1:], sweep.N, sweep.M) if several else None
+            merge_hardest(sweep, first, blocks, (rows, cols), results, strides, count)
         if plan.upper_triangle:
             results = symmetric_results(*results)
         if not call.columns:
             results[2:] = (t.new_empty(0) for t in results[2:])
     return positive_score, *results, rescored
+
+
+def merge_hardest(
+    sweep: Sweep,
+    first: int,
+    blocks: int,
+    partials: Sequence[tuple[torch.Tensor | None, ...]],
+    results: Sequence[torch.Tensor],
+    strides: tuple[int, ...] | None = None,
+    repeats: int = 1,
+) -> None:
+    """Merge a slab into the row_score, row_index, col_score and col_index of all rows, once or ``repeats`` times."""
+    rows, cols = partials
+    columns = cols[0] is not None
+    sweep.merge(
+        merge_kernel, first, blocks, rows, cols if columns else None, tuple(results[:2]),
+        tuple(results[2:]) if columns else None, strides, repeats=repeats, REDUCTION="argmax",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -154,13 +171,13 @@ def hardest_of_edges(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
             sweep = EdgeSweep(call.a, call.b, call.edges, plan.tile)
             rows, cols = sweep.empty_partials(torch.float32, torch.int16)
             sizes, blocks_of_edge = sweep.edge_partials, sweep.edge_blocks
+            strides = (*sizes, sweep.N, sweep.M)
             inner = *negatives_state(call), positive_score, *rows, *cols
             for first, blocks in sweep.slabs():
                 sweep.run(edge_tile, (inner, (blocks_of_edge, *sizes)), first, blocks)
                 edge, repeats = first // blocks_of_edge, blocks // blocks_of_edge
-                merged = tuple(t[edge:] for t in results)
-                partial = (*rows, *cols)
-                sweep.merge(merge_kernel, 0, blocks_of_edge, partial, merged, None, repeats=repeats, several=sizes)
+                of_slab = [t[edge:] for t in results]
+                merge_hardest(sweep, 0, blocks_of_edge, (rows, cols), of_slab, strides, repeats)
     return positive_score, *results, call.a.new_empty(0, dtype=torch.int64)
 
 
@@ -175,17 +192,15 @@ def symmetric_results(
     return [score, index, score.clone(), index.clone()]
 
 
-def merge_terms(
-    sweep: Sweep, partial: tuple, results: tuple, loss: tuple, formula: str, reduction: str, by_label: bool = False
-) -> None:
-    """Launch a merge that ends in a loss, of few scores: all tiles are one slab.
-
-    loss: (positive_score or None, out, constants)
-    """
-    functions, modes = formula_of(formula)
-    summed, BL = reduction != "none", tiles.TERM_LANES
-    merge_kernel[(1 if summed else triton.cdiv(sweep.M, BL),)](
-        partial, results, loss, sweep.N, sweep.M, 0, sweep.row_blocks, BN=sweep.tile.BN, BM=sweep.tile.BM,
-        BP=tiles.MERGE_PARTIALS, BL=BL, FUNCTION=functions.function, **modes, BY_LABEL=by_label,
-        SUM=summed, MEAN=reduction == "mean", num_warps=8, num_stages=2,
-    )  # fmt: skip
+@triton.jit
+def hardest_merged_terms(
+    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
+    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """FUNCTION of the rows' hardest negatives plus that of the columns'; loss: (positive_score [N], constants)."""
+    positive_score, constants = loss
+    row, _ = merge_rows(row_partial, row_results, i, N, M, 0, blocks, "argmax", BN, BM, BP)
+    col, _ = merge_columns(col_partial, col_results, i, N, M, 0, blocks, "argmax", BN, BP)
+    p = tl.load(positive_score + i, mask=i < N, other=0.0)
+    return FUNCTION(p, row, constants, TRIPLET, PAIR) + FUNCTION(p, col, constants, TRIPLET, PAIR)

@@ -18,8 +18,8 @@ import triton.language as tl
 
 from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import only_negatives
-from gssf_kernels.triton.hardest import NO_LIMITS, empty_results, hardest_tile, merge_terms
-from gssf_kernels.triton.reductions import merge_argmax, merge_columns, merge_rows, smaller
+from gssf_kernels.triton.hardest import NO_LIMITS, empty_results, hardest_merged_terms, hardest_tile
+from gssf_kernels.triton.reductions import merge_argmax, merge_columns, merge_rows, merge_terms, smaller
 from gssf_kernels.triton.relative import close_terms, mean
 from gssf_kernels.triton.score_functions import goal, goal_weights
 from gssf_kernels.triton.sweep import Sweep
@@ -38,12 +38,10 @@ def stored_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr,
 
 
 @triton.jit
-def merged_score(scores, places, lane, length, partials, WIDTH: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
-    """The maximum [BL] of the partials scores [partials, length] at the lanes."""
-    score, _ = merge_argmax(
-        tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32), scores, places, lane, length, partials,
-        0, WIDTH, BP,
-    )  # fmt: skip
+def merged_score(partial, lane, length, partials, WIDTH: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr):
+    """The maximum [BL] of the partials [partials, length] at the lanes."""
+    score, index = tl.full([BL], float("-inf"), tl.float32), tl.full([BL], -1, tl.int32)
+    score, _ = merge_argmax(score, index, partial[0], partial[1], lane, length, partials, 0, WIDTH, BP)
     return score
 
 
@@ -130,7 +128,8 @@ def relative_weights(
 
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
 def relative_goal_kernel(
-    partial, scores, positive_score, out, weights, results, constants, stride, N, M, blocks,
+    row_partial, col_partial, row_results, col_results, scores, positive_score, out, weights, constants, stride,
+    N, M, blocks,
     TRIPLET: tl.constexpr, PAIR: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BN: tl.constexpr,
     BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
@@ -138,23 +137,19 @@ def relative_goal_kernel(
 
     weights: [4, N], w⁺ and w⁻ of rows, then of columns
     """
-    row_scores, row_places, col_scores, col_places = partial
-    row_score, row_index, col_score, col_index = results
     rows, across = blocks * BN, tl.cdiv(M, BM)
     row_programs, col_programs = tl.cdiv(N, BL), tl.cdiv(M, BL)
     p = tl.program_id(0)
     if p < row_programs:
         i = p * BL + tl.arange(0, BL)
-        top, index = merge_rows(
-            row_scores, row_places, row_score, row_index, i, N, M, 0, blocks, False, BN, BM, BP, BL
-        )  # fmt: skip
+        top, index = merge_rows(row_partial, row_results, i, N, M, 0, blocks, "argmax", BN, BM, BP)
         relative_weights(
             weights, weights + N, positive_score, top, index, scores, stride, i, M, constants, N,
             TRIPLET, PAIR, False, BL, BS,
         )  # fmt: skip
     elif p < row_programs + col_programs:
         i = (p - row_programs) * BL + tl.arange(0, BL)
-        top, index = merge_columns(col_scores, col_places, col_score, col_index, i, M, 0, blocks, BN, BP)
+        top, index = merge_columns(col_partial, col_results, i, N, M, 0, blocks, "argmax", BN, BP)
         if (p - row_programs) * BL < N:  # columns from N on are no anchors
             relative_weights(
                 weights + 2 * N, weights + 3 * N, positive_score, top, index, scores, stride, i, N, constants, N,
@@ -166,9 +161,9 @@ def relative_goal_kernel(
         for t0 in range(first * BT, N, step * BT):
             t = t0 + tl.arange(0, BT)
             positive = tl.load(positive_score + t, mask=t < N, other=0.0)
-            row = merged_score(row_scores, row_places, t, rows, across, BM, BP, BT)
+            row = merged_score(row_partial, t, rows, across, BM, BP, BT)
             terms = goal(positive, row, constants, TRIPLET, PAIR)
-            col = merged_score(col_scores, col_places, t, M, blocks, BN, BP, BT)
+            col = merged_score(col_partial, t, M, blocks, BN, BP, BT)
             terms += goal(positive, col, constants, TRIPLET, PAIR)
             total = add_or_store(total, out, terms, t, N, SUM)
         if SUM:
@@ -189,24 +184,25 @@ def hardest_terms(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile)
         rows, cols = sweep.empty_partials(torch.float32, torch.int16)
-        partial = (*rows, *cols)
+        merged = rows, cols, tuple(results[:2]), tuple(results[2:])
         negatives = (tl.constexpr(True), (*operands.contiguous(a_ids, b_ids), None))
         if not formula.endswith("_ms"):
             weights = positive_score.new_empty(0)
-            sweep.run(hardest_tile, (negatives, *NO_LIMITS, positive_score, *partial), 0, sweep.row_blocks)
-            loss = positive_score, out, tuple(constants)
-            merge_terms(sweep, partial, tuple(results), loss, formula, reduction)
+            sweep.run(hardest_tile, (negatives, *NO_LIMITS, positive_score, *rows, *cols), 0, sweep.row_blocks)
+            functions, modes = formula_of(formula)
+            loss = positive_score, tuple(constants)
+            merge_terms(sweep, merged, loss, out, reduction, hardest_merged_terms, functions.function, **modes)
         else:
             weights, tile = positive_score.new_empty(4, N), tiles.CLOSE
             scores = positive_score.new_empty(N, M + -M % 4)  # rows on 16 bytes
             done = (tl.constexpr(False), (None, None, None))  # scores are masked and positive_score is stored already
-            state = (negatives, positive_score, scores, scores.stride(0), (done, *NO_LIMITS, None, *partial))
+            state = (negatives, positive_score, scores, scores.stride(0), (done, *NO_LIMITS, None, *rows, *cols))
             sweep.run(stored_tile, state, 0, sweep.row_blocks)
             BL, BT = tile.BR, tiles.TERM_LANES
             programs = triton.cdiv(N, BL) + triton.cdiv(M, BL) + (1 if summed else triton.cdiv(N, BT))
             relative_goal_kernel[(programs,)](
-                partial, scores, positive_score, out, weights, tuple(results), tuple(constants), scores.stride(0),
-                N, M, sweep.row_blocks, **formula_of(formula)[1], SUM=summed, MEAN=reduction == "mean",
+                *merged, scores, positive_score, out, weights, tuple(constants), scores.stride(0), N, M,
+                sweep.row_blocks, **formula_of(formula)[1], SUM=summed, MEAN=reduction == "mean",
                 BN=sweep.tile.BN, BM=sweep.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, BS=tile.BM, BT=BT,
                 num_warps=tile.num_warps, num_stages=2,
             )  # fmt: skip

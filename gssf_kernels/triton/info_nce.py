@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.plan import Plan
-from gssf_kernels.triton import operands, tiles
+from gssf_kernels.triton import operands
 from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
 from gssf_kernels.triton.logsumexp import SCALED, log_tile
-from gssf_kernels.triton.reductions import merge_logs, merge_sums
+from gssf_kernels.triton.reductions import merge_columns, merge_rows, merge_sums, merge_terms
 from gssf_kernels.triton.score_functions import load_scalar, softmax, valid_and_positive
 from gssf_kernels.triton.sweep import Sweep, empty_dscores, nothing_kept
-from gssf_kernels.triton.terms import store_sum, upstream
+from gssf_kernels.triton.terms import upstream
 
 
 @triton.jit
@@ -50,19 +50,14 @@ def info_nce_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexp
 
 @triton.jit
 def log_ratio(
-    tops, totals, positive_sums, counts, all_sums, positive_logit, out_max, out_log, out_count, lane, length,
-    partials, count, N, others, epsilon, BP: tl.constexpr, BL: tl.constexpr,
+    top, log, positive_sums, counts, all_sums, positive_logit, out_count, lane, length, partials, N, others, epsilon,
+    BP: tl.constexpr,
 ):  # fmt: skip
-    """(max - target) + log of the anchors at the lanes; stores max, log and the number of positives for the backward.
+    """(top - target) + log of the anchors at the lanes; stores the number of positives for the backward.
 
-    count: number of anchors; positive_sums, counts, all_sums: [partials, length], or None
+    positive_sums, counts, all_sums: [partials, length], or None
     others: number of scores that all_sums adds up
     """
-    top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
-    top, total = merge_logs(top, total, tops, totals, lane, length, partials, BP)
-    log = tl.log(total)
-    tl.store(out_max + lane, top, mask=lane < count)
-    tl.store(out_log + lane, log, mask=lane < count)
     if positive_sums is not None:
         positives = merge_sums(counts, lane, length, N, partials, BP)
         tl.store(out_count + lane, positives, mask=lane < N)
@@ -74,44 +69,33 @@ def log_ratio(
     return (top - target) + log
 
 
-@triton.jit(do_not_specialize=["N", "M", "rows", "down", "across"])
-def merge_info_nce_kernel(
-    partial, id_sums, all_sums, positive_logit, out, statistics, counts, epsilon, N, M, rows, down, across,
-    BOTH: tl.constexpr, SUM: tl.constexpr, MEAN: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+@triton.jit
+def info_nce_merged_terms(
+    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
+    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Merge BL rows and columns at a time and compute their terms; one program computes a sum of terms.
-
-    rows, across: row partials are [across, rows]; down: column partials are [down, M]
-    """
-    rows_partial, cols_partial = partial
-    row_maxima, row_sums = rows_partial[0]
-    col_maxima, col_sums = cols_partial[0]
-    row_max, row_log, col_max, col_log = statistics
+    """The terms of rows i; with BOTH the mean of those of rows and of columns."""
+    BOTH: tl.constexpr = loss[0]
+    id_sums, all_sums, positive_logit, counts, epsilon = loss[1]
     row_positive, row_counts, col_positive, col_counts, row_all, col_all, row_count, col_count = (None,) * 8
     if id_sums is not None:
         row_positive, row_counts, col_positive, col_counts = id_sums
         row_count, col_count = counts
     if all_sums is not None:
         row_all, col_all = all_sums
-    total = tl.zeros([BL], tl.float32)
-    for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
-        i = i0 + tl.arange(0, BL)
-        terms = log_ratio(
-            row_maxima, row_sums, row_positive, row_counts, row_all, positive_logit, row_max, row_log, row_count,
-            i, rows, across, N, N, M, epsilon, BP, BL,
-        )  # fmt: skip
-        col_terms = log_ratio(
-            col_maxima, col_sums, col_positive, col_counts, col_all, positive_logit, col_max, col_log, col_count,
-            i, M, down, M, N, N, epsilon, BP, BL,
-        )  # fmt: skip
-        if BOTH:
-            terms = 0.5 * (terms + col_terms)
-        if SUM:
-            total += tl.where(i < N, terms, 0.0)
-        else:
-            tl.store(out + i, terms, mask=i < N)
-    if SUM:
-        store_sum(out, total, N, MEAN)
+    rows, across = blocks * BN, tl.cdiv(M, BM)
+    top, log = merge_rows(row_partial, row_results, i, N, M, 0, blocks, "log-sum-exp", BN, BM, BP)
+    terms = log_ratio(
+        top, log, row_positive, row_counts, row_all, positive_logit, row_count, i, rows, across, N, M, epsilon, BP
+    )  # fmt: skip
+    top, log = merge_columns(col_partial, col_results, i, N, M, 0, blocks, "log-sum-exp", BN, BP)
+    col_terms = log_ratio(
+        top, log, col_positive, col_counts, col_all, positive_logit, col_count, i, M, blocks, N, N, epsilon, BP
+    )  # fmt: skip
+    if BOTH:
+        terms = 0.5 * (terms + col_terms)
+    return terms
 
 
 @triton.jit
@@ -182,12 +166,9 @@ def info_nce(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
         id_state = (*operands.contiguous(call.a_ids, call.b_ids), *id_sums) if id_sums is not None else None
         log_state = (SCALED, (call.scale, call.constant, None, positive_logit, (row_partial,), (col_partial,)))
         sweep.run(info_nce_tile, (log_state, (id_state, all_sums)), 0, down)
-        BL = tiles.TERM_LANES
-        merge_info_nce_kernel[(1 if reduced else triton.cdiv(M, BL),)](
-            ((row_partial,), (col_partial,)), id_sums, all_sums, positive_logit, out, statistics, counts, call.epsilon,
-            N, M, rows, down, across, BOTH=call.symmetric, SUM=reduced, MEAN=call.reduction == "mean",
-            BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=8, num_stages=2,
-        )  # fmt: skip
+        loss = tl.constexpr(call.symmetric), (id_sums, all_sums, positive_logit, counts, call.epsilon)
+        merged = row_partial, col_partial, statistics[:2], statistics[2:]
+        merge_terms(sweep, merged, loss, out, call.reduction, info_nce_merged_terms)
     if not call.symmetric:  # the kernel wrote the columns' statistics too, but nobody reads them
         statistics = (*statistics[:2], *(t.new_empty(0) for t in statistics[2:]))
     return out, *statistics, *counts, nothing_kept(positive_logit, a, call.keep), positive_logit

@@ -9,7 +9,7 @@ The same two epilogues run on a chunk of scores that PyTorch's matrix product ha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,10 +17,10 @@ import triton.language as tl
 
 from gssf_kernels._library import outside_autocast
 from gssf_kernels.plan import Plan
-from gssf_kernels.triton import hopper, operands, tiles
+from gssf_kernels.triton import hopper, operands
 from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients
-from gssf_kernels.triton.reductions import log_sums, merge_logs
+from gssf_kernels.triton.reductions import log_sums, merge_kernel
 from gssf_kernels.triton.score_functions import load_scalar, logits, logsumexp_slope
 from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels, nothing_kept
 
@@ -55,42 +55,6 @@ def log_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM
             tl.store(cols[c][1] + col_at, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
-def merge_logs_kernel(
-    partial, rows, cols, N, M, first, blocks, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
-    LOG: tl.constexpr,
-):  # fmt: skip
-    """Merge the slab's rows, and its columns into the results of earlier slabs.
-
-    rows, cols: (max, sum) of each class. With LOG the sums' logarithms are stored: of rows at once, of columns with
-    the last slab. Without LOG columns are merged with what cols holds, even for the first slab.
-    """
-    row_partial, col_partial = partial
-    slab_rows = blocks * BN
-    row_programs = tl.cdiv(slab_rows, BL)
-    for c in tl.static_range(len(rows)):
-        if tl.program_id(0) < row_programs:
-            lane = tl.program_id(0) * BL + tl.arange(0, BL)
-            top, total = tl.full([BL], float("-inf"), tl.float32), tl.zeros([BL], tl.float32)
-            top, total = merge_logs(
-                top, total, row_partial[c][0], row_partial[c][1], lane, slab_rows, tl.cdiv(M, BM), BP
-            )
-            i = first * BN + lane
-            inside = (lane < slab_rows) & (i < N)
-            tl.store(rows[c][0] + i, top, mask=inside)
-            tl.store(rows[c][1] + i, tl.log(total) if LOG else total, mask=inside)
-        elif cols is not None:
-            j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
-            before = (j < M) & (first > 0) if LOG else j < M
-            top = tl.load(cols[c][0] + j, mask=before, other=float("-inf"))
-            total = tl.load(cols[c][1] + j, mask=before, other=0.0)  # of earlier slabs: not a logarithm yet
-            top, total = merge_logs(top, total, col_partial[c][0], col_partial[c][1], j, M, blocks, BP)
-            if LOG:
-                total = tl.where((first + blocks) * BN >= N, tl.log(total), total)
-            tl.store(cols[c][0] + j, top, mask=j < M)
-            tl.store(cols[c][1] + j, total, mask=j < M)
-
-
 @triton.jit
 def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, BM: tl.constexpr):
     """Store the tile's dL/dt, or by label dL/ds; and Σ of it times s, of the tile or with BY_ROW of each row."""
@@ -122,11 +86,31 @@ def softmax_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr
         tl.store(dscores_dot_s + tile_i * tl.cdiv(M, BM) + tile_j, tl.sum(tl.where(i < N, sums, 0.0), 0))
 
 
-def classes(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], ...] | None:
+def by_class(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], ...] | None:
     """Statistics [N] or [2, N] as the kernels take them: one tuple per class; None if the last statistic is None."""
     if statistics[-1] is None:
         return None
     return tuple(zip(*([t] if t.dim() == 1 else [*t] for t in statistics if t is not None), strict=True))
+
+
+class Merged(NamedTuple):
+    """Two partials and two results of log-sums [·], or of scores by label [2, ·]; None: columns are not wanted."""
+
+    row_partial: tuple[Any, ...]
+    col_partial: tuple[Any, ...] | None
+    row_results: tuple[Any, ...]
+    col_results: tuple[Any, ...] | None
+
+    @property
+    def classes(self) -> tuple[Any, Any]:
+        """The partials as `log_tile` takes them."""
+        return by_class(*self.row_partial), by_class(*self.col_partial) if self.col_partial is not None else None
+
+    @property
+    def arguments(self) -> tuple:
+        """The first arguments of `merge_kernel`."""
+        by_label = self.row_results[0].dim() > 1
+        return *self, tuple(t[0].stride(0) if t is not None else 0 for t in self) if by_label else None
 
 
 SCALED = (tl.constexpr("scaled"), tl.constexpr(False))  # of losses without labels: t = κ s
@@ -170,16 +154,15 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     count, columns = 1 + labelled, call.columns and not labelled
     assert plan.tile is not None
     with torch.cuda.device_of(a):
-        sweep = Sweep(a, b, plan.tile)
-        partials = [sweep.empty_partials(torch.float32, torch.float32) for _ in range(count)]
-        row_partial = tuple(rows for rows, _ in partials)
-        col_partial = tuple(of_columns for _, of_columns in partials) if columns else None
-        rows, cols = classes(row_max, row_log), classes(col_max, col_log) if columns else None
+        sweep = Sweep(a, b, plan.tile, results=count)
+        row_partial, col_partial = sweep.empty_partials(torch.float32, torch.float32)
+        of_columns = (col_partial, (col_max, col_log)) if columns else (None, None)
+        merged = Merged(row_partial, of_columns[0], (row_max, row_log), of_columns[1])
         score, label_state = score_options(call), _by_label(call)
         for first, blocks in sweep.slabs():
-            outputs = (None if labelled else positive_logit, row_partial, col_partial)
+            outputs = (None if labelled else positive_logit, *merged.classes)
             sweep.run(log_tile, (score, (call.scale, call.constant, label_state, *outputs)), first, blocks)
-            sweep.merge(merge_logs_kernel, first, blocks, (row_partial, col_partial), rows, cols, LOG=True)
+            sweep.merge(merge_kernel, first, blocks, *merged.arguments, repeats=count, REDUCTION="log-sum-exp")
     return row_max, row_log, col_max, col_log, positive_logit, nothing_kept(positive_logit, a, call.keep)
 
 
@@ -192,8 +175,8 @@ def logsumexp_scores_backward(call: Any, plan: Plan) -> tuple[torch.Tensor, torc
         dcol = dpositive = None
     if not call.columns:
         dcol = None
-    rows = classes(call.row_max, call.row_log, drow)
-    cols = classes(call.col_max, call.col_log, dcol)
+    rows = by_class(call.row_max, call.row_log, drow)
+    cols = by_class(call.col_max, call.col_log, dcol)
     gradient = (call.scale, call.constant, _by_label(call), rows, cols, dpositive)
     score = score_options(call, False)
     assert plan.tile is not None
@@ -226,18 +209,16 @@ def logsumexp_pass(call: Any, plan: Plan) -> None:
         call.row_sum.zero_()
         return
     chunk, count = Chunk(call.s), call.by_label.classes
-    rows, cols = classes(call.row_max, call.row_sum), classes(call.col_max, call.col_sum)
-    row_partial = classes(*chunk.row_partials(2, count))
-    col_partial = classes(*chunk.column_partials(2, count)) if cols is not None else None
+    classes = call.row_max.shape[:-1]  # 2 of scores by label
+    row_partial, col_partial, col_results = tuple(chunk.row_partials(2, *classes).flatten(-2)), None, None
+    if call.col_max is not None:
+        col_partial = tuple(chunk.column_partials(2, *classes).flatten(-2))
+        col_results = call.col_max, call.col_sum
+    merged = Merged(row_partial, col_partial, (call.row_max, call.row_sum), col_results)
     labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
     with torch.cuda.device_of(call.s):
-        chunk.run(log_tile, (score_options(call), (call.scale, 1.0, labels, None, row_partial, col_partial)))
-        BN, BL = chunk.tile.BR, tiles.MERGE_LANES
-        programs = triton.cdiv(chunk.row_blocks * BN, BL) + (triton.cdiv(chunk.M, BL) if cols is not None else 0)
-        merge_logs_kernel[(programs,)](
-            (row_partial, col_partial), rows, cols, chunk.N, chunk.M, 0, chunk.row_blocks,
-            BN=BN, BM=chunk.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, LOG=False, num_warps=4, num_stages=2,
-        )  # fmt: skip
+        chunk.run(log_tile, (score_options(call), (call.scale, 1.0, labels, None, *merged.classes)))
+        chunk.merge(merge_kernel, 0, chunk.row_blocks, *merged.arguments, repeats=count, REDUCTION="exp-sum")
 
 
 def softmax_pass(call: Any, plan: Plan) -> None:
@@ -246,8 +227,8 @@ def softmax_pass(call: Any, plan: Plan) -> None:
         call.dscores_dot_s.zero_()
         return
     chunk = Chunk(call.s)
-    rows = classes(call.row_max, call.row_log, call.row_grad)
-    cols = classes(call.col_max, call.col_log, call.col_grad)
+    rows = by_class(call.row_max, call.row_log, call.row_grad)
+    cols = by_class(call.col_max, call.col_log, call.col_grad)
     labels = by_label(call, call.row_labels, call.col_labels, call.row_bounds, call.col_bounds, call.first)
     sums = chunk.row_partials()
     with torch.cuda.device_of(call.s):

@@ -1,8 +1,12 @@
-"""Reductions of a tile's scores and merges of the partials, each in one place; `merge_kernel` may end in a loss.
+"""Reductions of a tile's scores, and merges of what the tiles leave (partials), each in one place.
 
 argmax        max and the lowest index that attains it; NaN wins, the first of several; of nothing: -inf and -1
-log-sum-exp   stored as (max, Σ e^(t - max)); if there is nothing but NaN the maximum is +inf
+argmin        the same of -s, whose partials are an argmax's
+log-sum-exp   partials are (max, Σ e^(t - max)), results (max, log Σ e^(t - max)); of nothing but NaN the max is +inf
+exp-sum       the same without the logarithm, so that results can be merged again
 sum           Σ in fp32
+
+`merge_kernel` stores the results of rows and columns; `merge_terms_kernel` goes on to a loss's terms.
 
 Merging is associative, and partials are merged in the order of their tiles: all indices merged so far are lower, so an
 equal score never replaces one of them.
@@ -10,9 +14,13 @@ equal score never replaces one of them.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
+from gssf_kernels.triton import tiles
 from gssf_kernels.triton.terms import add_or_store, store_sum
 
 
@@ -62,98 +70,6 @@ def merge_argmax(score, index, scores, places, lane, length, partials, start, WI
 
 
 @triton.jit
-def merge_rows(
-    scores, places, row_score, row_index, lane, N, M, first, blocks,
-    NEGATED: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
-):  # fmt: skip
-    """Merge, store and return (score, index) [BL] of the slab's rows at the lanes. NEGATED: partials are of -s."""
-    score = tl.full([BL], float("-inf"), tl.float32)
-    index = tl.full([BL], -1, tl.int32)
-    rows = blocks * BN
-    score, index = merge_argmax(score, index, scores, places, lane, rows, tl.cdiv(M, BM), 0, BM, BP)
-    if NEGATED:
-        score = tl.where(index >= 0, -score, float("-inf"))
-    i = first * BN + lane
-    inside = (lane < rows) & (i < N)
-    tl.store(row_score + i, score, mask=inside)
-    tl.store(row_index + i, index.to(tl.int64), mask=inside)
-    return score, index
-
-
-@triton.jit
-def merge_columns(
-    scores, places, col_score, col_index, j, M, first, blocks, BN: tl.constexpr, BP: tl.constexpr
-):  # fmt: skip
-    """Merge the slab's columns j [BL] into the results of earlier slabs; store and return (score, index)."""
-    before = (j < M) & (first > 0)
-    score = tl.load(col_score + j, mask=before, other=float("-inf"))
-    index = tl.load(col_index + j, mask=before, other=-1).to(tl.int32)
-    score, index = merge_argmax(score, index, scores, places, j, M, blocks, first * BN, BN, BP)
-    tl.store(col_score + j, score, mask=j < M)
-    tl.store(col_index + j, index.to(tl.int64), mask=j < M)
-    return score, index
-
-
-@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
-def merge_kernel(
-    partial, results, loss, N, M, first, blocks,
-    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
-    FUNCTION: tl.constexpr = None, TRIPLET: tl.constexpr = "", PAIR: tl.constexpr = "", BY_LABEL: tl.constexpr = False,
-    SUM: tl.constexpr = False, MEAN: tl.constexpr = False, several=None,
-):  # fmt: skip
-    """Merge the slab's rows, and its columns into the results of earlier slabs.
-
-    several: None, or the numbers of row and of column partials of one result. Then each row and column has several
-    results, one behind another, and program (·, k) merges those of number k.
-    With FUNCTION, from `score_functions.py`, there is one slab, and the merge ends in the terms of a loss; one program
-    computes a sum of them.
-    loss: (positive_score [N], out, the formula's constants)
-    BY_LABEL: s is symmetric, and in the columns' place are the rows' smallest positive scores, as the largest -s
-    """
-    row_scores, row_places, col_scores, col_places = partial
-    row_score, row_index, col_score, col_index = results
-    if several is not None:
-        row_partials, col_partials = several
-        k = tl.program_id(1).to(tl.int64)
-        row_scores, row_places = row_scores + k * row_partials, row_places + k * row_partials
-        row_score, row_index = row_score + k * N, row_index + k * N
-        if col_scores is not None:
-            col_scores, col_places = col_scores + k * col_partials, col_places + k * col_partials
-            col_score, col_index = col_score + k * M, col_index + k * M
-    if FUNCTION is None:
-        row_programs = tl.cdiv(blocks * BN, BL)
-        if tl.program_id(0) < row_programs:
-            lane = tl.program_id(0) * BL + tl.arange(0, BL)
-            merge_rows(
-                row_scores, row_places, row_score, row_index, lane, N, M, first, blocks, False, BN, BM, BP, BL
-            )  # fmt: skip
-        elif col_scores is not None:
-            j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
-            merge_columns(col_scores, col_places, col_score, col_index, j, M, first, blocks, BN, BP)
-    else:
-        positive_score, out, constants = loss
-        total = tl.zeros([BL], tl.float32)
-        for i0 in range(tl.program_id(0) * BL, M, tl.num_programs(0) * BL):
-            i = i0 + tl.arange(0, BL)
-            row, _ = merge_rows(
-                row_scores, row_places, row_score, row_index, i, N, M, first, blocks, False, BN, BM, BP, BL
-            )  # fmt: skip
-            if BY_LABEL:
-                p, place = merge_rows(
-                    col_scores, col_places, col_score, col_index, i, N, M, first, blocks, True, BN, BM, BP, BL
-                )  # fmt: skip
-                terms = FUNCTION(p, row, constants, TRIPLET, PAIR)
-                terms = tl.where((place >= 0) & (row != float("-inf")), terms, 0.0)
-            else:
-                col, _ = merge_columns(col_scores, col_places, col_score, col_index, i, M, first, blocks, BN, BP)
-                p = tl.load(positive_score + i, mask=i < N, other=0.0)
-                terms = FUNCTION(p, row, constants, TRIPLET, PAIR) + FUNCTION(p, col, constants, TRIPLET, PAIR)
-            total = add_or_store(total, out, terms, i, N, SUM)
-        if SUM:
-            store_sum(out, total, N, MEAN)
-
-
-@triton.jit
 def log_sums(t, axis: tl.constexpr):
     """(max, Σ e^(t - max)) over axis; an infinite max is not subtracted, and if all t are NaN or -inf max is +inf."""
     top = tl.max(t, axis)  # ignores NaN
@@ -188,3 +104,125 @@ def merge_sums(source, lane, length, count, partials, BP: tl.constexpr):
         inside = (p < partials)[:, None] & (lane < count)[None, :]
         total += tl.sum(tl.load(source + p.to(tl.int64)[:, None] * length + lane[None, :], mask=inside, other=0.0), 0)
     return total
+
+
+@triton.jit
+def merge_partials(
+    x, y, partial, lane, length, partials, start, REDUCTION: tl.constexpr, WIDTH: tl.constexpr, BP: tl.constexpr
+):  # fmt: skip
+    """The two results (x, y) [BL] of a reduction, merged with its partials [partials, length] at the lanes."""
+    if REDUCTION == "argmax" or REDUCTION == "argmin":
+        return merge_argmax(x, y, partial[0], partial[1], lane, length, partials, start, WIDTH, BP)
+    else:
+        return merge_logs(x, y, partial[0], partial[1], lane, length, partials, BP)
+
+
+@triton.jit
+def merge_rows(
+    partial, results, lane, N, M, first, blocks,
+    REDUCTION: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Merge, store and return the two results [BL] of the slab's rows at the lanes."""
+    rows = blocks * BN
+    x = tl.full(lane.shape, float("-inf"), tl.float32)
+    if REDUCTION == "argmax" or REDUCTION == "argmin":
+        y = tl.full(lane.shape, -1, tl.int32)
+    else:
+        y = tl.zeros(lane.shape, tl.float32)
+    x, y = merge_partials(x, y, partial, lane, rows, tl.cdiv(M, BM), 0, REDUCTION, BM, BP)
+    if REDUCTION == "argmin":
+        x = tl.where(y >= 0, -x, float("-inf"))
+    if REDUCTION == "log-sum-exp":
+        y = tl.log(y)
+    i = first * BN + lane
+    store_results(results, x, y, i, (lane < rows) & (i < N))
+    return x, y
+
+
+@triton.jit
+def merge_columns(
+    partial, results, j, N, M, first, blocks, REDUCTION: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr
+):  # fmt: skip
+    """Merge the slab's columns j [BL] into the results of earlier slabs; store and return the two results."""
+    before = j < M
+    if REDUCTION != "exp-sum":  # whose results hold something before the first slab too
+        before = before & (first > 0)
+    x = tl.load(results[0] + j, mask=before, other=float("-inf"))
+    if REDUCTION == "argmax":
+        y = tl.load(results[1] + j, mask=before, other=-1).to(tl.int32)
+    else:
+        y = tl.load(results[1] + j, mask=before, other=0.0)
+    x, y = merge_partials(x, y, partial, j, M, blocks, first * BN, REDUCTION, BN, BP)
+    if REDUCTION == "log-sum-exp":
+        y = tl.where((first + blocks) * BN >= N, tl.log(y), y)  # the last slab
+    store_results(results, x, y, j, j < M)
+    return x, y
+
+
+@triton.jit
+def store_results(results, x, y, at, mask):
+    tl.store(results[0] + at, x, mask=mask)
+    tl.store(results[1] + at, y.to(results[1].dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "M", "first", "blocks"])
+def merge_kernel(
+    row_partial, col_partial, row_results, col_results, strides, N, M, first, blocks,
+    REDUCTION: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Merge the slab's rows, and its columns into the results of earlier slabs: programs of BL rows, then of columns.
+
+    Those of columns are None if they are not wanted.
+    strides: None, or where each row and column has several results, how far those of number k, which program (·, k)
+    merges, are from those of number k + 1: of row_partial, col_partial, row_results and col_results
+    """
+    if strides is not None:
+        k = tl.program_id(1).to(tl.int64)
+        row_partial = row_partial[0] + k * strides[0], row_partial[1] + k * strides[0]
+        row_results = row_results[0] + k * strides[2], row_results[1] + k * strides[2]
+        if col_partial is not None:
+            col_partial = col_partial[0] + k * strides[1], col_partial[1] + k * strides[1]
+            col_results = col_results[0] + k * strides[3], col_results[1] + k * strides[3]
+    row_programs = tl.cdiv(blocks * BN, BL)
+    if tl.program_id(0) < row_programs:
+        lane = tl.program_id(0) * BL + tl.arange(0, BL)
+        merge_rows(row_partial, row_results, lane, N, M, first, blocks, REDUCTION, BN, BM, BP)
+    elif col_partial is not None:
+        j = (tl.program_id(0) - row_programs) * BL + tl.arange(0, BL)
+        merge_columns(col_partial, col_results, j, N, M, first, blocks, REDUCTION, BN, BP)
+
+
+@triton.jit(do_not_specialize=["N", "M", "blocks"])
+def merge_terms_kernel(
+    row_partial, col_partial, row_results, col_results, loss, out, N, M, blocks,
+    TERMS: tl.constexpr, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    SUM: tl.constexpr, MEAN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """The terms of a loss from the partials of few scores, whose tiles are one slab; one program computes their sum.
+
+    TERMS, with all arguments but its own and `out`, and i, merges and stores the results of rows and columns i, and
+    returns the terms of the rows.
+    """
+    total = tl.zeros([BL], tl.float32)
+    for i0 in range(tl.program_id(0) * BL, tl.maximum(N, M), tl.num_programs(0) * BL):
+        i = i0 + tl.arange(0, BL)
+        terms = TERMS(
+            row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks, FUNCTION, TRIPLET, PAIR,
+            BN, BM, BP,
+        )  # fmt: skip
+        total = add_or_store(total, out, terms, i, N, SUM)
+    if SUM:
+        store_sum(out, total, N, MEAN)
+
+
+def merge_terms(
+    sweep: Any, merged: tuple, loss: tuple, out: torch.Tensor, reduction: str,
+    TERMS: Any, FUNCTION: Any = None, TRIPLET: str = "", PAIR: str = "",
+) -> None:  # fmt: skip
+    """Launch `merge_terms_kernel`; merged: its first four arguments. out: the terms [N], or their sum or mean."""
+    summed, BL = reduction != "none", tiles.TERM_LANES
+    merge_terms_kernel[(1 if summed else triton.cdiv(max(sweep.N, sweep.M), BL),)](
+        *merged, loss, out, sweep.N, sweep.M, sweep.row_blocks, TERMS, FUNCTION, TRIPLET, PAIR,
+        SUM=summed, MEAN=reduction == "mean", BN=sweep.BN, BM=sweep.BM, BP=tiles.MERGE_PARTIALS, BL=BL,
+        num_warps=8, num_stages=2,
+    )  # fmt: skip

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from gssf_kernels.triton.epilogues import only_negatives, partial_offsets, within
-from gssf_kernels.triton.hardest import empty_results, negatives_state
-from gssf_kernels.triton.reductions import argmax, merge_kernel
+from gssf_kernels.triton.hardest import empty_results, merge_hardest, negatives_state
+from gssf_kernels.triton.reductions import argmax
 from gssf_kernels.triton.sweep import Sweep
 
 
@@ -194,6 +194,6 @@ def relative_negatives(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
             state = (*negatives_state(call), threshold, beta, positives, rows, col_state)
             for first, blocks in sweep.slabs():
                 sweep.run(relative_tile, state, first, blocks)
-                sweep.merge(merge_kernel, first, blocks, (*rows[:2], *cols[:2]), merged, None)
+                merge_hardest(sweep, first, blocks, (rows[:2], cols[:2]), results)
                 sweep.merge(relative_terms_kernel, first, blocks, rows, col_state, threshold, beta, *merged, *relative)
     return positive_score, *results, row_relative, col_relative

@@ -23,7 +23,7 @@ from gssf_kernels.triton import operands, tiles
 from gssf_kernels.triton.epilogues import partial_offsets
 from gssf_kernels.triton.gradients import gradients, logarithm_slope
 from gssf_kernels.triton.pairs import pair_scores
-from gssf_kernels.triton.reductions import merge_sums
+from gssf_kernels.triton.reductions import merge_sums, merge_terms
 from gssf_kernels.triton.score_functions import load_scalar, term, valid_and_positive
 from gssf_kernels.triton.sweep import Chunk, Sweep, empty_dscores, gradients_by_row_panels
 
@@ -113,14 +113,17 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
             tl.store(at, g.to(dscores.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "M", "length", "across", "down"])
-def merge_sums_kernel(rows, cols, out, N, M, length, across, down, BP: tl.constexpr, BL: tl.constexpr):
-    """out [N]: Σ of the row partials rows [across, length], plus Σ of the column partials cols [down, M] or None."""
-    i = tl.program_id(0) * BL + tl.arange(0, BL)
-    total = merge_sums(rows, i, length, N, across, BP)
-    if cols is not None:
-        total += merge_sums(cols, i, M, N, down, BP)
-    tl.store(out + i, total, mask=i < N)
+@triton.jit
+def sums_terms(
+    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
+    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Σ of the partials of rows i, plus Σ of those of columns i < N unless these are None; nothing else is stored."""
+    total = merge_sums(row_partial, i, blocks * BN, N, tl.cdiv(M, BM), BP)
+    if col_partial is not None:
+        total += merge_sums(col_partial, i, N, N, blocks, BP)
+    return total
 
 
 def _options(call: Any, output: str) -> tuple:
@@ -180,14 +183,11 @@ def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> tor
     a, b = call.a, call.other
     assert plan.tile is not None
     sweep, N = Sweep(a, b, plan.tile), len(a)
-    down, across, length = sweep.row_blocks, sweep.column_blocks, sweep.row_blocks * sweep.tile.BN
+    down, across = sweep.row_blocks, sweep.column_blocks
     out = a.new_empty(N, dtype=torch.float32)
-    rows, cols = out.new_empty(across, length), out.new_empty(down, N) if call.relative else None
+    rows, cols = out.new_empty(across, down * sweep.BN), out.new_empty(down, N) if call.relative else None
     sweep.run(sums_tile, (*_state(call, "value", positive_score), (rows, None, cols, None, 0)), 0, down)
-    BL = tiles.MERGE_LANES
-    merge_sums_kernel[(triton.cdiv(N, BL),)](
-        rows, cols, out, N, N, length, across, down, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2
-    )
+    merge_terms(sweep, (rows, cols, None, None), (), out, "none", sums_terms)
     return out
 
 

@@ -139,7 +139,27 @@ def chunk_kernel(
     EPILOGUE(s, tile_i, tile_j, first, blocks, N, M, state, BN, BM)
 
 
-class Sweep:
+class Merging:
+    """What leaves partials of N rows and M columns, in tiles of BN x BM."""
+
+    N: int
+    M: int
+    BN: int
+    BM: int
+
+    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, repeats: int = 1, **constants: Any) -> None:
+        """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each.
+
+        repeats: the second dimension of the grid, for several results of each row.
+        """
+        BL = tiles.MERGE_LANES
+        kernel[(triton.cdiv(blocks * self.BN, BL) + triton.cdiv(self.M, BL), repeats)](
+            *arguments, self.N, self.M, first, blocks,
+            BN=self.BN, BM=self.BM, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2, **constants,
+        )  # fmt: skip
+
+
+class Sweep(Merging):
     """One pass over the scores of a [N, D] and b [M, D]: tile size, slabs and launches.
 
     N and M stay below 2³¹; addresses are 64-bit. With ``upper_triangle``, for a symmetric s, tiles below the diagonal
@@ -159,6 +179,7 @@ class Sweep:
         registers: dict[str, int] | None = None,
     ) -> None:
         self.N, self.M, self.upper_triangle, self.tile = len(a), len(b), upper_triangle, tile
+        self.BN, self.BM = tile.BN, tile.BM
         self.results, self.registers = results, registers or {}
         self.edges: tuple | None = None
         self.precision = "ieee" if exact or planning.kind(a.dtype) == "ieee" else "tf32"
@@ -231,17 +252,6 @@ class Sweep:
         blocks = self.slab_blocks
         return self.results, blocks * self.tile.BN * self.column_blocks, blocks * self.M
 
-    def merge(self, kernel: Any, first: int, blocks: int, *arguments: Any, repeats: int = 1, **constants: Any) -> None:
-        """Launch a kernel that merges a slab's partials: programs of BL rows each, then programs of BL columns each.
-
-        repeats: the second dimension of the grid, for several results of each row.
-        """
-        BN, BL = self.tile.BN, tiles.MERGE_LANES
-        kernel[(triton.cdiv(blocks * BN, BL) + triton.cdiv(self.M, BL), repeats)](
-            *arguments, self.N, self.M, first, blocks,
-            BN=BN, BM=self.tile.BM, BP=tiles.MERGE_PARTIALS, BL=BL, num_warps=4, num_stages=2, **constants,
-        )  # fmt: skip
-
 
 class EdgeSweep(Sweep):
     """One pass over the scores of every edge (p, q) of a graph, those of a[p] and b[q]; a [L, N, D], b [R, M, D].
@@ -268,11 +278,12 @@ class EdgeSweep(Sweep):
         return self.edge_blocks * self.tile.BN * self.column_blocks, self.edge_blocks * self.M
 
 
-class Chunk:
+class Chunk(Merging):
     """A pass over scores s [N, M] that PyTorch's matrix product has stored, with adjacent columns."""
 
     def __init__(self, s: torch.Tensor) -> None:
         self.s, (self.N, self.M), self.tile = s, s.shape, tiles.PASS
+        self.BN, self.BM = self.tile.BR, self.tile.BM
         self.row_blocks = triton.cdiv(self.N, self.tile.BR)
         self.column_blocks = triton.cdiv(self.M, self.tile.BM)
 

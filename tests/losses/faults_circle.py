@@ -57,10 +57,10 @@ FAULTS = [
     ),
     Fault(
         "by label: the merge exchanges positives and negatives, in Triton",
-        LOGSUMEXP_KERNELS,
-        "merge_logs_kernel",
-        "top, total, row_partial[c][0], row_partial[c][1], lane",
-        "top, total, row_partial[len(rows) - 1 - c][0], row_partial[len(rows) - 1 - c][1], lane",
+        "gssf_kernels/triton/reductions.py",
+        "merge_kernel",
+        "row_partial[0] + k * strides[0], row_partial[1] + k * strides[0]",
+        "row_partial[0] + (1 - k) * strides[0], row_partial[1] + (1 - k) * strides[0]",
     ),
     Fault(
         "by label: the merge exchanges positives and negatives, in C++",

@@ -68,8 +68,8 @@ FAULTS = [
         "Triton: columns of edges are merged into the first",
         "gssf_kernels/triton/reductions.py",
         "merge_kernel",
-        "col_score + k * M",
-        "col_score + 0 * k",
+        "col_results[0] + k * strides[3]",
+        "col_results[0] + 0 * k",
         NEGATIVES,
     ),
 ]

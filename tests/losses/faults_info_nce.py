@@ -56,7 +56,7 @@ FAULTS = [
     Fault(
         "InfoNCE: columns' terms are subtracted",
         INFO_NCE_KERNELS,
-        "merge_info_nce_kernel",
+        "info_nce_merged_terms",
         "0.5 * (terms + col_terms)",
         "0.5 * (terms - col_terms)",
     ),

@@ -22,8 +22,8 @@ FAULTS = [
     ),
     Fault(
         "few: columns' terms are the rows'",
-        "gssf_kernels/triton/reductions.py",
-        "merge_kernel",
+        "gssf_kernels/triton/hardest.py",
+        "hardest_merged_terms",
         "+ FUNCTION(p, col, constants",
         "+ FUNCTION(p, row, constants",
     ),

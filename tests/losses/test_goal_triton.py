@@ -400,7 +400,7 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 @counted
 def test_what_a_metric_launches():
     kernels = launches(BY_A_METRIC["goal"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_terms_kernel"]
     assert kernels[1] == ["anchor_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 

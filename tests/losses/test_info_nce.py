@@ -421,14 +421,14 @@ def test_launches_by_a_metric(loss, expected, reduction, dtype):
 def test_what_info_nce_launches():
     for extra in (0, 37):
         forward, backward = launches(by_scale, 128, extra=extra)
-        assert forward == ["sweep_kernel", "merge_info_nce_kernel"]
+        assert forward == ["sweep_kernel", "merge_terms_kernel"]
         assert backward == ["sweep_kernel", "gradients_kernel"]
 
 
 @counted
 def test_what_a_metric_launches():
     kernels = launches(BY_A_METRIC["a number"][0], 128, metric=metric_of(torch.float32), reduction="none")
-    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_info_nce_kernel"]
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_terms_kernel"]
     assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 
@@ -453,7 +453,7 @@ def test_what_many_bf16_scores_launch(monkeypatch):
         monkeypatch.setattr(tiles, "SLAB_ENTRIES", scores // 64)
         forward, backward = launches(by_scale, 3072, torch.bfloat16, 1024)
         sweeps.append((forward.count("sweep_kernel"), backward.count("sweep_kernel")))
-        assert "merge_logs_kernel" in forward
+        assert "merge_kernel" in forward
         assert not {"chunk_kernel"} & {*forward, *backward}
     assert sweeps[0] == (1, 1)
     assert sweeps[1][1] == 6

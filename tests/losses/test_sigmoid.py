@@ -153,7 +153,7 @@ def test_what_it_launches():
     for extra in (0, 37):
         assert launches(by_scale, 128, extra=extra) == (["sweep_kernel", "gradients_kernel"], ["scaled_kernel"])
         assert launches(by_scale, 128, extra=extra, reduction="none") == (
-            ["sweep_kernel", "merge_sums_kernel"],
+            ["sweep_kernel", "merge_terms_kernel"],
             ["sweep_kernel", "gradients_kernel"],
         )
 
@@ -161,7 +161,7 @@ def test_what_it_launches():
 @counted
 def test_what_a_metric_launches():
     kernels = launches(by_scale, 128, metric=metric_of(torch.float32), reduction="none")
-    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_terms_kernel"]
     assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 

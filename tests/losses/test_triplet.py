@@ -330,14 +330,14 @@ def test_a_metric_takes_as_few(n):
     forward, backward = launches(
         lambda x, y, t, **options: gk.triplet_loss(x, y, **options), n, metric=metric_of(torch.float32)
     )
-    assert forward == ["sides_kernel", "sweep_kernel", "merge_kernel"]
+    assert forward == ["sides_kernel", "sweep_kernel", "merge_terms_kernel"]
     assert backward == ["anchor_terms_backward_kernel", "scan_kernel", "sides_kernel"]
 
 
 @counted
 def test_what_all_negatives_launch_by_a_metric():
     kernels = launches(of_all, 128, metric=metric_of(torch.float32), reduction="none")
-    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_sums_kernel"]
+    assert kernels[0] == ["sides_kernel", "sweep_kernel", "merge_terms_kernel"]
     assert kernels[1] == ["sweep_kernel", "gradients_kernel", "sides_kernel"]
 
 

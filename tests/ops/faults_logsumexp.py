@@ -9,10 +9,10 @@ CAUGHT_BY_2 = "ops/test_logsumexp ops/test_sums"
 FAULTS = [
     Fault(
         "small: a row's log-sum is that of its first partial",
-        LOGSUMEXP_KERNELS,
-        "merge_logs_kernel",
-        "row_partial[c][1], lane, slab_rows, tl.cdiv(M, BM), BP",
-        "row_partial[c][1], lane, slab_rows, 1, BP",
+        "gssf_kernels/triton/reductions.py",
+        "merge_rows",
+        "lane, rows, tl.cdiv(M, BM), 0",
+        "lane, rows, 1, 0",
     ),
     Fault(
         "small: scores past M get a share of a row's gradient in κ",
@@ -62,15 +62,15 @@ FAULTS = [
     ),
     Fault(
         "slabs: columns' log-sums of the slabs before are lost",
-        LOGSUMEXP_KERNELS,
-        "merge_logs_kernel",
-        "before = (j < M) & (first > 0)",
-        "before = (j < M) & (first < 0)",
+        "gssf_kernels/triton/reductions.py",
+        "merge_columns",
+        "before & (first > 0)",
+        "before & (first < 0)",
     ),
     Fault(
         "slabs: every slab stores its columns' logarithms",
-        LOGSUMEXP_KERNELS,
-        "merge_logs_kernel",
+        "gssf_kernels/triton/reductions.py",
+        "merge_columns",
         "(first + blocks) * BN >= N",
         "first >= 0",
     ),

@@ -20,9 +20,9 @@ FAULTS = [
     Fault(
         "sums: a row's columns are not added",
         SUMS_KERNELS,
-        "merge_sums_kernel",
-        "total += merge_sums(cols, i, M, N, down, BP)",
-        "total -= merge_sums(cols, i, M, N, down, BP)",
+        "sums_terms",
+        "total += merge_sums(col_partial",
+        "total -= merge_sums(col_partial",
     ),
     Fault(
         "sums: every column's slopes are weighted as the first's",
