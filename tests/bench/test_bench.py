@@ -5,11 +5,12 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import ceilings, compare, measure, plots, report, results, versus
+from bench import ceilings, compare, corpus, measure, plots, report, results, versus
 from bench.measure import Case
 from bench.ops import OPS
 from bench.problem import Problem, Shape
@@ -398,3 +399,16 @@ def test_versus_holds_each_op_to_its_own_truth(monkeypatch):
     monkeypatch.setitem(OPS, "goal_con_lin_ms", OPS["goal_con_lin_ms"]._replace(variants=planted))
     with pytest.raises(results.ResultError, match=r"goal_con_lin_ms .* relative error 1\.0e-02"):
         versus.table(cases, "ours", 0.0, "test")
+
+
+def test_files_of_the_corpus_are_unit_rows_near_their_owners(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "ROWS", 3)  # several blocks, the last one short
+    for name, rows, seed in (("queries", 4, 1), ("captions", 8, 2)):
+        corpus.write_embeddings(tmp_path / f"{name}.npy", rows, 512, 4, seed)
+    queries, captions = (np.load(tmp_path / f"{name}.npy") for name in ("queries", "captions"))
+    assert captions.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(captions, axis=1), 1, rtol=1e-6)
+    scores = captions @ queries.T
+    assert (scores.argmax(1) == np.arange(8) % 4).all()
+    assert scores.max() < 0.5
+    assert 10 < corpus.rss_anon_mib(os.getpid()) < 1 << 20
