@@ -42,14 +42,14 @@ def batch_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, 
 
 @triton.jit
 def batch_terms(
-    negative_partial, positive_partial, negatives, positives, constants, i, N, M, blocks,
-    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The hinge of rows i, 0 where there is no positive or no negative. In the columns' place are the positives."""
+    negative_partial, positive_partial, negatives, positives = merged
     n, _ = merge_rows(negative_partial, negatives, i, N, M, 0, blocks, "argmax", BN, BM, BP)
     p, place = merge_rows(positive_partial, positives, i, N, M, 0, blocks, "argmin", BN, BM, BP)
-    return tl.where((place >= 0) & (n != float("-inf")), hinge(p, n, constants, TRIPLET, PAIR), 0.0)
+    return tl.where((place >= 0) & (n != float("-inf")), hinge(p, n, loss, TRIPLET, PAIR), 0.0)
 
 
 @triton.jit

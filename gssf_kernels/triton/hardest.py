@@ -194,11 +194,11 @@ def symmetric_results(
 
 @triton.jit
 def hardest_merged_terms(
-    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
-    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """FUNCTION of the rows' hardest negatives plus that of the columns'; loss: (positive_score [N], constants)."""
+    row_partial, col_partial, row_results, col_results = merged
     positive_score, constants = loss
     row, _ = merge_rows(row_partial, row_results, i, N, M, 0, blocks, "argmax", BN, BM, BP)
     col, _ = merge_columns(col_partial, col_results, i, N, M, 0, blocks, "argmax", BN, BP)

@@ -71,11 +71,11 @@ def log_ratio(
 
 @triton.jit
 def info_nce_merged_terms(
-    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
-    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The terms of rows i; with BOTH the mean of those of rows and of columns."""
+    row_partial, col_partial, row_results, col_results = merged
     BOTH: tl.constexpr = loss[0]
     id_sums, all_sums, positive_logit, counts, epsilon = loss[1]
     row_positive, row_counts, col_positive, col_counts, row_all, col_all, row_count, col_count = (None,) * 8

@@ -194,22 +194,20 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "blocks"])
 def merge_terms_kernel(
-    row_partial, col_partial, row_results, col_results, loss, out, N, M, blocks,
+    merged, loss, out, N, M, blocks,
     TERMS: tl.constexpr, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     SUM: tl.constexpr, MEAN: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
     """The terms of a loss from the partials of few scores, whose tiles are one slab; one program computes their sum.
 
-    TERMS, with all arguments but its own and `out`, and i, merges and stores the results of rows and columns i, and
-    returns the terms of the rows.
+    merged: (row_partial, col_partial, row_results, col_results), as in `merge_kernel`
+    TERMS merges and stores the results of rows and columns i, and returns the terms of the rows; FUNCTION, TRIPLET and
+    PAIR are its own.
     """
     total = tl.zeros([BL], tl.float32)
     for i0 in range(tl.program_id(0) * BL, tl.maximum(N, M), tl.num_programs(0) * BL):
         i = i0 + tl.arange(0, BL)
-        terms = TERMS(
-            row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks, FUNCTION, TRIPLET, PAIR,
-            BN, BM, BP,
-        )  # fmt: skip
+        terms = TERMS(merged, loss, i, N, M, blocks, FUNCTION, TRIPLET, PAIR, BN, BM, BP)
         total = add_or_store(total, out, terms, i, N, SUM)
     if SUM:
         store_sum(out, total, N, MEAN)
@@ -219,10 +217,10 @@ def merge_terms(
     sweep: Any, merged: tuple, loss: tuple, out: torch.Tensor, reduction: str,
     TERMS: Any, FUNCTION: Any = None, TRIPLET: str = "", PAIR: str = "",
 ) -> None:  # fmt: skip
-    """Launch `merge_terms_kernel`; merged: its first four arguments. out: the terms [N], or their sum or mean."""
+    """Launch `merge_terms_kernel`. out: the terms [N], or their sum or mean."""
     summed, BL = reduction != "none", tiles.TERM_LANES
     merge_terms_kernel[(1 if summed else triton.cdiv(max(sweep.N, sweep.M), BL),)](
-        *merged, loss, out, sweep.N, sweep.M, sweep.row_blocks, TERMS, FUNCTION, TRIPLET, PAIR,
+        merged, loss, out, sweep.N, sweep.M, sweep.row_blocks, TERMS, FUNCTION, TRIPLET, PAIR,
         SUM=summed, MEAN=reduction == "mean", BN=sweep.BN, BM=sweep.BM, BP=tiles.MERGE_PARTIALS, BL=BL,
         num_warps=8, num_stages=2,
     )  # fmt: skip

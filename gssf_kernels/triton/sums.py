@@ -115,11 +115,11 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
 
 @triton.jit
 def sums_terms(
-    row_partial, col_partial, row_results, col_results, loss, i, N, M, blocks,
-    FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
+    merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Σ of the partials of rows i, plus Σ of those of columns i < N unless these are None; nothing else is stored."""
+    row_partial, col_partial, _, _ = merged
     total = merge_sums(row_partial, i, blocks * BN, N, tl.cdiv(M, BM), BP)
     if col_partial is not None:
         total += merge_sums(col_partial, i, N, N, blocks, BP)
