@@ -70,9 +70,8 @@ class _TopScores(Function):
                 continue
             anchors = torch.arange(candidates.shape[0], device=candidates.device)[:, None].expand_as(candidates)
             pair = (candidates, anchors) if transposed else (anchors, candidates)
-            listed = candidates >= 0  # a row without k candidates has places without a score
-            rows.append(torch.where(listed, pair[0], -1).flatten())
-            cols.append(torch.where(listed, pair[1], -1).flatten())
+            rows.append(pair[0].flatten())  # a candidate -1, of a row without k candidates, has no gradient
+            cols.append(pair[1].flatten())
             grads.append(grad.flatten())
         needs = list(ctx.needs_input_grad[:2])
         pairs = torch.cat(grads), torch.cat(rows), torch.cat(cols)

@@ -21,8 +21,8 @@ FAULTS = [
         "search: places without a score have a gradient",
         OP,
         "_TopScores.backward",
-        "listed = candidates >= 0",
-        "listed = candidates >= -1",
+        "(pair[1].flatten())",
+        "(pair[1].flatten().clamp_min(0))",
         SEARCH,
     ),
     Fault(
@@ -39,7 +39,7 @@ FAULTS = [
         "top_scores",
         "s > limit.expand",
         "s >= limit.expand",
-        "test_values",
+        SEARCH,
     ),
     Fault(
         "search: Triton's ties go to the highest index",

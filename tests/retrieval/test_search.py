@@ -98,6 +98,23 @@ def test_on_the_cpu(shape, leaves_out, columns, run):
         check(run(*call._replace(a=call.a.to(dtype), b=call.b.to(dtype), row_limit=limit)), call, expected)
 
 
+@pytest.mark.parametrize("leaves_out", LEAVES_OUT)
+def test_the_definition(leaves_out):
+    """Whole numbers: a score that equals the limit stays."""
+    call = problem(20, 33, 6, 5, leaves_out, True)
+    ids = {"a_ids": call.a_ids, "b_ids": call.b_ids, "exclude_same_id": call.a_ids is not None}
+    options = ids | {"exclude_self": call.exclude_self, "max_score": call.row_limit, "columns": True}
+    check(gk.reference.top_scores(call.a, call.b, call.k, **options), call, loops(call))
+
+
+@pytest.mark.usefixtures("chunked")
+def test_the_composite_in_chunks_of_rows():
+    """Columns are merged, with the places that their rows have in all of a."""
+    for leaves_out in ("nothing", "all"):
+        call = problem(45, 33, 17, 5, leaves_out, True)
+        check(composite(*call), call, loops(call))
+
+
 @few
 @pytest.mark.parametrize(
     ("shape", "leaves_out", "columns"),
