@@ -49,7 +49,7 @@ FAULTS = [
         "+ column.to(tl.int64)",
         SEARCH,
     ),
-    Fault("search: Triton has -0 below 0", TRITON, "ordered", "(s + 0.0).to", "s.to", SEARCH),
+    Fault("search: Triton has -0 below 0", TRITON, "ordered", "(s + 0.0).to", "s.to", "test_top_scores_order"),
     Fault(
         "search: Triton searches for the first rows again",
         TRITON,

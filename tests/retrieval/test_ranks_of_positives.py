@@ -203,6 +203,13 @@ def test_counts_on_the_cpu(run, pairs, several, columns):
         assert [t.tolist() for t in by(*call)] == counted(call)
 
 
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_counts_of_the_composite_in_chunks_of_rows(pairs):
+    call = count_problem(45, 33, True, pairs, True)
+    assert [t.tolist() for t in device_ops.composite("score_counts", *call)] == counted(call)
+
+
 @few
 @pytest.mark.parametrize("several", [False, True], ids=["one level", "several"])
 @pytest.mark.parametrize("pairs", PAIRS)
