@@ -138,7 +138,7 @@ FAULTS = [
         "csrc/score_counts.cpp",
         "CountScores",
         "s[(i - i0) * kTileMost + *e - j0] = kLeftOut;",
-        "",
+        ";",
         RANKED,
     ),
 ]
