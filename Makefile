@@ -35,7 +35,7 @@ $(READY): constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp
 	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel ninja
 	@echo "== set-up 2/3: PyTorch and tools"
 	$(PY) -m pip install --quiet --progress-bar on -c constraints.txt torch numpy
-	@echo "== set-up 3/3: gssf_kernels, compiling its CPU kernels (about a minute)"
+	@echo "== set-up 3/3: gssf_kernels, compiling its CPU kernels (one to four minutes)"
 	$(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[triton,test,demo,lint]"
 	$(PY) -m gssf_kernels
 	@touch $@

@@ -41,7 +41,7 @@ def batch_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, 
 
 
 @triton.jit
-def batch_terms(
+def batch_hard_merged_terms(
     merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def batch_hard(call: Any, plan: Any) -> tuple[torch.Tensor, ...]:
         of_negatives, of_positives = (sweep.empty_partials(torch.float32, torch.int16)[0] for _ in range(2))
         sweep.run(batch_tile, (labels.contiguous(), *of_negatives, *of_positives), 0, sweep.row_blocks)
         merged = of_negatives, of_positives, (negative, negative_index), (positive, positive_index)
-        merge_terms(sweep, merged, (margin,), out, reduction, batch_terms)
+        merge_terms(sweep, merged, (margin,), out, reduction, batch_hard_merged_terms)
     return out, positive, negative, positive_index, negative_index
 
 

@@ -94,7 +94,7 @@ def by_class(*statistics: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...]
 
 
 class Merged(NamedTuple):
-    """Two partials and two results of log-sums [·], or of scores by label [2, ·]; None: columns are not wanted."""
+    """What log-sums are merged from and into, two tensors [·] each, or by label [2, ·]; None: no columns are wanted."""
 
     row_partial: tuple[Any, ...]
     col_partial: tuple[Any, ...] | None
@@ -155,9 +155,9 @@ def logsumexp_scores(call: Any, plan: Plan) -> tuple[torch.Tensor, ...]:
     assert plan.tile is not None
     with torch.cuda.device_of(a):
         sweep = Sweep(a, b, plan.tile, results=count)
-        row_partial, col_partial = sweep.empty_partials(torch.float32, torch.float32)
-        of_columns = (col_partial, (col_max, col_log)) if columns else (None, None)
-        merged = Merged(row_partial, of_columns[0], (row_max, row_log), of_columns[1])
+        rows, cols = sweep.empty_partials(torch.float32, torch.float32, columns=columns)
+        col_results = (col_max, col_log) if columns else None
+        merged = Merged(rows, cols if columns else None, (row_max, row_log), col_results)
         score, label_state = score_options(call), _by_label(call)
         for first, blocks in sweep.slabs():
             outputs = (None if labelled else positive_logit, *merged.classes)

@@ -1,7 +1,7 @@
 """Reductions of a tile's scores, and merges of what the tiles leave (partials), each in one place.
 
 argmax        max and the lowest index that attains it; NaN wins, the first of several; of nothing: -inf and -1
-argmin        the same of -s, whose partials are an argmax's
+argmin        min and the lowest index that attains it; the tiles leave the argmax of -s
 log-sum-exp   partials are (max, Σ e^(t - max)), results (max, log Σ e^(t - max)); of nothing but NaN the max is +inf
 exp-sum       the same without the logarithm, so that results can be merged again
 sum           Σ in fp32
@@ -173,8 +173,8 @@ def merge_kernel(
     """Merge the slab's rows, and its columns into the results of earlier slabs: programs of BL rows, then of columns.
 
     Those of columns are None if they are not wanted.
-    strides: None, or where each row and column has several results, how far those of number k, which program (·, k)
-    merges, are from those of number k + 1: of row_partial, col_partial, row_results and col_results
+    strides: None, or for several results of each row and column, the distance from result k to result k + 1 in
+    row_partial, col_partial, row_results and col_results; program (·, k) merges result k
     """
     if strides is not None:
         k = tl.program_id(1).to(tl.int64)
@@ -201,8 +201,8 @@ def merge_terms_kernel(
     """The terms of a loss from the partials of few scores, whose tiles are one slab; one program computes their sum.
 
     merged: (row_partial, col_partial, row_results, col_results), as in `merge_kernel`
-    TERMS merges and stores the results of rows and columns i, and returns the terms of the rows; FUNCTION, TRIPLET and
-    PAIR are its own.
+    TERMS merges and stores the results of rows and columns i, and returns the terms of the rows. FUNCTION, TRIPLET and
+    PAIR are passed on to it: a formula of `score_functions.py` and its modes, if it takes one.
     """
     total = tl.zeros([BL], tl.float32)
     for i0 in range(tl.program_id(0) * BL, tl.maximum(N, M), tl.num_programs(0) * BL):

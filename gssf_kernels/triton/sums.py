@@ -114,7 +114,7 @@ def sums_tile(s, tile_i, tile_j, first, blocks, N, M, state, BN: tl.constexpr, B
 
 
 @triton.jit
-def sums_terms(
+def sums_merged_terms(
     merged, loss, i, N, M, blocks, FUNCTION: tl.constexpr, TRIPLET: tl.constexpr, PAIR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -187,7 +187,7 @@ def _row_sums(call: Any, plan: Plan, positive_score: torch.Tensor | None) -> tor
     out = a.new_empty(N, dtype=torch.float32)
     rows, cols = out.new_empty(across, down * sweep.BN), out.new_empty(down, N) if call.relative else None
     sweep.run(sums_tile, (*_state(call, "value", positive_score), (rows, None, cols, None, 0)), 0, down)
-    merge_terms(sweep, (rows, cols, None, None), (), out, "none", sums_terms)
+    merge_terms(sweep, (rows, cols, None, None), (), out, "none", sums_merged_terms)
     return out
 
 

@@ -140,7 +140,7 @@ def chunk_kernel(
 
 
 class Merging:
-    """What leaves partials of N rows and M columns, in tiles of BN x BM."""
+    """A pass over N x M scores whose tiles, BN x BM each, leave partials to merge."""
 
     N: int
     M: int

@@ -20,7 +20,7 @@ FAULTS = [
     Fault(
         "sums: a row's columns are not added",
         SUMS_KERNELS,
-        "sums_terms",
+        "sums_merged_terms",
         "total += merge_sums(col_partial",
         "total -= merge_sums(col_partial",
     ),
