@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -90,6 +91,8 @@ def ran(stages):
     return [name for name, line in stages.items() if line.startswith("ok")]
 
 
+# Which marks have the tests that a card runs, and then csrc/cuda.
+ON_CARD = (lambda marks: "gpu" in marks and "hopper" not in marks), (lambda marks: "hopper" in marks)
 ORDER = ["build", "backends", "tests", "cuda-build", "hopper", "memcheck", "tune", "suite", "page"]
 
 
@@ -122,13 +125,16 @@ def test_all_of_it_on_a_card(check, tmp_path):
     assert "--without compile" in log
 
 
-def test_pytest_understands_what_it_is_asked(check):
+def test_pytest_understands_what_it_is_asked(check, collected):
     """By the words of the script, in this tree; what is collected is what a card runs."""
-    status, stages, _, said = check("--only", "tests,hopper", REAL=sys.executable)
+    files = "tests/triton/test_tiles.py", "tests/native/test_hopper.py"
+    status, stages, _, said = check("--only", "tests,hopper", REAL=sys.executable, PYTEST_ADDOPTS=" ".join(files))
     assert status == 0, said
     counts = [int(re.search(r"(\d+)/\d+ tests collected", stages[name])[1]) for name in ("tests", "hopper")]
-    assert counts[0] > 3000
-    assert 200 < counts[1] < 1000
+    marks = {name: test.marks for name, test in collected[1].items()}
+    assert counts == [sum(of_card(m) and name.startswith(files) for name, m in marks.items()) for of_card in ON_CARD]
+    assert sum(map(ON_CARD[0], marks.values())) > 3000
+    assert 200 < sum(map(ON_CARD[1], marks.values())) < 1000
 
 
 def test_a_build_that_loads_is_kept(check):
@@ -234,9 +240,8 @@ def test_bad_words(check, words):
 
 # Which tests a card runs.
 
-# Collects as on this machine, or with CARD as where PyTorch sees a card; writes every test, whether it is marked gpu,
-# whether it uses a card: its source a CUDA
-# device by name, or it is marked triton; and whether it is.
+# Collects as on this machine, or with CARD as where PyTorch sees a card; writes every test, its marks, and whether it
+# uses a card: its source a CUDA device by name, or it is marked triton.
 COLLECTOR = r"""
 import inspect, json, os, re, torch
 
@@ -248,18 +253,27 @@ if os.environ["CARD"]:
 
 USES = re.compile(r"device=.cuda|device=CUDA|\.cuda\(|\.to\((.cuda.|CUDA)|torch\.cuda\.(Stream|CUDAGraph|synchronize)")
 
+uses_cuda = {}
+
 def pytest_collection_finish(session):
     with open(os.environ["LISTED"], "w") as out:
         for item in session.items:
-            marked, kernels = (bool(item.get_closest_marker(name)) for name in ("gpu", "triton"))
-            uses = kernels or bool(USES.search(inspect.getsource(item.function)))
-            out.write(json.dumps([item.nodeid, marked, uses, kernels]) + "\n")
+            if item.function not in uses_cuda:
+                uses_cuda[item.function] = bool(USES.search(inspect.getsource(item.function)))
+            marks = [mark.name for mark in item.iter_markers()]
+            uses = "triton" in marks or uses_cuda[item.function]
+            out.write(json.dumps([item.nodeid, marks, uses]) + "\n")
 """
+
+
+class Collected(NamedTuple):
+    marks: list
+    uses_cuda: bool
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
-    """Every test as {its id: (marked gpu, uses CUDA, marked triton)}: of this machine, and of one with a card."""
+    """Every test as {its id: Collected}: of this machine, and of one with a card."""
     folder = tmp_path_factory.mktemp("collected")
     (folder / "collector.py").write_text(COLLECTOR)
     lists = []
@@ -271,20 +285,20 @@ def collected(tmp_path_factory):
         done = subprocess.run([*command, "tests"], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr
         rows = map(json.loads, (folder / "listed").read_text().splitlines())
-        lists.append({name: tuple(about) for name, *about in rows})
+        lists.append({name: Collected(*about) for name, *about in rows})
     return lists
 
 
 def test_what_runs_on_a_card_is_marked(collected):
-    here, there = ({name for name, (marked, *_) in tests.items() if marked} for tests in collected)
+    here, there = ({name for name, test in tests.items() if "gpu" in test.marks} for tests in collected)
     assert here == there
     assert len(there) > 3500
-    assert not [name for name, (marked, uses, _) in collected[1].items() if uses and not marked]
+    assert not [name for name, test in collected[1].items() if test.uses_cuda and "gpu" not in test.marks]
 
     def of(file):
         return {name for name in collected[1] if name.startswith(f"tests/{file}.py::")}
 
-    files = {name.partition("::")[0] for name, (*_, kernels) in collected[1].items() if kernels}
+    files = {name.partition("::")[0] for name, test in collected[1].items() if "triton" in test.marks}
     assert len(files) > 12
     for module in ("triton/test_cuda", "triton/test_persistent", "ops/test_hardest_negatives", "ops/test_project"):
         assert of(module)
@@ -302,7 +316,7 @@ def test_what_runs_on_a_card_is_marked(collected):
 
 def test_no_test_of_a_card_is_lost_for_its_name(collected):
     """As nine were when tests were chosen by name."""
-    assert sum("cpu" in name for name, (marked, *_) in collected[1].items() if marked) >= 9
+    assert sum("cpu" in name for name, test in collected[1].items() if "gpu" in test.marks) >= 9
 
 
 # What fails is written down at once.
