@@ -2,7 +2,10 @@ import os
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read by torch: threads that wait leave a busy machine to others
+# Read by torch. Most problems here are too small for two threads: waking them takes a third of the time. Tests of what
+# threads do set their number, and those that wait leave a busy machine to others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # Read by Triton, and part of what its cache goes by: a seventh of a compilation's time goes into
 # finding lines of Python in machine code, which is the same without.

@@ -168,23 +168,28 @@ assert not seen, seen
 @pytest.mark.parametrize("force", ["1", "0", None])
 @pytest.mark.parametrize("cuda_torch", [True, False])
 def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
-    """csrc/cuda is built where FORCE_CUDA says so, and only there; nothing is compiled here."""
+    """csrc/cuda is built where FORCE_CUDA says so, and only there; nothing is compiled here, and torch is a stand-in."""
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu.cpp").touch()
     if with_sources:
         (tmp_path / "csrc" / "cuda" / "gpu.cu").touch()
     shutil.copy(ROOT / "setup.py", tmp_path)
-    code = f"""
-import runpy, setuptools, torch
-from torch.utils import cpp_extension
-torch.version.cuda = "13.0" if {cuda_torch} else None
-cpp_extension.CUDA_HOME = "/somewhere" if {cuda_torch} else None
-cpp_extension.CUDAExtension = lambda name, sources, **options: print("cuda", *sources)
-cpp_extension.CppExtension = lambda name, sources, **options: print("cpu", *sources)
+    (tmp_path / "torch" / "utils").mkdir(parents=True)
+    for package in ("torch", "torch/utils"):
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text(f"cuda = {'13.0' if cuda_torch else None!r}")
+    (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(f"""
+CUDA_HOME = {"/somewhere" if cuda_torch else None!r}
+def CUDAExtension(name, sources, **options): print("cuda", *sources)
+def CppExtension(name, sources, **options): print("cpu", *sources)
+BuildExtension = None
+""")
+    code = """
+import runpy, setuptools
 setuptools.setup = lambda **arguments: None
 runpy.run_path("setup.py", run_name="__main__")
 """
-    status, out, err = run(code, tmp_path, FORCE_CUDA=force)
+    status, out, err = run(code, tmp_path, FORCE_CUDA=force, PYTHONPATH=str(tmp_path))
     assert status == 0, err
     wanted = with_sources and force == "1"
     assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])
