@@ -177,7 +177,12 @@ GSSF_INLINE void pairs(const Pairing<T>& p) {
     uint32_t* out = p.out + i * p.out_row + l / 2 * p.out_pair;
     const int64_t step = out_by_row ? p.out_row : p.out_pair;
     if (by_row != out_by_row) {
-      transpose<Simd<float>::Index>(block, L, out, step);
+      if constexpr (kRegisterBytes == 64) {
+        transpose<Simd<float>::Index>(block, L, out, step);
+      } else {  // no processor with a bf16 unit comes here, and the shuffles would take seconds to compile
+        for (int64_t r = 0; r < L; ++r)
+          for (int64_t k = 0; k < L; ++k) out[r * step + k] = block[k * L + r];
+      }
     } else {
       for (int64_t r = 0; r < L; ++r) store(out + r * step, load<Pairs>(block + r * L));
     }
