@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +54,7 @@ exec "$@"
 """
 
 
-@pytest.fixture
-def check(tmp_path):
+def script(tmp_path):
     """check(*words, **environment) -> (exit status, {stage: its line}, the files in OUT, standard output)."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
@@ -85,6 +85,11 @@ def check(tmp_path):
         return done.returncode, stages, files, done.stdout + done.stderr
 
     return run
+
+
+@pytest.fixture
+def check(tmp_path):
+    return script(tmp_path)
 
 
 def ran(stages):
@@ -158,8 +163,20 @@ def test_the_rest_goes_on_past_what_fails(check):
     assert "the table" in said
 
 
-def test_what_hangs_takes_the_time_that_is_left_and_no_more(check):
-    status, stages, _, _ = check(HANG="--failures", BUDGET_S="14")
+@pytest.fixture(scope="module")
+def out_of_time(tmp_path_factory):
+    """Runs in which the tests hang, and the suite: side by side, as both wait out their seconds."""
+    tests, suite = (script(tmp_path_factory.mktemp(name)) for name in ("tests", "suite"))
+    with ThreadPoolExecutor(2) as pool:
+        runs = (
+            pool.submit(tests, HANG="--failures", BUDGET_S="14"),
+            pool.submit(suite, "--only", "backends,suite", HANG="suite", BUDGET_S="42"),
+        )
+        return [run.result() for run in runs]
+
+
+def test_what_hangs_takes_the_time_that_is_left_and_no_more(out_of_time):
+    status, stages, _, _ = out_of_time[0]
     assert status == 1
     assert ran(stages) == ["build", "backends"]
     assert stages["tests"].startswith("FAILED, out of time (1")
@@ -168,8 +185,8 @@ def test_what_hangs_takes_the_time_that_is_left_and_no_more(check):
     assert stages["hopper"] == "NOT RUN, csrc/cuda was not built"
 
 
-def test_a_suite_that_is_cut_off_is_no_failure(check):
-    status, stages, _, _ = check("--only", "backends,suite", HANG="suite", BUDGET_S="42")
+def test_a_suite_that_is_cut_off_is_no_failure(out_of_time):
+    status, stages, _, _ = out_of_time[1]
     assert status == 0
     assert stages["suite"].startswith("stopped, as time ran out, 1")
 

@@ -237,7 +237,7 @@ OF_A_DTYPE = len(SAMPLES) // 3
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_opcheck(k, op, arguments):
-    """Its last check traces forward and backward, which takes nineteen twentieths of the time: in one dtype of three."""
+    """Its last check traces forward and backward, which is nearly all of the time: in one dtype of three."""
     dtype, sample = divmod(k, OF_A_DTYPE)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     checks += ["test_aot_dispatch_dynamic"] if (dtype + sample) % 3 == 0 else []

@@ -168,7 +168,7 @@ assert not seen, seen
 @pytest.mark.parametrize("force", ["1", "0", None])
 @pytest.mark.parametrize("cuda_torch", [True, False])
 def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
-    """csrc/cuda is built where FORCE_CUDA says so, and only there; nothing is compiled here, and torch is a stand-in."""
+    """csrc/cuda is built where FORCE_CUDA says so, and only there; torch is a stand-in, and nothing is built."""
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu.cpp").touch()
     if with_sources:
