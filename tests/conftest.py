@@ -2,8 +2,8 @@ import os
 
 import pytest
 
-# Read by torch. Most problems here are too small for two threads: waking them takes a third of the time. Tests of what
-# threads do set their number, and those that wait leave a busy machine to others.
+# Read by torch. Most problems here are too small for two threads (gradcheck took a third less CPU on one); tests of
+# what threads do set their number. Threads that wait leave a busy machine to others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

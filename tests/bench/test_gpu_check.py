@@ -55,7 +55,7 @@ exec "$@"
 
 
 def script(tmp_path):
-    """check(*words, **environment) -> (exit status, {stage: its line}, the files in OUT, standard output)."""
+    """check(*words, **environment) -> (exit status, {stage: its line}, the files in OUT, its output)."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
     card = "#!/bin/sh\necho 'NVIDIA H200, 580, 143771 MiB'\n"
@@ -96,7 +96,7 @@ def ran(stages):
     return [name for name, line in stages.items() if line.startswith("ok")]
 
 
-# Which marks have the tests that a card runs, and then csrc/cuda.
+# By a test's marks: is it of the stage `tests`, is it of `hopper`?
 ON_CARD = (lambda marks: "gpu" in marks and "hopper" not in marks), (lambda marks: "hopper" in marks)
 ORDER = ["build", "backends", "tests", "cuda-build", "hopper", "memcheck", "tune", "suite", "page"]
 
@@ -165,7 +165,7 @@ def test_the_rest_goes_on_past_what_fails(check):
 
 @pytest.fixture(scope="module")
 def out_of_time(tmp_path_factory):
-    """Runs in which the tests hang, and the suite: side by side, as both wait out their seconds."""
+    """Two runs, of hanging tests and of a hanging suite; side by side, because both wait until their time is up."""
     tests, suite = (script(tmp_path_factory.mktemp(name)) for name in ("tests", "suite"))
     with ThreadPoolExecutor(2) as pool:
         runs = (

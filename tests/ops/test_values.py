@@ -9,6 +9,12 @@ from accuracy import error, gradients
 from cases import CASES, DEVICES, DTYPES, FLOOR
 
 
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """Other tests run on one: here every case is seen on several."""
+    torch.set_num_threads(2)
+
+
 def draws(case, dtype, device):
     """(names, truth, plain PyTorch's, ours): outputs and gradients, of small inputs over several draws together.
 

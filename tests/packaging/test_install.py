@@ -175,8 +175,8 @@ def test_setup_chooses_cuda(cuda_torch, force, with_sources, tmp_path):
         (tmp_path / "csrc" / "cuda" / "gpu.cu").touch()
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "torch" / "utils").mkdir(parents=True)
-    for package in ("torch", "torch/utils"):
-        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "torch" / "__init__.py").write_text("from torch import version")
+    (tmp_path / "torch" / "utils" / "__init__.py").touch()
     (tmp_path / "torch" / "version.py").write_text(f"cuda = {'13.0' if cuda_torch else None!r}")
     (tmp_path / "torch" / "utils" / "cpp_extension.py").write_text(f"""
 CUDA_HOME = {"/somewhere" if cuda_torch else None!r}
