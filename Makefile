@@ -17,10 +17,11 @@ GPU_TREE ?= build/env-gpu
 GPU_PY = $(abspath $(GPU_VENV))/bin/python
 NVCC_HOME = $(or $(CUDA_HOME),$(abspath $(shell nvcc --dryrun -E -x cu /dev/null 2>&1 | sed -n 's/^\#$$ TOP=//p')))
 
-.PHONY: help demo test lint format bench mutate env-gpu test-env-gpu clean
+.PHONY: help demo test lowering lint format bench mutate env-gpu test-env-gpu clean
 help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
+	@echo "make lowering   compile and launch every binary of every Triton kernel; make test does so with a quarter"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time and memory against plain PyTorch and the installed peers, into docs/benchmarks.md and README.md (3 minutes)"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"
@@ -45,6 +46,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(PY) -m pytest -q --progress $(WORKERS)
+
+# Not by several workers: it has a process for each core of its own.
+lowering: $(READY)
+	$(PY) -m pytest -q --every-binary tests/triton/test_lowering.py tests/triton/test_launcher.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -90,8 +90,11 @@ def lower(case: Case, arch: int) -> list[Lowered]:
     return lowered_kernels
 
 
-def fill_cache(claims: str) -> None:
-    """Lower what no other process with this folder of claims has begun; others find it in Triton's cache on disk."""
+def fill_cache(claims: str, calls: list[tuple[int, int]]) -> None:
+    """Lower what no other process with this folder of claims has begun; others find it in Triton's cache on disk.
+
+    calls: architecture and place among CASES.
+    """
 
     def claim(*what: Any) -> bool:
         name = hashlib.sha256(repr(what).encode()).hexdigest()
@@ -105,11 +108,10 @@ def fill_cache(claims: str) -> None:
         return not claim(fn.module, fn.name, compile["device"], key)
 
     with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", is_anothers):
-        for arch in ARCHITECTURES:
-            for place, case in enumerate(CASES):
-                if claim(arch, place):
-                    with contextlib.suppress(Exception):  # whoever wants this case's code sees why there is none
-                        lower(case, arch)
+        for arch, place in calls:
+            if claim(arch, place):
+                with contextlib.suppress(Exception):  # whoever wants this case's code sees why there is none
+                    lower(CASES[place], arch)
 
 
 def tool(name: str, cubin: bytes, *options: str) -> str:

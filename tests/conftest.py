@@ -44,6 +44,7 @@ def pytest_addoption(parser):
     parser.addoption("--failures", metavar="FILE", help="append each failure, with its traceback, as it happens")
     parser.addoption("--progress", action="store_true", help="say how far the tests are and how long they will take")
     parser.addoption("--save-durations", action="store_true", help=f"with --progress: into {progress.RECORD.name}")
+    parser.addoption("--every-binary", action="store_true", help="all that bench/calls.py makes; see bench/covering.py")
     parser.addoption("--served-by", type=int, help="a pipe that says which tests to run: see interpreter_process.py")
 
 

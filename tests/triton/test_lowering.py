@@ -1,12 +1,14 @@
 """Every kernel compiled ahead of time for sm_80 and sm_90, as the launchers would compile it: no GPU needed.
 
 `bench/calls.py` has the list, `bench/lowering.py` says how. What comes out must not spill, must fit the card, and must
-do its products and copies by the instructions that the tile table counts on.
+do its products and copies by the instructions that the tile table counts on. `bench/covering.py` chooses the quarter
+that is compiled here; `make lowering` compiles all of it (`--every-binary`).
 """
 
 import multiprocessing
 import os
 import re
+from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -16,7 +18,7 @@ pytest.importorskip("triton")
 from kernel_modules import MODULES
 from triton.runtime.jit import JITFunction
 
-from bench import lowering
+from bench import covering, lowering
 from bench.calls import CASES
 from gssf_kernels.triton import tiles
 
@@ -26,66 +28,89 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 KIB = 1024
 SHARED = {80: 99 * KIB, 90: 227 * KIB}  # of a block; the lines of 80 serve 86 and 89 too, which have 99 KiB
 REGISTERS = 1 << 16  # of a multiprocessor
-seen = {}  # (architecture, case): what it compiled to
+KERNELS = sorted({kernel for case in CASES for kernel in case.kernels})
+# Of these every line and id is compiled: the persistent sweep, whose order of instructions is looked at below.
+PERSISTENT = [
+    (90, case)
+    for case in CASES
+    if case.name.startswith(("hardest_negatives narrow", "hardest_negatives wide")) and case.product != "ieee"
+]
+# The kernels nearest to the limits.
+NEAREST = [
+    (arch, next(case for case in CASES if (case.name, case.product) == (name, product)))
+    for arch, name, product in (
+        (90, "hardest_negatives wide with ids", "bf16"),
+        (80, "project_backward b=3", "ieee"),
+        (90, "relative_negatives wide with ids beta=10.0", "tf32"),
+    )
+]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def side_by_side(tmp_path_factory):
-    """All that is compiled below, first, by a process for each core: what they find they leave in Triton's cache."""
-    if not INTERPRETED:
-        workers, claims = len(os.sched_getaffinity(0)), str(tmp_path_factory.mktemp("claims"))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(lowering.fill_cache, [claims] * workers))
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """{(architecture, case): what it compiled to}: by a process for each core, which leave it in Triton's cache."""
+    calls = covering.every() if request.config.getoption("--every-binary") else covering.covering()
+    calls = list(dict.fromkeys([*calls, *PERSISTENT, *NEAREST]))
+    places, claims = [(arch, CASES.index(case)) for arch, case in calls], str(tmp_path_factory.mktemp("claims"))
+    workers = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(lowering.fill_cache, [claims] * workers, [places] * workers))
+    return {(arch, case): lowering.lower(case, arch) for arch, case in calls}
 
 
-def compiled(arch, case):
-    if (arch, case.name, case.product) not in seen:
-        seen[arch, case.name, case.product] = lowering.lower(case, arch)
-    return seen[arch, case.name, case.product]
+@pytest.fixture(scope="module")
+def binaries(compiled):
+    """{(architecture, kernel): [(case, what it compiled to)]}, each binary once."""
+    of_kernels = defaultdict(dict)
+    for (arch, case), kernels in compiled.items():
+        for lowered in kernels:
+            of_kernels[arch, lowered.name].setdefault((lowered.kernel.hash, lowered.line), (case, lowered))
+    return {kernel: list(of_kernel.values()) for kernel, of_kernel in of_kernels.items()}
 
 
 every_architecture = pytest.mark.parametrize("arch", lowering.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @compiles
 @every_architecture
-@every_case
-def test_nothing_spills_and_all_fits(arch, case):
-    kernels = compiled(arch, case)
-    assert {lowered.name for lowered in kernels} == set(case.kernels)
-    for lowered in kernels:
-        used = lowering.resources(lowered)
-        print(f"sm_{arch} {lowered.name}: {used}")
-        assert used.stack == used.local == 0, f"{lowered.name} spills: {used}"
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nothing_spills_and_all_fits(binaries, arch, kernel):
+    assert binaries[arch, kernel]
+    for case, lowered in binaries[arch, kernel]:
+        used, what = lowering.resources(lowered), f"sm_{arch} {kernel} of {case}"
+        print(f"{what}: {used}")
+        assert used.stack == used.local == 0, f"{what} spills: {used}"
         assert used.registers <= 255
-        assert -(-used.registers // 8) * 8 * lowered.threads <= REGISTERS, f"{lowered.name} cannot start: {used}"
-        assert used.shared <= SHARED[arch], f"{lowered.name}: {used}"
+        assert -(-used.registers // 8) * 8 * lowered.threads <= REGISTERS, f"{what} cannot start: {used}"
+        assert used.shared <= SHARED[arch], f"{what}: {used}"
         # Sums of whole numbers are the same in every order; of floats they are not.
         atomics = re.findall(r"\b(?:atom|red)\.[\w.:]+", lowered.kernel.asm["ptx"])
         whole = [name for name in atomics if re.search(r"\.add\.[us]64$", name)]
-        assert atomics == whole, f"{lowered.name} has atomics: {atomics}"
+        assert atomics == whole, f"{what} has atomics: {atomics}"
         assert not atomics or case.name.startswith("score_counts")
 
 
 @compiles
-@every_architecture
-@pytest.mark.parametrize("case", [c for c in CASES if "sweep_kernel" in c.kernels], ids=str)
-def test_the_sweep_is_made_of_what_its_line_says(arch, case):
-    lowered = next(kernel for kernel in compiled(arch, case) if kernel.name == "sweep_kernel")
-    tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
-    scalar = lowered.line[2] == "ieee"  # and not what the inputs are: certified mining of fp32 sweeps bf16
-    assert ("fma.rn.f32" if scalar else "wgmma.mma_async" if arch == 90 else "mma.sync") in ptx
-    assert ("cp.async.bulk.tensor" if tile.tma else "cp.async") in ptx
+def test_calls_launch_what_their_line_says(compiled):
+    for (arch, case), kernels in compiled.items():
+        assert {lowered.name for lowered in kernels} == set(case.kernels), (arch, case)
 
 
 @compiles
-def test_no_load_or_store_of_a_spill_in_the_machine_code():
+@every_architecture
+def test_the_sweep_is_made_of_what_its_line_says(binaries, arch):
+    for case, lowered in binaries[arch, "sweep_kernel"]:
+        tile, ptx = tiles.SWEEP[lowered.line[1:]], lowered.kernel.asm["ptx"]
+        scalar = lowered.line[2] == "ieee"  # and not what the inputs are: certified mining of fp32 sweeps bf16
+        assert ("fma.rn.f32" if scalar else "wgmma.mma_async" if arch == 90 else "mma.sync") in ptx, case
+        assert ("cp.async.bulk.tensor" if tile.tma else "cp.async") in ptx, case
+
+
+@compiles
+def test_no_load_or_store_of_a_spill_in_the_machine_code(compiled):
     """The counts above, seen once from the other side: in the instructions of the kernels nearest to the limits."""
-    for arch, name, product in ((90, "hardest_negatives wide with ids", "bf16"), (80, "project_backward b=3", "ieee"),
-                                (90, "relative_negatives wide with ids beta=10.0", "tf32")):  # fmt: skip
-        (case,) = (case for case in CASES if (case.name, case.product) == (name, product))
-        for lowered in compiled(arch, case):
+    for call in NEAREST:
+        for lowered in compiled[call]:
             counts = lowering.instructions(lowered)
             assert counts["all"] > 100
             assert counts["STL"] == counts["LDL"] == counts["atomics"] == 0
@@ -108,10 +133,10 @@ def test_a_spill_would_be_seen(monkeypatch):
 
 
 @compiles
-def test_the_narrow_tile_of_hopper_fits_twice():
+def test_the_narrow_tile_of_hopper_fits_twice(compiled):
     """As its line says."""
-    kernels = [compiled(90, case) for case in CASES if case.name.startswith("hardest_negatives narrow")]
-    narrow = [lowered for case in kernels for lowered in case if lowered.line[1:3] == (90, "half")]
+    kernels = [kernels for (_, case), kernels in compiled.items() if case.name.startswith("hardest_negatives narrow")]
+    narrow = [lowered for call in kernels for lowered in call if lowered.line[1:3] == (90, "half")]
     assert narrow
     for lowered in narrow:
         used = lowering.resources(lowered)
@@ -119,21 +144,14 @@ def test_the_narrow_tile_of_hopper_fits_twice():
         assert 2 * (used.shared + KIB) <= 228 * KIB
 
 
-large_hardest = [
-    case
-    for case in CASES
-    if case.name.startswith(("hardest_negatives narrow", "hardest_negatives wide")) and case.product != "ieee"
-]
-
-
 @compiles
-@pytest.mark.parametrize("case", large_hardest, ids=str)
-def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
+@pytest.mark.parametrize("call", PERSISTENT, ids=lambda call: str(call[1]))
+def test_a_persistent_program_fetches_ahead_of_its_epilogue(compiled, call):
     """One loop over tiles and channels, in which the copies of steps to come stand before a complete tile's epilogue.
 
     And products that do not wait for one another, which they do when ptxas finds a sum read too early.
     """
-    lowered = next(kernel for kernel in compiled(90, case) if kernel.name == "sweep_kernel")
+    lowered = next(kernel for kernel in compiled[call] if kernel.name == "sweep_kernel")
     looped = lowered.kernel.asm["ttgir"].partition("scf.for ")[2]
     if not tiles.SWEEP[lowered.line[1:]].persistent:
         assert looped.index("scf.yield") < looped.index('"tt.reduce"')  # the epilogue comes after the loop
@@ -150,15 +168,23 @@ def test_a_persistent_program_fetches_ahead_of_its_epilogue(case):
 
 
 @compiles
-def test_every_kernel_line_and_dtype_is_compiled():
+def test_a_quarter_of_the_binaries_has_every_value():
+    binaries, chosen = ([covering.values(*call) for call in calls()] for calls in (covering.every, covering.covering))
+    every_value, values = (set().union(*(v for call in calls for v in call.values())) for calls in (binaries, chosen))
+    assert values == every_value
+    assert {(value[0], value[1]) for value in values} == {(name, arch) for name in KERNELS for arch in SHARED}
+    assert 4 * len(set().union(*chosen)) < len(set().union(*binaries))
+
+
+@compiles
+def test_every_kernel_line_and_dtype_is_compiled(compiled):
     kernels, lines = set(), set()
-    for arch in lowering.ARCHITECTURES:
-        for case in CASES:
-            for lowered in compiled(arch, case):
-                kernels.add(lowered.name)
-                if lowered.line:
-                    rounded = case.product == "ieee" and lowered.line[2:3] == ("half",)  # by certified mining
-                    lines.add((lowered.line, arch, "bf16" if rounded else case.product))
+    for (arch, case), of_call in compiled.items():
+        for lowered in of_call:
+            kernels.add(lowered.name)
+            if lowered.line:
+                rounded = case.product == "ieee" and lowered.line[2:3] == ("half",)  # by certified mining
+                lines.add((lowered.line, arch, "bf16" if rounded else case.product))
     defined = {name for module in MODULES for name, value in vars(module).items() if isinstance(value, JITFunction)}
     assert kernels == {name for name in defined if name.endswith("_kernel")}
     kinds = {"ieee": ["ieee"], "tf32": ["tf32"], "half": ["bf16", "fp16"]}

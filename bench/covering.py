@@ -1,0 +1,73 @@
+"""A quarter of all binaries, chosen so that every value of every argument of every kernel is among them.
+
+`bench/calls.py` makes over 1,800 binaries for two architectures, and each takes most of a second to compile. `make
+test` compiles the calls that `covering` chooses, `make lowering` all of them. Values are those that Triton compiles in:
+types, alignments, constants, warps and stages, and of the tile table the line; each field of a bundle has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from triton import knobs
+
+from bench import lowering, stub_driver
+from bench.calls import CASES
+from bench.case import Case
+
+Call = tuple[int, Case]  # on this architecture
+
+
+def every() -> list[Call]:
+    return [(arch, case) for arch in lowering.ARCHITECTURES for case in CASES]
+
+
+@functools.cache
+def covering() -> list[Call]:
+    """Again and again the call that adds the most values for each binary it adds, until no value is missing."""
+    binaries = {call: values(*call) for call in every()}
+    adds = {call: set().union(*of_call.values()) for call, of_call in binaries.items()}  # values, of those missing
+    compiled: set[str] = set()
+    chosen = []
+    while adds:
+        best = max(adds, key=lambda call: len(adds[call]) / max(len(binaries[call].keys() - compiled), 1))
+        chosen.append(best)
+        compiled.update(binaries[best])
+        complete = adds[best]
+        adds = {call: missing for call in adds if (missing := adds[call] - complete)}
+    return chosen
+
+
+@functools.cache
+def values(arch: int, case: Case) -> dict[str, set]:
+    """Of every binary that the call needs, by name: the values of its arguments. Nothing is compiled."""
+    binaries: dict[str, set] = {}
+
+    def seen(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        types = fields(tuple(compile["signature"].values()))
+        launch = [("warps", compile["num_warps"]), ("stages", compile["num_stages"])]
+        compiled_in = (*types, *launch, *compile["constants"].items(), *compile["configs"][0].items())
+        binaries[f"{fn.name} {arch} {key}"] = {(fn.name, arch, place, repr(value)) for place, value in compiled_in}
+        return True  # it is not compiled
+
+    with (
+        mock.patch.object(knobs.runtime, "jit_cache_hook", seen),
+        mock.patch.object(stub_driver.Target, "get_current_device", lambda target: -target.arch),  # it has no binaries
+    ):
+        for lowered in lowering.lower(case, arch):
+            if lowered.line:  # every line with every dtype
+                name = next(binary for binary in binaries if binary.startswith(f"{lowered.name} "))
+                binaries[name].add((lowered.name, arch, lowered.line, case.product))
+    return binaries
+
+
+def fields(bundle: Any, place: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
+    """(place, value) of everything in nested tuples."""
+    if isinstance(bundle, tuple):
+        for k, field in enumerate(bundle):
+            yield from fields(field, (*place, k))
+    else:
+        yield place, bundle
