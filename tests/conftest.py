@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -57,6 +58,17 @@ def pytest_configure(config):
     interpreter_process.register(config, config.getoption("--served-by"), torch.cuda.is_available())
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection():
+    """Tens of thousands of tests stay until the end: Python need not look at them again and again."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_itemcollected(item):
     """Tests of Triton kernels are tests of a card, but for the interpreter's process."""
     if item.get_closest_marker("triton") and not interpreter_process.HERE:
@@ -83,7 +95,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fixed_surroundings():
     """Every test starts from the same random state, and leaves the thread count as it was."""
-    torch.manual_seed(0)
+    # torch.manual_seed keeps, for each kind of device that is not there, the stack of every call.
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

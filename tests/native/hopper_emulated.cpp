@@ -1,5 +1,6 @@
 // The ops of csrc/cuda, their sources on the card of hopper_emulator.h, on CPU tensors: torch.ops.gssf_emulated, as of
 // the module's import.
+#pragma GCC optimize("O3")  // it computes for longer than it compiles
 #include "hopper_emulator.h"
 
 #include "cuda/hardest_launch.h"

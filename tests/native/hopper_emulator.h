@@ -11,6 +11,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -89,9 +90,10 @@ struct Warpgroup {
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it waits
   std::unique_ptr<char[]> stack;
-  bool over = false, fenced = false;
+  bool started = false, over = false, fenced = false;
   std::function<bool()> ready = [] { return true; };
   const char* waits_for = "its start";
   int64_t issued = 0;             // products
@@ -121,11 +123,11 @@ class Block {
     now = this;
     for (auto& fiber : fibers_) {
       fiber.stack.reset(new char[kStack]);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::begin, 0);
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = fiber.stack.get();
+      fiber.start.uc_stack.ss_size = kStack;
+      fiber.start.uc_link = nullptr;
+      makecontext(&fiber.start, &Block::begin, 0);
     }
     while (step()) {
     }
@@ -142,13 +144,13 @@ class Block {
     error_ = what;
     Fiber& fiber = self();
     fiber.over = true;
-    swapcontext(&fiber.context, &home_);
+    leave(fiber);
   }
 
   void wait_until(const char* what, std::function<bool()> ready) {
     Fiber& fiber = self();
     fiber.waits_for = what, fiber.ready = std::move(ready);
-    swapcontext(&fiber.context, &home_);
+    leave(fiber);
   }
 
   // Waits for `count` threads. Returns the number of the meeting.
@@ -243,7 +245,19 @@ class Block {
     now->kernel_();
     Fiber& fiber = now->self();
     fiber.over = true;
-    swapcontext(&fiber.context, &now->home_);
+    now->leave(fiber);
+  }
+
+  // A fiber's first turn is by setcontext, all others by a jump: ucontext asks the kernel for the signal mask each
+  // time.
+  void enter(Fiber& fiber) {
+    if (_setjmp(home_) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+  void leave(Fiber& fiber) {
+    if (_setjmp(fiber.place) == 0) _longjmp(home_, 1);
   }
 
   uint32_t random() { return random_ ^= random_ << 13, random_ ^= random_ >> 17, random_ ^= random_ << 5; }
@@ -263,7 +277,7 @@ class Block {
       if (!fibers_[next].ready()) continue;
       running_ = next;
       fibers_[next].ready = [] { return true; };
-      swapcontext(&home_, &fibers_[next].context);
+      enter(fibers_[next]);
       return true;
     }
     if (all_over) {
@@ -338,9 +352,11 @@ class Block {
       for (int k = 0; k < 16; ++k) b[k * product.columns + c] = element(product.b, product.number, c, k);
     std::vector<float> sum(64 * product.columns);
     for (int r = 0; r < 64; ++r)
-      for (int k = 0; k < 16; ++k)
-        for (int c = 0; c < product.columns; ++c)
-          sum[r * product.columns + c] += a[r * 16 + k] * b[k * product.columns + c];
+      for (int k = 0; k < 16; ++k) {
+        float* __restrict into = &sum[r * product.columns];  // a loop of vectors
+        const float *from = &b[k * product.columns], factor = a[r * 16 + k];
+        for (int c = 0, columns = product.columns; c < columns; ++c) into[c] += factor * from[c];
+      }
     ++group.over;
     const int first = (&group - groups_.data()) * hopper::kWarpgroup;
     for (int t = 0; t < hopper::kWarpgroup; ++t) {
@@ -367,7 +383,7 @@ class Block {
   std::map<Barrier*, Mbarrier> mbarriers_;
   std::vector<Copy> copies_;
   uint8_t* memory_;
-  ucontext_t home_;
+  jmp_buf home_;
   std::string error_;
   uint32_t random_;
 };

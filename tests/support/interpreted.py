@@ -24,12 +24,13 @@ both_halves = pytest.mark.parametrize("dtype", FLOATS[1:], ids=lambda d: str(d)[
 
 
 def hasten() -> None:
-    """Spares the interpreter five habits that took most of its time. No result changes.
+    """Spares the interpreter habits that took most of its time. No result changes.
 
     It reduces number by number with any function but Triton's own sums and maxima: here by halves, as on a card. It
     patches `triton.language` at every call of a function by a kernel: here once a launch. And it looks whether sums
     of integers overflow, but says so only when debugging: here it does not look. For every operation it makes the type
-    and the shape of what comes out anew, and all that it knows of NumPy's dtypes: here once.
+    and the shape of what comes out anew, and all that it knows of NumPy's dtypes: here once. And it compares shapes
+    number by number and types by their names: here the same object is equal to itself.
     """
     from triton.language import core
     from triton.runtime import interpreter
@@ -46,9 +47,12 @@ def hasten() -> None:
             values = values if isinstance(values, tuple) else (values,)
         return [self.to_tensor(v.handle.data.squeeze(axis), v.dtype) for v in values]
 
+    @functools.cache
+    def used_by(fn):
+        return [m for m in (interpreter.tl, core) if any(value is m for value in fn.__globals__.values())]
+
     def patch_once(fn):
-        modules = [m for m in (interpreter.tl, core) if any(value is m for value in fn.__globals__.values())]
-        return patch(fn) if any(core.is_builtin(m.load) for m in modules) else interpreter._LangPatchScope()
+        return patch(fn) if any(core.is_builtin(m.load) for m in used_by(fn)) else interpreter._LangPatchScope()
 
     interpreter.ReduceOps.generic_reduce, interpreter._patch_lang = reduce, patch_once
     builder = interpreter.interpreter_builder
@@ -68,6 +72,7 @@ def hasten() -> None:
     def make_type_once(self, element_ty, shape):
         if not hasattr(self, "name"):
             make_type(self, element_ty, shape)
+            self.sizes, self.of_elements = tuple(core._unwrap_if_constexpr(size) for size in self.shape), {}
 
     def make_tensor(self, handle, type):
         if not hasattr(type, "of_its_tensors"):
@@ -80,9 +85,40 @@ def hasten() -> None:
         type = type.element_ty if isinstance(type, core.block_type) else type
         return uint64 if isinstance(type, core.pointer_type) else known_dtype(type)
 
+    def with_element_once(self, element):
+        if element.is_ptr():  # it has no hash
+            return core.block_type(element, self.shape)
+        if element not in self.of_elements:
+            self.of_elements[element] = core.block_type(element, self.shape)
+        return self.of_elements[element]
+
+    def broadcast_if_shapes_differ(self, lhs, rhs):
+        if getattr(lhs.type, "sizes", None) == getattr(rhs.type, "sizes", None):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    def identical_first(equal):
+        return lambda self, other: self is other or equal(self, other)
+
+    wrapper = core.load.__code__  # of all that is @builtin: it looks whether there is a semantic
+
+    def with_semantic(obj, name, member, builder, scope):
+        fn = member.__wrapped__ if getattr(member, "__code__", None) is wrapper else member
+
+        def interpreted(*arguments, **options):
+            options["_semantic"] = interpreter.interpreter_semantic
+            return fn(*arguments, **options)
+
+        scope.set_attr(obj, name, interpreted)
+
     uint64 = interpreter._get_np_dtype(core.uint64)
     core.block_type.__new__, core.block_type.__init__ = one_of_a_kind, make_type_once
     core.tensor.__init__, interpreter._get_np_dtype = make_tensor, dtype_of
+    core.block_type.with_element_ty, interpreter._patch_attr = with_element_once, with_semantic
+    semantic = type(interpreter.interpreter_semantic)
+    broadcast, semantic.broadcast_impl_value = semantic.broadcast_impl_value, broadcast_if_shapes_differ
+    for kind in (core.dtype, core.pointer_type, core.block_type):
+        kind.__eq__ = identical_first(kind.__eq__)
 
 
 if INTERPRETED:

@@ -46,7 +46,7 @@ def small_tiles(which):
     settings = {"sweep_tile": lambda *_: sweep}
     if which == "exact":
         rescore = {"one": tiles.Rescore(32, 2, 1, 1, 4), "all": tiles.Rescore(16, 2, 16, 1, 4)}
-        settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "ROUND": tiles.Pass(8, 16, 4), "RESCORE": rescore}
+        settings |= {"MIN_SLAB_BLOCKS": 2, "SLAB_ENTRIES": 0, "ROUND": tiles.Pass(16, 32, 4), "RESCORE": rescore}
         return settings
     settings |= {"MERGE_PARTIALS": 4 if which == "many" else 2, "MERGE_LANES": 32}
     if which == "row panels":
@@ -71,8 +71,10 @@ def small_tiles(which):
 def use_small_tiles(which, monkeypatch):
     for name, value in small_tiles(which).items():
         monkeypatch.setattr(plan if hasattr(plan, name) else tiles, name, value)
-    if which == "exact" and INTERPRETED:  # whose bf16 is wrong
-        monkeypatch.setattr(certified, "ROUNDED", torch.float32)
+    if which == "exact":
+        monkeypatch.setattr(certified, "MULTIPLE", 32)
+        if INTERPRETED:  # whose bf16 is wrong
+            monkeypatch.setattr(certified, "ROUNDED", torch.float32)
 
 
 # Inputs
