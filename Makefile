@@ -21,7 +21,7 @@ NVCC_HOME = $(or $(CUDA_HOME),$(abspath $(shell nvcc --dryrun -E -x cu /dev/null
 help:
 	@echo "make demo    set up, then train the emoji retrieval example (about two minutes)"
 	@echo "make test    set up, then run the tests"
-	@echo "make lowering   compile and launch every binary of every Triton kernel; make test does so with a quarter"
+	@echo "make lowering   compile and launch every binary of every Triton kernel; make test does so with one in nine"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   time and memory against plain PyTorch and the installed peers, into docs/benchmarks.md and README.md (3 minutes)"
 	@echo "make mutate  plant faults in a copy of the sources and see a test catch each"

@@ -20,7 +20,7 @@ def one_line(s, threshold, beta):
     s = s[s != -math.inf]
     if s.size == 0:
         return 0.0, -math.inf
-    place = int(np.isnan(s).argmax()) if np.isnan(s).any() else s.tolist().index(s.max())
+    place = int(s.argmax())  # the first NaN, else the first of the largest
     n, others = s[place], np.delete(s, place)
     others = others[~(others < threshold)]
     if beta is None:
@@ -29,7 +29,7 @@ def one_line(s, threshold, beta):
         terms = n - others if beta is None else np.exp(-beta * (n - others))
     if terms.size == 0:
         return 0.0, n
-    return (math.fsum(terms) if np.isfinite(terms).all() else terms.sum()) / terms.size, n
+    return (math.fsum(terms.tolist()) if np.isfinite(terms).all() else terms.sum()) / terms.size, n
 
 
 def truth(a, b, threshold, beta, a_ids=None, b_ids=None):

@@ -49,4 +49,4 @@ def test_every_argument_is_packed(request, tmp_path):
     command = [sys.executable, "-c", RUN, "every" if every else "covering"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[0]) > (1500 if every else 400)
+    assert int(done.stdout.split()[0]) > (1500 if every else 200)
