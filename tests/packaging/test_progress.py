@@ -34,6 +34,12 @@ def test_time_left_is_what_the_record_says_at_the_pace_of_what_is_done():
     new.seconds = {"b.py": 10.0}
     new.begin(["tests/b.py::z", "tests/b.py::y", "tests/c.py::new"])  # of which there is no record: as long as others
     assert new.left() == 15.0
+    at[0] += 200
+    new.seconds = {"b.py": 1000.0}
+    new.begin([f"tests/b.py::{k}" for k in range(1000)])
+    new.started -= 200
+    new.pytest_runtest_logfinish("tests/b.py::0")  # which waited for what all need: it says nothing of the others
+    assert new.left() == 999.0
 
 
 def test_files_that_take_long_come_first(request):

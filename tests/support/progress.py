@@ -77,7 +77,7 @@ class Progress:
         return f"{done:,} of {total:,} tests, {clock(gone)} gone, about {clock(self.left())} left{failed}"
 
     def left(self):
-        """Seconds: what the record says is left, at the pace of what is done."""
+        """Seconds: what the record says is left, at the pace of what is done, once that is a hundredth."""
         known = sum(self.seconds.get(file, 0.0) for file in self.all)
         a_test = known / max(sum(count for file, count in self.all.items() if file in self.seconds), 1) or 1.0
         done = left = 0.0
@@ -86,7 +86,7 @@ class Progress:
             share = self.done[file] / count
             done, left = done + seconds * share, left + seconds * (1 - share)
         gone = self.now() - self.started
-        return left * gone / done if done else left
+        return left * gone / done if done > left / 100 else left
 
     def say(self, text):
         self.config.pluginmanager.get_plugin("terminalreporter").write_line(text)
