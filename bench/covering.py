@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-from triton import knobs
-
 from bench import lowering, stub_driver
 from bench.calls import CASES
 from bench.case import Case
@@ -56,7 +54,7 @@ def values(arch: int, case: Case) -> dict[str, set]:
         return True  # it is not compiled
 
     with (
-        mock.patch.object(knobs.runtime, "jit_cache_hook", seen),
+        lowering.before_compiling(seen),
         mock.patch.object(stub_driver.Target, "get_current_device", lambda target: -target.arch),  # it has no binaries
     ):
         for lowered in lowering.lower(case, arch):
