@@ -6,7 +6,7 @@ measure.py  correctness first, then interleaved turns; clock.py and ceilings.py 
 whole.py    the fp64 truth at the timed shape, in chunks of rows
 worker.py   measures in a process of its own; runner.py keeps the books and survives its crashes
 calls.py        the calls of every launcher that lowering.py compiles and sanitize.py runs
-covering.py     one in nine of them, which have every value of every argument between them
+covering.py     which of them make test compiles: one binary in nine, and every value of every argument
 lowering.py     every kernel compiled without a GPU: registers, spills, machine code
 first_light.py  the first four minutes on a GPU, and a dry run of them without one; its parts are in light/
 gpu_check.sh    the next seven: tests of a card; sanitize.py and tune.py are stages of it

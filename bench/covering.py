@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 from bench import lowering, stub_driver
@@ -20,6 +20,13 @@ from bench.case import Case
 Call = tuple[int, Case]  # on this architecture
 
 
+class Needs(NamedTuple):
+    """The binaries that a call needs, by name, and the values that they have compiled in, each with its kernel."""
+
+    binaries: frozenset[str]
+    values: frozenset[tuple]
+
+
 def every() -> list[Call]:
     return [(arch, case) for arch in lowering.ARCHITECTURES for case in CASES]
 
@@ -27,41 +34,39 @@ def every() -> list[Call]:
 @functools.cache
 def covering() -> list[Call]:
     """Again and again the call that adds the most values for each binary it adds, until no value is missing."""
-    binaries = {call: values(*call) for call in every()}
-    adds = {call: set().union(*of_call.values()) for call, of_call in binaries.items()}  # values, of those missing
+    missing = {call: needs(*call).values for call in every()}
     compiled: set[str] = set()
     chosen = []
-    while adds:
-        best = max(adds, key=lambda call: len(adds[call]) / max(len(binaries[call].keys() - compiled), 1))
+    while missing:
+        best = max(missing, key=lambda call: len(missing[call]) / max(len(needs(*call).binaries - compiled), 1))
         chosen.append(best)
-        compiled.update(binaries[best])
-        complete = adds[best]
-        adds = {call: missing for call in adds if (missing := adds[call] - complete)}
+        compiled |= needs(*best).binaries
+        missing = {call: left for call, values in missing.items() if (left := values - needs(*best).values)}
     return chosen
 
 
 @functools.cache
-def values(arch: int, case: Case) -> dict[str, set]:
-    """Of every binary that the call needs, by name: the values of its arguments. Nothing is compiled."""
-    binaries: dict[str, set] = {}
+def needs(arch: int, case: Case) -> Needs:
+    """What the call needs; nothing is compiled."""
+    binaries: set[str] = set()
+    values: set[tuple] = set()
 
-    def seen(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+    def note(*, key: Any, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         types = fields(tuple(compile["signature"].values()))
         launch = [("warps", compile["num_warps"]), ("stages", compile["num_stages"])]
         compiled_in = (*types, *launch, *compile["constants"].items(), *compile["configs"][0].items())
-        of_binary: set[tuple] = {(fn.name, place, repr(value)) for place, value in compiled_in}
-        binaries[f"{fn.name} {arch} {key}"] = of_binary | {(fn.name, arch)}
+        binaries.add(f"{fn.name} {arch} {key}")
+        values.update((fn.name, place, repr(value)) for place, value in compiled_in)
+        values.add((fn.name, arch))
         return True  # it is not compiled
 
     with (
-        lowering.before_compiling(seen),
+        lowering.before_compiling(note),
         mock.patch.object(stub_driver.Target, "get_current_device", lambda target: -target.arch),  # it has no binaries
     ):
-        for lowered in lowering.lower(case, arch):
-            if lowered.line:  # every line with every dtype
-                name = next(binary for binary in binaries if binary.startswith(f"{lowered.name} "))
-                binaries[name].add((lowered.line, arch, case.product))
-    return binaries
+        lines = {lowered.line for lowered in lowering.lower(case, arch) if lowered.line}
+    values.update((line, arch, case.product) for line in lines)
+    return Needs(frozenset(binaries), frozenset(values))
 
 
 def fields(bundle: Any, place: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:

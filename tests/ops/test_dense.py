@@ -87,7 +87,8 @@ for name in LOSSES:
     if (child := os.fork()) == 0:  # each in a process of its own, which has imported everything
         peak(name, int(sys.argv[1]))
         os._exit(0)
-    os.waitpid(child, 0)
+    if os.waitpid(child, 0)[1] != 0:
+        sys.exit(f"{name} failed")
 """
 LARGE = 8192
 
@@ -96,8 +97,9 @@ LARGE = 8192
 def peaks_kib():
     """{loss: what forward and backward of LARGE rows and columns add to the largest memory of a process}"""
     command = [sys.executable, "-c", _PEAK, str(LARGE), str(Path(dense_cases.__file__).parent)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(kib) for kib, name in (line.split(" ", 1) for line in said.splitlines())}
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {name: int(kib) for kib, name in (line.split(" ", 1) for line in done.stdout.splitlines())}
 
 
 @pytest.mark.skipif(gk.backends()["logsumexp_scores"]["cpu"] != "cpp", reason="the reference pass copies its chunk")

@@ -30,8 +30,7 @@ def hasten() -> None:
     patches `triton.language` at every call of a function by a kernel: here once a launch. And it looks whether sums
     of integers overflow, but says so only when debugging: here it does not look. For every operation it makes the type
     and the shape of what comes out anew, and all that it knows of NumPy's dtypes: here once. And it compares shapes
-    number by number and types by their names: here the same object is equal to itself. Nor does it look at the size of
-    NumPy's numbers for every tensor it makes.
+    number by number and types by their names: here the same object is equal to itself.
     """
     from triton.language import core
     from triton.runtime import interpreter
@@ -86,9 +85,6 @@ def hasten() -> None:
         type = type.element_ty if isinstance(type, core.block_type) else type
         return uint64 if isinstance(type, core.pointer_type) else known_dtype(type)
 
-    def make_handle(self, data, dtype, attr=None):
-        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
-
     def with_element_once(self, element):
         if element.is_ptr():  # it has no hash
             return core.block_type(element, self.shape)
@@ -118,7 +114,6 @@ def hasten() -> None:
     uint64 = interpreter._get_np_dtype(core.uint64)
     core.block_type.__new__, core.block_type.__init__ = one_of_a_kind, make_type_once
     core.tensor.__init__, interpreter._get_np_dtype = make_tensor, dtype_of
-    interpreter.TensorHandle.__init__ = make_handle
     core.block_type.with_element_ty, interpreter._patch_attr = with_element_once, with_semantic
     semantic = type(interpreter.interpreter_semantic)
     broadcast, semantic.broadcast_impl_value = semantic.broadcast_impl_value, broadcast_if_shapes_differ

@@ -31,7 +31,7 @@ from gssf_kernels import _library, plan
 calls = getattr(covering, sys.argv[1])()
 for arch in lowering.ARCHITECTURES:
     with stub_driver.installed(arch):
-        for case in (case for of, case in calls if of == arch):
+        for case in (case for its_arch, case in calls if its_arch == arch):
             before, product = stub_driver.launches(), "ieee" if PRODUCTS[case.product][1] == "highest" else "tf32"
             with (
                 mock.patch.object(plan, "fp32_products", lambda device: product),
