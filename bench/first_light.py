@@ -9,9 +9,9 @@ printed last), kernels.tar.gz (the code of kernels that were wrong or raised) an
 anything was wrong, raised, or was not reached.
 
 Without a card the kernels are compiled for sm_90 and launched, at their real sizes, into a driver that does nothing;
-the CPU's results of fewer rows go through comparison and report. --plant FAULT:ITEM puts one fault there ("wrong tile",
-"nan" or "exception"). --save-kernels packs what was compiled, and --kernels brings it along to the card, whose minutes
-are too few to compile in: it has to be made by the same Triton.
+the CPU's results of fewer rows go through comparison and report. --plant FAULT:ITEM puts one there ("wrong tile", "nan"
+or "exception"); it and --only may be repeated. --save-kernels packs what was compiled, and --kernels brings it along to
+the card, whose minutes are too few to compile in: it has to be made by the same Triton.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ class Run:
         self.dry, self.out, self.work = arguments.dry_run, arguments.out, work
         self.environment = {**os.environ, **environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         self.environment.setdefault("OMP_NUM_THREADS", "1")
-        fault, _, item = (arguments.plant or "").partition(":")
-        self.plant = {"fault": fault, "item": item} if fault else {}
+        self.planted = {item: fault for fault, _, item in (words.partition(":") for words in arguments.plant or ())}
         self.findings = Findings(self.out)
         self.log = (self.out / "log.txt").open("w")
         self.code = work / "code"
@@ -177,7 +176,7 @@ class Run:
         self.findings.add({"kind": "died", "item": str(task), "error": "under compute-sanitizer", "sanitizer": text})
 
     def _plan(self, kind: str, tasks: list[Any]) -> dict[str, Any]:
-        return {"kind": kind, "tasks": tasks, "dry": self.dry, "plant": self.plant, "code": str(self.code)}
+        return {"kind": kind, "tasks": tasks, "dry": self.dry, "planted": self.planted, "code": str(self.code)}
 
     def _worker(self) -> list[str]:
         return [sys.executable, "-m", "bench.light.worker"]
@@ -302,12 +301,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python bench/first_light.py", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder for what is found")
     parser.add_argument("--dry-run", action="store_true", help="without a card: compile, launch into nothing, report")
-    parser.add_argument("--only", default="", help="items whose name holds this (smoke and hopper too are items)")
+    parser.add_argument("--only", action="append", help="items whose names hold one of these; smoke and hopper too")
     parser.add_argument("--seconds", type=float, help=f"for all of it: {SECONDS['card']}, or {SECONDS['dry']} dry")
     parser.add_argument("--workers", type=int, help="processes side by side: two thirds of the cores, all of them dry")
     parser.add_argument("--kernels", type=Path, help="compiled kernels to bring along")
     parser.add_argument("--save-kernels", type=Path, help="pack what was compiled; nothing is taken from elsewhere")
-    parser.add_argument("--plant", help='a fault, dry: "wrong tile:ITEM", "nan:ITEM" or "exception:ITEM"')
+    parser.add_argument("--plant", action="append", help='dry: "wrong tile:ITEM", "nan:ITEM" or "exception:ITEM"')
     arguments = parser.parse_args()
     arguments.seconds = arguments.seconds or SECONDS["dry" if arguments.dry_run else "card"]
     cores = len(os.sched_getaffinity(0))
@@ -355,7 +354,7 @@ def go(run: Run, arguments: argparse.Namespace) -> int:
     from bench.light.items import ITEMS
 
     def wanted(name: str) -> bool:
-        return arguments.only in name
+        return not arguments.only or any(part in name for part in arguments.only)
 
     programs = [name for name in smoke.PROGRAMS if wanted(f"smoke {name}")]
     families = {family: [item for item in items if wanted(str(item))] for family, items in ITEMS.items()}

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     command: str
     user_variants: Mapping[str, str] = MappingProxyType({})  # name, "module:function"
     silence_s: float = 300.0  # without a word from the worker, after which it is stopped
+    start_s: float = 300.0  # until its first word
 
 
 class _Lost(Exception):
@@ -180,13 +181,15 @@ class Run:
         try:
             process.stdin.write(json.dumps(plan))
             process.stdin.close()
-            while (line := lines.get(timeout=self.plan.silence_s)) is not None:
+            limit_s = self.plan.start_s
+            while (line := lines.get(timeout=limit_s)) is not None:
                 yield json.loads(line)
+                limit_s = self.plan.silence_s
             code = process.wait()
             if code:
                 raise _Lost("crashed", f"ended with signal {-code}" if code < 0 else f"ended with status {code}")
         except queue.Empty:
-            raise _Lost("timed out", f"was silent for {self.plan.silence_s:.0f} s and was stopped") from None
+            raise _Lost("timed out", f"was silent for {limit_s:.0f} s and was stopped") from None
         finally:
             process.kill()
             process.wait()

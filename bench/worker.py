@@ -103,7 +103,8 @@ def candidates(case: Case, names: list[str], user_variants: dict[str, str]) -> d
 def time_case(case: Case, names: list[str], plan: dict) -> None:
     """Turns, until the case's seconds are spent: at least min_turns, at most max_turns, after one to warm up."""
     op = OPS[case.op]
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # else no variant has compiled anything, and importing it takes seconds
+        torch._dynamo.reset()
     right = candidates(case, names, plan["user_variants"])
     start, turns = time.perf_counter(), -1
     while right and turns < plan["max_turns"]:

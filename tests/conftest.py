@@ -18,6 +18,7 @@ os.environ.setdefault("TRITON_DISABLE_LINE_INFO", "1")
 import interpreter_process
 import progress
 import torch
+from fresh_process import FreshProcesses
 
 from gssf_kernels import plan
 
@@ -113,6 +114,14 @@ def _small_tiles(request, monkeypatch):
         from triton_checks import use_small_tiles
 
         use_small_tiles(*marker.args, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def run_fresh():
+    """run_fresh(code, *arguments): see fresh_process.py."""
+    processes = FreshProcesses()
+    yield processes
+    processes.end()
 
 
 @pytest.fixture(params=[1, 700, 1 << 22], ids=["chunks of 16 rows", "ragged chunks", "one chunk"])

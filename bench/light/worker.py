@@ -3,8 +3,8 @@
     echo PLAN | python -m bench.light.worker
 
 An exception ends the process: after an illegal access nothing more can be believed. `bench/first_light.py` starts it,
-listens, and starts another for what is left. The plan: kind ("item" or "headline"), tasks, dry, plant, code (the folder
-for kernels' code).
+listens, and starts another for what is left. The plan: kind ("item" or "headline"), tasks, dry, planted ({item: its
+fault}), code (the folder for kernels' code).
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Dry:
     Launches are of the item's own size, on tensors without values; results of fewer rows.
     """
 
-    def __init__(self, recorder: Recorder, plant: dict[str, str]) -> None:
-        self.recorder, self.plant = recorder, plant
+    def __init__(self, recorder: Recorder, planted: dict[str, str]) -> None:
+        self.recorder, self.planted = recorder, planted
         self.item: Item | None = None
 
     def problem(self, item: Item) -> tuple[Item, tuple]:
@@ -124,18 +124,17 @@ class Dry:
 
     def launch(self, item: Item) -> None:
         inputs = item.inputs(NO_VALUES)
-        self.recorder.fails = self.plant.get("fault") == "exception" and self.plant["item"] == str(item)
+        self.recorder.fails = self.planted.get(str(item)) == "exception"
         with stub_driver.installed(ARCH), device_path(ARCH, self.recorder.launch):
             compare.results(item, gk, *inputs)
 
     def _planted(self, results: compare.Results) -> compare.Results:
         """The results, with the fault that the plan asks for; a wrong tile is one of the persistent sweep's."""
-        if self.plant.get("item") != str(self.item):
-            return results
-        if self.plant["fault"] == "nan":
+        fault = self.planted.get(str(self.item))
+        if fault == "nan":
             first = next(gradient for name, gradient in results.items() if name.startswith("d "))
             first[5, 3] = float("nan")
-        if self.plant["fault"] == "wrong tile" and plan.sweep_tile is _TABLE:
+        if fault == "wrong tile" and plan.sweep_tile is _TABLE:
             results["row_score"][128:256] += 1.0
         return results
 
@@ -206,7 +205,7 @@ def bits_of_the_cpu(item: Item, ours: compare.Results) -> bool | None:
 def main() -> int:
     plan = speak_json()
     recorder, code = Recorder(plan["dry"]), Path(plan["code"])
-    place = Dry(recorder, plan.get("plant", {})) if plan["dry"] else Card(recorder)
+    place = Dry(recorder, plan.get("planted", {})) if plan["dry"] else Card(recorder)
     task: Item | headline.Headline
     for fields in plan["tasks"]:
         task = Item(*fields) if plan["kind"] == "item" else headline.Headline(*fields)

@@ -51,16 +51,30 @@ def dry_run(out, *words):
     return Light(done.returncode, findings, done.stdout, archived)
 
 
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A dry run of three items and of the smoke programs."""
+    words = "--only", "hardest_negatives bf16 129x257x40", "--only", "smoke"
+    return dry_run(tmp_path_factory.mktemp("right") / "out", *words)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """A dry run of three items, with a fault in each."""
+    faults = f"exception:{NARROW}", f"wrong tile:{NARROW} ids", f"nan:{NARROW} b = a"
+    words = (word for fault in faults for word in ("--plant", fault))
+    return dry_run(tmp_path_factory.mktemp("wrong") / "out", "--only", NARROW, *words)
+
+
 @needs_compiler
-def test_nothing_wrong_without_a_fault(tmp_path):
-    light = dry_run(tmp_path / "out", "--only", "hardest_negatives bf16 129x257x40")
-    assert light.status == 0, light.summary
-    (facts,) = light.of("facts")
+def test_nothing_wrong_without_a_fault(right):
+    assert right.status == 0, right.summary
+    (facts,) = right.of("facts")
     assert "NOTHING RAN ON A CARD" in facts["mode"]
-    assert {finding["item"] for finding in light.of("item")} == {
+    assert {finding["item"] for finding in right.of("item")} == {
         f"hardest_negatives bf16 129x257x40{variant}" for variant in ("", " ids", " b = a")
     }
-    for finding in light.of("item"):
+    for finding in right.of("item"):
         assert finding["error over allowed"] <= 1
         assert finding["equal bits"]
         kernels = {kernel["kernel"]: kernel for kernel in finding["kernels"]}
@@ -68,54 +82,48 @@ def test_nothing_wrong_without_a_fault(tmp_path):
         assert 0 < kernels["sweep_kernel"]["registers"] <= 255
         assert kernels["sweep_kernel"]["BN"] == 64
         assert all(kernel["spills"] == 0 and kernel["shared"] >= 0 for kernel in kernels.values())
-    assert "hardest_negatives | 3 of 3 | 0" in light.summary
+    assert "hardest_negatives | 3 of 3 | 0" in right.summary
 
 
 @needs_compiler
-def test_the_smoke_programs_are_launched(tmp_path):
-    light = dry_run(tmp_path / "out", "--only", "smoke")
-    assert light.status == 0, light.summary
-    programs = {finding["name"]: finding for finding in light.of("smoke")}
+def test_the_smoke_programs_are_launched(right):
+    programs = {finding["name"]: finding for finding in right.of("smoke")}
     assert set(programs) == {"tma", "tile", "persistent", "products"}
     assert programs["persistent"]["kernels"][0]["PERSISTENT"]
     assert not programs["tile"]["kernels"][0]["PERSISTENT"]
 
 
 @needs_compiler
-def test_a_planted_wrong_tile(tmp_path):
-    light = dry_run(tmp_path / "out", "--only", NARROW, "--plant", f"wrong tile:{NARROW} ids")
-    assert light.status == 1
-    (wrong,) = (finding for finding in light.of("item") if report.is_wrong(finding))
-    assert wrong["item"] == f"{NARROW} ids"
-    (mismatch,) = wrong["mismatches"]
+def test_a_planted_wrong_tile(wrong):
+    assert wrong.status == 1
+    (finding,) = wrong.of("item", f"{NARROW} ids")
+    assert report.is_wrong(finding)
+    (mismatch,) = finding["mismatches"]
     assert (mismatch["result"], mismatch["first"], mismatch["wrong rows"]) == ("row_score", [128], 128)
     assert mismatch["value"] == pytest.approx(mismatch["truth"] + 1)
     assert mismatch["share"] == "tile row 1"
     assert not mismatch["nan"]
-    assert wrong["equal bits"]
-    assert wrong["agree"] == {"persistent=0": "right", "tma=False": "right", "three programs": "right"}
-    assert any(name.endswith(".cubin") for name in light.archived)
-    assert set(wrong["code"]) == set(light.archived)
-    assert "share tile row 1" in light.summary
+    assert finding["equal bits"]
+    assert finding["agree"] == {"persistent=0": "right", "tma=False": "right", "three programs": "right"}
+    assert any(name.endswith(".cubin") for name in finding["code"])
+    assert set(finding["code"]) <= set(wrong.archived)
+    assert "share tile row 1" in wrong.summary
 
 
 @needs_compiler
-def test_a_planted_nan(tmp_path):
-    light = dry_run(tmp_path / "out", "--only", NARROW, "--plant", f"nan:{NARROW}")
-    assert light.status == 1
-    (wrong,) = (finding for finding in light.of("item") if report.is_wrong(finding))
-    (mismatch,) = wrong["mismatches"]
+def test_a_planted_nan(wrong):
+    (finding,) = wrong.of("item", f"{NARROW} b = a")
+    assert report.is_wrong(finding)
+    (mismatch,) = finding["mismatches"]
     assert (mismatch["result"], mismatch["first"], mismatch["nan"]) == ("d a", [5, 3], True)
-    assert wrong["error over allowed"] == "inf"
-    assert wrong["agree"]["persistent=0"] == "wrong, the same bits"
+    assert finding["error over allowed"] == "inf"
+    assert finding["agree"]["persistent=0"] == "wrong, the same bits"
 
 
 @needs_compiler
-def test_a_planted_exception_is_looked_into_and_the_rest_goes_on(tmp_path):
-    light = dry_run(tmp_path / "out", "--only", NARROW, "--plant", f"exception:{NARROW}")
-    assert light.status == 1
-    assert {finding["item"] for finding in light.of("item")} == {f"{NARROW} ids", f"{NARROW} b = a"}
-    first, again = light.of("exception")
+def test_a_planted_exception_is_looked_into_and_the_rest_goes_on(wrong):
+    assert {finding["item"] for finding in wrong.of("item")} == {f"{NARROW} ids", f"{NARROW} b = a"}
+    first, again = wrong.of("exception")
     assert first["item"] == again["item"] == NARROW
     assert "again" not in first
     assert again["again"] == "CUDA_LAUNCH_BLOCKING=1"
@@ -127,9 +135,9 @@ def test_a_planted_exception_is_looked_into_and_the_rest_goes_on(tmp_path):
     sweep = first["launches"][0]
     assert sweep["arguments"][0].startswith("descriptor [128, 64] of bfloat16[4224, 320] stride [320, 1] on ")
     for kind in ("ttgir", "ptx", "cubin"):
-        assert any(name.startswith("merge_kernel") and name.endswith(kind) for name in light.archived)
-    assert "NOT REACHED" not in light.summary
-    assert "last launch: merge_kernel" in light.summary
+        assert any(name.startswith("merge_kernel") and name.endswith(kind) for name in wrong.archived)
+    assert "NOT REACHED" not in wrong.summary
+    assert "last launch: merge_kernel" in wrong.summary
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import math
 import resource
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -331,15 +329,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.skipif(gk.backends()["hardest_negatives"]["cpu"] != "cpp", reason="the reference stores the matrix")
 @pytest.mark.parametrize("loss", ["triplet", "goal"])
-def test_memory_is_linear_not_quadratic(loss):
+def test_memory_is_linear_not_quadratic(loss, run_fresh):
     """Extra memory of forward + backward: at most 16 (N + M) D bytes and 16 MiB (tiles, code, threads).
 
     16 is 2 gradients and as much again for allocator slack, at 4 bytes. One N x M matrix of 16,384² fp32
     scores alone would be 1024 MiB.
     """
     for n in (4096, 16384):
-        out = subprocess.run([sys.executable, "-c", _PEAK, str(n), loss], capture_output=True, text=True, check=True)
-        peak_mib = int(out.stdout) / 1024
+        done = run_fresh(_PEAK, n, loss)
+        assert done.returncode == 0, done.stderr
+        peak_mib = int(done.stdout) / 1024
         assert peak_mib <= 16 * 2 * n * 64 / 2**20 + 16, f"N = {n}: {peak_mib:.0f} MiB"
 
 

@@ -1,10 +1,5 @@
 """What every loss of the gradient sweep promises: accuracy, one derivative, the same bits, and no matrix stored."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-import dense_cases
 import pytest
 import torch
 from dense_cases import LOSSES, SCALARS, X, Y, assert_same, leaves, sample, value_and_gradients
@@ -71,42 +66,26 @@ def test_func_grad_and_one_derivative_only(name):
 
 
 _PEAK = """
-import os, resource, sys, torch, gssf_kernels as gk
-sys.path.insert(0, sys.argv[2])
+import resource, sys, torch, gssf_kernels as gk
+n, name = int(sys.argv[1]), sys.argv[2]
 from dense_cases import LOSSES, leaves, sample
-
-def peak(name, n):
-    torch.set_num_threads(2)
-    loss, tensors = LOSSES[name], leaves(*sample(name, n, n, 64, torch.float32))
-    loss(*leaves(*sample(name, 64, 64, 64, torch.float32))).backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loss(*tensors).backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, name, flush=True)
-
-for name in LOSSES:
-    if (child := os.fork()) == 0:  # each in a process of its own, which has imported everything
-        peak(name, int(sys.argv[1]))
-        os._exit(0)
-    if os.waitpid(child, 0)[1] != 0:
-        sys.exit(f"{name} failed")
+torch.set_num_threads(2)
+loss, tensors = LOSSES[name], leaves(*sample(name, n, n, 64, torch.float32))
+loss(*leaves(*sample(name, 64, 64, 64, torch.float32))).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+loss(*tensors).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-LARGE = 8192
-
-
-@pytest.fixture(scope="module")
-def peaks_kib():
-    """{loss: what forward and backward of LARGE rows and columns add to the largest memory of a process}"""
-    command = [sys.executable, "-c", _PEAK, str(LARGE), str(Path(dense_cases.__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {name: int(kib) for kib, name in (line.split(" ", 1) for line in done.stdout.splitlines())}
 
 
 @pytest.mark.skipif(gk.backends()["logsumexp_scores"]["cpu"] != "cpp", reason="the reference pass copies its chunk")
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_matrix_is_stored(name, peaks_kib):
+def test_no_matrix_is_stored(name, run_fresh):
     """Forward and backward at N = M = 8192 take less than 64 MiB besides the gradients; one matrix is 256 MiB."""
-    peak_mib, gradients_mib = peaks_kib[name] / 1024, 2 * LARGE * 64 * 4 / 2**20
+    n = 8192
+    done = run_fresh(_PEAK, n, name)
+    assert done.returncode == 0, done.stderr
+    peak_mib, gradients_mib = int(done.stdout) / 1024, 2 * n * 64 * 4 / 2**20
     assert peak_mib > 0
     assert peak_mib - gradients_mib < 64, f"{peak_mib:.0f} MiB"
 

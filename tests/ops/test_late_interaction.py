@@ -1,6 +1,5 @@
 """Late interaction: against loops over single fragments in fp64, on the CPU, in plain PyTorch and by Triton."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def test_equal_captions_have_equal_scores_wherever_tiles_end():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
-def test_few_regions_take_little_memory():
+def test_few_regions_take_little_memory(run_fresh):
     """In a fresh process: besides the results, 16 MiB, a few times the inputs and the tiles of two threads."""
     code = """
 import torch
@@ -190,5 +189,6 @@ words = b.expand(-1, 4, -1).contiguous()
 gk.late_interaction(a[:2], words[:2])
 print(CpuClock(torch.device("cpu")).peak_mib(lambda: gk.late_interaction(a, words)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_fresh(code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 16 + 24

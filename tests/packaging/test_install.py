@@ -60,13 +60,6 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def run(code, folder=ROOT, **environment):
-    """Run code in folder; a variable given as None is unset."""
-    merged = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=merged)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_backends_name_every_op():
     table = gk.backends()
     assert set(table) == OPS | PLAIN_ON_CPU | PLAIN | THROUGH
@@ -101,7 +94,7 @@ def test_fp64_on_cuda_would_take_plain_pytorch():
         torch.testing.assert_close(got, expected)
 
 
-def test_everything_works_on_the_reference_without_the_extension():
+def test_everything_works_on_the_reference_without_the_extension(run_fresh):
     code = f"""{_HIDE}
 import torch, gssf_kernels as gk
 assert all(active["cpu"] == "reference" for active in gk.backends().values()), gk.backends()
@@ -121,16 +114,16 @@ for g, p in zip(got, (x, metric.diag, metric.blocks)):
 gk.hardest_negatives(x, y), gk.pair_scores(x, y).sum().backward()
 print("worked")
 """
-    status, out, err = run(code)
-    assert status == 0, err
-    assert out.strip() == "worked"
+    done = run_fresh(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "worked"
 
 
-def test_report_says_that_the_extension_is_missing():
-    status, out, err = run(_HIDE + "import runpy; runpy.run_module('gssf_kernels', run_name='__main__')")
-    assert status == 0, err
-    assert "not loaded (hidden by the test)" in out
-    assert "pip install --no-build-isolation" in out
+def test_report_says_that_the_extension_is_missing(run_fresh):
+    done = run_fresh(_HIDE + "import runpy; runpy.run_module('gssf_kernels', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    assert "not loaded (hidden by the test)" in done.stdout
+    assert "pip install --no-build-isolation" in done.stdout
 
 
 def test_report():
@@ -149,7 +142,7 @@ def test_report():
     ],
     ids=["no torch", "skipped", "no compiler"],
 )
-def test_setup_without_native_code(prelude, environment, expected, tmp_path):
+def test_setup_without_native_code(prelude, environment, expected, run_fresh):
     code = f"""{prelude}
 import sys, runpy, setuptools
 seen = {{}}
@@ -157,9 +150,9 @@ setuptools.setup = lambda **arguments: seen.update(arguments)
 runpy.run_path("setup.py", run_name="__main__")
 assert not seen, seen
 """
-    status, _, err = run(code, **environment)
-    assert status == 0, err
-    lines = [line for line in err.splitlines() if line.startswith("gssf_kernels:")]
+    done = run_fresh(code, cwd=ROOT, environment=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("gssf_kernels:")]
     assert len(lines) == 1
     assert expected in lines[0]
 
@@ -189,7 +182,10 @@ import runpy, setuptools
 setuptools.setup = lambda **arguments: None
 runpy.run_path("setup.py", run_name="__main__")
 """
-    status, out, err = run(code, tmp_path, FORCE_CUDA=force, PYTHONPATH=str(tmp_path))
-    assert status == 0, err
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "FORCE_CUDA": force}
+    if force is None:
+        del environment["FORCE_CUDA"]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
     wanted = with_sources and force == "1"
-    assert out.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])
+    assert done.stdout.split() == (["cuda", "csrc/cpu.cpp", "csrc/cuda/gpu.cu"] if wanted else ["cpu", "csrc/cpu.cpp"])

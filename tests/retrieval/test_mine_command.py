@@ -1,10 +1,7 @@
 """``python -m gssf_kernels mine``: what it writes, what it refuses before any work, and that an output is whole."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -212,7 +209,7 @@ commands.main(sys.argv[1:])
 """
 
 
-def test_a_killed_command_goes_on(files, capsys):
+def test_a_killed_command_goes_on(files, capsys, run_fresh):
     path, arrays = files
     words = [
         "mine",
@@ -226,9 +223,8 @@ def test_a_killed_command_goes_on(files, capsys):
         path / "state",
     ]
     words = [str(word) for word in words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *words], env=environment, timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    killed = run_fresh(KILLED, *words)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (path / "state").exists()
     assert not (path / "out.jsonl").exists()
     assert commands.main([*words[:4], "4", *words[5:]]) == 2

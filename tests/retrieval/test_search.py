@@ -1,6 +1,5 @@
 """top_scores: against loops over single scores in fp64, on the CPU, in plain PyTorch and by Triton."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -305,7 +304,7 @@ def test_explained():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the high-water mark is read from /proc")
-def test_memory():
+def test_memory(run_fresh):
     """In a fresh process: 4096 x 65536 scores are 1 GiB, and b 64 MiB.
 
     Held are 16 MiB of b, packed, at times twice, tiles and results.
@@ -319,5 +318,6 @@ a, b = torch.randn(4096, 256), torch.randn(65536, 256)
 gk.top_scores(a[:2], b[:2], 2)
 print(CpuClock(torch.device("cpu")).peak_mib(lambda: gk.top_scores(a, b, 10)))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_fresh(code, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 2 * 16 + 12

@@ -3,10 +3,7 @@
 Embeddings are small integers, so that scores are exact, there are ties, and one equal sign decides.
 """
 
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -265,16 +262,13 @@ retrieval.evaluate_files(x, y, i, j, block_rows=6, chunk_rows=30, checkpoint=sta
 """
 
 
-def test_a_killed_process_is_gone_on_from(tmp_path, monkeypatch):
+def test_a_killed_process_is_gone_on_from(tmp_path, monkeypatch, run_fresh):
     ids = torch.arange(20), captions(20, 5)
     x, y = whole_numbers(20, 4), whole_numbers(100, 4)
     files = saved(tmp_path, x=x, y=y, i=ids[0], j=ids[1])
     state = tmp_path / "state"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", KILLED, *map(str, files), str(state)], env=environment, timeout=60
-    )
-    assert killed.returncode == -signal.SIGKILL
+    killed = run_fresh(KILLED, *files, state)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert state.exists()
     units = killed_at_unit(0, monkeypatch)
     result = retrieval.evaluate_files(*files, block_rows=6, chunk_rows=30, checkpoint=state, progress=False)
