@@ -75,20 +75,34 @@ def rows(book, n):
     return {row["variant"]: row for row in book["rows"] if row["n"] == n}
 
 
+# Workers measure the ceilings before every case, which takes longer than all else that they do here.
+SMALL_CEILINGS = """
+from bench import ceilings
+ceilings.PRODUCT_SIZE["cpu"], ceilings.COPY_MIB["cpu"] = 256, 16
+"""
+
+
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """What a run kept of the variants above; two end their process, which another replaces."""
+def workers(tmp_path_factory):
+    """Workers import the variants above, and measure small ceilings."""
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted_variants.py").write_text(PLANTED)
+    (folder / "sitecustomize.py").write_text(SMALL_CEILINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(folder)]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def kept(workers):
+    """What a run kept of the variants above; two end their process, which another replaces."""
     planted = {name: f"planted_variants:{name}" for name in re.findall(r"^def (\w+)", PLANTED, re.MULTILINE)}
     *names, last = planted
     entries = [
         Entry(CASE._replace(n=1200), ("ours", *names, "naive"), seconds=0, min_turns=3),
         Entry(CASE, ("naive", last), memory=("naive", last), seconds=0, min_turns=1),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(folder)]))
-        return Run(Plan(entries, "test", planted, silence_s=8), None, Progress())()
+    return Run(Plan(entries, "test", planted, silence_s=8), None, Progress())()
 
 
 def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(kept):
@@ -123,7 +137,7 @@ def test_peak_memory_is_what_was_held(kept):
     assert 0 < outputs["naive"]["peak_mib"] < 16
 
 
-def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, workers):
     out = tmp_path / "run.json"
     entries = [Entry(CASE._replace(n=n), ("ours", "naive"), seconds=0, min_turns=2) for n in (100, 200)]
     book = Run(Plan(entries, "test"), out, Progress(stop="[2/2]"))()
