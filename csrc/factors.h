@@ -41,10 +41,11 @@ class Panels {
  public:
   using Scalar = A;
 
-  Panels(const at::Tensor& a, const at::Tensor& b) {
+  // memory: of b's panels, for those of one b after another.
+  Panels(const at::Tensor& a, const at::Tensor& b, at::Tensor* memory = nullptr) {
     RECORD_FUNCTION("gssf::stage::pack", {});
     a_ = a.to(c10::CppTypeToScalarType<A>::value).contiguous();
-    b_ = packed<A>(b.t());
+    b_ = packed<A>(b.t(), memory);
   }
 
   // s [n, m], rows kTileMost apart.

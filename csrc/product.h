@@ -20,11 +20,15 @@ namespace gssf {
 
 constexpr int64_t kPackPanels = 8;
 
-// y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A.
+// y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A. memory: holds those of another y with the same
+// k, which are no longer needed, or nothing yet; the panels are made there if they are not more than those.
 template <class A>
-at::Tensor packed(const at::Tensor& y) {
+at::Tensor packed(const at::Tensor& y, at::Tensor* memory = nullptr) {
   const int64_t k = y.size(0), m = y.size(1), count = ceil_div(m, kPanel<A>);
-  at::Tensor out = at::empty({count, k, kPanel<A>}, y.options().dtype(c10::CppTypeToScalarType<A>::value));
+  const bool reuse = memory && memory->defined() && count <= memory->size(0);
+  at::Tensor out = reuse ? memory->narrow(0, 0, count)
+                         : at::empty({count, k, kPanel<A>}, y.options().dtype(c10::CppTypeToScalarType<A>::value));
+  if (memory && !reuse) *memory = out;
   A* panels = out.mutable_data_ptr<A>();
   const auto pack = [&](const auto* data) {
     using T = std::remove_cvref_t<decltype(*data)>;

@@ -192,9 +192,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> score_counts(
           pairs ? Listed{pairs->const_data_ptr<int64_t>(), columns_of_pairs->const_data_ptr<int64_t>()} : Listed{};
       CountScores<A> epilogue({ids.first, ids.second, exclude_self}, listed, rows, col_levels ? &cols : nullptr);
       const Tensor x = a.to(c10::CppTypeToScalarType<A>::value).contiguous();
+      Tensor panels;
       for_each_chunk(b, sizeof(A), [&](int64_t first, const Tensor& y) {
         epilogue.begin(first);
-        sweep(Panels<A>(x, y), Blocks(n, kTileMost), Blocks(y.size(0), tile_cols(y.size(0))), epilogue);
+        sweep(Panels<A>(x, y, &panels), Blocks(n, kTileMost), Blocks(y.size(0), tile_cols(y.size(0))), epilogue);
       });
     });
   return {out[0], out[1], out[2], out[3]};

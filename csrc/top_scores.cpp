@@ -57,13 +57,14 @@ Results sweep_for(const Search& of) {
   bool narrow = false;
   if constexpr (std::is_same_v<A, float>) narrow = rounds(of.a);
   const Tensor a = narrow ? of.a : of.a.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  Tensor panels;
   for_each_chunk(of.b, narrow ? 2 : sizeof(A), [&](int64_t first, const Tensor& b) {
     const Blocks cols(b.size(0), tile_cols(b.size(0)));
     epilogue.begin(first);
     if constexpr (std::is_same_v<A, float>) {
       if (narrow) return sweep(Bf16Panels(a, b), rows, cols, epilogue);
     }
-    sweep(Panels<A>(a, b), rows, cols, epilogue);
+    sweep(Panels<A>(a, b, &panels), rows, cols, epilogue);
   });
   const auto score = of.a.options().dtype(c10::CppTypeToScalarType<A>::value), index = score.dtype(at::kLong);
   Results out{at::empty({n, of.k}, score), at::empty({n, of.k}, index), at::empty({of_cols.anchors(), of.k}, score),

@@ -307,7 +307,7 @@ def test_explained():
 def test_memory(run_fresh):
     """In a fresh process: 4096 x 65536 scores are 1 GiB, and b 64 MiB.
 
-    Held are 16 MiB of b, packed, at times twice, tiles and results.
+    Held are 16 MiB of b, packed (and on bf16 units as much again, rounded), tiles and results.
     """
     code = """
 import torch
@@ -320,4 +320,5 @@ print(CpuClock(torch.device("cpu")).peak_mib(lambda: gk.top_scores(a, b, 10)))
 """
     done = run_fresh(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 2 * 16 + 12
+    copies = 1 if gk.backends()["hardest_negatives"]["certified"] == "no" else 2
+    assert float(done.stdout) < copies * 16 + 12
