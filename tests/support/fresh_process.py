@@ -14,12 +14,13 @@ import tempfile
 from pathlib import Path
 
 WAITING = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import torch
 
-def become(code, arguments, folder, environment, output, errors):
+def become(code, arguments, folder, environment, output, errors, seconds):
     for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, output, os.O_WRONLY), (2, errors, os.O_WRONLY)):
         os.dup2(os.open(path, flags), number)
+    signal.alarm(seconds)  # which ends it
     os.chdir(folder)
     os.environ.update({name: value for name, value in environment.items() if value is not None})
     for name in (name for name, value in environment.items() if value is None):
@@ -49,36 +50,32 @@ for request in requests:
 
 
 class FreshProcesses:
-    """Calling it runs code; the process that waits starts with the first call."""
+    """Calling it runs code, as subprocess.run([sys.executable, "-c", code, *arguments], ...) would."""
+
+    SECONDS = 120  # for one of them
 
     def __init__(self) -> None:
-        self.waiting: subprocess.Popen | None = None
+        paths = os.pathsep.join(sys.path)  # the package that this process imports, and no other
+        self.waiting = subprocess.Popen(
+            [sys.executable, "-c", WAITING], env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     def __call__(
         self, code: str, *arguments: object, cwd: Path | str = ".", environment: dict[str, str | None] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """As subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True) would.
-
-        environment: on top of this process's at the first call; a variable that is None is unset.
-        """
-        if self.waiting is None:
-            paths = os.pathsep.join(sys.path)  # the package that this process imports, and no other
-            self.waiting = subprocess.Popen(
-                [sys.executable, "-c", WAITING], env={**os.environ, "PYTHONPATH": paths},
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
-        assert self.waiting.stdin is not None
-        assert self.waiting.stdout is not None
+        """Its status, output and errors. environment: on top of this session's; a variable that is None is unset."""
         words = [str(argument) for argument in arguments]
+        request = {"code": code, "arguments": words, "folder": str(Path(cwd).absolute()), "seconds": self.SECONDS}
         with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
-            request = {"code": code, "arguments": words, "folder": str(Path(cwd).absolute())}
             request |= {"environment": environment or {}, "output": output.name, "errors": errors.name}
+            assert self.waiting.stdin is not None
+            assert self.waiting.stdout is not None
             print(json.dumps(request), file=self.waiting.stdin, flush=True)
-            answer = self.waiting.stdout.readline()
-            if not answer:
+            status = self.waiting.stdout.readline()
+            if not status:
                 raise RuntimeError(f"the process that waits ended, status {self.waiting.wait()}")
-            return subprocess.CompletedProcess(["-c", *words], int(answer), output.read(), errors.read())
+            return subprocess.CompletedProcess(["-c", *words], int(status), output.read(), errors.read())
 
     def end(self) -> None:
-        if self.waiting is not None:
-            self.waiting.communicate()
+        self.waiting.communicate()
