@@ -41,7 +41,7 @@ class Panels {
  public:
   using Scalar = A;
 
-  // memory: of b's panels, for those of one b after another.
+  // memory: where b's panels are made, as packed() has it.
   Panels(const at::Tensor& a, const at::Tensor& b, at::Tensor* memory = nullptr) {
     RECORD_FUNCTION("gssf::stage::pack", {});
     a_ = a.to(c10::CppTypeToScalarType<A>::value).contiguous();

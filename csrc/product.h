@@ -20,12 +20,12 @@ namespace gssf {
 
 constexpr int64_t kPackPanels = 8;
 
-// y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A. memory: holds those of another y with the same
-// k, which are no longer needed, or nothing yet; the panels are made there if they are not more than those.
+// y [k, m] of any strides as panels [ceil(m / kPanel), k, kPanel] of A. memory: undefined, or the panels of an earlier
+// y, which are overwritten if they are of the same k and at least as many; else it becomes the new panels.
 template <class A>
 at::Tensor packed(const at::Tensor& y, at::Tensor* memory = nullptr) {
   const int64_t k = y.size(0), m = y.size(1), count = ceil_div(m, kPanel<A>);
-  const bool reuse = memory && memory->defined() && count <= memory->size(0);
+  const bool reuse = memory && memory->defined() && memory->size(0) >= count && memory->size(1) == k;
   at::Tensor out = reuse ? memory->narrow(0, 0, count)
                          : at::empty({count, k, kPanel<A>}, y.options().dtype(c10::CppTypeToScalarType<A>::value));
   if (memory && !reuse) *memory = out;

@@ -120,7 +120,7 @@ class Dry:
         return small, small.inputs("cpu")
 
     def results(self, item: Item, inputs: tuple) -> compare.Results:
-        return self._planted(compare.results(item, gk, *inputs))
+        return self._with_fault(compare.results(item, gk, *inputs))
 
     def launch(self, item: Item) -> None:
         inputs = item.inputs(NO_VALUES)
@@ -128,7 +128,7 @@ class Dry:
         with stub_driver.installed(ARCH), device_path(ARCH, self.recorder.launch):
             compare.results(item, gk, *inputs)
 
-    def _planted(self, results: compare.Results) -> compare.Results:
+    def _with_fault(self, results: compare.Results) -> compare.Results:
         """The results, with the fault that the plan asks for; a wrong tile is one of the persistent sweep's."""
         fault = self.planted.get(str(self.item))
         if fault == "nan":

@@ -94,7 +94,7 @@ def workers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def kept(workers):
+def planted_run(workers):
     """What a run kept of the variants above; two end their process, which another replaces."""
     planted = {name: f"planted_variants:{name}" for name in re.findall(r"^def (\w+)", PLANTED, re.MULTILINE)}
     *names, last = planted
@@ -105,8 +105,8 @@ def kept(workers):
     return Run(Plan(entries, "test", planted, silence_s=8), None, Progress())()
 
 
-def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(kept):
-    outputs = rows(kept, 1200)
+def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(planted_run):
+    outputs = rows(planted_run, 1200)
     assert {name: row["status"] for name, row in outputs.items()} == {
         "ours": "ok",
         "naive": "ok",
@@ -127,11 +127,11 @@ def test_wrong_variants_get_no_timing_and_failing_ones_are_rows(kept):
     assert "no room for that" in outputs["too_large"]["note"]
     assert outputs["ours"]["checked_rows"] == 1200
     assert all(0 < ms < 60_000 for ms in outputs["ours"]["forward_ms"])
-    assert len(kept["ceilings"]) == 1
+    assert len(planted_run["ceilings"]) == 1
 
 
-def test_peak_memory_is_what_was_held(kept):
-    outputs = rows(kept, CASE.n)
+def test_peak_memory_is_what_was_held(planted_run):
+    outputs = rows(planted_run, CASE.n)
     extra_mib = outputs["holds_64_mib"]["peak_mib"] - outputs["naive"]["peak_mib"]
     assert 60 < extra_mib < 72  # 64 MiB and some allocator's slack
     assert 0 < outputs["naive"]["peak_mib"] < 16

@@ -130,13 +130,13 @@ def test_all_of_it_on_a_card(check, tmp_path):
     assert "--without compile" in log
 
 
-def test_pytest_understands_what_it_is_asked(check, on_card):
+def test_pytest_understands_what_it_is_asked(check, collected):
     """By the words of the script, in this tree; what is collected is what a card runs."""
     files = "tests/triton/test_tiles.py", "tests/native/test_hopper.py"
     status, stages, _, said = check("--only", "tests,hopper", REAL=sys.executable, PYTEST_ADDOPTS=" ".join(files))
     assert status == 0, said
     counts = [int(re.search(r"(\d+)/\d+ tests collected", stages[name])[1]) for name in ("tests", "hopper")]
-    marks = {name: test.marks for name, test in on_card.items()}
+    marks = {name: test.marks for name, test in collected[1].items()}
     assert counts == [sum(of_card(m) and name.startswith(files) for name, m in marks.items()) for of_card in ON_CARD]
     assert sum(map(ON_CARD[0], marks.values())) > 3000
     assert 200 < sum(map(ON_CARD[1], marks.values())) < 1000
@@ -288,55 +288,41 @@ class Collected(NamedTuple):
     uses_cuda: bool
 
 
-def collected_with(card, folder):
-    """Every test as {its id: Collected}, as on a machine with a card or as on this one."""
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """Every test as {its id: Collected}: of this machine, and of one with a card."""
+    folder = tmp_path_factory.mktemp("collected")
     (folder / "collector.py").write_text(COLLECTOR)
-    environment = {**os.environ, "CARD": card, "LISTED": str(folder / "listed"), "TRITON_INTERPRET": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
-    command = [sys.executable, "-m", "pytest", "-p", "collector", "-p", "no:cacheprovider", "-q", "--collect-only"]
-    command.append("--assert=plain")  # rewriting assertions takes half of the time
-    done = subprocess.run([*command, "tests"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    rows = map(json.loads, (folder / "listed").read_text().splitlines())
-    return {name: Collected(*about) for name, *about in rows}
+    lists = []
+    for card in ("", "1"):
+        environment = {**os.environ, "CARD": card, "LISTED": str(folder / "listed"), "TRITON_INTERPRET": ""}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder)])
+        command = [sys.executable, "-m", "pytest", "-p", "collector", "-p", "no:cacheprovider", "-q", "--collect-only"]
+        command.append("--assert=plain")  # rewriting assertions takes half of the time
+        done = subprocess.run([*command, "tests"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        rows = map(json.loads, (folder / "listed").read_text().splitlines())
+        lists.append({name: Collected(*about) for name, *about in rows})
+    return lists
 
 
-@pytest.fixture(scope="module")
-def on_card(tmp_path_factory):
-    return collected_with("1", tmp_path_factory.mktemp("collected"))
-
-
-@pytest.fixture(scope="module")
-def marked_here(request, tmp_path_factory):
-    """The tests marked gpu on this machine: of this session, if it has collected every test."""
-    option, items = request.config.option, request.session.items
-    if (
-        not option.keyword
-        and not option.markexpr
-        and {item.path for item in items} >= {*ROOT.glob("tests/*/test_*.py")}
-    ):
-        return {item.nodeid for item in items if item.get_closest_marker("gpu")}
-    here = collected_with("", tmp_path_factory.mktemp("collected"))
-    return {name for name, test in here.items() if "gpu" in test.marks}
-
-
-def test_what_runs_on_a_card_is_marked(on_card, marked_here):
-    there = {name for name, test in on_card.items() if "gpu" in test.marks}
-    assert there == marked_here
+def test_what_runs_on_a_card_is_marked(collected):
+    here, there = ({name for name, test in tests.items() if "gpu" in test.marks} for tests in collected)
+    assert here == there
     assert len(there) > 3500
-    assert not [name for name, test in on_card.items() if test.uses_cuda and "gpu" not in test.marks]
+    assert not [name for name, test in collected[1].items() if test.uses_cuda and "gpu" not in test.marks]
 
     def of(file):
-        return {name for name in on_card if name.startswith(f"tests/{file}.py::")}
+        return {name for name in collected[1] if name.startswith(f"tests/{file}.py::")}
 
-    files = {name.partition("::")[0] for name, test in on_card.items() if "triton" in test.marks}
+    files = {name.partition("::")[0] for name, test in collected[1].items() if "triton" in test.marks}
     assert len(files) > 12
     for module in ("triton/test_cuda", "triton/test_persistent", "ops/test_hardest_negatives", "ops/test_project"):
         assert of(module)
         assert of(module) <= there, module
     assert of("ops/test_values") & there == {name for name in of("ops/test_values") if name.endswith("-cuda]")}
-    by_name = ("test_no_step_waits_on_a_card", "test_a_captured_step_gives")
-    expected = {name for name in of("ops/test_capture") if name.partition("::")[2].startswith(by_name)}
+    on_card = ("test_no_step_waits_on_a_card", "test_a_captured_step_gives")
+    expected = {name for name in of("ops/test_capture") if name.partition("::")[2].startswith(on_card)}
     assert of("ops/test_capture") & there == expected
     no_card = ("ops/test_errors", "ops/test_autograd", "losses/test_sigmoid", "triton/test_lowering")
     for module in (*no_card, "bench/test_bench", "bench/test_gpu_check"):
@@ -345,9 +331,9 @@ def test_what_runs_on_a_card_is_marked(on_card, marked_here):
     assert not [name for name in there if "test_hopper" in name and "emulated" in name]
 
 
-def test_no_test_of_a_card_is_lost_for_its_name(on_card):
+def test_no_test_of_a_card_is_lost_for_its_name(collected):
     """As nine were when tests were chosen by name."""
-    assert sum("cpu" in name for name, test in on_card.items() if "gpu" in test.marks) >= 9
+    assert sum("cpu" in name for name, test in collected[1].items() if "gpu" in test.marks) >= 9
 
 
 # What fails is written down at once.

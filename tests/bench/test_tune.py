@@ -105,7 +105,10 @@ def test_the_page_holds_lines_that_can_be_pasted():
 
 
 def test_lines_are_chosen_by_name_and_order(monkeypatch, capsys, tmp_path):
-    """Both are of the card that is there; what its table lacks is left out. Processes compile the first two lines."""
+    """Both are of the card that is there; what its table lacks is left out.
+
+    Only the first round asks processes, as on a card: each has to import torch first.
+    """
     table = {(arch, kind, "wide"): LINE for arch in (80, 90) for kind in ("half", "tf32")}
     monkeypatch.setattr(tiles, "SWEEP", {**table, (80, "ieee", "wide"): LINE})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -124,7 +127,7 @@ def test_lines_are_chosen_by_name_and_order(monkeypatch, capsys, tmp_path):
         assert tune.main() == 0
         said = [line for line in capsys.readouterr().out.splitlines() if "the table's own" in line]
         assert [line.partition(":")[0] for line in said] == [f"(90, '{kind}', 'wide')" for kind in expected]
-        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731  # processes import torch first
+        threads = lambda workers, context: ThreadPoolExecutor(workers)  # noqa: E731
         monkeypatch.setattr(tune.concurrent.futures, "ProcessPoolExecutor", threads)
     monkeypatch.setattr(sys, "argv", ["tune", "--out", str(tmp_path / "page.md"), "--lines", "half-wider"])
     with pytest.raises(SystemExit) as ended:

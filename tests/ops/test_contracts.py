@@ -339,6 +339,7 @@ def test_memory_is_linear_not_quadratic(loss, run_fresh):
         done = run_fresh(_PEAK, n, loss)
         assert done.returncode == 0, done.stderr
         peak_mib = int(done.stdout) / 1024
+        assert peak_mib > 0
         assert peak_mib <= 16 * 2 * n * 64 / 2**20 + 16, f"N = {n}: {peak_mib:.0f} MiB"
 
 

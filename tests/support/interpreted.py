@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda" if torch.cuda.is_available() else None
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
-SPARSE_LOAD = 4096  # numbers, from which it pays to gather those of a load that are not masked
+SPARSE_LOAD = 4096  # numbers of a load, from which it pays to read only those whose mask is true
 
 # Every process collects the same tests.
 no_bf16 = pytest.mark.skipif(DEVICE != "cuda", reason="the bf16 of Triton's interpreter is wrong")
@@ -33,8 +33,8 @@ def hasten() -> None:
     patches `triton.language` at every call of a function by a kernel: here once a launch. And it looks whether sums
     of integers overflow, but says so only when debugging: here it does not look. For every operation it makes the type
     and the shape of what comes out anew, and all that it knows of NumPy's dtypes: here once. And it compares shapes
-    number by number and types by their names: here the same object is equal to itself. And a load of which little is
-    not masked looks at nothing else.
+    number by number and types by their names: here the same object is equal to itself. And a load whose mask
+    is mostly false reads only where it is true.
     """
     from triton.language import core
     from triton.runtime import interpreter
@@ -104,12 +104,12 @@ def hasten() -> None:
     def identical_first(equal):
         return lambda self, other: self is other or equal(self, other)
 
-    def load_the_unmasked(pointers, mask, other, dtype):
-        pointers, mask, other = map(np.asarray, (pointers, mask, other))
-        if mask.size < SPARSE_LOAD or 4 * np.count_nonzero(mask) > mask.size:
+    def load_where_true(pointers, mask, other, dtype):
+        true = np.asarray(mask)
+        if true.size < SPARSE_LOAD or 4 * np.count_nonzero(true) > true.size:
             return load(pointers, mask, other, dtype)
-        values = other.copy()
-        values[mask] = load(pointers[mask], mask[mask], other[mask], dtype)
+        values = np.array(other)
+        values[true] = load(np.asarray(pointers)[true], true[true], values[true], dtype)
         return values
 
     wrapper = core.load.__code__  # of all that is @builtin: it looks whether there is a semantic
@@ -127,7 +127,7 @@ def hasten() -> None:
     core.block_type.__new__, core.block_type.__init__ = one_of_a_kind, make_type_once
     core.tensor.__init__, interpreter._get_np_dtype = make_tensor, dtype_of
     core.block_type.with_element_ty, interpreter._patch_attr = with_element_once, with_semantic
-    load, interpreter._interpreter.load = interpreter._interpreter.load, load_the_unmasked
+    load, interpreter._interpreter.load = interpreter._interpreter.load, load_where_true
     semantic = type(interpreter.interpreter_semantic)
     broadcast, semantic.broadcast_impl_value = semantic.broadcast_impl_value, broadcast_if_shapes_differ
     for kind in (core.dtype, core.pointer_type, core.block_type):
